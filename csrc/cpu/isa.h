@@ -1,0 +1,50 @@
+// CPU tiers. Every op file in this folder is compiled once for each tier, with that tier's flags and FC_TIER set to its
+// name, and once without (the torch-facing half, which picks a tier at run time). Tier code must not instantiate
+// library templates with external linkage: the linker would keep one tier's copy for all.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fc::cpu {
+
+#if defined(__x86_64__)
+#define FC_FOR_EACH_TIER(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
+#else
+#define FC_FOR_EACH_TIER(X) X(baseline)
+#endif
+
+enum class Tier { baseline, avx2, avx512, avx512_bf16 };
+inline constexpr const char* kTierNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+inline constexpr const char* kTierVariable = "PYFASTCIRCUITS_CPU_TIER";
+
+inline Tier best_tier() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512) return __builtin_cpu_supports("avx512bf16") ? Tier::avx512_bf16 : Tier::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Tier::avx2;
+#endif
+  return Tier::baseline;
+}
+
+// The tier in force: the best this CPU has, or the one named by PYFASTCIRCUITS_CPU_TIER.
+inline Tier current_tier() {
+  static const Tier best = best_tier();
+  const char* forced = std::getenv(kTierVariable);
+  if (forced == nullptr || *forced == '\0') return best;
+  for (int i = 0; i < 4; ++i) {
+    if (std::strcmp(forced, kTierNames[i]) != 0) continue;
+    if (i > static_cast<int>(best))
+      throw std::runtime_error(std::string(kTierVariable) + "=" + forced + ": this CPU has only " +
+                               kTierNames[static_cast<int>(best)]);
+    return static_cast<Tier>(i);
+  }
+  throw std::runtime_error(std::string(kTierVariable) + "=" + forced +
+                           ": expected baseline, avx2, avx512 or avx512_bf16");
+}
+
+}  // namespace fc::cpu

@@ -1,0 +1,122 @@
+// What this machine can do, measured: the denominators of every "fraction of the limit".
+#include <cstdint>
+
+namespace fc::cpu {
+enum class Rate { fma, exp, bf16 };
+// Runs `rounds` rounds in registers and returns the operations of one round; 0 where the tier lacks the instruction.
+using RateLoop = int64_t (*)(int64_t rounds, float* sink);
+}  // namespace fc::cpu
+
+#ifdef FC_TIER
+
+#include "exp.h"
+#include "tile.h"
+
+namespace fc::cpu::FC_TIER {
+namespace {
+
+constexpr int kRegisters = kRows * kVectors;
+
+template <class Scheme>
+int64_t multiply_loop(int64_t rounds, float* sink) {
+  Vec<float> c[kRegisters] = {};
+  alignas(64) typename Scheme::Right right[kLanes<float>] = {};
+  typename Scheme::Left left{};
+  asm volatile("" : "+m"(right), "+m"(left));
+  for (int64_t n = 0; n < rounds; ++n)
+#pragma GCC unroll 24
+    for (int i = 0; i < kRegisters; ++i) c[i] = Scheme::step(c[i], left, right);
+  for (int i = 0; i < kRegisters; ++i) *sink += sum<float>(c[i]);
+  return int64_t{2} * Scheme::kDepth * kRegisters * kLanes<float>;
+}
+
+int64_t exp_loop(int64_t rounds, float* sink) {
+  Vec<float> x = broadcast<float>(-1.5f), total{};
+  for (int64_t n = 0; n < rounds; ++n) {
+    asm volatile("" : "+x"(x));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) total += exponential<float>(x - static_cast<float>(i));
+  }
+  *sink += sum<float>(total);
+  return int64_t{8} * kLanes<float>;
+}
+
+}  // namespace
+
+RateLoop rate_loop(Rate rate) {
+  switch (rate) {
+    case Rate::fma: return multiply_loop<Ieee<float>>;
+    case Rate::exp: return exp_loop;
+#if defined(__AVX512BF16__)
+    case Rate::bf16: return multiply_loop<Bf16Dot>;
+#endif
+    default: return nullptr;
+  }
+}
+
+}  // namespace fc::cpu::FC_TIER
+
+#else
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <chrono>
+
+#include "../check.h"
+#include "isa.h"
+
+namespace fc::cpu {
+
+#define FC_DECLARE(tier) \
+  namespace tier {       \
+  RateLoop rate_loop(Rate); \
+  }
+FC_FOR_EACH_TIER(FC_DECLARE)
+#undef FC_DECLARE
+
+namespace {
+
+double cpu_rate(const std::string& kind, double seconds) {
+  STD_TORCH_CHECK(kind == "fma" || kind == "exp" || kind == "bf16", "kind is '", kind,
+                  "', expected 'fma', 'exp' or 'bf16'");
+  const Rate rate = kind == "fma" ? Rate::fma : kind == "exp" ? Rate::exp : Rate::bf16;
+  RateLoop loop = nullptr;
+  switch (current_tier()) {
+#define FC_CASE(tier) \
+  case Tier::tier: loop = tier::rate_loop(rate); break;
+    FC_FOR_EACH_TIER(FC_CASE)
+#undef FC_CASE
+  }
+  if (loop == nullptr) return 0;
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t rounds = 1 << 18;
+  const int64_t threads = torch::stable::get_num_threads();
+  double best = 0;
+  for (const auto start = Clock::now(); Clock::now() - start < std::chrono::duration<double>(seconds);) {
+    const auto before = Clock::now();
+    int64_t operations = 0;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        volatile float sink = 0;
+        float out = 0;
+        const int64_t mine = loop(rounds, &out);
+        sink = out;
+        (void)sink;
+        if (i == 0) operations = mine;
+      }
+    });
+    const std::chrono::duration<double> taken = Clock::now() - before;
+    best = std::max(best, static_cast<double>(operations * rounds * threads) / taken.count());
+  }
+  return best;
+}
+
+}  // namespace
+}  // namespace fc::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastcircuits, CompositeExplicitAutograd, m) {
+  m.impl("cpu_rate", TORCH_BOX(&fc::cpu::cpu_rate));
+}
+
+#endif

@@ -1,0 +1,119 @@
+// The vectors of one tier, as GCC/Clang vector extensions: arithmetic is written with operators and contracts to fused
+// multiply-adds where the tier has them; intrinsics only where operators have no word for it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fc::cpu::FC_TIER {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kRows = 8;  // 8 rows x 3 vectors: 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kRows = 4;  // 12 accumulators of 16 registers
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRows = 4;
+#endif
+inline constexpr int kVectors = 3;
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+template <class T>
+inline constexpr int kColumns = kVectors * kLanes<T>;  // of one packed panel
+
+template <class T>
+static inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+template <class T>
+static inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+template <class T>
+static inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+static inline T sum(Vec<T> v) {
+  T total = 0;
+  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
+  return total;
+}
+
+// The larger of the two; x where either is NaN.
+static inline Vec<float> at_least(Vec<float> x, Vec<float> floor) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps((__m512)floor, (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps((__m256)floor, (__m256)x);
+#else
+  return floor > x ? floor : x;
+#endif
+}
+static inline Vec<double> at_least(Vec<double> x, Vec<double> floor) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_max_pd((__m512d)floor, (__m512d)x);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_max_pd((__m256d)floor, (__m256d)x);
+#else
+  return floor > x ? floor : x;
+#endif
+}
+
+// Whether any lane is above the bound or NaN.
+static inline bool any_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
+#if defined(__AVX512F__)
+  const auto mask = [&](int j) { return _mm512_cmp_ps_mask((__m512)x[j], (__m512)bound, _CMP_NLE_UQ); };
+  return (mask(0) | mask(1) | mask(2)) != 0;
+#elif defined(__AVX2__)
+  const auto mask = [&](int j) { return _mm256_cmp_ps((__m256)x[j], (__m256)bound, _CMP_NLE_UQ); };
+  return _mm256_movemask_ps(_mm256_or_ps(mask(0), _mm256_or_ps(mask(1), mask(2)))) != 0;
+#else
+  const auto fine = (x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound);
+  bool all = true;
+  for (int i = 0; i < kLanes<float>; ++i) all &= fine[i] != 0;
+  return !all;
+#endif
+}
+static inline bool any_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
+#if defined(__AVX512F__)
+  const auto mask = [&](int j) { return _mm512_cmp_pd_mask((__m512d)x[j], (__m512d)bound, _CMP_NLE_UQ); };
+  return (mask(0) | mask(1) | mask(2)) != 0;
+#elif defined(__AVX2__)
+  const auto mask = [&](int j) { return _mm256_cmp_pd((__m256d)x[j], (__m256d)bound, _CMP_NLE_UQ); };
+  return _mm256_movemask_pd(_mm256_or_pd(mask(0), _mm256_or_pd(mask(1), mask(2)))) != 0;
+#else
+  const auto fine = (x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound);
+  bool all = true;
+  for (int i = 0; i < kLanes<double>; ++i) all &= fine[i] != 0;
+  return !all;
+#endif
+}
+
+}  // namespace fc::cpu::FC_TIER

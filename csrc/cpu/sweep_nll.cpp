@@ -1,0 +1,395 @@
+// sweep_nll on the CPU: the epilogue sums exponentials of each tile's logits, so that logits never reach memory.
+// Rows are (ablation, position) pairs and independent of each other: a result does not depend on threads or blocking.
+#include <cstdint>
+
+namespace fc::cpu {
+
+struct SweepArguments {
+  const void *base, *delta, *basis;  // [T,V], [P,T,r], [G,r,V] of one type, any strides
+  int64_t base_stride[2], delta_stride[3], basis_stride[3];
+  const int64_t* tokens;    // [T,K]; outside [0, V): absent from this vocabulary slice
+  const int64_t* group;     // [P]
+  const int64_t* order;     // [P]: ablations sorted by group
+  const double* scale;      // [P,T] or null
+  const double* clean_lse;  // [T] or null
+  double *lse, *picked, *change;  // [P,T], [P,T,K], [P,T] or null
+  int64_t pairs, positions, vocabulary, rank, choices;
+};
+
+struct Block {
+  int64_t first_pair, end_pair, first_position, end_position;  // pairs index `order`
+};
+
+using SweepTask = void (*)(const SweepArguments&, const Block&);
+enum class SweepKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
+
+}  // namespace fc::cpu
+
+#ifdef FC_TIER
+
+#include <cmath>
+#include <limits>
+
+#include "exp.h"
+#include "tile.h"
+
+namespace fc::cpu::FC_TIER {
+namespace {
+
+// Exponents are taken from a row's reference value, raised only when a logit exceeds it by this much: sums stay far
+// from overflow and the exp of a logit near the maximum loses nothing.
+constexpr double kSlack = 8;
+constexpr int64_t kPanelsAStripe = 8;    // packed together: long reads of base and basis
+constexpr int64_t kStripesAFlush = 8;    // lanes hold at most 192 addends before they join the fp64 total
+
+template <class T>
+struct Row {  // one (ablation, position)
+  T reference;
+  T scale;
+  int64_t out;  // index into [P,T]; negative for the rows that fill a block
+  int64_t position;
+  double total, change;
+};
+
+// A logit is above the slack, or NaN: raise the reference and rescale what was summed so far.
+template <class T>
+[[gnu::noinline]] void raise(Row<T>& row, Vec<T>& lanes, const T* logits, int64_t count) {
+  T highest = row.reference;
+  for (int64_t j = 0; j < count; ++j) {
+    if (logits[j] != logits[j]) row.total = std::numeric_limits<double>::quiet_NaN();
+    if (logits[j] > highest) highest = logits[j];
+  }
+  const double factor = std::exp(static_cast<double>(row.reference) - static_cast<double>(highest));
+  row.total *= factor;
+  lanes *= static_cast<T>(factor);
+  row.reference = highest;
+}
+
+template <class Scheme, class Source>
+struct Sweep {
+  using T = typename Scheme::Accumulator;
+  static constexpr int64_t kW = kWidth<Scheme>;
+  static constexpr int kL = kLanes<T>;
+
+  const SweepArguments& s;
+  const Block& block;
+  const int64_t window = block.end_position - block.first_position;
+  const int64_t blocks = count_blocks();
+  const int64_t depth = steps<Scheme>(s.rank);
+  Buffer<typename Scheme::Left> left{blocks * kRows * depth};
+  Buffer<typename Scheme::Right> panels{kPanelsAStripe * kW * depth};
+  Buffer<T> base{kPanelsAStripe * kW * window};
+  Buffer<T> clean{s.clean_lse ? kPanelsAStripe * kW * window : 0};  // probabilities of the clean run
+  Buffer<Row<T>> rows{blocks * kRows};
+  Buffer<Vec<T>> lanes{blocks * kRows};
+  Buffer<Vec<T>> change_lanes{s.clean_lse ? blocks * kRows : 0};
+
+  // Ablations first..end of `order` that share a group.
+  int64_t group_end(int64_t first) const {
+    int64_t end = first;
+    while (end < block.end_pair && s.group[s.order[end]] == s.group[s.order[first]]) ++end;
+    return end;
+  }
+
+  int64_t count_blocks() const {
+    int64_t total = 0;
+    for (int64_t i = block.first_pair, end; i < block.end_pair; i = end) {
+      end = group_end(i);
+      total += ((end - i) * window + kRows - 1) / kRows;
+    }
+    return total;
+  }
+
+  void pack_rows() {
+    const auto* delta = static_cast<const Source*>(s.delta);
+    std::memset(static_cast<void*>(left.data), 0, left.bytes());
+    int64_t i = 0;
+    for (int64_t first = block.first_pair, end; first < block.end_pair; first = end) {
+      end = group_end(first);
+      for (int64_t o = first; o < end; ++o) {
+        const int64_t p = s.order[o];
+        for (int64_t t = block.first_position; t < block.end_position; ++t, ++i) {
+          const int64_t out = p * s.positions + t;
+          pack_left<Scheme>(left.data + i / kRows * kRows * depth, static_cast<int>(i % kRows),
+                            delta + p * s.delta_stride[0] + t * s.delta_stride[1], s.rank, s.delta_stride[2]);
+          rows.data[i] = fresh(out, t, s.scale ? static_cast<T>(s.scale[out]) : T(1));
+        }
+      }
+      for (; i % kRows != 0; ++i) rows.data[i] = fresh(-1, block.first_position, T(1));
+    }
+    std::memset(static_cast<void*>(lanes.data), 0, lanes.bytes());
+    std::memset(static_cast<void*>(change_lanes.data), 0, change_lanes.bytes());
+    for (int64_t j = 0; j < i; ++j)
+      for (int64_t c = 0; c < s.choices && rows.data[j].out >= 0; ++c)
+        s.picked[rows.data[j].out * s.choices + c] = 0;
+  }
+
+  static Row<T> fresh(int64_t out, int64_t position, T scale) {
+    return {std::numeric_limits<T>::lowest(), scale, out, position, 0.0, 0.0};
+  }
+
+  // The clean logits of a stripe as [panel][position][kW], and their probabilities where a change is asked for.
+  void pack_base(int64_t first, int64_t columns) {
+    const auto* source = static_cast<const Source*>(s.base);
+    for (int64_t t = 0; t < window; ++t) {
+      const int64_t position = block.first_position + t;
+      const Source* from = source + position * s.base_stride[0] + first * s.base_stride[1];
+      for (int64_t panel = 0; panel * kW < columns; ++panel) {
+        T* out = base.data + (panel * window + t) * kW;
+        for (int64_t j = 0; j < kW; ++j) {
+          const int64_t v = panel * kW + j;
+          out[j] = v < columns ? widen(from[v * s.base_stride[1]]) : T(0);
+        }
+        if (s.clean_lse == nullptr) continue;
+        T* probability = clean.data + (panel * window + t) * kW;
+        const Vec<T> lse = broadcast<T>(static_cast<T>(s.clean_lse[position]));
+        for (int j = 0; j < kVectors; ++j) store(probability + j * kL, exponential<T>(load(out + j * kL) - lse));
+        for (int64_t j = columns - panel * kW; j < kW; ++j) probability[j] = 0;
+        for (int64_t j = 0; j < kW; ++j)  // exp() ends above zero; a masked logit has probability zero
+          if (out[j] == -std::numeric_limits<T>::infinity()) probability[j] = 0;
+      }
+    }
+  }
+
+  // Consumes one row of a tile: `logits` are kW values in the L1 cache, `here` of them real, from column `first` on.
+  void consume(int64_t i, T* logits, const T* start, const T* probability, int64_t first, int64_t here) {
+    Row<T>& row = rows.data[i];
+    Vec<T> x[kVectors];
+    for (int j = 0; j < kVectors; ++j) x[j] = load(logits + j * kL);
+    if (s.scale != nullptr || here < kW) {
+      for (int j = 0; j < kVectors; ++j) store(logits + j * kL, x[j] * row.scale);
+      for (int64_t j = here; j < kW; ++j) logits[j] = -std::numeric_limits<T>::infinity();
+      for (int j = 0; j < kVectors; ++j) x[j] = load(logits + j * kL);
+    }
+    if (any_above(x, broadcast<T>(row.reference + T(kSlack)))) raise<T>(row, lanes.data[i], logits, here);
+    const Vec<T> reference = broadcast<T>(row.reference);
+    Vec<T> added = exponential<T>(x[0] - reference);
+    for (int j = 1; j < kVectors; ++j) added += exponential<T>(x[j] - reference);
+    lanes.data[i] += added;
+    if (probability != nullptr) {
+      Vec<T> moved{};
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<T> p = load(probability + j * kL);
+        moved += p > 0 ? p * (x[j] - load(start + j * kL)) : Vec<T>{};
+      }
+      change_lanes.data[i] += moved;
+    }
+    const int64_t* tokens = s.tokens + row.position * s.choices;
+    for (int64_t c = 0; c < s.choices; ++c) {
+      const auto offset = static_cast<uint64_t>(tokens[c] - first);
+      if (offset < static_cast<uint64_t>(here) && row.out >= 0) s.picked[row.out * s.choices + c] = logits[offset];
+    }
+  }
+
+  void stripe(int64_t first, int64_t columns) {
+    alignas(64) T tile[kRows * kW];
+    int64_t done = 0;  // blocks of the groups before this one
+    for (int64_t o = block.first_pair, end; o < block.end_pair; o = end) {
+      end = group_end(o);
+      const auto* basis = static_cast<const Source*>(s.basis) + s.group[s.order[o]] * s.basis_stride[0];
+      pack_right<Scheme>(panels.data, basis + first * s.basis_stride[2], s.rank, columns, s.basis_stride[1],
+                         s.basis_stride[2]);
+      const int64_t mine = ((end - o) * window + kRows - 1) / kRows;
+      for (int64_t panel = 0; panel * kW < columns; ++panel) {
+        const T* start = base.data + panel * window * kW;
+        const int64_t here = columns - panel * kW < kW ? columns - panel * kW : kW;
+        for (int64_t b = done; b < done + mine; ++b) {
+          const auto offset = [&](int i) { return (rows.data[b * kRows + i].position - block.first_position) * kW; };
+          multiply<Scheme>(tile, left.data + b * kRows * depth, panels.data + panel * kW * depth, depth,
+                           [&](int i) { return start + offset(i); });
+          for (int i = 0; i < kRows; ++i) {
+            const T* probability = s.clean_lse ? clean.data + panel * window * kW + offset(i) : nullptr;
+            consume(b * kRows + i, tile + i * kW, start + offset(i), probability, first + panel * kW, here);
+          }
+        }
+      }
+      done += mine;
+    }
+  }
+
+  void flush() {
+    for (int64_t i = 0; i < blocks * kRows; ++i) {
+      Row<T>& row = rows.data[i];
+      if (row.reference < std::numeric_limits<T>::infinity()) row.total += sum<T>(lanes.data[i]);
+      lanes.data[i] = Vec<T>{};
+      if (s.clean_lse == nullptr) continue;
+      row.change += sum<T>(change_lanes.data[i]);
+      change_lanes.data[i] = Vec<T>{};
+    }
+  }
+
+  void finish() {
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    for (int64_t i = 0; i < blocks * kRows; ++i) {
+      const Row<T>& row = rows.data[i];
+      if (row.out < 0) continue;
+      double lse = static_cast<double>(row.reference) + std::log(row.total);
+      if (row.reference == infinity && row.total == row.total) lse = infinity;
+      if (row.total < 0.5) lse = -infinity;  // the maximum alone counts 1: every logit is -inf
+      s.lse[row.out] = lse;
+      if (s.change != nullptr) s.change[row.out] = row.change;
+    }
+  }
+
+  void run() {
+    pack_rows();
+    const int64_t width = kPanelsAStripe * kW;
+    int64_t stripes = 0;
+    for (int64_t first = 0; first < s.vocabulary; first += width) {
+      const int64_t columns = s.vocabulary - first < width ? s.vocabulary - first : width;
+      pack_base(first, columns);
+      stripe(first, columns);
+      if (++stripes % kStripesAFlush == 0) flush();
+    }
+    flush();
+    finish();
+  }
+};
+
+template <class Scheme, class Source>
+void run(const SweepArguments& s, const Block& block) {
+  Sweep<Scheme, Source>{s, block}.run();
+}
+
+}  // namespace
+
+// Null where this tier has no such instruction.
+SweepTask sweep_nll(SweepKind kind) {
+  switch (kind) {
+    case SweepKind::fp32: return run<Ieee<float>, float>;
+    case SweepKind::fp64: return run<Ieee<double>, double>;
+    case SweepKind::bf16_inputs: return run<Ieee<float>, BFloat16>;
+#if defined(__AVX512BF16__)
+    case SweepKind::fp32_by_bf16: return run<Bf16Dot, float>;
+    case SweepKind::bf16_by_bf16: return run<Bf16Dot, BFloat16>;
+#endif
+    default: return nullptr;
+  }
+}
+
+}  // namespace fc::cpu::FC_TIER
+
+#else  // the torch-facing half
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "../plan.h"
+#include "isa.h"
+
+namespace fc::cpu {
+
+#define FC_DECLARE(tier)  \
+  namespace tier {        \
+  SweepTask sweep_nll(SweepKind); \
+  }
+FC_FOR_EACH_TIER(FC_DECLARE)
+#undef FC_DECLARE
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+SweepKind kind_of(ScalarType dtype, const std::string& precision) {
+  const bool rounded = precision == "bf16";
+  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision, "', expected 'ieee' or 'bf16' on the CPU");
+  switch (dtype) {
+    case ScalarType::Float: return rounded ? SweepKind::fp32_by_bf16 : SweepKind::fp32;
+    case ScalarType::BFloat16: return rounded ? SweepKind::bf16_by_bf16 : SweepKind::bf16_inputs;
+    case ScalarType::Double:
+      STD_TORCH_CHECK(!rounded, "precision is 'bf16' but base is float64; pass float32 or bfloat16");
+      return SweepKind::fp64;
+    default: STD_TORCH_CHECK(false, "base has an unsupported dtype; expected float32, float64 or bfloat16");
+  }
+}
+
+Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
+  return torch::stable::contiguous(torch::stable::to(x, dtype));
+}
+
+std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
+                                             const Tensor& tokens, const Tensor& group,
+                                             const std::optional<Tensor>& scale,
+                                             const std::optional<Tensor>& clean_lse, const std::string& precision) {
+  STD_TORCH_CHECK(base.dim() == 2, "base has shape ", shape_of(base), ", expected [T, V]");
+  STD_TORCH_CHECK(delta.dim() == 3, "delta has shape ", shape_of(delta), ", expected [P, T, r]");
+  STD_TORCH_CHECK(basis.dim() == 3, "basis has shape ", shape_of(basis), ", expected [G, r, V]");
+  const int64_t T = base.size(0), V = base.size(1), P = delta.size(0), r = delta.size(2), G = basis.size(0);
+  STD_TORCH_CHECK(tokens.dim() == 2, "tokens has shape ", shape_of(tokens), ", expected [T, K]");
+  const int64_t K = tokens.size(1);
+  FC_CHECK_SHAPE(delta, (Shape{P, T, r}));
+  FC_CHECK_SHAPE(basis, (Shape{G, r, V}));
+  FC_CHECK_SHAPE(tokens, (Shape{T, K}));
+  FC_CHECK_SHAPE(group, (Shape{P}));
+  STD_TORCH_CHECK(delta.scalar_type() == base.scalar_type() && basis.scalar_type() == base.scalar_type(),
+                  "base, delta and basis differ in dtype");
+  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && group.scalar_type() == ScalarType::Long,
+                  "tokens and group must be int64");
+  if (scale.has_value()) FC_CHECK_SHAPE(*scale, (Shape{P, T}));
+  if (clean_lse.has_value()) FC_CHECK_SHAPE(*clean_lse, (Shape{T}));
+
+  const SweepKind kind = kind_of(base.scalar_type(), precision);
+  const SweepTask task = [&]() -> SweepTask {
+    switch (current_tier()) {
+#define FC_CASE(tier) \
+  case Tier::tier: return tier::sweep_nll(kind);
+      FC_FOR_EACH_TIER(FC_CASE)
+#undef FC_CASE
+    }
+    return nullptr;
+  }();
+  STD_TORCH_CHECK(task != nullptr, "precision='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
+                  kTierNames[static_cast<int>(current_tier())]);
+
+  const auto fp64 = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
+    return torch::stable::new_empty(base, size, ScalarType::Double);
+  };
+  Tensor lse = fp64({P, T}), picked = fp64({P, T, K}), change = fp64({clean_lse.has_value() ? P : 0, T});
+  const Tensor tokens_c = torch::stable::contiguous(tokens), group_c = torch::stable::contiguous(group);
+  std::optional<Tensor> scale_c, clean_c;
+  if (scale.has_value()) scale_c = contiguous_as(*scale, ScalarType::Double);
+  if (clean_lse.has_value()) clean_c = contiguous_as(*clean_lse, ScalarType::Double);
+
+  const auto* groups = static_cast<const int64_t*>(group_c.data_ptr());
+  for (int64_t p = 0; p < P; ++p)
+    STD_TORCH_CHECK(groups[p] >= 0 && groups[p] < G, "group[", p, "] is ", groups[p], ", expected 0 to ", G - 1);
+  std::vector<int64_t> order(static_cast<size_t>(P));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return groups[a] < groups[b]; });
+
+  const SweepArguments arguments{
+      .base = base.data_ptr(), .delta = delta.data_ptr(), .basis = basis.data_ptr(),
+      .base_stride = {base.stride(0), base.stride(1)},
+      .delta_stride = {delta.stride(0), delta.stride(1), delta.stride(2)},
+      .basis_stride = {basis.stride(0), basis.stride(1), basis.stride(2)},
+      .tokens = static_cast<const int64_t*>(tokens_c.data_ptr()), .group = groups, .order = order.data(),
+      .scale = scale_c.has_value() ? static_cast<const double*>(scale_c->data_ptr()) : nullptr,
+      .clean_lse = clean_c.has_value() ? static_cast<const double*>(clean_c->data_ptr()) : nullptr,
+      .lse = static_cast<double*>(lse.data_ptr()), .picked = static_cast<double*>(picked.data_ptr()),
+      .change = clean_c.has_value() ? static_cast<double*>(change.data_ptr()) : nullptr,
+      .pairs = P, .positions = T, .vocabulary = V, .rank = r, .choices = K};
+
+  const TilePlan plan = plan_tiles(P, T, r * static_cast<int64_t>(base.element_size()), torch::stable::get_num_threads());
+  const int64_t across = plan.tasks ? ceil_div(T, plan.position_block) : 1;
+  torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p = i / across * plan.pair_block, t = i % across * plan.position_block;
+      task(arguments, {p, std::min(p + plan.pair_block, P), t, std::min(t + plan.position_block, T)});
+    }
+  });
+  return {lse, picked, change};
+}
+
+}  // namespace
+}  // namespace fc::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastcircuits, CPU, m) { m.impl("sweep_nll", TORCH_BOX(&fc::cpu::sweep_nll)); }
+
+#endif

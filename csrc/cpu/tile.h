@@ -1,0 +1,159 @@
+// The tile core: a low-rank product consumed by an epilogue before it is stored.
+//
+// A packed block holds kRows rows of the left factor, [k][kRows]; a packed panel holds kColumns columns of the right
+// factor, [k][kColumns]. multiply() runs one block against one panel in registers, starting from given values, and
+// leaves the [kRows][kColumns] tile in a buffer that stays in the L1 cache; the op's epilogue reads it there.
+// A Scheme is a precision: the element types of both factors and how one step multiplies.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "simd.h"
+
+namespace fc::cpu::FC_TIER {
+
+// Scratch of one task, aligned for vectors.
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t count) : count(count), data(static_cast<T*>(std::aligned_alloc(64, (bytes() + 127) / 64 * 64))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  size_t bytes() const { return static_cast<size_t>(count) * sizeof(T); }
+
+  int64_t count;
+  T* data;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+static inline float widen(float x) { return x; }
+static inline double widen(double x) { return x; }
+static inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+static inline uint16_t round_bf16(float x) {  // to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+
+// One multiply-add a step in the accumulator's own type.
+template <class T>
+struct Ieee {
+  using Accumulator = T;
+  using Left = T;
+  using Right = T;
+  static constexpr int64_t kDepth = 1;  // inner indices a step
+  template <class Source>
+  static Left left(const Source* a, int64_t stride, int64_t) {
+    (void)stride;
+    return widen(*a);
+  }
+  template <class Source>
+  static Right right(const Source* b, int64_t stride, int64_t) {
+    (void)stride;
+    return widen(*b);
+  }
+  static Vec<T> step(Vec<T> c, Left a, const Right* b) { return c + broadcast<T>(a) * load(b); }
+};
+
+#if defined(__AVX512BF16__)
+// Two multiply-adds a step: both factors rounded to bfloat16, products and sums in fp32.
+struct Bf16Dot {
+  using Accumulator = float;
+  using Left = uint32_t;
+  using Right = uint32_t;
+  static constexpr int64_t kDepth = 2;
+  template <class Source>
+  static uint32_t pair(const Source* x, int64_t stride, int64_t remaining) {
+    const uint32_t low = round_bf16(widen(*x));
+    return remaining < 2 ? low : low | static_cast<uint32_t>(round_bf16(widen(x[stride]))) << 16;
+  }
+  template <class Source>
+  static Left left(const Source* a, int64_t stride, int64_t remaining) {
+    return pair(a, stride, remaining);
+  }
+  template <class Source>
+  static Right right(const Source* b, int64_t stride, int64_t remaining) {
+    return pair(b, stride, remaining);
+  }
+  static Vec<float> step(Vec<float> c, Left a, const Right* b) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+                                        (__m512bh)_mm512_loadu_si512(b));
+  }
+};
+#endif
+
+template <class Scheme>
+inline constexpr int kWidth = kColumns<typename Scheme::Accumulator>;
+
+template <class Scheme>
+static int64_t steps(int64_t depth) {
+  return (depth + Scheme::kDepth - 1) / Scheme::kDepth;
+}
+
+// Packs one row of the left factor (elements `stride` apart) as row `lane` of a block.
+template <class Scheme, class Source>
+static void pack_left(typename Scheme::Left* block, int lane, const Source* row, int64_t depth, int64_t stride) {
+  for (int64_t k = 0; k < depth; k += Scheme::kDepth, block += kRows)
+    block[lane] = Scheme::left(row + k * stride, stride, depth - k);
+}
+
+// Packs `columns` columns of the right factor, whose rows lie `row_stride` apart and columns `column_stride`, as
+// consecutive panels; the columns past the last are zero.
+template <class Scheme, class Source>
+static void pack_right(typename Scheme::Right* panels, const Source* b, int64_t depth, int64_t columns,
+                       int64_t row_stride, int64_t column_stride) {
+  constexpr int64_t width = kWidth<Scheme>;
+  const int64_t panel_size = steps<Scheme>(depth) * width;
+  const int64_t padded = (columns + width - 1) / width * width;
+  for (int64_t k = 0, s = 0; k < depth; k += Scheme::kDepth, ++s) {
+    const Source* row = b + k * row_stride;
+    for (int64_t first = 0; first < padded; first += width) {
+      typename Scheme::Right* out = panels + first / width * panel_size + s * width;
+      const int64_t here = columns - first < width ? columns - first : width;
+      for (int64_t j = 0; j < here; ++j)
+        out[j] = Scheme::right(row + (first + j) * column_stride, row_stride, depth - k);
+      for (int64_t j = here; j < width; ++j) out[j] = 0;
+    }
+  }
+}
+
+// tile[i] = start(i) + block row i times the panel. `start(i)` points at kColumns values, or is null for zeros.
+template <class Scheme, class Start>
+static inline void multiply(typename Scheme::Accumulator* tile, const typename Scheme::Left* block,
+                            const typename Scheme::Right* panel, int64_t count, Start start) {
+  using T = typename Scheme::Accumulator;
+  constexpr int lanes = kLanes<T>;
+  Vec<T> c[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    const T* from = start(i);
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) c[i][j] = from == nullptr ? Vec<T>{} : load(from + j * lanes);
+  }
+  for (int64_t k = 0; k < count; ++k, block += kRows, panel += kWidth<Scheme>) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) c[i][j] = Scheme::step(c[i][j], block[i], panel + j * lanes);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) store(tile + i * kWidth<Scheme> + j * lanes, c[i][j]);
+}
+
+}  // namespace fc::cpu::FC_TIER

@@ -1,0 +1,13 @@
+// Every op's schema. Kernels register themselves beside their code: csrc/cpu, csrc/cuda, kernels/ (Triton).
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
+  // base [T,V], delta [P,T,r], basis [G,r,V], tokens [T,K], group [P], scale [P,T], clean_lse [T]
+  // -> lse [P,T], logits of `tokens` [P,T,K], E_clean[logits - base] [P,T] (empty without clean_lse); all fp64.
+  // A token outside [0, V) is not in this slice of the vocabulary: its logit is 0.
+  m.def(
+      "sweep_nll(Tensor base, Tensor delta, Tensor basis, Tensor tokens, Tensor group, Tensor? scale, "
+      "Tensor? clean_lse, str precision) -> (Tensor, Tensor, Tensor)");
+  // Operations a second of one instruction mix on all threads: "fma", "bf16" (both in FLOP/s) or "exp".
+  m.def("cpu_rate(str kind, float seconds) -> float");
+}

@@ -1,0 +1,218 @@
+"""From changes of the residual stream to losses, in bounded memory.
+
+Everything that an ablation does to the loss goes through here: low-rank changes of the logits, cut along sequences,
+ablations and the vocabulary, and merged. Beyond the clean logits (one part of the sequences at a time; none with
+`low_memory`) the scratch is a few blocks of at most `BLOCK` bytes, whatever the number of ablations.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.ops import Backend, Precision, sweep_statistics
+from pyfastcircuits.trace import FrozenTrace
+from pyfastcircuits.weights import CircuitWeights
+
+__all__ = ["Change", "Losses", "Options", "change_losses", "stream_losses"]
+
+BLOCK = 12 << 20  # bytes: one block of deltas; a vocabulary slice takes two
+CLEAN_LOGITS = 512 << 20  # bytes of clean logits held at a time, at least one sequence's
+LOW_MEMORY_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep runs; none of it changes which ablations are meant.
+
+    `progress` is called with the number of ablations finished since the last call, times the share of the sequences
+    they cover, so that a whole sweep adds up to the number of ablations.
+    """
+
+    kl: bool = False
+    per_token: bool = False
+    low_memory: bool = False
+    precision: Precision = "ieee"
+    backend: Backend = "auto"
+    progress: Callable[[float], None] | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """Ablations that take something away from the final residual stream through the same rank-r map.
+
+    Attributes:
+        indices: which results these ablations are.
+        rank: r.
+        removed: (trace of some sequences, positions in `indices`) -> [P, B, T, r], before the final norm's scale.
+        basis: columns of the vocabulary -> [r, columns].
+    """
+
+    indices: Sequence[int]
+    rank: int
+    removed: Callable[[FrozenTrace, Sequence[int]], Tensor]
+    basis: Callable[[slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean over sequences and predicting positions, or each position's value with `per_token`."""
+
+    loss: Tensor  # [P] or [P, B, T-1]
+    kl: Tensor | None  # likewise
+    baseline: Tensor  # [] or [B, T-1]
+
+
+def _slices(size: int, width: int) -> Iterator[slice]:
+    return (slice(first, min(first + width, size)) for first in range(0, size, width))
+
+
+def _columns(weights: CircuitWeights, depth: int) -> list[slice]:
+    """Slices of the vocabulary whose [depth, columns] block stays within two BLOCKs."""
+    width = 2 * BLOCK // (weights.compute_dtype.itemsize * max(depth, 1))
+    return list(_slices(weights.d_vocab, max(384, width // 384 * 384)))
+
+
+def unembed_columns(weights: CircuitWeights, columns: slice) -> Tensor:
+    """W_U[:, columns] in the computing dtype."""
+    return weights.W_U[:, columns].to(weights.compute_dtype)
+
+
+class _CleanLogits:
+    """The clean logits of some rows: held, or made again for each slice of the vocabulary."""
+
+    def __init__(self, rows: Tensor, weights: CircuitWeights, held: bool) -> None:
+        self.rows, self.weights = rows, weights
+        self.held: Tensor | None = None
+        if held:
+            self.held = rows.new_empty(len(rows), weights.d_vocab)
+            for columns in _columns(weights, weights.d_model if weights.W_U.dtype != rows.dtype else 1):
+                torch.mm(rows, unembed_columns(weights, columns), out=self.held[:, columns])
+                if weights.b_U is not None:
+                    self.held[:, columns] += weights.b_U[columns]
+
+    def __call__(self, columns: slice) -> Tensor:
+        if self.held is not None:
+            return self.held[:, columns]
+        logits = self.rows @ unembed_columns(self.weights, columns)
+        return logits if self.weights.b_U is None else logits + self.weights.b_U[columns]
+
+
+def _merged(
+    clean: _CleanLogits,
+    delta: Tensor,  # [P, N, r]
+    basis: Callable[[slice], Tensor],
+    columns: list[slice],
+    targets: Tensor,  # [N]
+    clean_lse: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, target logit and expected change over the whole vocabulary, fp64 [P, N]."""
+    group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
+    total: tuple[Tensor, Tensor, Tensor] | None = None
+    for part in columns:
+        statistics = sweep_statistics(
+            clean(part),
+            delta,
+            basis(part)[None],
+            (targets - part.start)[:, None],
+            group,
+            None,
+            clean_lse,
+            options.precision,
+            options.backend,
+        )
+        if total is None:
+            total = statistics
+        else:
+            total = (torch.logaddexp(total[0], statistics[0]), total[1] + statistics[1], total[2] + statistics[2])
+    assert total is not None
+    return total[0], total[1][..., 0], total[2]
+
+
+def _nothing(rows: Tensor) -> Callable[[slice], Tensor]:
+    return lambda columns: rows.new_empty(0, columns.stop - columns.start)
+
+
+def _predicting(stream: Tensor) -> Tensor:
+    """[..., B, T, x] -> [..., B * (T-1), x]: the last position predicts nothing."""
+    return stream[..., :-1, :].flatten(-3, -2)
+
+
+@torch.no_grad()
+def stream_losses(trace: FrozenTrace, streams: Tensor, backend: Backend = "auto") -> Tensor:
+    """NLL [K, B, T-1] when each of `streams` [K, B, T, d] is the final residual stream. No [T, V] is stored."""
+    weights, options = trace.weights, Options(backend=backend)
+    rows = _predicting(trace.normed(streams, weights.n_layers)).flatten(0, 1)
+    targets = trace.tokens[:, 1:].flatten().repeat(len(streams))
+    out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
+    for part in _slices(len(rows), LOW_MEMORY_ROWS):
+        clean = _CleanLogits(rows[part], weights, held=False)
+        columns = _columns(weights, len(rows[part]) + weights.d_model)
+        empty = rows.new_empty(1, len(rows[part]), 0)
+        lse, target, _ = _merged(clean, empty, _nothing(rows), columns, targets[part], None, options)
+        out[part] = (lse - target)[0].to(out.dtype)
+    return out.view(len(streams), trace.tokens.shape[0], -1)
+
+
+@torch.no_grad()
+def change_losses(trace: FrozenTrace, changes: Sequence[Change], options: Options) -> Losses:
+    """Losses of every ablation of every change, in the order their `indices` give."""
+    weights, (sequences, length) = trace.weights, trace.tokens.shape
+    count = sum(len(change.indices) for change in changes)
+    sizes = (count, sequences, length - 1) if options.per_token else (count,)
+    loss = torch.zeros(sizes, dtype=torch.float64, device=weights.device)
+    kl = torch.zeros_like(loss) if options.kl else None
+    baseline = torch.empty(sequences, length - 1, dtype=torch.float64, device=weights.device)
+
+    step = _sequences_at_once(weights, length, max((c.rank for c in changes), default=1), options.low_memory)
+    for part in _slices(sequences, step):
+        here = trace[part]
+        share = (part.stop - part.start) / sequences
+        rows = _predicting(here.normed(here.final, weights.n_layers))
+        scale = here.scales[-1][..., None]
+        targets = here.tokens[:, 1:].flatten()
+        clean = _CleanLogits(rows, weights, held=not options.low_memory)
+        depth = len(rows) + weights.d_model if options.low_memory else 1
+        lse, target, _ = _merged(
+            clean, rows.new_empty(1, len(rows), 0), _nothing(rows), _columns(weights, depth), targets, None, options
+        )
+        clean_lse = lse[0] if options.kl else None
+        baseline[part] = (lse - target)[0].view(-1, length - 1)
+
+        for change in changes:
+            columns = _columns(weights, change.rank + (len(rows) if options.low_memory else 0))
+            basis = change.basis
+            if len(columns) == 1:
+                whole = basis(columns[0])
+                basis = lambda _, whole=whole: whole  # noqa: E731
+            at_once = max(1, BLOCK // (len(rows) * max(change.rank, 8) * rows.element_size()))
+            for chunk in _slices(len(change.indices), at_once):
+                members = range(len(change.indices))[chunk]
+                delta = _predicting(change.removed(here, members) * -scale)
+                lse, target, moved = _merged(clean, delta, basis, columns, targets, clean_lse, options)
+                where = torch.tensor([change.indices[i] for i in members], device=weights.device)
+                _put(loss, where, part, (lse - target).unflatten(-1, (-1, length - 1)), share)
+                if kl is not None and clean_lse is not None:
+                    _put(kl, where, part, (lse - clean_lse - moved).unflatten(-1, (-1, length - 1)), share)
+                if options.progress is not None:
+                    options.progress(len(members) * share)
+    dtype = weights.compute_dtype
+    clean_loss = baseline if options.per_token else baseline.mean()
+    return Losses(loss.to(dtype), None if kl is None else kl.to(dtype), clean_loss.to(dtype))
+
+
+def _sequences_at_once(weights: CircuitWeights, length: int, rank: int, low_memory: bool) -> int:
+    row = weights.compute_dtype.itemsize
+    rows = BLOCK // (row * rank)
+    rows = min(rows, LOW_MEMORY_ROWS if low_memory else CLEAN_LOGITS // (row * weights.d_vocab))
+    return max(1, rows // (length - 1))
+
+
+def _put(out: Tensor, where: Tensor, part: slice, values: Tensor, share: float) -> None:
+    """Store per-token values [P, B, T-1], or add their mean's share of the whole."""
+    if out.dim() == 1:
+        out[where] += values.mean((1, 2)) * share
+    else:
+        out[where, part] = values

@@ -1,0 +1,31 @@
+"""The naive form of every op: materialised, in fp64, readable beside the article."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["sweep_nll"]
+
+
+def sweep_nll(
+    base: Tensor,  # [T, V]
+    delta: Tensor,  # [P, T, r]
+    basis: Tensor,  # [G, r, V]
+    tokens: Tensor,  # [T, K]
+    group: Tensor,  # [P]
+    scale: Tensor | None = None,  # [P, T]
+    clean_lse: Tensor | None = None,  # [T]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logsumexp [P,T], logits of `tokens` [P,T,K] and expected change under the clean run [P,T] (or [0,T]), in fp64."""
+    base, delta, basis = base.double(), delta.double(), basis.double()
+    logits = base + delta @ basis[group]
+    if scale is not None:
+        logits = logits * scale.double()[..., None]
+    here = (tokens >= 0) & (tokens < base.shape[1])
+    index = torch.where(here, tokens, 0).expand(len(delta), -1, -1)
+    picked = torch.where(here, logits.gather(-1, index), 0.0)
+    if clean_lse is None:
+        change = logits.new_empty(0, len(base))
+    else:
+        probability = (base - clean_lse.double()[:, None]).exp()
+        change = torch.where(probability > 0, probability * (logits - base), 0.0).sum(-1)
+    return logits.logsumexp(-1), picked, change

@@ -1,0 +1,276 @@
+"""The weights of a transformer as the article writes them, and their files."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["BUNDLED", "CircuitWeights", "load_weights", "model_folder"]
+
+Positional = Literal["none", "standard", "shortformer", "rotary"]
+Norm = Literal["layernorm", "rmsnorm"]
+POSITIONAL = ("none", "standard", "shortformer", "rotary")
+NORMS = ("layernorm", "rmsnorm")
+BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
+_METADATA = "pyfastcircuits"
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitWeights:
+    """Weights of an attention-only transformer, row-vector convention (`x @ W`), TransformerLens shapes.
+
+    L layers, H heads, Hkv key/value heads (query head h uses kv head h // (H // Hkv)), d d_model, r d_head,
+    V vocabulary. Views are kept, nothing is copied. Tensors share one dtype (float32, float64 or bfloat16; bfloat16
+    is computed in float32) and one device.
+
+    Args:
+        W_E: [V, d].
+        W_Q: [L, H, d, r].
+        W_K: [L, Hkv, d, r].
+        W_V: [L, Hkv, d, r].
+        W_O: [L, H, r, d].
+        W_U: [d, V].
+        W_pos: [n_ctx, d], for positional "standard" and "shortformer".
+        positional: "none"; "standard" (W_pos added to the residual stream); "shortformer" (W_pos added to the inputs
+            of W_Q and W_K only, after the norm); "rotary" (queries and keys rotated).
+        attention_scale: attention scores are divided by it; sqrt(r) if None.
+        norm: None, "layernorm" or "rmsnorm": parameter-free (already folded), before every layer and before W_U.
+        eps: of the norm.
+        b_Q: [L, H, r]; b_K, b_V: [L, Hkv, r]; b_O: [L, d]; b_U: [V]: optional biases.
+        rotary_dim: how many of the r dimensions rotate (first half against second half); r if None.
+        rotary_base: the base of the rotary angles.
+
+    Raises:
+        ValueError: a shape that does not fit (named, with both values), a non-finite weight, an unknown scheme.
+        TypeError: a dtype that is not supported or differs.
+    """
+
+    W_E: Tensor
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    W_O: Tensor
+    W_U: Tensor
+    W_pos: Tensor | None = None
+    _: KW_ONLY
+    positional: Positional = "none"
+    attention_scale: float | None = None
+    norm: Norm | None = None
+    eps: float = 1e-5
+    b_Q: Tensor | None = None
+    b_K: Tensor | None = None
+    b_V: Tensor | None = None
+    b_O: Tensor | None = None
+    b_U: Tensor | None = None
+    rotary_dim: int | None = None
+    rotary_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        """Check everything, once."""
+        self._check_options()
+        self._check_shapes()
+        for name, tensor in self.tensors():
+            _check_values(name, tensor, self.W_E)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of every weight there is."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                yield field.name, value
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return self.W_Q.shape[0]
+
+    @property
+    def n_heads(self) -> int:
+        """H."""
+        return self.W_Q.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        """d."""
+        return self.W_E.shape[1]
+
+    @property
+    def d_head(self) -> int:
+        """r."""
+        return self.W_Q.shape[3]
+
+    @property
+    def d_vocab(self) -> int:
+        """V."""
+        return self.W_E.shape[0]
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Positions the model has, None where there is no table of them."""
+        return None if self.W_pos is None else self.W_pos.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_E.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of results: float32 for bfloat16 weights, else the weights' own."""
+        return torch.float32 if self.W_E.dtype == torch.bfloat16 else self.W_E.dtype
+
+    def heads(self, name: Literal["W_Q", "W_K", "W_V", "W_O"], layer: int) -> Tensor:
+        """One layer's weight for every query head, in the computing dtype: [H, d, r], or [H, r, d] for W_O."""
+        weight: Tensor = getattr(self, name)[layer].to(self.compute_dtype)
+        return weight if len(weight) == self.n_heads else weight.repeat_interleave(self.n_heads // len(weight), 0)
+
+    def value(self, layer: int, head: int) -> Tensor:
+        """W_V of one query head [d, r], in the computing dtype."""
+        return self.W_V[layer, head // (self.n_heads // self.W_V.shape[1])].to(self.compute_dtype)
+
+    def written_bias(self, layer: int) -> Tensor:
+        """What layer writes to every position whatever it attends to: b_O plus every head's b_V @ W_O, [d].
+
+        Rows of an attention pattern sum to 1, so a value bias reaches the residual stream whole.
+        """
+        total = torch.zeros(self.d_model, dtype=self.compute_dtype, device=self.device)
+        if self.b_O is not None:
+            total = total + self.b_O[layer]
+        return total + self.head_biases(layer).sum(0)
+
+    def head_biases(self, layer: int) -> Tensor:
+        """Every head's b_V @ W_O, [H, d]; zeros without a value bias."""
+        if self.b_V is None:
+            return torch.zeros(self.n_heads, self.d_model, dtype=self.compute_dtype, device=self.device)
+        bias = self.b_V[layer].to(self.compute_dtype).repeat_interleave(self.n_heads // self.b_V.shape[1], 0)
+        return torch.einsum("hr,hrd->hd", bias, self.heads("W_O", layer))
+
+    def to(self, target: torch.device | torch.dtype | str) -> "CircuitWeights":
+        """The same weights on another device or in another dtype."""
+        return replace(self, **{name: tensor.to(target) for name, tensor in self.tensors()})
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that load_weights reads."""
+        from safetensors.torch import save_file
+
+        options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith(("W_", "b_"))}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors()}
+        save_file(tensors, path, metadata={_METADATA: json.dumps(options)})
+
+    def _check_options(self) -> None:
+        if self.positional not in POSITIONAL:
+            raise ValueError(f"positional is {self.positional!r}, expected one of {', '.join(POSITIONAL)}")
+        if self.norm is not None and self.norm not in NORMS:
+            raise ValueError(f"norm is {self.norm!r}, expected None or one of {', '.join(NORMS)}")
+        if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):
+            state = "missing" if self.W_pos is None else "given"
+            raise ValueError(f"W_pos is {state}, but positional is {self.positional!r}")
+        if self.attention_scale is not None and not self.attention_scale > 0:
+            raise ValueError(f"attention_scale is {self.attention_scale}, expected a positive number")
+        if not self.eps >= 0:
+            raise ValueError(f"eps is {self.eps}, expected a number of at least 0")
+
+    def _check_shapes(self) -> None:
+        for name, rank in (("W_E", 2), ("W_Q", 4), ("W_K", 4)):
+            tensor = getattr(self, name)
+            if tensor.dim() != rank:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {rank} dimensions")
+        vocabulary, d = self.W_E.shape
+        layers, heads, _, r = self.W_Q.shape
+        kv = self.W_K.shape[1]
+        if vocabulary == 0 or d == 0 or heads == 0 or r == 0 or kv == 0 or heads % kv:
+            raise ValueError(
+                f"W_E is {list(self.W_E.shape)}, W_Q {list(self.W_Q.shape)} and W_K {list(self.W_K.shape)}: sizes must "
+                "not be zero, and W_Q's heads a multiple of W_K's"
+            )
+        shapes: dict[str, tuple[int, ...]] = {
+            "W_Q": (layers, heads, d, r),
+            "W_K": (layers, kv, d, r),
+            "W_V": (layers, kv, d, r),
+            "W_O": (layers, heads, r, d),
+            "W_U": (d, vocabulary),
+            "b_Q": (layers, heads, r),
+            "b_K": (layers, kv, r),
+            "b_V": (layers, kv, r),
+            "b_O": (layers, d),
+            "b_U": (vocabulary,),
+        }
+        if self.W_pos is not None:
+            shapes["W_pos"] = (len(self.W_pos), d)
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}, expected {list(shape)} "
+                    f"(W_E is {list(self.W_E.shape)}, W_Q {list(self.W_Q.shape)}, W_K {list(self.W_K.shape)})"
+                )
+        if self.rotary_dim is not None and not (0 < self.rotary_dim <= r and self.rotary_dim % 2 == 0):
+            raise ValueError(f"rotary_dim is {self.rotary_dim}, expected an even number of at most d_head = {r}")
+        if self.positional == "rotary" and self.rotary_dim is None and r % 2:
+            raise ValueError(f"W_Q has d_head {r}; rotary positions need an even one, or rotary_dim")
+
+
+def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
+    supported = (torch.float32, torch.float64, torch.bfloat16)
+    if tensor.dtype not in supported:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, supported))}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, but W_E has {like.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, but W_E is on {like.device}")
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.detach().aminmax()):
+        place = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name}{place} is {tensor[tuple(place)].item()}: weights must be finite")
+
+
+def model_folder(name_or_path: str | Path) -> Path:
+    """The folder of a bundled model, or of a model on disk: model.safetensors, tokenizer.json, README.md.
+
+    Raises:
+        FileNotFoundError: neither a bundled model nor a folder or file.
+    """
+    if str(name_or_path) in BUNDLED:
+        return Path(__file__).parent / "models" / str(name_or_path)
+    path = Path(name_or_path)
+    if not path.exists():
+        raise FileNotFoundError(f"{name_or_path}: neither a file or folder nor a bundled model ({', '.join(BUNDLED)})")
+    return path if path.is_dir() else path.parent
+
+
+def load_weights(name_or_path: str | Path) -> CircuitWeights:
+    """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: a pickle (never opened: loading one runs code), a corrupt file, tensors that are missing, extra or
+            do not fit.
+        ImportError: the safetensors package is missing.
+    """
+    folder = model_folder(name_or_path)
+    path = Path(name_or_path)
+    file = path if path.is_file() else folder / "model.safetensors"
+    if file.suffix in _PICKLES:
+        raise ValueError(f"{file} is a pickle by its name, and loading one runs code; convert it to safetensors")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError("loading weights needs safetensors: pip install 'pyfastcircuits[cli]'") from error
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    if _METADATA not in metadata:
+        raise ValueError(f"{file} holds no '{_METADATA}' metadata: it was not written by CircuitWeights.save")
+    try:
+        return CircuitWeights(**tensors, **json.loads(metadata[_METADATA]))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} does not hold a CircuitWeights: {error}") from error
