@@ -1,0 +1,138 @@
+"""The command: `pyfastcircuits sweep`."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from pyfastcircuits import report, text
+except ImportError as error:
+    sys.exit(f"the command needs the cli extra ({error}): pip install 'pyfastcircuits[cli]'")
+
+from pyfastcircuits import build_info, load_weights, ops
+from pyfastcircuits.sweep import limit_seconds, run_sweep, worst_tokens
+from pyfastcircuits.weights import CircuitWeights
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+Backend = Enum("Backend", {name: name for name in ops.BACKENDS}, type=str)  # type: ignore[misc]
+Precision = Enum("Precision", {name: name for name in ops.PRECISIONS}, type=str)  # type: ignore[misc]
+Dtype = Enum("Dtype", {str(d).removeprefix("torch."): str(d).removeprefix("torch.") for d in ops.DTYPES}, type=str)  # type: ignore[misc]
+
+
+@app.callback()
+def main() -> None:
+    """Transformer-circuit analysis as fused kernels."""
+
+
+@app.command()
+def info() -> None:
+    """Facts of this build and machine."""
+    for key, value in build_info().items():
+        console.print(f"{key}: {value}", highlight=False)
+
+
+@app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help="a bundled model, or a safetensors file or folder")] = "induction-2l",
+    text_file: Annotated[Path | None, typer.Option("--text", help="a text to run over")] = None,
+    tokens_file: Annotated[Path | None, typer.Option("--tokens", help="token ids: .npy, or text, a row a line")] = None,
+    scope: Annotated[str, typer.Option(help="what a pair's ablation takes out: path")] = "path",
+    top: Annotated[int, typer.Option(min=0, help="pairs to show")] = 10,
+    out: Annotated[Path, typer.Option(help="folder of sweep.parquet, orders.parquet and pairs.png")] = Path("out"),
+    sequences: Annotated[int, typer.Option(min=1, help="at most so many sequences of the text")] = 256,
+    length: Annotated[int, typer.Option(min=2, help="tokens a sequence; at most the model's positions")] = 512,
+    backend: Annotated[Backend, typer.Option()] = Backend.auto,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    precision: Annotated[Precision, typer.Option()] = Precision.ieee,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="never hold the clean logits")] = False,
+) -> None:
+    """Term importance order by order, and the ablation of every pair of heads."""
+    with _errors():
+        if text_file and tokens_file:
+            raise ValueError("--text and --tokens: give one of them")
+        _check_folder(out)
+        weights = _place(load_weights(model), dtype.value, backend.value)
+        shown = text.TokenText(model)
+        if tokens_file:
+            tokens = text.read_tokens(tokens_file)
+        else:
+            content = text_file.read_text(encoding="utf-8", errors="replace") if text_file else text.held_out_text()
+            tokens = text.sequences_of(shown, content, min(length, weights.n_ctx or length), sequences)
+        rows, count = tokens.shape[0] * (tokens.shape[1] - 1), _pairs(weights)
+        console.print(
+            f"{model}: {weights.n_layers} layers, {weights.n_heads} heads, {weights.d_vocab} tokens; "
+            f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens; {count} pairs of heads",
+            highlight=False,
+        )
+        limit = limit_seconds(weights, rows, count, precision.value) if count else None
+        options: dict[str, Any] = {"precision": precision.value, "backend": backend.value}
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("", total=count)
+            result = run_sweep(
+                weights,
+                tokens.to(weights.device),
+                scope=scope,
+                low_memory=low_memory,
+                progress=lambda done: progress.advance(task, done),
+                **options,
+            )
+            progress.update(task, completed=count)
+        console.print(report.order_table(result))
+        if weights.n_layers:
+            console.print(report.marginal_table(result))
+        report.write_orders(result, out / "orders.parquet")
+        report.write_pairs(result.pairs, out / "sweep.parquet")
+        written = ["orders.parquet", "sweep.parquet"]
+        if count:
+            best = [path for path, _ in result.pairs.top(top)]
+            examples = worst_tokens(result.trace, best, context=12, backend=backend.value)
+            console.print(report.pair_table(result.pairs, examples, shown))
+            report.pair_heatmap(result.pairs, out / "pairs.png", f"{model}: every path through two heads")
+            written.append("pairs.png")
+            share = "" if limit is None else f", {limit / result.seconds:.0%} of this machine's limit"
+            console.print(f"{count / result.seconds:.1f} pairs/s of {rows} tokens each{share}", highlight=False)
+        console.print(f"written: {', '.join(str(out / name) for name in written)}", highlight=False)
+
+
+def _pairs(weights: CircuitWeights) -> int:
+    return weights.n_layers * (weights.n_layers - 1) // 2 * weights.n_heads**2
+
+
+def _place(weights: CircuitWeights, dtype: str, backend: str) -> CircuitWeights:
+    on_gpu = backend in ("triton", "cuda") or (backend == "auto" and torch.cuda.is_available())
+    if on_gpu and not torch.cuda.is_available():
+        ops.resolve_backend(backend, torch.device("cuda"))  # says what is missing
+    return weights.to(getattr(torch, dtype)).to("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+
+
+def _check_folder(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot write there ({error.strerror})") from error
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Bad input is one line, not a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, OSError, RuntimeError, ImportError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(1) from None

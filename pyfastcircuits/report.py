@@ -1,0 +1,128 @@
+"""What a sweep shows and writes: tables (rich), Parquet (pyarrow), a heatmap (matplotlib)."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from pyfastcircuits.ablation import AblationResult
+from pyfastcircuits.sweep import Example, Sweep, uniform_loss
+from pyfastcircuits.text import TokenText
+
+__all__ = ["marginal_table", "order_table", "pair_heatmap", "pair_table", "write_orders", "write_pairs"]
+
+# Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
+ARTICLE_ORDERS = (1.8, 5.2, 0.3)
+ARTICLE_MARGINALS = ((1.3, 0.05), (5.2, 4.0))
+
+
+def _order_rows(sweep: Sweep) -> list[tuple[str, float]]:
+    orders = sweep.orders.tolist()
+    names = ["order 0 (direct path)", *(f"order <= {k}" for k in range(1, len(orders)))]
+    rows = [("uniform", uniform_loss(sweep.trace.weights)), *zip(names, orders, strict=True)]
+    return [*rows, ("full model", float(sweep.trace.loss))]
+
+
+def order_table(sweep: Sweep) -> Table:
+    """Loss with the paths of each order added, beside the article's two-layer model."""
+    table = Table(title="Term importance: loss with all paths up to an order, in nats")
+    for name in ("paths", "loss", "fall", "article's fall"):
+        table.add_column(name, justify="left" if name == "paths" else "right")
+    before = None
+    for i, (name, loss) in enumerate(_order_rows(sweep)):
+        article = f"{ARTICLE_ORDERS[i - 1]}" if 1 <= i <= len(ARTICLE_ORDERS) and name != "full model" else ""
+        table.add_row(name, f"{loss:.4f}", "" if before is None else f"{before - loss:.4f}", article)
+        before = loss
+    return table
+
+
+def marginal_table(sweep: Sweep) -> Table:
+    """Each layer's heads as order-1 terms, beside the article's two-layer model."""
+    table = Table(title="Marginal effect of each layer's single-head paths: fall of the loss, in nats")
+    columns = ("given the direct path alone", "article", "given the other layers too", "article")
+    for name in ("layer", *columns):
+        table.add_column(name, justify="right")
+    for layer, values in enumerate(zip(*(m.tolist() for m in sweep.marginals), strict=True)):
+        article = ARTICLE_MARGINALS[layer] if len(sweep.orders) == 3 else ("", "")
+        table.add_row(str(layer + 1), f"{values[0]:.4f}", f"{article[0]}", f"{values[1]:.4f}", f"{article[1]}")
+    return table
+
+
+def pair_table(pairs: AblationResult, examples: list[Example], text: TokenText) -> Table:
+    """The pairs whose ablation raises the loss most, each with the token that suffers most."""
+    table = Table(title="Head pairs whose path matters most: rise of the loss without it, in nats")
+    for name, justify in (("source", "right"), ("dest", "right"), ("rise", "right"), ("kl", "right")):
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    table.add_column("hit hardest: context -> token (loss with, without)")
+    kl = dict(zip(pairs.paths, pairs.kl.tolist(), strict=True)) if pairs.kl is not None else {}
+    for (path, rise), example in zip(pairs.top(len(examples)), examples, strict=True):
+        (a, b), (c, d) = path
+        shown = Text(text(example.context)[-40:], style="dim")
+        shown.append(" -> ").append(repr(text([example.target])), style="bold")
+        shown.append(f" ({example.clean:.2f}, {example.ablated:.2f})")
+        table.add_row(f"{a}.{b}", f"{c}.{d}", f"{rise:+.4f}", f"{kl[path]:.4f}" if kl else "", shown)
+    return table
+
+
+def write_pairs(pairs: AblationResult, file: Path) -> None:
+    """One row for each pair: source_layer, source_head, dest_layer, dest_head, nll, delta_nll, kl (nats)."""
+    heads = pairs.pairs.reshape(-1, 4)
+    names = ("source_layer", "source_head", "dest_layer", "dest_head")
+    columns = {name: pa.array(heads[:, i].numpy(), pa.int32()) for i, name in enumerate(names)}
+    values = {"nll": pairs.loss, "delta_nll": pairs.delta, "kl": pairs.kl}
+    columns |= {name: _floats(x) for name, x in values.items() if x is not None}
+    _write(pa.table(columns), file)
+
+
+def write_orders(sweep: Sweep, file: Path) -> None:
+    """One row for each step of the order table: paths, loss, fall (nats)."""
+    names, losses = zip(*_order_rows(sweep), strict=True)
+    falls = [None, *(a - b for a, b in zip(losses, losses[1:], strict=False))]
+    _write(pa.table({"paths": list(names), "loss": list(losses), "fall": falls}), file)
+
+
+def _floats(x: Tensor) -> pa.Array:
+    return pa.array(x.double().cpu().numpy())
+
+
+def _write(table: pa.Table, file: Path) -> None:
+    """Whole or not at all."""
+    partial = file.with_suffix(".partial")
+    pq.write_table(table, partial)
+    partial.replace(file)
+
+
+def pair_heatmap(pairs: AblationResult, file: Path, title: str) -> None:
+    """Rise of the loss for every pair: sources down, destinations across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    heads = pairs.pairs.tolist()
+    sources = sorted({tuple(pair[0]) for pair in heads})
+    destinations = sorted({tuple(pair[1]) for pair in heads})
+    grid = np.full((len(sources), len(destinations)), np.nan)
+    for (source, destination), rise in zip(heads, pairs.delta.tolist(), strict=True):
+        grid[sources.index(tuple(source)), destinations.index(tuple(destination))] = rise
+    size = max(5.0, 0.45 * len(destinations)), max(4.0, 0.45 * len(sources))
+    figure, axes = plt.subplots(figsize=(min(size[0], 40) + 1.5, min(size[1], 40)), layout="constrained")
+    bound = float(np.nanmax(np.abs(grid))) or 1.0
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound)
+    axes.set_xticks(range(len(destinations)), [f"{a}.{b}" for a, b in destinations], rotation=90)
+    axes.set_yticks(range(len(sources)), [f"{a}.{b}" for a, b in sources])
+    axes.set_xlabel("destination head (layer.head)")
+    axes.set_ylabel("source head (layer.head)")
+    axes.set_title(title)
+    if grid.size <= 400:
+        for (i, j), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                colour = "white" if abs(value) > 0.6 * bound else "black"
+                axes.text(j, i, f"{value:+.3f}", ha="center", va="center", fontsize=6, color=colour)
+    figure.colorbar(image, ax=axes, label="rise of the loss without the path (nats)")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
