@@ -224,8 +224,10 @@ struct Sweep {
       const Row<T>& row = rows.data[i];
       if (row.out < 0) continue;
       double lse = static_cast<double>(row.reference) + std::log(row.total);
-      if (row.reference == infinity && row.total == row.total) lse = infinity;
-      if (row.total < 0.5) lse = -infinity;  // the maximum alone counts 1: every logit is -inf
+      if (row.reference == infinity)
+        lse = row.total == row.total ? infinity : row.total;
+      else if (row.total < 0.5)  // the maximum alone counts 1: every logit is -inf
+        lse = -infinity;
       s.lse[row.out] = lse;
       if (s.change != nullptr) s.change[row.out] = row.change;
     }
