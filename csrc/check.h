@@ -17,7 +17,7 @@ inline std::string shape_of(const Tensor& t) {
   return out + "]";
 }
 
-#define FC_CHECK_SHAPE(tensor, expected)                                                                   \
+#define FC_CHECK_SHAPE(tensor, expected)                                                                           \
   STD_TORCH_CHECK(::fc::has_shape(tensor, expected), #tensor " has shape ", ::fc::shape_of(tensor), ", expected ", \
                   ::fc::shape_text(expected))
 

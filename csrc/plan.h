@@ -1,4 +1,5 @@
-// How work is cut. Torch-free: the ops and the host module share it. No result depends on a plan, only speed and memory.
+// How work is cut. Torch-free: the ops and the host module share it. No result depends on a plan, only speed and
+// memory.
 #pragma once
 
 #include <algorithm>

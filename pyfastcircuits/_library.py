@@ -9,8 +9,10 @@ import torch
 
 _FOLDER = Path(__file__).parent
 
+__all__ = ["build_info", "has_triton", "host"]
+
 try:
-    from pyfastcircuits import _host as host
+    import pyfastcircuits._host as host
 except ImportError as error:
     raise ImportError(
         "pyfastcircuits is not compiled for this Python: run `make build`, or `pip install --no-build-isolation -e .`"
@@ -31,8 +33,9 @@ def has_triton() -> bool:
 def build_info() -> dict[str, Any]:
     """Facts of this build and machine.
 
-    Keys: version, compiler, cuda_architectures (of the linked CUDA kernels, "" if none), cpu_tier (in force; see the
-    environment variable PYFASTCIRCUITS_CPU_TIER), best_cpu_tier, threads, torch, triton (installed), gpu (name or None).
+    Keys: version, compiler, cuda_architectures (of the linked CUDA kernels, "" if none), cpu_tier (in force; the
+    environment variable PYFASTCIRCUITS_CPU_TIER sets it), best_cpu_tier, threads, torch, triton (installed), gpu (name
+    or None).
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts = dict(host.build_facts())

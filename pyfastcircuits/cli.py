@@ -3,16 +3,15 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import torch
 
 try:
     import typer
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from pyfastcircuits import report, text
 except ImportError as error:
@@ -22,12 +21,10 @@ from pyfastcircuits import build_info, load_weights, ops
 from pyfastcircuits.sweep import limit_seconds, run_sweep, worst_tokens
 from pyfastcircuits.weights import CircuitWeights
 
+Dtype = Literal["float32", "float64", "bfloat16"]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
-
-Backend = Enum("Backend", {name: name for name in ops.BACKENDS}, type=str)  # type: ignore[misc]
-Precision = Enum("Precision", {name: name for name in ops.PRECISIONS}, type=str)  # type: ignore[misc]
-Dtype = Enum("Dtype", {str(d).removeprefix("torch."): str(d).removeprefix("torch.") for d in ops.DTYPES}, type=str)  # type: ignore[misc]
 
 
 @app.callback()
@@ -52,9 +49,9 @@ def sweep(
     out: Annotated[Path, typer.Option(help="folder of sweep.parquet, orders.parquet and pairs.png")] = Path("out"),
     sequences: Annotated[int, typer.Option(min=1, help="at most so many sequences of the text")] = 256,
     length: Annotated[int, typer.Option(min=2, help="tokens a sequence; at most the model's positions")] = 512,
-    backend: Annotated[Backend, typer.Option()] = Backend.auto,
-    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
-    precision: Annotated[Precision, typer.Option()] = Precision.ieee,
+    backend: Annotated[ops.Backend, typer.Option(help="which kernels run")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "float32",
+    precision: Annotated[ops.Precision, typer.Option(help="of the multiply-adds")] = "ieee",
     low_memory: Annotated[bool, typer.Option("--low-memory", help="never hold the clean logits")] = False,
 ) -> None:
     """Term importance order by order, and the ablation of every pair of heads."""
@@ -62,7 +59,7 @@ def sweep(
         if text_file and tokens_file:
             raise ValueError("--text and --tokens: give one of them")
         _check_folder(out)
-        weights = _place(load_weights(model), dtype.value, backend.value)
+        weights = _place(load_weights(model), dtype, backend)
         shown = text.TokenText(model)
         if tokens_file:
             tokens = text.read_tokens(tokens_file)
@@ -75,8 +72,8 @@ def sweep(
             f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens; {count} pairs of heads",
             highlight=False,
         )
-        limit = limit_seconds(weights, rows, count, precision.value) if count else None
-        options: dict[str, Any] = {"precision": precision.value, "backend": backend.value}
+        limit = limit_seconds(weights, rows, count, precision) if count else None
+        options: dict[str, Any] = {"precision": precision, "backend": backend}
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=count)
@@ -86,7 +83,8 @@ def sweep(
                 scope=scope,
                 low_memory=low_memory,
                 progress=lambda done: progress.advance(task, done),
-                **options,
+                precision=precision,
+                backend=backend,
             )
             progress.update(task, completed=count)
         console.print(report.order_table(result))
@@ -97,13 +95,24 @@ def sweep(
         written = ["orders.parquet", "sweep.parquet"]
         if count:
             best = [path for path, _ in result.pairs.top(top)]
-            examples = worst_tokens(result.trace, best, context=12, backend=backend.value)
+            examples = worst_tokens(result.trace, best, context=12, backend=backend)
             console.print(report.pair_table(result.pairs, examples, shown))
             report.pair_heatmap(result.pairs, out / "pairs.png", f"{model}: every path through two heads")
             written.append("pairs.png")
             share = "" if limit is None else f", {limit / result.seconds:.0%} of this machine's limit"
             console.print(f"{count / result.seconds:.1f} pairs/s of {rows} tokens each{share}", highlight=False)
         console.print(f"written: {', '.join(str(out / name) for name in written)}", highlight=False)
+
+
+def _progress() -> bars.Progress:
+    return bars.Progress(
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("pairs"),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _pairs(weights: CircuitWeights) -> int:

@@ -7,6 +7,7 @@ ablations and the vocabulary, and merged. Beyond the clean logits (one part of t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -131,6 +132,10 @@ def _merged(
     return total[0], total[1][..., 0], total[2]
 
 
+def _always(block: Tensor, columns: slice) -> Tensor:
+    return block
+
+
 def _nothing(rows: Tensor) -> Callable[[slice], Tensor]:
     return lambda columns: rows.new_empty(0, columns.stop - columns.start)
 
@@ -186,7 +191,7 @@ def change_losses(trace: FrozenTrace, changes: Sequence[Change], options: Option
             basis = change.basis
             if len(columns) == 1:
                 whole = basis(columns[0])
-                basis = lambda _, whole=whole: whole  # noqa: E731
+                basis = partial(_always, whole)
             at_once = max(1, BLOCK // (len(rows) * max(change.rank, 8) * rows.element_size()))
             for chunk in _slices(len(change.indices), at_once):
                 members = range(len(change.indices))[chunk]

@@ -73,10 +73,11 @@ def sweep_statistics(
         from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton as kernel
     else:
         kernel = torch.ops.pyfastcircuits.sweep_nll
-    return kernel(base, delta, basis, tokens, group, scale, clean_lse, precision)
+    lse, picked, change = kernel(base, delta, basis, tokens, group, scale, clean_lse, precision)
+    return lse, picked, change
 
 
-@torch.library.register_fake("pyfastcircuits::sweep_nll")
+@torch.library.register_fake("pyfastcircuits::sweep_nll")  # type: ignore[untyped-decorator]
 def sweep_nll_fake(
     base: Tensor,
     delta: Tensor,
@@ -214,8 +215,12 @@ def _check_sweep(
         raise ValueError(f"base has shape {list(base.shape)}, expected [T, V]")
     positions, vocabulary = base.shape
     pairs, _, rank = delta.shape
-    expected = [("delta", delta, (pairs, positions, rank)), ("basis", basis, (len(basis), rank, vocabulary))]
-    expected += [("group", group, (pairs,)), *((name, t, (positions,)) for name, t in tokens)]
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("delta", delta, (pairs, positions, rank)),
+        ("basis", basis, (len(basis), rank, vocabulary)),
+        ("group", group, (pairs,)),
+    ]
+    expected += [(name, t, (positions,)) for name, t in tokens]
     if scale is not None:
         expected.append(("scale", scale, (pairs, positions)))
     for name, tensor, shape in expected:

@@ -1,7 +1,8 @@
 """Path expansion: the model as a sum of paths through its attention heads (Elhage et al. 2021, "Path Expansion")."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ __all__ = [
 ]
 
 Path = tuple[tuple[int, int], ...]
+Key = TypeVar("Key", bound=Hashable)
 
 
 def count_paths(n_layers: int, n_heads: int) -> list[int]:
     """Number of paths of each order 0..n_layers: C(n_layers, order) * n_heads**order."""
-    return _library.host.count_paths(n_layers, n_heads)  # type: ignore[no-any-return]
+    counts: list[int] = _library.host.count_paths(n_layers, n_heads)
+    return counts
 
 
 def enumerate_paths(n_layers: int, n_heads: int, order: int) -> list[Path]:
@@ -55,7 +58,7 @@ def checked_path(weights: CircuitWeights, path: Iterable[Sequence[int]]) -> Path
                 f"path {out} goes through head {layer}.{head}; the model has layers 0 to {weights.n_layers - 1} "
                 f"and heads 0 to {weights.n_heads - 1}"
             )
-    if any(a[0] >= b[0] for a, b in zip(out, out[1:], strict=False)):
+    if any(a[0] >= b[0] for a, b in pairwise(out)):
         raise ValueError(f"path {out}: layers must increase from one head to the next")
     return out
 
@@ -81,8 +84,8 @@ def path_values(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
     return out
 
 
-def _grouped(items: Sequence, key) -> Iterator[tuple]:  # type: ignore[type-arg, no-untyped-def]
-    groups: dict = {}  # type: ignore[type-arg]
+def _grouped(items: Sequence[Path], key: Callable[[Path], Key]) -> Iterator[tuple[Key, list[int]]]:
+    groups: dict[Key, list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault(key(item), []).append(i)
     return iter(groups.items())
@@ -92,7 +95,8 @@ def _mixed(pattern: Tensor, values: Tensor) -> Tensor:
     """One pattern [B, T, T] applied to values [P, B, T, r], as one matrix product a sequence."""
     pairs, _, _, r = values.shape
     flat = values.permute(1, 2, 0, 3).flatten(2)
-    return (pattern @ flat).unflatten(-1, (pairs, r)).permute(2, 0, 1, 3)
+    mixed: Tensor = (pattern @ flat).unflatten(-1, (pairs, r))
+    return mixed.permute(2, 0, 1, 3)
 
 
 @torch.no_grad()
@@ -183,7 +187,7 @@ def layer_marginals(trace: FrozenTrace, *, backend: Backend = "auto") -> LayerMa
     return LayerMarginals(direct - added, left - whole)
 
 
-def _in_parts(trace: FrozenTrace, count: int, streams, backend: Backend) -> Tensor:  # type: ignore[no-untyped-def]
+def _in_parts(trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace], Tensor], backend: Backend) -> Tensor:
     """stream_losses of `streams(part)` over parts of the sequences that keep count + heads streams near two BLOCKs."""
     sequences, length = trace.tokens.shape
     row = trace.weights.compute_dtype.itemsize * trace.weights.d_model

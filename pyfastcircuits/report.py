@@ -1,5 +1,6 @@
 """What a sweep shows and writes: tables (rich), Parquet (pyarrow), a heatmap (matplotlib)."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -80,7 +81,7 @@ def write_pairs(pairs: AblationResult, file: Path) -> None:
 def write_orders(sweep: Sweep, file: Path) -> None:
     """One row for each step of the order table: paths, loss, fall (nats)."""
     names, losses = zip(*_order_rows(sweep), strict=True)
-    falls = [None, *(a - b for a, b in zip(losses, losses[1:], strict=False))]
+    falls = [None, *(a - b for a, b in pairwise(losses))]
     _write(pa.table({"paths": list(names), "loss": list(losses), "fall": falls}), file)
 
 

@@ -63,7 +63,7 @@ def limit_seconds(weights: CircuitWeights, rows: int, pairs: int, precision: Pre
     if weights.device.type != "cpu" or weights.compute_dtype != torch.float32 or precision == "tf32":
         return None
     kind = "fma" if precision == "ieee" else "bf16"
-    flops, exps = (torch.ops.pyfastcircuits.cpu_rate(k, 0.2) for k in (kind, "exp"))
+    flops, exps = (float(torch.ops.pyfastcircuits.cpu_rate(k, 0.2)) for k in (kind, "exp"))
     logits = float(pairs * rows * weights.d_vocab)
     return logits * 2 * weights.d_head / flops + logits / exps
 

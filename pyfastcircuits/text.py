@@ -89,7 +89,9 @@ def read_tokens(file: Path) -> Tensor:
         except (ValueError, EOFError) as error:
             raise ValueError(f"{file} is not a readable .npy array: {error}") from error
         if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-            raise ValueError(f"{file} holds {array.dtype} of shape {list(array.shape)}, expected integers [T] or [B, T]")
+            raise ValueError(
+                f"{file} holds {array.dtype} of shape {list(array.shape)}, expected integers [T] or [B, T]"
+            )
         return torch.from_numpy(array.astype(np.int64)).reshape(-1, array.shape[-1])
     try:
         rows = [[int(word) for word in line.split()] for line in file.read_text().splitlines() if line.strip()]

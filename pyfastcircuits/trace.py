@@ -123,7 +123,9 @@ def trace(weights: CircuitWeights, tokens: Tensor) -> FrozenTrace:
     for layer in range(weights.n_layers):
         scales.append(_norm_scale(residual, weights))
         normed = centered(residual, weights) * scales[-1][..., None]
-        addressed = normed + positions if weights.positional == "shortformer" else normed
+        addressed = normed
+        if weights.positional == "shortformer" and positions is not None:
+            addressed = normed + positions
         patterns.append(_pattern(addressed, layer, weights))
         values = normed[:, None] @ weights.heads("W_V", layer)
         written = (patterns[-1] @ values).transpose(1, 2).flatten(2) @ weights.heads("W_O", layer).flatten(0, 1)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -152,7 +152,8 @@ class CircuitWeights:
 
     def to(self, target: torch.device | torch.dtype | str) -> "CircuitWeights":
         """The same weights on another device or in another dtype."""
-        return replace(self, **{name: tensor.to(target) for name, tensor in self.tensors()})
+        moved: dict[str, Any] = {name: tensor.to(target) for name, tensor in self.tensors()}
+        return replace(self, **moved)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that load_weights reads."""

@@ -57,9 +57,7 @@ def torch_form(base, delta, basis, tokens, group, scale=None, clean_lse=None, pr
 
 
 def check(arguments: dict[str, Tensor], precision="ieee", **more) -> None:
-    ours = torch.ops.pyfastcircuits.sweep_nll(
-        *arguments.values(), more.get("scale"), more.get("clean_lse"), precision
-    )
+    ours = torch.ops.pyfastcircuits.sweep_nll(*arguments.values(), more.get("scale"), more.get("clean_lse"), precision)
     rounded = dict(arguments)
     if precision == "bf16":  # the op's stated error is the rounding of its factors; the rest must be as exact as ever
         rounded |= {name: arguments[name].bfloat16() for name in ("delta", "basis")}
@@ -229,14 +227,22 @@ def test_nothing_changed_is_the_clean_loss_with_no_divergence():
 
 BAD = {
     "base": (lambda a: a | {"base": a["base"][0]}, ValueError, r"base has shape \[1001\], expected \[T, V\]"),
-    "delta": (lambda a: a | {"delta": a["delta"][:, :4]}, ValueError, r"delta has shape \[7, 4, 37\], expected \[7, 13"),
+    "delta": (
+        lambda a: a | {"delta": a["delta"][:, :4]},
+        ValueError,
+        r"delta has shape \[7, 4, 37\], expected \[7, 13",
+    ),
     "delta rank": (lambda a: a | {"delta": a["delta"][0]}, ValueError, r"delta has shape .*expected \[P, T, r\]"),
     "basis": (lambda a: a | {"basis": a["basis"][..., 1:]}, ValueError, r"basis has shape \[3, 37, 1000\], expected"),
     "targets": (lambda a: a | {"targets": a["targets"][1:]}, ValueError, r"targets has shape \[12\], expected \[13\]"),
     "group shape": (lambda a: a | {"group": a["group"][1:]}, ValueError, r"group has shape \[6\], expected \[7\]"),
     "group missing": (lambda a: a | {"group": None}, ValueError, "basis holds 3 groups, but group is None"),
     "group value": (lambda a: a | {"group": a["group"] + 2}, IndexError, r"group\[\d\] is \d, expected 0 to 2"),
-    "target value": (lambda a: a | {"targets": a["targets"] + 900}, IndexError, r"targets\[\d+\] is 1\d+, expected 0 to"),
+    "target value": (
+        lambda a: a | {"targets": a["targets"] + 900},
+        IndexError,
+        r"targets\[\d+\] is 1\d+, expected 0 to",
+    ),
     "target type": (lambda a: a | {"targets": a["targets"] * 1.0}, TypeError, "targets has dtype torch.float32"),
     "dtype": (lambda a: a | {"delta": a["delta"].double()}, TypeError, "delta has dtype torch.float64, but base has"),
     "half": (lambda a: a | {"base": a["base"].half()}, TypeError, "base has dtype torch.float16, expected one of"),

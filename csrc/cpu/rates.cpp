@@ -45,12 +45,16 @@ int64_t exp_loop(int64_t rounds, float* sink) {
 
 RateLoop rate_loop(Rate rate) {
   switch (rate) {
-    case Rate::fma: return multiply_loop<Ieee<float>>;
-    case Rate::exp: return exp_loop;
+    case Rate::fma:
+      return multiply_loop<Ieee<float>>;
+    case Rate::exp:
+      return exp_loop;
 #if defined(__AVX512BF16__)
-    case Rate::bf16: return multiply_loop<Bf16Dot>;
+    case Rate::bf16:
+      return multiply_loop<Bf16Dot>;
 #endif
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 
@@ -68,8 +72,8 @@ RateLoop rate_loop(Rate rate) {
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier) \
-  namespace tier {       \
+#define FC_DECLARE(tier)    \
+  namespace tier {          \
   RateLoop rate_loop(Rate); \
   }
 FC_FOR_EACH_TIER(FC_DECLARE)
@@ -83,8 +87,10 @@ double cpu_rate(const std::string& kind, double seconds) {
   const Rate rate = kind == "fma" ? Rate::fma : kind == "exp" ? Rate::exp : Rate::bf16;
   RateLoop loop = nullptr;
   switch (current_tier()) {
-#define FC_CASE(tier) \
-  case Tier::tier: loop = tier::rate_loop(rate); break;
+#define FC_CASE(tier)             \
+  case Tier::tier:                \
+    loop = tier::rate_loop(rate); \
+    break;
     FC_FOR_EACH_TIER(FC_CASE)
 #undef FC_CASE
   }

@@ -7,11 +7,11 @@ namespace fc::cpu {
 struct SweepArguments {
   const void *base, *delta, *basis;  // [T,V], [P,T,r], [G,r,V] of one type, any strides
   int64_t base_stride[2], delta_stride[3], basis_stride[3];
-  const int64_t* tokens;    // [T,K]; outside [0, V): absent from this vocabulary slice
-  const int64_t* group;     // [P]
-  const int64_t* order;     // [P]: ablations sorted by group
-  const double* scale;      // [P,T] or null
-  const double* clean_lse;  // [T] or null
+  const int64_t* tokens;          // [T,K]; outside [0, V): absent from this vocabulary slice
+  const int64_t* group;           // [P]
+  const int64_t* order;           // [P]: ablations sorted by group
+  const double* scale;            // [P,T] or null
+  const double* clean_lse;        // [T] or null
   double *lse, *picked, *change;  // [P,T], [P,T,K], [P,T] or null
   int64_t pairs, positions, vocabulary, rank, choices;
 };
@@ -39,8 +39,8 @@ namespace {
 // Exponents are taken from a row's reference value, raised only when a logit exceeds it by this much: sums stay far
 // from overflow and the exp of a logit near the maximum loses nothing.
 constexpr double kSlack = 8;
-constexpr int64_t kPanelsAStripe = 8;    // packed together: long reads of base and basis
-constexpr int64_t kStripesAFlush = 8;    // lanes hold at most 192 addends before they join the fp64 total
+constexpr int64_t kPanelsAStripe = 8;  // packed together: long reads of base and basis
+constexpr int64_t kStripesAFlush = 8;  // lanes hold at most 192 addends before they join the fp64 total
 
 template <class T>
 struct Row {  // one (ablation, position)
@@ -120,8 +120,7 @@ struct Sweep {
     std::memset(static_cast<void*>(lanes.data), 0, lanes.bytes());
     std::memset(static_cast<void*>(change_lanes.data), 0, change_lanes.bytes());
     for (int64_t j = 0; j < i; ++j)
-      for (int64_t c = 0; c < s.choices && rows.data[j].out >= 0; ++c)
-        s.picked[rows.data[j].out * s.choices + c] = 0;
+      for (int64_t c = 0; c < s.choices && rows.data[j].out >= 0; ++c) s.picked[rows.data[j].out * s.choices + c] = 0;
   }
 
   static Row<T> fresh(int64_t out, int64_t position, T scale) {
@@ -258,14 +257,20 @@ void run(const SweepArguments& s, const Block& block) {
 // Null where this tier has no such instruction.
 SweepTask sweep_nll(SweepKind kind) {
   switch (kind) {
-    case SweepKind::fp32: return run<Ieee<float>, float>;
-    case SweepKind::fp64: return run<Ieee<double>, double>;
-    case SweepKind::bf16_inputs: return run<Ieee<float>, BFloat16>;
+    case SweepKind::fp32:
+      return run<Ieee<float>, float>;
+    case SweepKind::fp64:
+      return run<Ieee<double>, double>;
+    case SweepKind::bf16_inputs:
+      return run<Ieee<float>, BFloat16>;
 #if defined(__AVX512BF16__)
-    case SweepKind::fp32_by_bf16: return run<Bf16Dot, float>;
-    case SweepKind::bf16_by_bf16: return run<Bf16Dot, BFloat16>;
+    case SweepKind::fp32_by_bf16:
+      return run<Bf16Dot, float>;
+    case SweepKind::bf16_by_bf16:
+      return run<Bf16Dot, BFloat16>;
 #endif
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 
@@ -288,8 +293,8 @@ SweepTask sweep_nll(SweepKind kind) {
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier)  \
-  namespace tier {        \
+#define FC_DECLARE(tier)          \
+  namespace tier {                \
   SweepTask sweep_nll(SweepKind); \
   }
 FC_FOR_EACH_TIER(FC_DECLARE)
@@ -301,14 +306,18 @@ using torch::headeronly::ScalarType;
 
 SweepKind kind_of(ScalarType dtype, const std::string& precision) {
   const bool rounded = precision == "bf16";
-  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision, "', expected 'ieee' or 'bf16' on the CPU");
+  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
+                  "', expected 'ieee' or 'bf16' on the CPU");
   switch (dtype) {
-    case ScalarType::Float: return rounded ? SweepKind::fp32_by_bf16 : SweepKind::fp32;
-    case ScalarType::BFloat16: return rounded ? SweepKind::bf16_by_bf16 : SweepKind::bf16_inputs;
+    case ScalarType::Float:
+      return rounded ? SweepKind::fp32_by_bf16 : SweepKind::fp32;
+    case ScalarType::BFloat16:
+      return rounded ? SweepKind::bf16_by_bf16 : SweepKind::bf16_inputs;
     case ScalarType::Double:
       STD_TORCH_CHECK(!rounded, "precision is 'bf16' but base is float64; pass float32 or bfloat16");
       return SweepKind::fp64;
-    default: STD_TORCH_CHECK(false, "base has an unsupported dtype; expected float32, float64 or bfloat16");
+    default:
+      STD_TORCH_CHECK(false, "base has an unsupported dtype; expected float32, float64 or bfloat16");
   }
 }
 
@@ -318,8 +327,8 @@ Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
 
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
                                              const Tensor& tokens, const Tensor& group,
-                                             const std::optional<Tensor>& scale,
-                                             const std::optional<Tensor>& clean_lse, const std::string& precision) {
+                                             const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
+                                             const std::string& precision) {
   STD_TORCH_CHECK(base.dim() == 2, "base has shape ", shape_of(base), ", expected [T, V]");
   STD_TORCH_CHECK(delta.dim() == 3, "delta has shape ", shape_of(delta), ", expected [P, T, r]");
   STD_TORCH_CHECK(basis.dim() == 3, "basis has shape ", shape_of(basis), ", expected [G, r, V]");
@@ -341,7 +350,8 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
   const SweepTask task = [&]() -> SweepTask {
     switch (current_tier()) {
 #define FC_CASE(tier) \
-  case Tier::tier: return tier::sweep_nll(kind);
+  case Tier::tier:    \
+    return tier::sweep_nll(kind);
       FC_FOR_EACH_TIER(FC_CASE)
 #undef FC_CASE
     }
@@ -367,18 +377,28 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return groups[a] < groups[b]; });
 
   const SweepArguments arguments{
-      .base = base.data_ptr(), .delta = delta.data_ptr(), .basis = basis.data_ptr(),
+      .base = base.data_ptr(),
+      .delta = delta.data_ptr(),
+      .basis = basis.data_ptr(),
       .base_stride = {base.stride(0), base.stride(1)},
       .delta_stride = {delta.stride(0), delta.stride(1), delta.stride(2)},
       .basis_stride = {basis.stride(0), basis.stride(1), basis.stride(2)},
-      .tokens = static_cast<const int64_t*>(tokens_c.data_ptr()), .group = groups, .order = order.data(),
+      .tokens = static_cast<const int64_t*>(tokens_c.data_ptr()),
+      .group = groups,
+      .order = order.data(),
       .scale = scale_c.has_value() ? static_cast<const double*>(scale_c->data_ptr()) : nullptr,
       .clean_lse = clean_c.has_value() ? static_cast<const double*>(clean_c->data_ptr()) : nullptr,
-      .lse = static_cast<double*>(lse.data_ptr()), .picked = static_cast<double*>(picked.data_ptr()),
+      .lse = static_cast<double*>(lse.data_ptr()),
+      .picked = static_cast<double*>(picked.data_ptr()),
       .change = clean_c.has_value() ? static_cast<double*>(change.data_ptr()) : nullptr,
-      .pairs = P, .positions = T, .vocabulary = V, .rank = r, .choices = K};
+      .pairs = P,
+      .positions = T,
+      .vocabulary = V,
+      .rank = r,
+      .choices = K};
 
-  const TilePlan plan = plan_tiles(P, T, r * static_cast<int64_t>(base.element_size()), torch::stable::get_num_threads());
+  const TilePlan plan =
+      plan_tiles(P, T, r * static_cast<int64_t>(base.element_size()), torch::stable::get_num_threads());
   const int64_t across = plan.tasks ? ceil_div(T, plan.position_block) : 1;
   torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

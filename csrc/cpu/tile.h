@@ -17,7 +17,8 @@ namespace fc::cpu::FC_TIER {
 // Scratch of one task, aligned for vectors.
 template <class T>
 struct Buffer {
-  explicit Buffer(int64_t count) : count(count), data(static_cast<T*>(std::aligned_alloc(64, (bytes() + 127) / 64 * 64))) {
+  explicit Buffer(int64_t count)
+      : count(count), data(static_cast<T*>(std::aligned_alloc(64, (bytes() + 127) / 64 * 64))) {
     if (data == nullptr) throw std::bad_alloc();
   }
   ~Buffer() { std::free(data); }

@@ -38,8 +38,7 @@ void extend(Path& path, int64_t from, int64_t layers, int64_t heads, int64_t ord
 }
 
 std::vector<Path> enumerate_paths(int64_t layers, int64_t heads, int64_t order) {
-  if (layers < 0 || heads < 0 || order < 0)
-    throw std::invalid_argument("layers, heads and order must not be negative");
+  if (layers < 0 || heads < 0 || order < 0) throw std::invalid_argument("layers, heads and order must not be negative");
   std::vector<Path> out;
   Path path;
   extend(path, 0, layers, heads, order, out);
