@@ -73,9 +73,7 @@ def sweep(
             highlight=False,
         )
         limit = limit_seconds(weights, rows, count, precision) if count else None
-        options: dict[str, Any] = {"precision": precision, "backend": backend}
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
+        with _progress() as progress:
             task = progress.add_task("", total=count)
             result = run_sweep(
                 weights,
