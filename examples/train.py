@@ -232,8 +232,8 @@ def card(name: str, recipe: Recipe, folder: Path, losses: list[tuple[int, float]
         f"- {recipe.steps} steps of AdamW, rate {recipe.learning_rate}."
         + (
             f" Steps 1 to {recipe.random_steps} hold only repeated random tokens (32 rows of 96); after that a step "
-            f"holds {recipe.repeated_rows} such rows and {text_rows_a_step} of text. Text alone did not bring induction "
-            "about in the time there was: the repeated rows are mixed in on purpose."
+            f"holds {recipe.repeated_rows} such rows and {text_rows_a_step} of text. The repeated rows are mixed in on purpose: "
+            "they bring induction about within minutes."
             if recipe.repeated_rows
             else f" A step holds {recipe.rows} rows of text."
         )

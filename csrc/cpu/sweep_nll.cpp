@@ -106,10 +106,10 @@ struct Sweep {
     int64_t i = 0;
     for (int64_t first = block.first_pair, end; first < block.end_pair; first = end) {
       end = group_end(first);
-      for (int64_t o = first; o < end; ++o) {
-        const int64_t p = s.order[o];
-        for (int64_t t = block.first_position; t < block.end_position; ++t, ++i) {
-          const int64_t out = p * s.positions + t;
+      // Positions outermost: a row of clean logits stays in the L1 cache for all the ablations that start from it.
+      for (int64_t t = block.first_position; t < block.end_position; ++t) {
+        for (int64_t o = first; o < end; ++o, ++i) {
+          const int64_t p = s.order[o], out = p * s.positions + t;
           pack_left<Scheme>(left.data + i / kRows * kRows * depth, static_cast<int>(i % kRows),
                             delta + p * s.delta_stride[0] + t * s.delta_stride[1], s.rank, s.delta_stride[2]);
           rows.data[i] = fresh(out, t, s.scale ? static_cast<T>(s.scale[out]) : T(1));
@@ -129,25 +129,28 @@ struct Sweep {
 
   // The clean logits of a stripe as [panel][position][kW], and their probabilities where a change is asked for.
   void pack_base(int64_t first, int64_t columns) {
-    const auto* source = static_cast<const Source*>(s.base);
+    const auto* source = static_cast<const Source*>(s.base) + first * s.base_stride[1];
     for (int64_t t = 0; t < window; ++t) {
-      const int64_t position = block.first_position + t;
-      const Source* from = source + position * s.base_stride[0] + first * s.base_stride[1];
+      const Source* row = source + (block.first_position + t) * s.base_stride[0];
       for (int64_t panel = 0; panel * kW < columns; ++panel) {
-        T* out = base.data + (panel * window + t) * kW;
-        for (int64_t j = 0; j < kW; ++j) {
-          const int64_t v = panel * kW + j;
-          out[j] = v < columns ? widen(from[v * s.base_stride[1]]) : T(0);
-        }
-        if (s.clean_lse == nullptr) continue;
-        T* probability = clean.data + (panel * window + t) * kW;
-        const Vec<T> lse = broadcast<T>(static_cast<T>(s.clean_lse[position]));
-        for (int j = 0; j < kVectors; ++j) store(probability + j * kL, exponential<T>(load(out + j * kL) - lse));
-        for (int64_t j = columns - panel * kW; j < kW; ++j) probability[j] = 0;
-        for (int64_t j = 0; j < kW; ++j)  // exp() ends above zero; a masked logit has probability zero
-          if (out[j] == -std::numeric_limits<T>::infinity()) probability[j] = 0;
+        const int64_t here = columns - panel * kW < kW ? columns - panel * kW : kW;
+        T* __restrict out = base.data + (panel * window + t) * kW;
+        with_stride(s.base_stride[1], [&](auto stride) {
+          for (int64_t j = 0; j < here; ++j) out[j] = widen(row[(panel * kW + j) * stride]);
+        });
+        for (int64_t j = here; j < kW; ++j) out[j] = 0;
+        if (s.clean_lse != nullptr) pack_probabilities(panel * window + t, here);
       }
     }
+  }
+
+  void pack_probabilities(int64_t row, int64_t here) {
+    const T* logits = base.data + row * kW;
+    T* out = clean.data + row * kW;
+    const Vec<T> lse = broadcast<T>(static_cast<T>(s.clean_lse[block.first_position + row % window]));
+    for (int j = 0; j < kVectors; ++j) store(out + j * kL, exponential<T>(load(logits + j * kL) - lse));
+    for (int64_t j = 0; j < kW; ++j)  // exp() ends above zero; a masked logit has probability zero
+      if (j >= here || logits[j] == -std::numeric_limits<T>::infinity()) out[j] = 0;
   }
 
   // Consumes one row of a tile: `logits` are kW values in the L1 cache, `here` of them real, from column `first` on.

@@ -112,6 +112,18 @@ static void pack_left(typename Scheme::Left* block, int lane, const Source* row,
     block[lane] = Scheme::left(row + k * stride, stride, depth - k);
 }
 
+// Calls f with the stride as a compile-time 1 where it is 1: such loops become vector loads.
+template <class F>
+static inline void with_stride(int64_t stride, F f) {
+  struct One {
+    constexpr operator int64_t() const { return 1; }
+  };
+  if (stride == 1)
+    f(One{});
+  else
+    f(stride);
+}
+
 // Packs `columns` columns of the right factor, whose rows lie `row_stride` apart and columns `column_stride`, as
 // consecutive panels; the columns past the last are zero.
 template <class Scheme, class Source>
@@ -119,17 +131,17 @@ static void pack_right(typename Scheme::Right* panels, const Source* b, int64_t 
                        int64_t row_stride, int64_t column_stride) {
   constexpr int64_t width = kWidth<Scheme>;
   const int64_t panel_size = steps<Scheme>(depth) * width;
-  const int64_t padded = (columns + width - 1) / width * width;
-  for (int64_t k = 0, s = 0; k < depth; k += Scheme::kDepth, ++s) {
-    const Source* row = b + k * row_stride;
-    for (int64_t first = 0; first < padded; first += width) {
-      typename Scheme::Right* out = panels + first / width * panel_size + s * width;
-      const int64_t here = columns - first < width ? columns - first : width;
-      for (int64_t j = 0; j < here; ++j)
-        out[j] = Scheme::right(row + (first + j) * column_stride, row_stride, depth - k);
-      for (int64_t j = here; j < width; ++j) out[j] = 0;
+  with_stride(column_stride, [&](auto stride) {
+    for (int64_t k = 0, s = 0; k < depth; k += Scheme::kDepth, ++s) {
+      const Source* row = b + k * row_stride;
+      for (int64_t first = 0; first < columns; first += width, row += width * stride) {
+        typename Scheme::Right* __restrict out = panels + first / width * panel_size + s * width;
+        const int64_t here = columns - first < width ? columns - first : width;
+        for (int64_t j = 0; j < here; ++j) out[j] = Scheme::right(row + j * stride, row_stride, depth - k);
+        for (int64_t j = here; j < width; ++j) out[j] = 0;
+      }
     }
-  }
+  });
 }
 
 // tile[i] = start(i) + block row i times the panel. `start(i)` points at kColumns values, or is null for zeros.
