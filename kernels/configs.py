@@ -36,9 +36,9 @@ def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
         raise ValueError(f"op is {op!r}, expected sweep_nll")
     pairs, positions, vocabulary, rank = (shape[name] for name in "PTVr")
     rows, block_v, deepest, warps, stages = {
-        "bf16": (128, 128, 128, 8, 3),
-        "tf32": (128, 128, 64, 8, 3 if arch >= 90 else 2),
-        "fp32": (64, 64, 32, 4, 2),
+        "bf16": (128, 64, 128, 8, 3),
+        "tf32": (128, 64, 64, 8, 2),
+        "fp32": (64, 32, 32, 4, 2),
         "fp64": (32, 32, 16, 4, 2),
     }[dtype]
     block_k = _power_above(max(rank, 16)) if rank <= deepest else min(deepest, 64)

@@ -53,6 +53,18 @@ def make(
     return Sweep(*(None if x is None else x.to(device) for x in sweep))
 
 
+def not_finite(device: str = "cpu") -> Sweep:
+    """Rows with some and only -inf, with +inf, with NaN, and an ablation that is NaN."""
+    sweep = make(P=3, T=6, V=200, r=5, K=2, device=device)
+    sweep.base[0, 3:90] = -torch.inf
+    sweep.base[1] = -torch.inf
+    sweep.base[2, 7] = torch.inf
+    sweep.base[3, 8] = torch.nan
+    sweep.base[4, 1], sweep.base[4, 2] = torch.inf, torch.nan
+    sweep.delta[1, 5, 2] = torch.nan
+    return sweep._replace(clean_lse=sweep.base.double().logsumexp(-1))
+
+
 def eager(sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
     """What a user would write, in the inputs' dtype (bfloat16 accumulates in fp32)."""
     work = torch.promote_types(sweep.base.dtype, torch.float32)

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
 from accuracy import assert_as_accurate
-from sweep_cases import Sweep, eager, exact, make
+from sweep_cases import Sweep, eager, exact, make, not_finite
 
 from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton
 
@@ -43,7 +43,10 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    check(make(P=5, T=9, V=130, r=21, G=2, K=2, scale=True, clean=True, dtype=dtype), tiny=1e-6 if dtype.itemsize < 8 else 1e-14)
+    check(
+        make(P=5, T=9, V=130, r=21, G=2, K=2, scale=True, clean=True, dtype=dtype),
+        tiny=1e-6 if dtype.itemsize < 8 else 1e-14,
+    )
 
 
 def test_rounded_factors() -> None:
@@ -74,14 +77,7 @@ def test_equal_rows() -> None:
 
 
 def test_not_finite() -> None:
-    sweep = make(P=3, T=6, V=200, r=5, K=2, clean=True)
-    sweep.base[0, 3:90] = -torch.inf
-    sweep.base[1] = -torch.inf
-    sweep.base[2, 7] = torch.inf
-    sweep.base[3, 8] = torch.nan
-    sweep.base[4, 1], sweep.base[4, 2] = torch.inf, torch.nan
-    sweep.delta[1, 5, 2] = torch.nan
-    check(sweep._replace(clean_lse=sweep.base.double().logsumexp(-1)))
+    check(not_finite())
 
 
 def test_tokens_of_another_slice() -> None:
