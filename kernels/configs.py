@@ -10,7 +10,7 @@ WAVES = 8  # blocks wanted for each multiprocessor, so that the last ones do not
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is launched: its BLOCK_* constants, the parts the columns are cut into, warps and stages."""
+    """How an op is launched: its BLOCK_* constants, the parts the columns are cut into, warps and stages."""
 
     blocks: dict[str, int]
     splits: int

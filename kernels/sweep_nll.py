@@ -17,6 +17,7 @@ __all__ = ["sweep_nll_triton"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MEAN_ELEMENTS = 1 << 22  # of a slice's fp64 copies
+TOKENS_OPTIONS = {"num_stages": 1, "maxnreg": 255}  # left to itself, ptxas would rather spill than have few warps
 ALIGNMENT = 16  # elements between rows of the basis, so that loads are wide and can run ahead
 
 
@@ -209,9 +210,9 @@ def sweep_nll_tokens_kernel(
 
     if mean_basis is not None:
         moved = tl.zeros([BLOCK_P * BLOCK_T], T)
-        for first in range(0, RANK, BLOCK_K):
-            step = load_left(rows, first, RANK, BLOCK_K).to(T)
-            moved += tl.sum(step * load_left(mean_basis + (home * positions + t) * RANK, first, RANK, BLOCK_K), 1)
+        for first in range(0, RANK, 16):
+            step = load_left(rows, first, RANK, 16).to(T)
+            moved += tl.sum(step * load_left(mean_basis + (home * positions + t) * RANK, first, RANK, 16), 1)
         if scale is not None:
             moved = scale * moved + (scale - 1) * tl.load(mean_base + t)
         tl.store(change + out, moved.to(tl.float64) + poison, inside)
@@ -300,11 +301,11 @@ def sweep_nll_triton(
             RANK=rank,
             PRECISION=precision,
             num_warps=config.num_warps,
-            num_stages=1,
+            **TOKENS_OPTIONS,
             **rows,
         )
         # By the same rounded log2(e) as in the kernel, so that a row's largest logit comes back as it was.
-        log2e = torch.tensor(LOG2E.value, dtype=work).item()
+        log2e = torch.tensor(LOG2E.value, dtype=work, device="cpu").item()
         lse = ((references.double() + totals.double().log2()) / log2e).logsumexp(0)
     return lse, picked, change
 

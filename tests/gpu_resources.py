@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 import pyfastcircuits
 from pyfastcircuits.kernels.configs import arithmetic, choose
-from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, sweep_nll_kernel, sweep_nll_tokens_kernel
+from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # shared memory a block may have
 CUDA_LIBRARY = Path(pyfastcircuits.__file__).parent / "_cuda.so"
@@ -81,7 +81,8 @@ def compile_sweep(variant: Variant) -> tuple[bytes, int]:
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in aligned},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages if name == "sweep_nll" else 1}
+    options = {"num_stages": config.num_stages} if name == "sweep_nll" else TOKENS_OPTIONS
+    options = {"num_warps": config.num_warps, **options}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return compiled.asm["cubin"], compiled.metadata.shared
 
