@@ -1,4 +1,4 @@
-"""The naive form of every op: materialised, in fp64, readable beside the article."""
+"""The naive form of every op: materialised, in fp64 unless told, readable beside the article."""
 
 import torch
 from torch import Tensor
@@ -14,18 +14,19 @@ def sweep_nll(
     group: Tensor,  # [P]
     scale: Tensor | None = None,  # [P, T]
     clean_lse: Tensor | None = None,  # [T]
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logsumexp [P,T], logits of `tokens` [P,T,K] and expected change under the clean run [P,T] (or [0,T]), in fp64."""
-    base, delta, basis = base.double(), delta.double(), basis.double()
+    """Logsumexp [P,T], logits of `tokens` [P,T,K] and expected change under the clean run [P,T] (or [0,T])."""
+    base, delta, basis = base.to(dtype), delta.to(dtype), basis.to(dtype)
     logits = base + delta @ basis[group]
     if scale is not None:
-        logits = logits * scale.double()[..., None]
+        logits = logits * scale.to(dtype)[..., None]
     here = (tokens >= 0) & (tokens < base.shape[1])
     index = torch.where(here, tokens, 0).expand(len(delta), -1, -1)
     picked = torch.where(here, logits.gather(-1, index), 0.0)
     if clean_lse is None:
         change = logits.new_empty(0, len(base))
     else:
-        probability = (base - clean_lse.double()[:, None]).exp()
+        probability = (base - clean_lse.to(dtype)[:, None]).exp()
         change = torch.where(probability > 0, probability * (logits - base), 0.0).sum(-1)
     return logits.logsumexp(-1), picked, change

@@ -290,8 +290,8 @@ SweepTask sweep_nll(SweepKind kind) {
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
 #include "../plan.h"
+#include "../sweep_nll.h"
 #include "isa.h"
 
 namespace fc::cpu {
@@ -330,25 +330,9 @@ Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
 
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
                                              const Tensor& tokens, const Tensor& group,
-                                             const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
-                                             const std::string& precision) {
-  STD_TORCH_CHECK(base.dim() == 2, "base has shape ", shape_of(base), ", expected [T, V]");
-  STD_TORCH_CHECK(delta.dim() == 3, "delta has shape ", shape_of(delta), ", expected [P, T, r]");
-  STD_TORCH_CHECK(basis.dim() == 3, "basis has shape ", shape_of(basis), ", expected [G, r, V]");
-  const int64_t T = base.size(0), V = base.size(1), P = delta.size(0), r = delta.size(2), G = basis.size(0);
-  STD_TORCH_CHECK(tokens.dim() == 2, "tokens has shape ", shape_of(tokens), ", expected [T, K]");
-  const int64_t K = tokens.size(1);
-  FC_CHECK_SHAPE(delta, (Shape{P, T, r}));
-  FC_CHECK_SHAPE(basis, (Shape{G, r, V}));
-  FC_CHECK_SHAPE(tokens, (Shape{T, K}));
-  FC_CHECK_SHAPE(group, (Shape{P}));
-  STD_TORCH_CHECK(delta.scalar_type() == base.scalar_type() && basis.scalar_type() == base.scalar_type(),
-                  "base, delta and basis differ in dtype");
-  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && group.scalar_type() == ScalarType::Long,
-                  "tokens and group must be int64");
-  if (scale.has_value()) FC_CHECK_SHAPE(*scale, (Shape{P, T}));
-  if (clean_lse.has_value()) FC_CHECK_SHAPE(*clean_lse, (Shape{T}));
-
+                                             const std::optional<Tensor>& scale,
+                                             const std::optional<Tensor>& clean_lse, const std::string& precision) {
+  const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse);
   const SweepKind kind = kind_of(base.scalar_type(), precision);
   const SweepTask task = [&]() -> SweepTask {
     switch (current_tier()) {

@@ -1,0 +1,194 @@
+"""`python -m bench.gpu`: builds, tests and measures on a CUDA GPU, and writes the table into bench/RESULTS.md.
+
+Sections run one by one in processes of their own; one that fails or takes too long is reported and the others go on.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "RESULTS.md"
+HEADING = "## GPU\n"
+Row = dict[str, str]
+
+P, T, V, r = 72, 1024, 50257, 64  # GPT-2 small, the ablations of one group
+
+
+def build() -> None:
+    """Compile in place; kernels/ is where an installed package has it, by a link."""
+    link = ROOT / "pyfastcircuits" / "kernels"
+    if not link.exists():
+        link.symlink_to(ROOT / "kernels")
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
+
+
+def tests() -> None:
+    """Every op on the GPU against fp64."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-o", "filterwarnings=", "tests/gpu"]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def sweep() -> Iterator[Row]:
+    """sweep_nll beside what a user could write, and the limit of this GPU at rates measured here."""
+    from pyfastcircuits import ops
+
+    torch.manual_seed(0)
+    base, basis = torch.randn(T, V, device="cuda"), torch.randn(1, r, V, device="cuda")
+    delta, targets = torch.randn(P, T, r, device="cuda") / 8, torch.randint(V, (T,), device="cuda")
+
+    def one_liner(base: Tensor, delta: Tensor, basis: Tensor, targets: Tensor) -> Tensor:
+        logits = torch.addmm(base, delta, basis)
+        return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+
+    def by_pair(form: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return lambda: torch.stack([form(base, each, basis[0], targets) for each in delta])
+
+    exact = one_liner(base.double(), delta[0].double(), basis[0].double(), targets)
+    exps = P * T * V / exp_rate()
+    flops = 2 * P * T * V * r
+    forms: list[tuple[str, Callable[[], Tensor], float]] = [
+        ("torch: logsumexp(addmm)", by_pair(one_liner), 0.0),
+        ("torch.compile of it", by_pair(torch.compile(one_liner)), 0.0),
+    ]
+    for backend, precision in (("triton", "bf16"), ("triton", "tf32"), ("triton", "ieee"), ("cuda", "ieee")):
+        limit = max(exps, flops / matmul_rate(precision))
+
+        def ours(backend: str = backend, precision: str = precision) -> Tensor:
+            return ops.sweep_nll(base, delta, basis, targets, backend=backend, precision=precision)
+
+        forms.append((f"{backend} {precision}", ours, limit))
+    for name, form, limit in forms:
+        try:
+            error = (form()[0].double() - exact).abs().max().item()
+            taken, memory = seconds(form), peak_memory(form)
+        except Exception as problem:
+            yield {"form": name, "failed": repr(problem)[:80]}
+            continue
+        yield {
+            "form": name,
+            "ms": f"{1e3 * taken:.2f}",
+            "ablations/s": f"{P / taken:.0f}",
+            "TFLOP/s": f"{flops / taken / 1e12:.1f}",
+            "of the limit": f"{limit / taken:.0%}" if limit else "",
+            "peak MiB": f"{memory / 2**20:.0f}",
+            "max error": f"{error:.1e}",
+        }
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Median of one run, by events, after two to warm up."""
+    for _ in range(2):
+        work()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Bytes allocated at most, beyond what was."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def matmul_rate(precision: str) -> float:
+    """FLOP/s of torch's matrix product."""
+    n = 8192
+    x = torch.randn(n, n, device="cuda", dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        return 2 * n**3 / seconds(lambda: x @ x)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def exp_rate() -> float:
+    """Powers of 2 a second in registers, by a kernel that does nothing else."""
+    import triton
+
+    from bench.exp_rate import REPEATS, SIZE, exp_kernel
+
+    count = 132 * 64
+    out = torch.empty(count * SIZE, device="cuda")
+    return count * SIZE * REPEATS / seconds(lambda: exp_kernel[(count,)](out, num_warps=triton.cdiv(SIZE, 256)))
+
+
+def main() -> int:
+    """Run every section, write the table, and return the number that failed."""
+    if not torch.cuda.is_available():
+        print("bench.gpu: torch sees no CUDA GPU here; nothing was built or measured")
+        return 2
+    sections = {"build": 170, "tests": 160, "sweep": 140}  # seconds each may take: one call has 480
+    failed, rows = [], []
+    for name, limit in sections.items():
+        print(f"-- {name}", flush=True)
+        command = [sys.executable, "-c", f"from bench.gpu import run_section; run_section({name!r})"]
+        table = ROOT / "build" / f"gpu-{name}.json"
+        table.parent.mkdir(exist_ok=True)
+        table.unlink(missing_ok=True)
+        try:
+            subprocess.run(command, cwd=ROOT, check=True, timeout=limit, env=os.environ | {"FC_TABLE": str(table)})
+        except subprocess.CalledProcessError as problem:
+            failed.append(f"{name}: exit status {problem.returncode}")
+        except subprocess.TimeoutExpired:
+            failed.append(f"{name}: not done after {limit} s")
+        rows += json.loads(table.read_text()) if table.exists() else []
+    failed += [f"sweep: {row['form']}: {row['failed']}" for row in rows if "failed" in row]
+    write(rows, failed)
+    print("\n".join(["FAILED:", *failed]) if failed else "all sections passed")
+    return len(failed)
+
+
+def run_section(name: str) -> None:
+    """In a section's own process: run it and leave its rows, as many as there are, for main."""
+    rows: list[Row] = []
+    for row in {"build": build, "tests": tests, "sweep": sweep}[name]() or ():
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        rows.append(row)
+        Path(os.environ["FC_TABLE"]).write_text(json.dumps(rows))
+
+
+def write(rows: list[Row], failed: list[str]) -> None:
+    """Replace the GPU section of RESULTS.md."""
+    import triton
+
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    facts = [
+        torch.cuda.get_device_name(),
+        f"torch {torch.__version__}",
+        f"Triton {triton.__version__}",
+        f"Python {platform.python_version()}",
+        f"commit {commit}",
+        str(datetime.datetime.now(datetime.timezone.utc).date()),
+    ]
+    lines = [HEADING, ", ".join(facts) + ".", "", f"`sweep_nll`, fp32, P={P}, T={T}, V={V:,}, r={r}, one group.", ""]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if rows:
+        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(row.get(key, "") for key in columns) + " |" for row in rows]
+    lines += ["", *(f"- Failed: {problem}" for problem in failed)]
+    before, _, after = RESULTS.read_text().partition(HEADING)
+    rest = after.partition("\n## ")
+    RESULTS.write_text(before + "\n".join(lines).rstrip() + "\n" + (f"\n## {rest[2]}" if rest[1] else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+// What every CUDA op needs around its launch.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../check.h"
+
+// Lies in torch's CUDA library, so it is weak: this module imports beside a CPU torch too.
+extern "C" [[gnu::weak]] int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fc::cuda {
+
+inline constexpr int64_t kBlocksWanted = 1024;  // several waves on the largest GPUs
+inline constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+
+inline void check_device() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  STD_TORCH_CHECK(error == cudaSuccess && count > 0, "no CUDA device: ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "no CUDA device: this torch is built without CUDA");
+}
+
+inline cudaStream_t current_stream(const Tensor& like) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0,
+                  "torch gave no CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel did not start: ", cudaGetErrorString(error));
+}
+
+}  // namespace fc::cuda

@@ -1,0 +1,60 @@
+"""Block sizes: a pure function of op, shape, arithmetic and architecture. No result's meaning depends on them."""
+
+from dataclasses import dataclass
+
+__all__ = ["Config", "arithmetic", "choose"]
+
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+WAVES = 8  # blocks wanted for each multiprocessor, so that the last ones do not leave most of them idle
+
+
+@dataclass(frozen=True)
+class Config:
+    """How an op is launched: its BLOCK_* constants, the parts the columns are cut into, warps and stages."""
+
+    blocks: dict[str, int]
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def arithmetic(dtype: str, precision: str) -> str:
+    """What multiplies: "fp64", "fp32", "tf32" or "bf16". bfloat16 inputs multiply exactly on tensor cores."""
+    if dtype in ("bfloat16", "float64"):
+        return {"bfloat16": "bf16", "float64": "fp64"}[dtype]
+    return "fp32" if precision == "ieee" else precision
+
+
+def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
+    """The launch of `op` on `shape` (its letters, as in its docstring) by `dtype` arithmetic on compute capability
+    `arch`, as 90.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    if op != "sweep_nll":
+        raise ValueError(f"op is {op!r}, expected sweep_nll")
+    pairs, positions, vocabulary, rank = (shape[name] for name in "PTVr")
+    rows, block_v, deepest, warps, stages = {
+        "bf16": (128, 64, 128, 8, 3),
+        "tf32": (128, 64, 64, 8, 2),
+        "fp32": (64, 32, 32, 4, 2),
+        "fp64": (32, 32, 16, 4, 2),
+    }[dtype]
+    block_k = _power_above(max(rank, 16)) if rank <= deepest else min(deepest, 64)
+    # Ablations of a block share a tile of clean logits, so as many as their groups hold, and at least 16 positions.
+    block_p = min(rows // 16, _power_above(pairs // max(shape["G"], 1)))
+    block_t = rows // block_p
+    row_blocks = _blocks(pairs, block_p) * _blocks(positions, block_t)
+    wanted = WAVES * MULTIPROCESSORS.get(arch, 132)
+    splits = max(1, min(_blocks(wanted, row_blocks), _blocks(vocabulary, block_v)))
+    blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
+    return Config(blocks, splits, warps, stages)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _power_above(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()

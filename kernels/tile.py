@@ -1,0 +1,84 @@
+"""The tile core: a low-rank product consumed by an epilogue before it is stored.
+
+A kernel holds pointers to the rows of its left factor and to the start of its right one, both contiguous along their
+last axis. `multiply` adds the product of one tile to a given tile, in registers; what the kernel then does with it is
+the op. A left tile that spans the whole inner dimension is loaded once, by `load_left`, and kept.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies the bit patterns of bfloat16 operands.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def load_left(
+    rows,  # [M] pointers
+    first,  # inner index
+    DEPTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile [M, BLOCK_K] of the left factor, zero past DEPTH."""
+    inner = first + tl.arange(0, BLOCK_K)
+    return tl.load(rows[:, None] + inner[None, :], (inner < DEPTH)[None, :], 0.0)
+
+
+@triton.jit
+def load_right(
+    start,  # pointer to [DEPTH, end]
+    stride,
+    columns,  # [N], consecutive or not
+    end,
+    first,  # inner index
+    DEPTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile [BLOCK_K, N] of the right factor, zero past DEPTH and in columns from `end` on."""
+    inner = first + tl.arange(0, BLOCK_K)
+    pointers = start + inner[:, None].to(tl.int64) * stride + columns[None, :]
+    return tl.load(pointers, (inner < DEPTH)[:, None] & (columns < end)[None, :], 0.0)
+
+
+@triton.jit
+def dot(
+    left,  # [M, BLOCK_K]
+    right,  # [BLOCK_K, N]
+    total,  # [M, N]
+    PRECISION: tl.constexpr,
+):
+    """total + left @ right: "ieee" in the operands' own arithmetic, "tf32", or "bf16" (operands rounded to it)."""
+    if PRECISION == "bf16":
+        left = left.to(tl.bfloat16)
+        right = right.to(tl.bfloat16)
+    if INTERPRETED and left.dtype == tl.bfloat16:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    kind: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+    return tl.dot(left, right, total, input_precision=kind, out_dtype=total.dtype)
+
+
+@triton.jit
+def multiply(
+    total,  # [M, N]
+    left,  # [M, BLOCK_K], used where DEPTH <= BLOCK_K
+    rows,  # [M] pointers, used where DEPTH > BLOCK_K
+    start,
+    stride,
+    columns,  # [N]
+    end,
+    DEPTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + (rows of the left factor) @ (columns of the right factor)."""
+    if DEPTH <= BLOCK_K:
+        total = dot(left, load_right(start, stride, columns, end, 0, DEPTH, BLOCK_K), total, PRECISION)
+    else:
+        for first in range(0, DEPTH, BLOCK_K):
+            here = load_left(rows, first, DEPTH, BLOCK_K)
+            right = load_right(start, stride, columns, end, first, DEPTH, BLOCK_K)
+            total = dot(here, right, total, PRECISION)
+    return total

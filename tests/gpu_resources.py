@@ -1,0 +1,132 @@
+"""What compiled kernels use: every Triton kernel of the package and every CUDA kernel of the build, without a GPU.
+
+`python tests/gpu_resources.py` prints the table.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import pyfastcircuits
+from pyfastcircuits.kernels.configs import arithmetic, choose
+from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
+
+ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # shared memory a block may have
+CUDA_LIBRARY = Path(pyfastcircuits.__file__).parent / "_cuda.so"
+POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16"}
+KERNELS = {"sweep_nll": sweep_nll_kernel, "sweep_nll_tokens": sweep_nll_tokens_kernel}
+OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "FFMA", "FFMA2", "LDGSTS")
+
+
+class Variant(NamedTuple):
+    """One specialisation of one of sweep_nll's kernels."""
+
+    kernel: str
+    dtype: str
+    precision: str
+    rank: int
+    whole: bool  # with scale and clean_lse
+    arch: int
+
+
+class Resources(NamedTuple):
+    """Of one compiled kernel, for each thread or block."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that is compiled ahead: each arithmetic on each architecture, and the ranks past one tile on one."""
+    kinds = [("float32", precision) for precision in ("ieee", "tf32", "bf16")]
+    for kernel in KERNELS:
+        for arch in ARCHITECTURES:
+            for dtype, precision in [*kinds, ("float64", "ieee"), ("bfloat16", "ieee")]:
+                yield Variant(kernel, dtype, precision, 64, True, arch)
+        for dtype, precision in kinds:
+            yield Variant(kernel, dtype, precision, 512, False, 90)
+
+
+def compile_sweep(variant: Variant) -> tuple[bytes, int]:
+    """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small."""
+    name, dtype, precision, rank, whole, arch = variant
+    kernel = KERNELS[name]
+    kind = arithmetic(dtype, precision)
+    config = choose("sweep_nll", {"P": 72, "T": 1024, "V": 50257, "r": rank, "G": 1}, kind, arch)
+    element, work = POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
+    factor = "*bf16" if kind == "bf16" else element
+    types = {"base": element, "delta": factor, "basis": factor, "mean_base": work, "mean_basis": work}
+    types |= {"references": work, "totals": work, "scale": "*fp64", "picked": "*fp64", "change": "*fp64"}
+    types |= dict.fromkeys(("tokens", "order", "group"), "*i64")
+    names = kernel.arg_names
+    constants = {"RANK": rank, "PRECISION": precision, **config.blocks}
+    if not whole:
+        constants |= dict.fromkeys(("scale", "mean_base", "mean_basis"))
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name == "basis_stride"]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in aligned},
+    )
+    options = {"num_stages": config.num_stages} if name == "sweep_nll" else TOKENS_OPTIONS
+    options = {"num_warps": config.num_warps, **options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return compiled.asm["cubin"], compiled.metadata.shared
+
+
+def cuobjdump(file: Path | bytes, *options: str) -> str:
+    """The output of the tool, from PATH or Triton's package."""
+    tool = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as written:
+        if isinstance(file, bytes):
+            written.write(file)
+            written.flush()
+            file = Path(written.name)
+        return subprocess.run([tool, *options, file], capture_output=True, text=True, check=True).stdout
+
+
+def resources(file: Path | bytes) -> list[tuple[str, str, Resources]]:
+    """Architecture, name and resources of every kernel in a cubin or library."""
+    found, arch = [], ""
+    text = cuobjdump(file, "--dump-resource-usage")
+    for m in re.finditer(r"arch = (\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text):
+        arch = m[1] or arch
+        if m[2]:
+            found.append((arch, m[2], Resources(int(m[3]), int(m[4]), int(m[6]), int(m[5]))))
+    return found
+
+
+def opcodes(cubin: bytes) -> dict[str, int]:
+    """How often each instruction of interest stands in the machine code."""
+    sass = cuobjdump(cubin, "-sass")
+    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in OPCODES}
+    return {name: count for name, count in counts.items() if count}
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"{'kernel':58} {'arch':6} {'registers':>9} {'shared':>7} {'stack':>5}  instructions")
+    for v in variants():
+        cubin, shared = compile_sweep(v)
+        name = f"triton {v.kernel} {v.dtype} {v.precision} r={v.rank}{' scale clean_lse' if v.whole else ''}"
+        [(_, _, used)] = resources(cubin)
+        print(f"{name:58} sm_{v.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True)
+    for arch, name, used in resources(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else []:
+        print(f"{'cuda ' + name:58} {arch:6} {used.registers:>9} {used.shared:>7} {used.stack:>5}")
+
+
+if __name__ == "__main__":
+    main()

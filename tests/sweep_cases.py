@@ -1,0 +1,76 @@
+"""Inputs of sweep_nll, and what torch makes of them at their own dtype."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits import reference
+
+
+class Sweep(NamedTuple):
+    """The op's tensors, in its order."""
+
+    base: Tensor
+    delta: Tensor
+    basis: Tensor
+    tokens: Tensor
+    group: Tensor
+    scale: Tensor | None
+    clean_lse: Tensor | None
+
+
+def make(
+    P: int,
+    T: int,
+    V: int,
+    r: int,
+    G: int = 1,
+    K: int = 1,
+    *,
+    scale: bool = False,
+    clean: bool = False,
+    dtype: torch.dtype = torch.float32,
+    size: float = 3.0,
+    device: str = "cpu",
+) -> Sweep:
+    """Random inputs; logits of about `size`."""
+    generator = torch.Generator().manual_seed(P + 10 * T + 100 * V + 1000 * r)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    base = (size * normal(T, V)).to(dtype)
+    sweep = Sweep(
+        base=base,
+        delta=(normal(P, T, r) / max(r, 1) ** 0.5).to(dtype),
+        basis=normal(G, r, V).to(dtype),
+        tokens=torch.randint(0, max(V, 1), (T, K), generator=generator),
+        group=torch.randint(0, G, (P,), generator=generator),
+        scale=(0.5 + torch.rand(P, T, generator=generator, dtype=torch.float64)) if scale else None,
+        clean_lse=base.double().logsumexp(-1) if clean else None,
+    )
+    return Sweep(*(None if x is None else x.to(device) for x in sweep))
+
+
+def not_finite(device: str = "cpu") -> Sweep:
+    """Rows with some and only -inf, with +inf, with NaN, and an ablation that is NaN."""
+    sweep = make(P=3, T=6, V=200, r=5, K=2, device=device)
+    sweep.base[0, 3:90] = -torch.inf
+    sweep.base[1] = -torch.inf
+    sweep.base[2, 7] = torch.inf
+    sweep.base[3, 8] = torch.nan
+    sweep.base[4, 1], sweep.base[4, 2] = torch.inf, torch.nan
+    sweep.delta[1, 5, 2] = torch.nan
+    return sweep._replace(clean_lse=sweep.base.double().logsumexp(-1))
+
+
+def eager(sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
+    """What a user would write, in the inputs' dtype (bfloat16 accumulates in fp32)."""
+    work = torch.promote_types(sweep.base.dtype, torch.float32)
+    return reference.sweep_nll(*sweep, dtype=work)
+
+
+def exact(sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference, in fp64."""
+    return reference.sweep_nll(*sweep)

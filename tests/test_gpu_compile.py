@@ -1,0 +1,63 @@
+"""GPU code compiled for every architecture, on a machine without a GPU."""
+
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from sweep_cases import make
+
+import pyfastcircuits
+from pyfastcircuits import ops
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+pytest.importorskip("triton")
+
+from gpu_resources import ARCHITECTURES, CUDA_LIBRARY, Variant, compile_sweep, cuobjdump, opcodes, resources, variants
+
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+@pytest.mark.parametrize("variant", variants(), ids=str)
+def test_triton_sweep_nll(variant: Variant) -> None:
+    cubin, shared = compile_sweep(variant)
+    [(_, _, used)] = resources(cubin)
+    assert shared <= ARCHITECTURES[variant.arch]
+    assert used.stack == used.local == 0, f"{variant} spills: {used}"
+    instructions = opcodes(cubin)
+    tensor_cores = instructions.keys() & TENSOR_CORES.values()
+    exact = variant.precision == "ieee" and variant.dtype != "bfloat16"
+    assert tensor_cores == (set() if exact else {TENSOR_CORES[variant.arch]})
+
+
+@pytest.fixture(scope="module")
+def cuda_library() -> None:
+    if shutil.which("nvcc") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI compiles the CUDA kernels, and nvcc is not on PATH")
+        pytest.skip("this machine has no nvcc")
+    assert CUDA_LIBRARY.exists(), "nvcc is there, but the build left no _cuda.so"
+
+
+@pytest.mark.usefixtures("cuda_library")
+def test_cuda_library_holds_every_architecture() -> None:
+    assert pyfastcircuits.build_info()["cuda_architectures"] == "sm_80 sm_90a sm_100"
+    wanted = {"sm_80", "sm_90", "sm_100"}  # the tool drops the a
+    assert set(re.findall(r"sm_\d+", cuobjdump(CUDA_LIBRARY, "--list-elf"))) == wanted
+    kernels = resources(CUDA_LIBRARY)
+    assert {arch.rstrip("a") for arch, _, _ in kernels} == wanted
+    for arch, name, used in kernels:
+        assert used.stack == used.local == 0, f"{name} spills on {arch}: {used}"
+
+
+@pytest.mark.usefixtures("cuda_library")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device() -> None:
+    sweep = make(P=2, T=3, V=20, r=4)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        torch.ops.pyfastcircuits.sweep_nll.default.redispatch(key, *sweep, "ieee")
+    with pytest.raises(RuntimeError, match="backend='cuda' needs a CUDA device"):
+        ops.sweep_statistics(*sweep, backend="cuda")
