@@ -89,8 +89,10 @@ static inline Vec<double> at_least(Vec<double> x, Vec<double> floor) {
 // Whether any lane is above the bound or NaN.
 static inline bool any_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
 #if defined(__AVX512F__)
-  const auto mask = [&](int j) { return _mm512_cmp_ps_mask((__m512)x[j], (__m512)bound, _CMP_NLE_UQ); };
-  return (mask(0) | mask(1) | mask(2)) != 0;
+  auto below = _mm512_cmp_ps_mask((__m512)x[0], (__m512)bound, _CMP_LE_OQ);
+  for (int j = 1; j < kVectors; ++j)
+    below = _mm512_mask_cmp_ps_mask(below, (__m512)x[j], (__m512)bound, _CMP_LE_OQ);
+  return !_kortestc_mask16_u8(below, below);
 #elif defined(__AVX2__)
   const auto mask = [&](int j) { return _mm256_cmp_ps((__m256)x[j], (__m256)bound, _CMP_NLE_UQ); };
   return _mm256_movemask_ps(_mm256_or_ps(mask(0), _mm256_or_ps(mask(1), mask(2)))) != 0;
@@ -103,8 +105,10 @@ static inline bool any_above(const Vec<float> (&x)[kVectors], Vec<float> bound) 
 }
 static inline bool any_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
 #if defined(__AVX512F__)
-  const auto mask = [&](int j) { return _mm512_cmp_pd_mask((__m512d)x[j], (__m512d)bound, _CMP_NLE_UQ); };
-  return (mask(0) | mask(1) | mask(2)) != 0;
+  auto below = _mm512_cmp_pd_mask((__m512d)x[0], (__m512d)bound, _CMP_LE_OQ);
+  for (int j = 1; j < kVectors; ++j)
+    below = _mm512_mask_cmp_pd_mask(below, (__m512d)x[j], (__m512d)bound, _CMP_LE_OQ);
+  return !_kortestc_mask8_u8(below, below);
 #elif defined(__AVX2__)
   const auto mask = [&](int j) { return _mm256_cmp_pd((__m256d)x[j], (__m256d)bound, _CMP_NLE_UQ); };
   return _mm256_movemask_pd(_mm256_or_pd(mask(0), _mm256_or_pd(mask(1), mask(2)))) != 0;

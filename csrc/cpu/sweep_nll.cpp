@@ -147,44 +147,83 @@ struct Sweep {
   void pack_probabilities(int64_t row, int64_t here) {
     const T* logits = base.data + row * kW;
     T* out = clean.data + row * kW;
-    const Vec<T> lse = broadcast<T>(static_cast<T>(s.clean_lse[block.first_position + row % window]));
-    for (int j = 0; j < kVectors; ++j) store(out + j * kL, exponential<T>(load(logits + j * kL) - lse));
+    const double lse = s.clean_lse[block.first_position + row % window];
+    const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
+    for (int j = 0; j < kVectors; ++j) store(out + j * kL, exponential<T>(load(logits + j * kL) - high - low));
     for (int64_t j = 0; j < kW; ++j)  // exp() ends above zero; a masked logit has probability zero
       if (j >= here || logits[j] == -std::numeric_limits<T>::infinity()) out[j] = 0;
   }
 
-  // Consumes one row of a tile: `logits` are kW values in the L1 cache, `here` of them real, from column `first` on.
-  void consume(int64_t i, T* logits, const T* start, const T* probability, int64_t first, int64_t here) {
-    Row<T>& row = rows.data[i];
-    Vec<T> x[kVectors];
-    for (int j = 0; j < kVectors; ++j) x[j] = load(logits + j * kL);
-    if (s.scale != nullptr || here < kW) {
-      for (int j = 0; j < kVectors; ++j) store(logits + j * kL, x[j] * row.scale);
-      for (int64_t j = here; j < kW; ++j) logits[j] = -std::numeric_limits<T>::infinity();
-      for (int j = 0; j < kVectors; ++j) x[j] = load(logits + j * kL);
+  // A tile of products that waits to be consumed, and where it lies.
+  struct Tile {
+    T* products;           // [kRows][kW], in the L1 cache
+    int64_t block;         // of rows; negative: none waits
+    int64_t panel_row;     // row of `base` that holds the panel's position 0
+    int64_t first, here;   // its columns; those past `here` are padding
+  };
+
+  // Row i of a tile: adds the clean logits, then the exponentials to the row's sum. The products become logits in place
+  // where something else has to read them.
+  // kPlain: whole panels, no scale, no change asked for. Inlined: a call would spill the accumulators it runs beside.
+  template <bool kPlain>
+  [[gnu::always_inline]] void consume(const Tile& tile, int i) {
+    const int64_t index = tile.block * kRows + i, here = tile.here;
+    Row<T>& row = rows.data[index];
+    T* products = tile.products + i * kW;
+    const int64_t base_row = (tile.panel_row + row.position) * kW;
+    const T* start = base.data + base_row;
+    Vec<T> x[kVectors], moved[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      moved[j] = load(products + j * kL);
+      x[j] = load(start + j * kL) + moved[j];
     }
-    if (any_above(x, broadcast<T>(row.reference + T(kSlack)))) raise<T>(row, lanes.data[i], logits, here);
+    if (!kPlain && s.scale != nullptr)
+      for (int j = 0; j < kVectors; ++j) {
+        x[j] *= row.scale;
+        moved[j] = x[j] - load(start + j * kL);
+      }
+    if (!kPlain && here < kW) {
+      for (int j = 0; j < kVectors; ++j) store(products + j * kL, x[j]);
+      for (int64_t j = here; j < kW; ++j) products[j] = -std::numeric_limits<T>::infinity();
+      for (int j = 0; j < kVectors; ++j) x[j] = load(products + j * kL);
+    }
+    if (any_above(x, broadcast<T>(row.reference + T(kSlack)))) {
+      for (int j = 0; j < kVectors; ++j) store(products + j * kL, x[j]);
+      raise<T>(row, lanes.data[index], products, here);
+    }
     const Vec<T> reference = broadcast<T>(row.reference);
     Vec<T> added = exponential<T>(x[0] - reference);
     for (int j = 1; j < kVectors; ++j) added += exponential<T>(x[j] - reference);
-    lanes.data[i] += added;
-    if (probability != nullptr) {
-      Vec<T> moved{};
+    lanes.data[index] += added;
+    if (!kPlain && s.clean_lse != nullptr) {
+      Vec<T> sum{};
       for (int j = 0; j < kVectors; ++j) {
-        const Vec<T> p = load(probability + j * kL);
-        moved += p > 0 ? p * (x[j] - load(start + j * kL)) : Vec<T>{};
+        const Vec<T> p = load(clean.data + base_row + j * kL);
+        sum += p > 0 ? p * moved[j] : Vec<T>{};
       }
-      change_lanes.data[i] += moved;
+      change_lanes.data[index] += sum;
     }
     const int64_t* tokens = s.tokens + row.position * s.choices;
     for (int64_t c = 0; c < s.choices; ++c) {
-      const auto offset = static_cast<uint64_t>(tokens[c] - first);
-      if (offset < static_cast<uint64_t>(here) && row.out >= 0) s.picked[row.out * s.choices + c] = logits[offset];
+      const auto offset = static_cast<uint64_t>(tokens[c] - tile.first);
+      if (offset >= static_cast<uint64_t>(here) || row.out < 0) continue;
+      for (int j = 0; j < kVectors; ++j) store(products + j * kL, x[j]);
+      s.picked[row.out * s.choices + c] = products[offset];
     }
   }
 
+  // Block times panel, while the tile before is consumed. Not inlined: the accumulators need every register.
+  template <bool kPlain>
+  [[gnu::noinline]] void advance(const Tile waiting, T* products, int64_t b, int64_t panel) {
+    multiply<Scheme>(products, left.data + b * kRows * depth, panels.data + panel * kW * depth, depth,
+                     [&](int i) __attribute__((always_inline)) {
+                       if (waiting.block >= 0) consume<kPlain>(waiting, i);
+                     });
+  }
+
   void stripe(int64_t first, int64_t columns) {
-    alignas(64) T tile[kRows * kW];
+    alignas(64) T tiles[2][kRows * kW];
+    Tile waiting{tiles[1], -1, 0, 0, 0};
     int64_t done = 0;  // blocks of the groups before this one
     for (int64_t o = block.first_pair, end; o < block.end_pair; o = end) {
       end = group_end(o);
@@ -193,20 +232,20 @@ struct Sweep {
                          s.basis_stride[2]);
       const int64_t mine = ((end - o) * window + kRows - 1) / kRows;
       for (int64_t panel = 0; panel * kW < columns; ++panel) {
-        const T* start = base.data + panel * window * kW;
         const int64_t here = columns - panel * kW < kW ? columns - panel * kW : kW;
+        const bool plain = s.scale == nullptr && s.clean_lse == nullptr && columns % kW == 0;
         for (int64_t b = done; b < done + mine; ++b) {
-          const auto offset = [&](int i) { return (rows.data[b * kRows + i].position - block.first_position) * kW; };
-          multiply<Scheme>(tile, left.data + b * kRows * depth, panels.data + panel * kW * depth, depth,
-                           [&](int i) { return start + offset(i); });
-          for (int i = 0; i < kRows; ++i) {
-            const T* probability = s.clean_lse ? clean.data + panel * window * kW + offset(i) : nullptr;
-            consume(b * kRows + i, tile + i * kW, start + offset(i), probability, first + panel * kW, here);
-          }
+          T* products = waiting.products == tiles[0] ? tiles[1] : tiles[0];
+          if (plain)
+            advance<true>(waiting, products, b, panel);
+          else
+            advance<false>(waiting, products, b, panel);
+          waiting = {products, b, panel * window - block.first_position, first + panel * kW, here};
         }
       }
       done += mine;
     }
+    for (int i = 0; i < kRows && waiting.block >= 0; ++i) consume<false>(waiting, i);
   }
 
   void flush() {

@@ -1,8 +1,7 @@
 // The tile core: a low-rank product consumed by an epilogue before it is stored.
 //
 // A packed block holds kRows rows of the left factor, [k][kRows]; a packed panel holds kColumns columns of the right
-// factor, [k][kColumns]. multiply() runs one block against one panel in registers, starting from given values, and
-// leaves the [kRows][kColumns] tile in a buffer that stays in the L1 cache; the op's epilogue reads it there.
+// factor, [k][kColumns]. multiply() runs one block against one panel in registers and leaves the [kRows][kColumns] tile in a buffer that stays in the L1 cache; the op's epilogue reads it there.
 // A Scheme is a precision: the element types of both factors and how one step multiplies.
 #pragma once
 
@@ -144,24 +143,24 @@ static void pack_right(typename Scheme::Right* panels, const Source* b, int64_t 
   });
 }
 
-// tile[i] = start(i) + block row i times the panel. `start(i)` points at kColumns values, or is null for zeros.
-template <class Scheme, class Start>
+// tile = block times panel, [kRows][kColumns]. Sums start from zero: an epilogue that adds something large adds it once.
+// meanwhile(i) is called for i in 0..kRows-1, spread over the multiply-adds: an epilogue that consumes row i of the tile
+// before this one runs in the shadow of this one's.
+template <class Scheme, class Meanwhile>
 static inline void multiply(typename Scheme::Accumulator* tile, const typename Scheme::Left* block,
-                            const typename Scheme::Right* panel, int64_t count, Start start) {
+                            const typename Scheme::Right* panel, int64_t count, Meanwhile meanwhile) {
   using T = typename Scheme::Accumulator;
   constexpr int lanes = kLanes<T>;
-  Vec<T> c[kRows][kVectors];
+  Vec<T> c[kRows][kVectors] = {};
+  int64_t k = 0;
+  for (int row = 0; row < kRows; ++row) {
+    for (const int64_t end = count * (row + 1) / kRows; k < end; ++k, block += kRows, panel += kWidth<Scheme>) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    const T* from = start(i);
+      for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) c[i][j] = from == nullptr ? Vec<T>{} : load(from + j * lanes);
-  }
-  for (int64_t k = 0; k < count; ++k, block += kRows, panel += kWidth<Scheme>) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
-      for (int j = 0; j < kVectors; ++j) c[i][j] = Scheme::step(c[i][j], block[i], panel + j * lanes);
+        for (int j = 0; j < kVectors; ++j) c[i][j] = Scheme::step(c[i][j], block[i], panel + j * lanes);
+    }
+    meanwhile(row);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
