@@ -75,13 +75,23 @@ def path_values(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
         values = out.new_empty(len(members), *out.shape[1:])
         for before, inner in _grouped([paths[i][:-1] for i in members], lambda path: path[-1:]):
             if before:
-                carried = path_values(trace, [paths[members[i]][:-1] for i in inner])
+                carried = torch.stack([_prefix_values(trace, paths[members[i]][:-1]) for i in inner])
                 passed = centered(weights.W_O[before[0]].to(out.dtype), weights) @ W_V
                 values[inner] = (carried @ passed) * trace.scales[layer][..., None]
             else:
                 values[inner] = trace.normed(trace.sources_before(layer), layer) @ W_V
         out[members] = _mixed(trace.patterns[layer][:, head], values)
     return out
+
+
+def _prefix_values(trace: FrozenTrace, path: Path) -> Tensor:
+    """path_values of one path [B, T, r], kept on the trace for the paths that go on from it, up to a BLOCK in all."""
+    values = trace.prefix_values.get(path)
+    if values is None:
+        values = path_values(trace, [path])[0]
+        if (len(trace.prefix_values) + 1) * values.nbytes <= BLOCK:
+            trace.prefix_values[path] = values
+    return values
 
 
 def _grouped(items: Sequence[Path], key: Callable[[Path], Key]) -> Iterator[tuple[Key, list[int]]]:

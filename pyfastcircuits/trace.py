@@ -78,6 +78,11 @@ class FrozenTrace:
 
         return stream_losses(self, self.final[None])[0]
 
+    @cached_property
+    def prefix_values(self) -> dict[tuple[tuple[int, int], ...], Tensor]:
+        """Where paths.path_values keeps what many paths share."""
+        return {}
+
     @property
     def loss(self) -> Tensor:
         """Mean of token_losses, a scalar."""

@@ -215,7 +215,7 @@ struct Sweep {
   // Block times panel, while the tile before is consumed. Not inlined: the accumulators need every register.
   template <bool kPlain>
   [[gnu::noinline]] void advance(const Tile waiting, T* products, int64_t b, int64_t panel) {
-    multiply<Scheme>(products, left.data + b * kRows * depth, panels.data + panel * kW * depth, depth,
+    multiply<Scheme>(products, left.data + b * kRows * depth, panels.data + panel * kW * depth, depth, FromZero{},
                      [&](int i) __attribute__((always_inline)) {
                        if (waiting.block >= 0) consume<kPlain>(waiting, i);
                      });

@@ -5,6 +5,7 @@
 // A Scheme is a precision: the element types of both factors and how one step multiplies.
 #pragma once
 
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -143,15 +144,31 @@ static void pack_right(typename Scheme::Right* panels, const Source* b, int64_t 
   });
 }
 
-// tile = block times panel, [kRows][kColumns]. Sums start from zero: an epilogue that adds something large adds it once.
+struct FromZero {
+  constexpr std::nullptr_t operator()(int) const { return nullptr; }
+};
+struct Nothing {
+  void operator()(int) const {}
+};
+
+// tile = start + block times panel, [kRows][kColumns].
+// start(i) points at kColumns values for row i, or is null for zeros. Sums of many products start from zero or from such
+// sums: every multiply-add rounds at the size of the whole.
 // meanwhile(i) is called for i in 0..kRows-1, spread over the multiply-adds: an epilogue that consumes row i of the tile
 // before this one runs in the shadow of this one's.
-template <class Scheme, class Meanwhile>
+template <class Scheme, class Start = FromZero, class Meanwhile = Nothing>
 static inline void multiply(typename Scheme::Accumulator* tile, const typename Scheme::Left* block,
-                            const typename Scheme::Right* panel, int64_t count, Meanwhile meanwhile) {
+                            const typename Scheme::Right* panel, int64_t count, Start start = {},
+                            Meanwhile meanwhile = {}) {
   using T = typename Scheme::Accumulator;
   constexpr int lanes = kLanes<T>;
-  Vec<T> c[kRows][kVectors] = {};
+  Vec<T> c[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    const T* from = start(i);
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) c[i][j] = from == nullptr ? Vec<T>{} : load(from + j * lanes);
+  }
   int64_t k = 0;
   for (int row = 0; row < kRows; ++row) {
     for (const int64_t end = count * (row + 1) / kRows; k < end; ++k, block += kRows, panel += kWidth<Scheme>) {
