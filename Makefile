@@ -25,7 +25,8 @@ test: build
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
 
 bench: build
-	$(BIN)/pip install -q '.[transformer-lens]' --no-build-isolation --no-deps 2>/dev/null; $(BIN)/pytest bench
+	$(BIN)/pip install -q "transformer-lens==3.9.0"
+	$(BIN)/pytest bench -W default
 
 lint: build
 	$(BIN)/ruff check .
