@@ -70,8 +70,9 @@ def _slices(size: int, width: int) -> Iterator[slice]:
 
 
 def _columns(weights: CircuitWeights, depth: int) -> list[slice]:
-    """Slices of the vocabulary whose [depth, columns] block stays within two BLOCKs."""
-    width = 2 * BLOCK // (weights.compute_dtype.itemsize * max(depth, 1))
+    """Slices of the vocabulary whose [depth, columns] block stays within two BLOCKs, a converted slice of W_U included."""
+    converted = weights.d_model if weights.W_U.dtype != weights.compute_dtype else 0
+    width = 2 * BLOCK // (weights.compute_dtype.itemsize * max(depth + converted, 1))
     return list(_slices(weights.d_vocab, max(384, width // 384 * 384)))
 
 
@@ -88,7 +89,7 @@ class _CleanLogits:
         self.held: Tensor | None = None
         if held:
             self.held = rows.new_empty(len(rows), weights.d_vocab)
-            for columns in _columns(weights, weights.d_model if weights.W_U.dtype != rows.dtype else 1):
+            for columns in _columns(weights, 1):
                 torch.mm(rows, unembed_columns(weights, columns), out=self.held[:, columns])
                 if weights.b_U is not None:
                     self.held[:, columns] += weights.b_U[columns]
@@ -154,7 +155,7 @@ def stream_losses(trace: FrozenTrace, streams: Tensor, backend: Backend = "auto"
     out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
     for part in _slices(len(rows), LOW_MEMORY_ROWS):
         clean = _CleanLogits(rows[part], weights, held=False)
-        columns = _columns(weights, len(rows[part]) + weights.d_model)
+        columns = _columns(weights, len(rows[part]))
         empty = rows.new_empty(1, len(rows[part]), 0)
         lse, target, _ = _merged(clean, empty, _nothing(rows), columns, targets[part], None, options)
         out[part] = (lse - target)[0].to(out.dtype)
@@ -179,7 +180,7 @@ def change_losses(trace: FrozenTrace, changes: Sequence[Change], options: Option
         scale = here.scales[-1][..., None]
         targets = here.tokens[:, 1:].flatten()
         clean = _CleanLogits(rows, weights, held=not options.low_memory)
-        depth = len(rows) + weights.d_model if options.low_memory else 1
+        depth = len(rows) if options.low_memory else 1
         lse, target, _ = _merged(
             clean, rows.new_empty(1, len(rows), 0), _nothing(rows), _columns(weights, depth), targets, None, options
         )

@@ -1,0 +1,33 @@
+"""Scratch of a sweep stays bounded, whatever the number of ablations."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MEASURED = """
+import sys
+sys.path[:0] = {paths}
+import torch
+from measure import peak_bytes
+from models import random_weights
+import pyfastcircuits as fc
+
+w = random_weights(3, 8, 8, 256, 32, 50257, norm="rmsnorm", positional="none", dtype=torch.{dtype})
+run = fc.trace(w, torch.randint(0, 50257, (1, 201)))
+fc.path_ablation(run, [((0, 0), (1, 0))])
+print(peak_bytes(lambda: fc.{function}(run, kl=True, low_memory={low_memory})))
+"""
+
+
+@pytest.mark.parametrize("function", ["pair_ablation", "head_ablation"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_at_most_128_mib(function, dtype, low_memory):
+    root = Path(__file__).parents[1]
+    paths = [str(root / "tests"), str(root / "bench")]
+    code = MEASURED.format(paths=paths, dtype=dtype, function=function, low_memory=low_memory)
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    clean_logits = 0 if low_memory else 200 * 50257 * 4
+    assert int(out) - clean_logits <= 128 << 20
