@@ -76,7 +76,7 @@ def test_held_out_files_are_held_out():
 
 
 def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    recipe = train.Recipe(layers=1, heads=2, width=16, steps=6, rows=2, context=16, vocabulary=400)
+    recipe = train.Recipe(layers=1, heads=2, width=16, steps=6, rows=2, context=128, vocabulary=400)
     monkeypatch.setitem(train.RECIPES, "tiny", recipe)
     files = stdlib_files(held_out=True)[:2]
     monkeypatch.setattr(train, "stdlib_files", lambda held_out: files)
