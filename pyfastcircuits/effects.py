@@ -70,7 +70,7 @@ def _slices(size: int, width: int) -> Iterator[slice]:
 
 
 def _columns(weights: CircuitWeights, depth: int) -> list[slice]:
-    """Slices of the vocabulary whose [depth, columns] block stays within two BLOCKs, a converted slice of W_U included."""
+    """Slices of the vocabulary: a [depth, columns] block, with a converted slice of W_U, stays within two BLOCKs."""
     converted = weights.d_model if weights.W_U.dtype != weights.compute_dtype else 0
     width = 2 * BLOCK // (weights.compute_dtype.itemsize * max(depth + converted, 1))
     return list(_slices(weights.d_vocab, max(384, width // 384 * 384)))

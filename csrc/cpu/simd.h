@@ -29,14 +29,14 @@ struct Simd;
 template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t I __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 };
 
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t I __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
 
@@ -90,8 +90,7 @@ static inline Vec<double> at_least(Vec<double> x, Vec<double> floor) {
 static inline bool any_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
 #if defined(__AVX512F__)
   auto below = _mm512_cmp_ps_mask((__m512)x[0], (__m512)bound, _CMP_LE_OQ);
-  for (int j = 1; j < kVectors; ++j)
-    below = _mm512_mask_cmp_ps_mask(below, (__m512)x[j], (__m512)bound, _CMP_LE_OQ);
+  for (int j = 1; j < kVectors; ++j) below = _mm512_mask_cmp_ps_mask(below, (__m512)x[j], (__m512)bound, _CMP_LE_OQ);
   return !_kortestc_mask16_u8(below, below);
 #elif defined(__AVX2__)
   const auto mask = [&](int j) { return _mm256_cmp_ps((__m256)x[j], (__m256)bound, _CMP_NLE_UQ); };
@@ -106,8 +105,7 @@ static inline bool any_above(const Vec<float> (&x)[kVectors], Vec<float> bound) 
 static inline bool any_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
 #if defined(__AVX512F__)
   auto below = _mm512_cmp_pd_mask((__m512d)x[0], (__m512d)bound, _CMP_LE_OQ);
-  for (int j = 1; j < kVectors; ++j)
-    below = _mm512_mask_cmp_pd_mask(below, (__m512d)x[j], (__m512d)bound, _CMP_LE_OQ);
+  for (int j = 1; j < kVectors; ++j) below = _mm512_mask_cmp_pd_mask(below, (__m512d)x[j], (__m512d)bound, _CMP_LE_OQ);
   return !_kortestc_mask8_u8(below, below);
 #elif defined(__AVX2__)
   const auto mask = [&](int j) { return _mm256_cmp_pd((__m256d)x[j], (__m256d)bound, _CMP_NLE_UQ); };

@@ -156,10 +156,10 @@ struct Sweep {
 
   // A tile of products that waits to be consumed, and where it lies.
   struct Tile {
-    T* products;           // [kRows][kW], in the L1 cache
-    int64_t block;         // of rows; negative: none waits
-    int64_t panel_row;     // row of `base` that holds the panel's position 0
-    int64_t first, here;   // its columns; those past `here` are padding
+    T* products;          // [kRows][kW], in the L1 cache
+    int64_t block;        // of rows; negative: none waits
+    int64_t panel_row;    // row of `base` that holds the panel's position 0
+    int64_t first, here;  // its columns; those past `here` are padding
   };
 
   // Row i of a tile: adds the clean logits, then the exponentials to the row's sum. The products become logits in place
@@ -369,8 +369,8 @@ Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
 
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
                                              const Tensor& tokens, const Tensor& group,
-                                             const std::optional<Tensor>& scale,
-                                             const std::optional<Tensor>& clean_lse, const std::string& precision) {
+                                             const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
+                                             const std::string& precision) {
   const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse);
   const SweepKind kind = kind_of(base.scalar_type(), precision);
   const SweepTask task = [&]() -> SweepTask {

@@ -1,8 +1,9 @@
 // The tile core: a low-rank product consumed by an epilogue before it is stored.
 //
 // A packed block holds kRows rows of the left factor, [k][kRows]; a packed panel holds kColumns columns of the right
-// factor, [k][kColumns]. multiply() runs one block against one panel in registers and leaves the [kRows][kColumns] tile in a buffer that stays in the L1 cache; the op's epilogue reads it there.
-// A Scheme is a precision: the element types of both factors and how one step multiplies.
+// factor, [k][kColumns]. multiply() runs one block against one panel in registers and leaves the [kRows][kColumns] tile
+// in a buffer that stays in the L1 cache; the op's epilogue reads it there. A Scheme is a precision: the element types
+// of both factors and how one step multiplies.
 #pragma once
 
 #include <cstddef>
@@ -152,10 +153,9 @@ struct Nothing {
 };
 
 // tile = start + block times panel, [kRows][kColumns].
-// start(i) points at kColumns values for row i, or is null for zeros. Sums of many products start from zero or from such
-// sums: every multiply-add rounds at the size of the whole.
-// meanwhile(i) is called for i in 0..kRows-1, spread over the multiply-adds: an epilogue that consumes row i of the tile
-// before this one runs in the shadow of this one's.
+// start(i) points at kColumns values for row i, or is null for zeros. Sums of many products start from zero or from
+// such sums: every multiply-add rounds at the size of the whole. meanwhile(i) is called for i in 0..kRows-1, spread
+// over the multiply-adds: an epilogue that consumes row i of the tile before this one runs in the shadow of this one's.
 template <class Scheme, class Start = FromZero, class Meanwhile = Nothing>
 static inline void multiply(typename Scheme::Accumulator* tile, const typename Scheme::Left* block,
                             const typename Scheme::Right* panel, int64_t count, Start start = {},
