@@ -125,5 +125,5 @@ def pair_heatmap(pairs: AblationResult, file: Path, title: str) -> None:
                 colour = "white" if abs(value) > 0.6 * bound else "black"
                 axes.text(j, i, f"{value:+.3f}", ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, label="rise of the loss without the path (nats)")
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from pyfastcircuits.kernels.configs import arithmetic, choose
-from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import pyfastcircuits
+from pyfastcircuits.kernels.configs import arithmetic, choose
+from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # shared memory a block may have
 CUDA_LIBRARY = Path(pyfastcircuits.__file__).parent / "_cuda.so"

@@ -9,8 +9,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
 from accuracy import assert_as_accurate
-from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton
 from sweep_cases import Sweep, eager, exact, make, not_finite
+
+from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton
 
 # numpy stands in for the GPU, and warns where infinities meet.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
