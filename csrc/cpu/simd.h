@@ -60,10 +60,12 @@ static inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 template <class T>
-static inline T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+static inline T sum(Vec<T> v) {  // pairwise: fewer roundings, shorter chains
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 // The larger of the two; x where either is NaN.

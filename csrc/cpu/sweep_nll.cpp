@@ -65,6 +65,23 @@ template <class T>
   row.reference = highest;
 }
 
+// Fetches the next stripe of a matrix into the L2 cache a few lines at a time, while this one is worked on: its rows
+// lie pages apart, which no hardware prefetcher follows.
+struct Ahead {
+  const char* row;
+  int64_t stride, width, rows;  // bytes, bytes, count
+  int64_t done = 0;
+
+  void fetch(int64_t lines) {
+    for (; lines > 0 && rows > 0; --lines) {
+      __builtin_prefetch(row + done, 0, 2);
+      done += 64;
+      if (done < width) continue;
+      done = 0, row += stride, --rows;
+    }
+  }
+};
+
 template <class Scheme, class Source>
 struct Sweep {
   using T = typename Scheme::Accumulator;
@@ -221,20 +238,33 @@ struct Sweep {
                      });
   }
 
+  // The stripe of `columns` columns from `first` on of a matrix whose rows lie `stride` apart; none past the
+  // vocabulary.
+  Ahead ahead(const Source* matrix, int64_t stride, int64_t count, int64_t first) const {
+    const auto size = static_cast<int64_t>(sizeof(Source));
+    const int64_t columns = s.vocabulary - first < kPanelsAStripe * kW ? s.vocabulary - first : kPanelsAStripe * kW;
+    return {reinterpret_cast<const char*>(matrix + first), stride * size, columns * size, columns > 0 ? count : 0};
+  }
+
   void stripe(int64_t first, int64_t columns) {
     alignas(64) T tiles[2][kRows * kW];
     Tile waiting{tiles[1], -1, 0, 0, 0};
+    const auto* clean_rows = static_cast<const Source*>(s.base) + block.first_position * s.base_stride[0];
+    Ahead next_base = ahead(clean_rows, s.base_stride[0], s.base_stride[1] == 1 ? window : 0, first + columns);
     int64_t done = 0;  // blocks of the groups before this one
     for (int64_t o = block.first_pair, end; o < block.end_pair; o = end) {
       end = group_end(o);
       const auto* basis = static_cast<const Source*>(s.basis) + s.group[s.order[o]] * s.basis_stride[0];
       pack_right<Scheme>(panels.data, basis + first * s.basis_stride[2], s.rank, columns, s.basis_stride[1],
                          s.basis_stride[2]);
+      Ahead next_basis = ahead(basis, s.basis_stride[1], s.basis_stride[2] == 1 ? s.rank : 0, first + columns);
       const int64_t mine = ((end - o) * window + kRows - 1) / kRows;
       for (int64_t panel = 0; panel * kW < columns; ++panel) {
         const int64_t here = columns - panel * kW < kW ? columns - panel * kW : kW;
         const bool plain = s.scale == nullptr && s.clean_lse == nullptr && columns % kW == 0;
         for (int64_t b = done; b < done + mine; ++b) {
+          next_base.fetch(4);
+          next_basis.fetch(2);
           T* products = waiting.products == tiles[0] ? tiles[1] : tiles[0];
           if (plain)
             advance<true>(waiting, products, b, panel);
