@@ -221,8 +221,8 @@ def card(name: str, recipe: Recipe, folder: Path, losses: list[tuple[int, float]
         "---",
         f"# {name}",
         "",
-        f"Attention-only transformer of {recipe.layers} layers, {recipe.heads} heads of {recipe.width // recipe.heads}, "
-        f"d_model {recipe.width}, {recipe.vocabulary} tokens, {recipe.context} positions. Shortformer positions "
+        f"Attention-only transformer: n_layers {recipe.layers}, n_heads {recipe.heads}, d_head "
+        f"{recipe.width // recipe.heads}, d_model {recipe.width}, {recipe.vocabulary} tokens, {recipe.context} positions. Shortformer positions "
         "(sinusoids added to the inputs of W_Q and W_K), RMS norm without parameters before every layer and before "
         "W_U, no biases, no MLPs.",
         "",
@@ -254,8 +254,9 @@ def card(name: str, recipe: Recipe, folder: Path, losses: list[tuple[int, float]
     lines += [
         "",
         "What it is for: trying every analysis of the article on a model whose mechanisms are known. Its text is Python "
-        "source, which repeats itself far more than prose does, and its random rows reward copying alone, so the share "
-        "of each order in its loss is not that of a language model of English.",
+        "source, which repeats itself far more than prose does"
+        + (", and its random rows reward copying alone" if recipe.repeated_rows else "")
+        + ": the share of each order in its loss is not that of a language model of English.",
         "",
     ]
     return "\n".join(lines)
