@@ -1,5 +1,7 @@
 """Ratios measured side by side: functions run in turn, round after round, so that a noisy machine hits them alike."""
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +39,8 @@ def peak_bytes(function: Callable[[], object]) -> int:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
         return int(line.split()[1]) * 1024
 
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that earlier work freed would hide what this takes
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     kept = function()
