@@ -3,6 +3,7 @@
 from pyfastcircuits import ops
 from pyfastcircuits._library import build_info
 from pyfastcircuits.ablation import AblationResult, head_ablation, pair_ablation, path_ablation
+from pyfastcircuits.factored import FactoredMatrix
 from pyfastcircuits.paths import (
     LayerMarginals,
     count_paths,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AblationResult",
     "CircuitWeights",
+    "FactoredMatrix",
     "FrozenTrace",
     "LayerMarginals",
     "build_info",
