@@ -3,6 +3,14 @@
 from pyfastcircuits import ops
 from pyfastcircuits._library import build_info
 from pyfastcircuits.ablation import AblationResult, head_ablation, pair_ablation, path_ablation
+from pyfastcircuits.composition import (
+    ComponentScores,
+    CompositionBaseline,
+    component_scores,
+    composition_baseline,
+    composition_scores,
+    composition_z_scores,
+)
 from pyfastcircuits.factored import FactoredMatrix
 from pyfastcircuits.paths import (
     LayerMarginals,
@@ -19,10 +27,16 @@ __version__ = "0.1.0"
 __all__ = [
     "AblationResult",
     "CircuitWeights",
+    "ComponentScores",
+    "CompositionBaseline",
     "FactoredMatrix",
     "FrozenTrace",
     "LayerMarginals",
     "build_info",
+    "component_scores",
+    "composition_baseline",
+    "composition_scores",
+    "composition_z_scores",
     "count_paths",
     "enumerate_paths",
     "head_ablation",
