@@ -289,6 +289,7 @@ const PairKernels* pair_kernels(PairKind kind) {
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -337,6 +338,15 @@ const PairKernels& kernels_of(ScalarType dtype, const std::string& precision) {
   return *found;
 }
 
+// Each thread takes the next task when it is done with one: only pairs before a bound make tasks unequal.
+template <class Task>
+void run_tasks(int64_t tasks, const Task& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < tasks;) task(i);
+  });
+}
+
 // Right factors packed together: the count below 512 columns that fills its panels of 48 best.
 int64_t rights_at_once(int64_t width) {
   int64_t best = 1;
@@ -351,17 +361,15 @@ void run_products(const PairArguments& p, const PairKernels& kernels, double* sq
   const int64_t bytes = kernels.packed_bytes(p);
   std::vector<char> storage(static_cast<size_t>(p.lefts * bytes + 64));
   char* packed = storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64);
-  torch::stable::parallel_for(0, p.lefts, 1, [&](int64_t begin, int64_t end) { kernels.pack(p, packed, begin, end); });
+  run_tasks(p.lefts, [&](int64_t i) { kernels.pack(p, packed, i, i + 1); });
 
   const int64_t across = rights_at_once(p.width), stripes = ceil_div(p.rights, across);
   const int64_t groups = std::min(p.lefts, ceil_div(4 * threads, stripes));
   const int64_t down = ceil_div(p.lefts, groups);
-  torch::stable::parallel_for(0, stripes * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task % groups * down, j = task / groups * across;
-      if (i < p.lefts)
-        kernels.products(p, packed, {i, std::min(i + down, p.lefts), j, std::min(j + across, p.rights)}, squares);
-    }
+  run_tasks(stripes * groups, [&](int64_t task) {
+    const int64_t i = task % groups * down, j = task / groups * across;
+    if (i < p.lefts)
+      kernels.products(p, packed, {i, std::min(i + down, p.lefts), j, std::min(j + across, p.rights)}, squares);
   });
 }
 
@@ -370,9 +378,8 @@ void run_grams(const PairArguments& p, const PairKernels& kernels, double* squar
   const int64_t pairs = p.lefts * p.rights, units = kernels.gram_units(p);
   const int64_t groups = std::clamp<int64_t>((int64_t{8} << 20) / std::max<int64_t>(pairs, 1), 1, std::min<int64_t>(32, units));
   std::vector<double> partial(static_cast<size_t>(groups * pairs), 0.0);
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g)
-      kernels.grams(p, {units * g / groups, units * (g + 1) / groups}, partial.data() + g * pairs);
+  run_tasks(groups, [&](int64_t g) {
+    kernels.grams(p, {units * g / groups, units * (g + 1) / groups}, partial.data() + g * pairs);
   });
   for (int64_t n = 0; n < pairs; ++n) {
     squares[n] = 0;
