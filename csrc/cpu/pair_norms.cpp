@@ -26,10 +26,12 @@ struct GramUnits {
 // Sums of squares are fp64: `products` writes its block of [N,M], `grams` adds to all of it.
 struct PairKernels {
   int64_t (*packed_bytes)(const PairArguments&);  // of one left factor
-  void (*pack)(const PairArguments&, void* packed, int64_t first_left, int64_t end_left);
+  void (*pack)(const PairArguments&, void* packed, int64_t left);
   void (*products)(const PairArguments&, const void* packed, const PairBlock&, double* squares);
+  int64_t (*gram_bytes)(const PairArguments&);
+  void (*gram_pack)(const PairArguments&, void* packed, int64_t factor);
   int64_t (*gram_units)(const PairArguments&);
-  void (*grams)(const PairArguments&, const GramUnits&, double* squares);  // null where the precision has none
+  void (*grams)(const PairArguments&, const void* packed, const GramUnits&, double* squares);
 };
 
 enum class PairKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
@@ -44,7 +46,8 @@ namespace fc::cpu::FC_TIER {
 namespace {
 
 constexpr int64_t kStepsAChunk = 256;     // of the inner dimension: a chunk of a panel stays in the L1 cache
-constexpr int64_t kBlocksAUnit = 3;       // row blocks whose Gram tiles are consumed together
+constexpr int64_t kBlocksAUnit = 6;       // row blocks whose Gram tiles are consumed together
+constexpr int64_t kRightsAGroup = 48;     // whose tiles of a unit stay in the L2 cache
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
@@ -67,14 +70,12 @@ struct Pairs {
     return static_cast<const Source*>(p.right) + j * p.right_stride[0];
   }
 
-  static void pack(const PairArguments& p, void* packed, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) {
-      Left* head = static_cast<Left*>(packed) + i * packed_size(p);
-      std::memset(static_cast<void*>(head), 0, static_cast<size_t>(packed_bytes(p)));
-      for (int64_t row = 0; row < p.rank; ++row)
-        pack_left<Scheme>(head + row / kRows * kRows * steps<Scheme>(p.depth), static_cast<int>(row % kRows),
-                          left(p, i) + row * p.left_stride[1], p.depth, p.left_stride[2]);
-    }
+  static void pack(const PairArguments& p, void* packed, int64_t i) {
+    Left* head = static_cast<Left*>(packed) + i * packed_size(p);
+    std::memset(static_cast<void*>(head), 0, static_cast<size_t>(packed_bytes(p)));
+    for (int64_t row = 0; row < p.rank; ++row)
+      pack_left<Scheme>(head + row / kRows * kRows * steps<Scheme>(p.depth), static_cast<int>(row % kRows),
+                        left(p, i) + row * p.left_stride[1], p.depth, p.left_stride[2]);
   }
 
   // Right factors first..end side by side as panels [panel][step][kW]: a factor may end in the middle of one.
@@ -150,17 +151,42 @@ struct Pairs {
     }
   }
 
-  // One side of the Gram route: `count` factors as rows x[k], k < rank, of d entries each.
+  // One side of the Gram route: `count` factors as rank rows of d entries, packed as panels [factor][panel][k][kW].
   struct Side {
-    const Source* x;
-    int64_t count, rank, stride[3];  // of a factor, of k, of an entry
-    const Source* at(int64_t i, int64_t entry) const { return x + i * stride[0] + entry * stride[2]; }
+    const T* panels;
+    int64_t count, rank, depth;
+    int64_t panel_size() const { return rank * kW; }
+    const T* panel(int64_t i, int64_t index) const { return panels + (i * panels_of(depth) + index) * panel_size(); }
   };
-  static Side left_side(const PairArguments& p) {
-    return {left(p, 0), p.lefts, p.rank, {p.left_stride[0], p.left_stride[1], p.left_stride[2]}};
+  static int64_t panels_of(int64_t depth) { return (depth + kW - 1) / kW; }
+  static int64_t gram_bytes(const PairArguments& p) {
+    return (p.lefts * p.rank + p.rights * p.width) * panels_of(p.depth) * kW * static_cast<int64_t>(sizeof(T));
   }
-  static Side right_side(const PairArguments& p) {
-    return {right(p, 0), p.rights, p.width, {p.right_stride[0], p.right_stride[2], p.right_stride[1]}};
+  static Side left_side(const PairArguments& p, const void* packed) {
+    return {static_cast<const T*>(packed), p.lefts, p.rank, p.depth};
+  }
+  static Side right_side(const PairArguments& p, const void* packed) {
+    const Side lefts = left_side(p, packed);
+    return {lefts.panel(p.lefts, 0), p.rights, p.width, p.depth};
+  }
+
+  // Packs factor i of the lefts and, after them, the rights.
+  static void gram_pack(const PairArguments& p, void* packed, int64_t i) {
+    const bool is_left = i < p.lefts;
+    const Side side = is_left ? left_side(p, packed) : right_side(p, packed);
+    const Source* x = is_left ? left(p, i) : right(p, i - p.lefts);
+    const int64_t row = is_left ? p.left_stride[1] : p.right_stride[2];
+    const int64_t entry = is_left ? p.left_stride[2] : p.right_stride[1];
+    T* out = const_cast<T*>(side.panel(is_left ? i : i - p.lefts, 0));
+    for (int64_t panel = 0; panel < panels_of(p.depth); ++panel, x += kW * entry)
+      for (int64_t k = 0; k < side.rank; ++k, out += kW) {
+        const Source* from = x + k * row;
+        if (entry == 1 && panel * kW + kW <= p.depth) {  // vectors at a time
+          for (int64_t c = 0; c < kW; ++c) out[c] = widen(from[c]);
+        } else {
+          for (int64_t c = 0; c < kW; ++c) out[c] = panel * kW + c < p.depth ? widen(from[c * entry]) : T(0);
+        }
+      }
   }
 
   // Units of a panel start at the first row block that reaches down to its diagonal.
@@ -174,94 +200,105 @@ struct Pairs {
     return units;
   }
 
-  // Rows k < rank of `count` entries of factor i, from `first` on, as [k][width] with zeros past the last.
-  template <int64_t width>
-  static void pack_entries(const Side& side, int64_t i, int64_t first, int64_t count, T* out) {
-    for (int64_t k = 0; k < side.rank; ++k, out += width) {
-      const Source* from = side.at(i, first) + k * side.stride[1];
-      if (side.stride[2] == 1 && count >= width) {  // vectors at a time
-        for (int64_t c = 0; c < width; ++c) out[c] = widen(from[c]);
-      } else {
-        for (int64_t c = 0; c < width; ++c) out[c] = c < count ? widen(from[c * side.stride[2]]) : T(0);
+  // Row block b of factor i, [k][kRows], out of its panels; the last block may end past them.
+  static void gram_block(const Side& side, int64_t i, int64_t b, T* block) {
+    const int64_t panel = b * kRows / kW, offset = b * kRows % kW;
+    const T* from = side.panel(i, panel) + offset;
+    if (offset + kRows <= kW) {
+      for (int64_t k = 0; k < side.rank; ++k) std::memcpy(block + k * kRows, from + k * kW, kRows * sizeof(T));
+      return;
+    }
+    const bool last = panel + 1 == panels_of(side.depth);
+    for (int64_t k = 0; k < side.rank; ++k)
+      for (int64_t row = 0; row < kRows; ++row) {
+        const bool here = offset + row < kW;
+        block[k * kRows + row] = here   ? from[k * kW + row]
+                                 : last ? T(0)
+                                        : side.panel(i, panel + 1)[k * kW + offset + row - kW];
+      }
+  }
+
+  // Gram tiles of one unit for every factor of a side, [i][entry]. Entries above the diagonal are 0 and those below it
+  // count twice if `weighted`.
+  template <bool weighted>
+  static void gram_tiles(const Side& side, int64_t panel, int64_t first, int64_t blocks, T* block, T* out) {
+    for (int64_t i = 0; i < side.count; ++i)
+      for (int64_t b = first; b < first + blocks; ++b) {
+        T* tile = out + (i * kBlocksAUnit + b - first) * kTile;
+        gram_block(side, i, b, block);
+        multiply<Ieee<T>>(tile, block, side.panel(i, panel), side.rank, [](int) { return nullptr; });
+        if (!weighted) continue;
+        const int64_t below = b * kRows - panel * kW;  // columns left of the diagonal in the first row
+        if (below < kW) {
+          for (int64_t row = 0; row < kRows; ++row)
+            for (int64_t c = 0; c < kW; ++c) tile[row * kW + c] *= c < below + row ? 2 : c == below + row;
+        } else {
+          for (int64_t e = 0; e < kTile; ++e) tile[e] *= 2;
+        }
+      }
+  }
+
+  // dots[i][j] = left row i . right row j over `count` vectors, rows `stride` apart. Tiles come out of multiply() with
+  // the entries of one factor side by side; to feed them to it again they would have to be scattered over lanes of the
+  // packed layout, which took three times as long as making them.
+  static void inner_products(const T* left, const T* right, int64_t stride, int64_t count, T (&dots)[kRows][kVectors]) {
+    Vec<T> c[kRows][kVectors] = {};
+    for (int64_t k = 0; k < count; ++k, left += kLanes<T>, right += kLanes<T>) {
+      Vec<T> b[kVectors];
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) b[j] = load(right + j * stride);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<T> a = load(left + i * stride);
+#pragma GCC unroll 3
+        for (int j = 0; j < kVectors; ++j) c[i][j] += a * b[j];
       }
     }
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j) dots[i][j] = sum<T>(c[i][j]);
   }
 
-  // Gram tiles of one unit for every factor of a side, laid out as the factors of the product that consumes them:
-  // [i / lanes][entry][i % lanes]. Entries above the diagonal are 0 and those below it count twice if `weighted`.
-  // kRows factors take turns at one tile, so that the lines they share stay in the L1 cache.
-  template <int lanes, bool weighted>
-  static void gram_tiles(const Side& side, int64_t depth, int64_t panel, int64_t first, int64_t blocks, const T* panels,
-                         T* block, T* out) {
-    alignas(64) T tile[kTile];
-    for (int64_t turn = 0; turn < side.count; turn += kRows)
-      for (int64_t b = first; b < first + blocks; ++b)
-        for (int64_t i = turn; i < smaller(turn + kRows, side.count); ++i) {
-          pack_entries<kRows>(side, i, b * kRows, depth - b * kRows, block);
-          multiply<Ieee<T>>(tile, block, panels + i * side.rank * kW, side.rank, [](int) { return nullptr; });
-          T* to = out + (i / lanes * kBlocksAUnit + b - first) * kTile * lanes + i % lanes;
-          const int64_t below = b * kRows - panel * kW;  // columns left of the diagonal in the first row
-          if (weighted && below < kW) {
-            for (int64_t row = 0; row < kRows; ++row)
-              for (int64_t c = 0; c < kW; ++c) tile[row * kW + c] *= c < below + row ? 2 : c == below + row;
-          } else if (weighted) {
-            for (int64_t e = 0; e < kTile; ++e) tile[e] *= 2;
-          }
-          for (int64_t e = 0; e < kTile; ++e) to[e * lanes] = tile[e];
-        }
-  }
-
-  static void gram_panels(const Side& side, int64_t depth, int64_t panel, T* out) {
-    for (int64_t i = 0; i < side.count; ++i)
-      pack_entries<kW>(side, i, panel * kW, depth - panel * kW, out + i * side.rank * kW);
-  }
-
-  static void grams(const PairArguments& p, const GramUnits& units, double* squares) {
-    const Side lefts = left_side(p), rights = right_side(p);
-    const int64_t left_blocks = blocks_of(p.lefts), right_panels = (p.rights + kW - 1) / kW;
+  static void grams(const PairArguments& p, const void* packed, const GramUnits& units, double* squares) {
+    const Side lefts = left_side(p, packed), rights = right_side(p, packed);
     constexpr int64_t entries = kBlocksAUnit * kTile;
-    Buffer<T> left_panels{p.lefts * p.rank * kW}, panels{p.rights * p.width * kW};
     Buffer<T> block{(p.rank > p.width ? p.rank : p.width) * kRows};
-    Buffer<T> left_tiles{left_blocks * kRows * entries}, right_tiles{right_panels * kW * entries};
-    std::memset(static_cast<void*>(left_tiles.data), 0, left_tiles.bytes());
-    std::memset(static_cast<void*>(right_tiles.data), 0, right_tiles.bytes());
-    alignas(64) T tile[kTile];
+    Buffer<T> left_tiles{(p.lefts + kRows) * entries}, right_tiles{(p.rights + kVectors) * entries};
+    for (int64_t e = 0; e < kRows * entries; ++e) left_tiles.data[p.lefts * entries + e] = 0;
+    for (int64_t e = 0; e < kVectors * entries; ++e) right_tiles.data[p.rights * entries + e] = 0;
 
     int64_t unit = 0;
-    for (int64_t panel = 0; panel * kW < p.depth && unit < units.end; ++panel) {
-      const int64_t here = units_of_panel(p.depth, panel);
-      if (unit + here > units.first) {
-        gram_panels(lefts, p.depth, panel, left_panels.data);
-        gram_panels(rights, p.depth, panel, panels.data);
-      }
-      for (int64_t u = 0; u < here; ++u, ++unit) {
+    for (int64_t panel = 0; panel * kW < p.depth; ++panel)
+      for (int64_t u = 0; u < units_of_panel(p.depth, panel); ++u, ++unit) {
         if (unit < units.first || unit >= units.end) continue;
         const int64_t first = first_block(panel) + u * kBlocksAUnit;
         const int64_t blocks = smaller(kBlocksAUnit, blocks_of(p.depth) - first);
-        gram_tiles<kRows, true>(lefts, p.depth, panel, first, blocks, left_panels.data, block.data, left_tiles.data);
-        gram_tiles<kW, false>(rights, p.depth, panel, first, blocks, panels.data, block.data, right_tiles.data);
-        for (int64_t j = 0; j < p.rights; j += kW)
-          for (int64_t i = 0; i < p.lefts; i += kRows) {
-            const int64_t end_left = smaller(i + kRows, p.lefts), end_right = smaller(j + kW, p.rights);
-            bool any = false;
-            for (int64_t c = j; c < end_right; ++c) any |= wanted(p, i, c);
-            if (!any) continue;
-            multiply<Ieee<T>>(tile, left_tiles.data + i * entries, right_tiles.data + j * entries, blocks * kTile,
-                              [](int) { return nullptr; });
-            for (int64_t row = i; row < end_left; ++row)
-              for (int64_t c = j; c < end_right; ++c)
-                squares[row * p.rights + c] += static_cast<double>(tile[(row - i) * kW + c - j]);
-          }
+        gram_tiles<true>(lefts, panel, first, blocks, block.data, left_tiles.data);
+        gram_tiles<false>(rights, panel, first, blocks, block.data, right_tiles.data);
+        for (int64_t j = 0; j < p.rights; j += kRightsAGroup)
+          for (int64_t i = 0; i < p.lefts; i += kRows)
+            for (int64_t c = j; c < smaller(j + kRightsAGroup, p.rights); c += kVectors)
+              add_inner_products(p, i, c, left_tiles.data + i * entries, right_tiles.data + c * entries, blocks, squares);
       }
-    }
+  }
+
+  static void add_inner_products(const PairArguments& p, int64_t i, int64_t j, const T* left, const T* right,
+                                 int64_t blocks, double* squares) {
+    const int64_t end_left = smaller(i + kRows, p.lefts), end_right = smaller(j + kVectors, p.rights);
+    bool any = false;
+    for (int64_t c = j; c < end_right; ++c) any |= wanted(p, i, c);
+    if (!any) return;
+    T dots[kRows][kVectors];
+    inner_products(left, right, kBlocksAUnit * kTile, blocks * kTile / kLanes<T>, dots);
+    for (int64_t row = i; row < end_left; ++row)
+      for (int64_t c = j; c < end_right; ++c) squares[row * p.rights + c] += static_cast<double>(dots[row - i][c - j]);
   }
 };
 
-template <class Scheme, class Source, bool has_grams>
+template <class Scheme, class Source>
 const PairKernels* kernels() {
   using P = Pairs<Scheme, Source>;
-  static constexpr PairKernels table{P::packed_bytes, P::pack, P::products, P::gram_units,
-                                     has_grams ? P::grams : nullptr};
+  static constexpr PairKernels table{P::packed_bytes, P::pack,       P::products, P::gram_bytes,
+                                     P::gram_pack,    P::gram_units, P::grams};
   return &table;
 }
 
@@ -270,12 +307,12 @@ const PairKernels* kernels() {
 // Null where this tier has no such instruction.
 const PairKernels* pair_kernels(PairKind kind) {
   switch (kind) {
-    case PairKind::fp32: return kernels<Ieee<float>, float, true>();
-    case PairKind::fp64: return kernels<Ieee<double>, double, true>();
-    case PairKind::bf16_inputs: return kernels<Ieee<float>, BFloat16, true>();
+    case PairKind::fp32: return kernels<Ieee<float>, float>();
+    case PairKind::fp64: return kernels<Ieee<double>, double>();
+    case PairKind::bf16_inputs: return kernels<Ieee<float>, BFloat16>();
 #if defined(__AVX512BF16__)
-    case PairKind::fp32_by_bf16: return kernels<Bf16Dot, float, false>();
-    case PairKind::bf16_by_bf16: return kernels<Bf16Dot, BFloat16, false>();
+    case PairKind::fp32_by_bf16: return kernels<Bf16Dot, float>();
+    case PairKind::bf16_by_bf16: return kernels<Bf16Dot, BFloat16>();
 #endif
     default: return nullptr;
   }
@@ -291,6 +328,7 @@ const PairKernels* pair_kernels(PairKind kind) {
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -356,12 +394,17 @@ int64_t rights_at_once(int64_t width) {
   return best;
 }
 
+// Scratch that all threads share, aligned for vectors.
+struct Shared {
+  explicit Shared(int64_t bytes) : storage(new char[static_cast<size_t>(bytes) + 64]) {}
+  void* data() const { return storage.get() + (64 - reinterpret_cast<uintptr_t>(storage.get()) % 64); }
+  std::unique_ptr<char[]> storage;
+};
+
 void run_products(const PairArguments& p, const PairKernels& kernels, double* squares) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t bytes = kernels.packed_bytes(p);
-  std::vector<char> storage(static_cast<size_t>(p.lefts * bytes + 64));
-  char* packed = storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64);
-  run_tasks(p.lefts, [&](int64_t i) { kernels.pack(p, packed, i, i + 1); });
+  const Shared packed(p.lefts * kernels.packed_bytes(p));
+  run_tasks(p.lefts, [&](int64_t i) { kernels.pack(p, packed.data(), i); });
 
   const int64_t across = rights_at_once(p.width), stripes = ceil_div(p.rights, across);
   const int64_t groups = std::min(p.lefts, ceil_div(4 * threads, stripes));
@@ -369,7 +412,7 @@ void run_products(const PairArguments& p, const PairKernels& kernels, double* sq
   run_tasks(stripes * groups, [&](int64_t task) {
     const int64_t i = task % groups * down, j = task / groups * across;
     if (i < p.lefts)
-      kernels.products(p, packed, {i, std::min(i + down, p.lefts), j, std::min(j + across, p.rights)}, squares);
+      kernels.products(p, packed.data(), {i, std::min(i + down, p.lefts), j, std::min(j + across, p.rights)}, squares);
   });
 }
 
@@ -377,9 +420,11 @@ void run_products(const PairArguments& p, const PairKernels& kernels, double* sq
 void run_grams(const PairArguments& p, const PairKernels& kernels, double* squares) {
   const int64_t pairs = p.lefts * p.rights, units = kernels.gram_units(p);
   const int64_t groups = std::clamp<int64_t>((int64_t{8} << 20) / std::max<int64_t>(pairs, 1), 1, std::min<int64_t>(32, units));
+  const Shared packed(kernels.gram_bytes(p));
+  run_tasks(p.lefts + p.rights, [&](int64_t i) { kernels.gram_pack(p, packed.data(), i); });
   std::vector<double> partial(static_cast<size_t>(groups * pairs), 0.0);
   run_tasks(groups, [&](int64_t g) {
-    kernels.grams(p, {units * g / groups, units * (g + 1) / groups}, partial.data() + g * pairs);
+    kernels.grams(p, packed.data(), {units * g / groups, units * (g + 1) / groups}, partial.data() + g * pairs);
   });
   for (int64_t n = 0; n < pairs; ++n) {
     squares[n] = 0;
@@ -402,7 +447,7 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
     before_c = torch::stable::contiguous(*before);
   }
   const PairKernels& kernels = kernels_of(left.scalar_type(), precision);
-  STD_TORCH_CHECK(!gram || kernels.grams != nullptr, "precision='bf16' has no Gram route: it would be wrong where ",
+  STD_TORCH_CHECK(!gram || precision == "ieee", "precision='bf16' has no Gram route: it would be wrong where ",
                   "scores are small");
 
   Tensor squares = torch::stable::new_empty(left, {N, M}, ScalarType::Double);
