@@ -173,8 +173,9 @@ def _product_norms(
     grouped = getattr(destination.weights, destination.inner).shape[1] < destination.weights.n_heads
     for rows in source.parts():
         bound = (before - rows.start).clamp(0, rows.stop - rows.start)
-        if not bound.any():
-            continue
+        rows = slice(rows.start, rows.start + int(bound[-1:].sum()))  # sorted: the last bound is the largest
+        if rows.start == rows.stop:
+            break
         left = source.factors(rows)
         if grouped and precision == "ieee":
             pieces = _shared_norms(left, destination, bound, backend)
@@ -190,8 +191,9 @@ def _product_norms(
 def _separate_norms(
     left: Tensor, destination: _Side, bound: Tensor, precision: Precision, backend: Backend
 ) -> Iterator[tuple[slice, Tensor]]:
-    for columns in destination.parts():
-        if bound[columns].any():
+    for part in destination.parts():
+        columns = slice(part.start + int((bound[part] == 0).sum()), part.stop)  # sorted: those without pairs come first
+        if columns.start < columns.stop:
             right = destination.factors(columns).mT
             norms = pair_norms(left, right, before=bound[columns], precision=precision, backend=backend)
             yield columns, norms
