@@ -8,10 +8,9 @@ expected change needs no pass over the logits: it is linear in the basis, whose 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pyfastcircuits.kernels.configs import arithmetic, choose
 from pyfastcircuits.kernels.tile import load_left, multiply
+from torch import Tensor
 
 __all__ = ["sweep_nll_triton"]
 

@@ -3,6 +3,23 @@
 from pyfastcircuits import ops
 from pyfastcircuits._library import build_info
 from pyfastcircuits.ablation import AblationResult, head_ablation, pair_ablation, path_ablation
+from pyfastcircuits.circuits import (
+    DiagonalStatistics,
+    VirtualHead,
+    bigrams,
+    circuit_eigenvalues,
+    composed_eigenvalues,
+    composed_qk_circuit,
+    copying_scores,
+    diagonal_statistics,
+    effective_rank,
+    ov_circuit,
+    qk_circuit,
+    qk_positivity,
+    trace_ratios,
+    virtual_head,
+    virtual_weights,
+)
 from pyfastcircuits.composition import (
     ComponentScores,
     CompositionBaseline,
@@ -12,6 +29,7 @@ from pyfastcircuits.composition import (
     composition_z_scores,
 )
 from pyfastcircuits.factored import FactoredMatrix
+from pyfastcircuits.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.paths import (
     LayerMarginals,
     count_paths,
@@ -29,23 +47,41 @@ __all__ = [
     "CircuitWeights",
     "ComponentScores",
     "CompositionBaseline",
+    "DiagonalStatistics",
     "FactoredMatrix",
     "FrozenTrace",
     "LayerMarginals",
+    "VirtualHead",
+    "bigrams",
     "build_info",
+    "center",
+    "circuit_eigenvalues",
     "component_scores",
+    "composed_eigenvalues",
+    "composed_qk_circuit",
     "composition_baseline",
     "composition_scores",
     "composition_z_scores",
+    "copying_scores",
     "count_paths",
+    "diagonal_statistics",
+    "effective_rank",
     "enumerate_paths",
+    "fold_norm",
+    "fold_value_biases",
     "head_ablation",
     "layer_marginals",
     "load_weights",
     "ops",
     "order_losses",
+    "ov_circuit",
     "pair_ablation",
     "path_ablation",
     "path_logits",
+    "qk_circuit",
+    "qk_positivity",
     "trace",
+    "trace_ratios",
+    "virtual_head",
+    "virtual_weights",
 ]

@@ -228,7 +228,8 @@ def diagonal_statistics(matrix: FactoredMatrix) -> DiagonalStatistics:
 def effective_rank(matrix: FactoredMatrix) -> Tensor:
     """exp of the entropy of the normalised singular values [...], from 1 to the rank (Roy and Vetterli 2007)."""
     share = matrix.S / matrix.S.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1).exp()
+    entropy: Tensor = torch.special.entr(share).sum(-1)
+    return entropy.exp()
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ __all__ = [
     "composition_baseline",
     "composition_scores",
     "composition_z_scores",
+    "triangle",
 ]
 
 Kind = Literal["Q", "K", "V"]
@@ -72,7 +73,7 @@ class _Side:
         order = torch.tensor(sorted(range(len(heads)), key=heads.__getitem__), dtype=torch.long)
         self.place = order.argsort().to(weights.device)  # of the heads, in the order they were asked for
         self.heads = [heads[i] for i in order.tolist()]
-        self.triangles = {layer: _triangle(self._tall(outer, layer)) for layer in {layer for layer, _ in self.heads}}
+        self.triangles = {layer: triangle(self._tall(outer, layer)) for layer in {layer for layer, _ in self.heads}}
         self.norms = torch.ones(len(self.heads), dtype=weights.compute_dtype, device=weights.device)
 
     def _tall(self, name: str, layer: int) -> Tensor:
@@ -117,7 +118,7 @@ class _Side:
             start += len(heads)
 
 
-def _triangle(W: Tensor) -> Tensor:
+def triangle(W: Tensor) -> Tensor:
     """R [..., r, r] with R.T @ R = W.T @ W for W [..., d, r]: stands for W where only norms matter.
 
     By Cholesky in fp64, which for fp32 weights is many times faster than QR and no less accurate; by QR for fp64
@@ -132,6 +133,7 @@ def _triangle(W: Tensor) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(wide.mT @ wide)
     R: Tensor = lower.mT.to(W.dtype)
     if failed.any():
+        R = R.clone()
         R[failed != 0] = torch.linalg.qr(W[failed != 0], mode="r").R
     return R
 
@@ -261,7 +263,9 @@ def _warn_of_zeros(side: _Side, name: str) -> None:
 
 def _as_asked(values: Tensor, source: _Side, destination: _Side) -> Tensor:
     """From sorted heads to the order and the shape they were asked for."""
-    return values[source.place][:, destination.place].unflatten(1, destination.shape).unflatten(0, source.shape)
+    asked: Tensor = values[source.place][:, destination.place].unflatten(1, destination.shape)
+    shaped: Tensor = asked.unflatten(0, source.shape)
+    return shaped
 
 
 class CompositionBaseline(NamedTuple):

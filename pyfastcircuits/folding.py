@@ -1,6 +1,7 @@
 """Equivalent weights: what can be folded into others without changing what the model computes."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def fold_norm(
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    changed = {name: getattr(weights, name) * gain[:, None, :, None] for name in ("W_Q", "W_K", "W_V")}
+    changed: dict[str, Any] = {name: getattr(weights, name) * gain[:, None, :, None] for name in ("W_Q", "W_K", "W_V")}
     changed["W_U"] = weights.W_U * final_gain[:, None]
     if bias is not None:
         for name in ("Q", "K", "V"):
@@ -71,7 +72,7 @@ def center(weights: CircuitWeights) -> CircuitWeights:
     names = ["W_E", "W_O", *(["b_O"] if weights.b_O is not None else [])]
     if weights.positional == "standard":
         names.append("W_pos")
-    changed = {name: _centered(getattr(weights, name)) for name in names}
+    changed: dict[str, Any] = {name: _centered(getattr(weights, name)) for name in names}
     return replace(weights, norm="rmsnorm", **changed)
 
 

@@ -344,7 +344,7 @@ def _mended(norms: Tensor, left: Tensor, right: Tensor, before: Tensor | None) -
     return norms
 
 
-@torch.library.register_fake("pyfastcircuits::pair_norms")
+@torch.library.register_fake("pyfastcircuits::pair_norms")  # type: ignore[untyped-decorator]
 def pair_norms_fake(left: Tensor, right: Tensor, before: Tensor | None, precision: str, gram: bool) -> Tensor:
     """Shape alone, for torch.compile."""
     dtype = torch.float32 if left.dtype == torch.bfloat16 else left.dtype

@@ -38,7 +38,7 @@ def pair_norms(
     before: Tensor | None = None,  # [M]
 ) -> Tensor:
     """Frobenius norms of left[i] @ right[j], [N, M] in fp64; zero where i >= before[j]."""
-    norms = torch.einsum("nrd,mds->nmrs", left.double(), right.double()).norm(dim=(2, 3))
+    norms: Tensor = torch.einsum("nrd,mds->nmrs", left.double(), right.double()).norm(dim=(2, 3))
     if before is None:
         return norms
     return torch.where(torch.arange(len(left), device=left.device)[:, None] < before, norms, 0.0)
