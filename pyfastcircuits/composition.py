@@ -91,14 +91,17 @@ class _Side:
 
     def factors(self, part: slice) -> Tensor:
         """outer @ inner of some of the heads, [N, r, d]; leaves their norms behind."""
-        out = []
-        for layer, group in groupby(self.heads[part], key=itemgetter(0)):
-            heads = [head for _, head in group]
+        heads = self.heads[part]
+        rank = next(iter(self.triangles.values())).shape[-2]
+        factors = self.norms.new_empty(len(heads), rank, self.weights.d_model)
+        start = 0
+        for layer, group in groupby(heads, key=itemgetter(0)):
+            mine = [head for _, head in group]
             inner = self._tall(self.inner, layer).mT
-            if heads != list(range(len(inner))):
-                inner = inner[self._index(self.inner, heads)]
-            out.append(self.triangle(layer, heads) @ inner)
-        factors = torch.cat(out)
+            if mine != list(range(len(inner))):
+                inner = inner[self._index(self.inner, mine)]
+            torch.bmm(self.triangle(layer, mine), inner, out=factors[start : start + len(mine)])
+            start += len(mine)
         self.norms[part] = torch.linalg.matrix_norm(factors)
         return factors
 
@@ -129,13 +132,18 @@ def triangle(W: Tensor) -> Tensor:
     if W.dtype == torch.float64:
         exact: Tensor = torch.linalg.qr(W, mode="r").R
         return exact
-    wide = W.double()
-    lower, failed = torch.linalg.cholesky_ex(wide.mT @ wide)
-    R: Tensor = lower.mT.to(W.dtype)
-    if failed.any():
+    flat = W.flatten(0, -3)
+    if W.device.type == "cpu" and not (W.requires_grad and torch.is_grad_enabled()):
+        upper, regular = torch.ops.pyfastcircuits.triangles(flat)
+    else:
+        wide = flat.double()
+        upper, failed = torch.linalg.cholesky_ex(wide.mT @ wide, upper=True)
+        regular = failed == 0
+    R: Tensor = upper.to(W.dtype)
+    if not regular.all():
         R = R.clone()
-        R[failed != 0] = torch.linalg.qr(W[failed != 0], mode="r").R
-    return R
+        R[~regular] = torch.linalg.qr(flat[~regular], mode="r").R
+    return R.view(*W.shape[:-2], *R.shape[-2:])
 
 
 def _sides(
