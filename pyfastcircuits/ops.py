@@ -351,6 +351,14 @@ def pair_norms_fake(left: Tensor, right: Tensor, before: Tensor | None, precisio
     return left.new_empty(len(left), len(right), dtype=dtype)
 
 
+@torch.library.register_fake("pyfastcircuits::triangles")  # type: ignore[untyped-decorator]
+def triangles_fake(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes alone, for torch.compile."""
+    rank = factors.shape[2]
+    triangles = factors.new_empty(len(factors), rank, rank, dtype=torch.float64)
+    return triangles, factors.new_empty(len(factors), dtype=torch.bool)
+
+
 def _save_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2], output)
 

@@ -248,3 +248,28 @@ def test_errors():
         composition_baseline(weights, "Q", destinations=[5])
     with pytest.raises(ValueError, match=r"source \(1, 0\) is not in a layer before destination \(1, 1\)"):
         component_scores(weights, "Q", (1, 0), (1, 1))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("tier", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_triangles(tier, dtype, monkeypatch):
+    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", tier)
+    op = torch.ops.pyfastcircuits.triangles
+    try:
+        op(torch.ones(0, 1, 1))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for shape in ((3, 40, 17), (2, 5, 1), (4, 300, 64)):
+        W = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for given in (W, W.mT.contiguous().mT):
+            R, regular = op(given)
+            assert regular.all()
+            torch.testing.assert_close(R.mT @ R, W.double().mT @ W.double())
+            torch.testing.assert_close(R, R.triu())
+    W[1, :, 3] = W[1, :, 5]
+    assert op(W)[1].tolist() == [True, False, True, True]
+    assert not op(torch.zeros(1, 4, 2))[1].any()
+    torch.library.opcheck(torch.ops.pyfastcircuits.triangles.default, (W,))
+    with pytest.raises(RuntimeError, match=r"factors has shape \[300, 64\]"):
+        op(W[0])

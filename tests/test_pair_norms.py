@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pyfastcircuits import ops, reference
 
+pytestmark = pytest.mark.sanitize
 TIERS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 ROUTES = ["products", "gram"]
 
