@@ -68,8 +68,10 @@ void run(const TriangleArguments& s, int64_t factor) {
   }
   double largest = 0;
   for (int64_t j = 0; j < r; ++j) largest = out[j * r + j] > largest ? out[j * r + j] : largest;
-  s.regular[factor] = cholesky(out, r);
-  for (int64_t j = 0; j < r; ++j) s.regular[factor] &= out[j * r + j] * out[j * r + j] > 1e-13 * largest;
+  bool regular = cholesky(out, r);
+  for (int64_t j = 0; j < r && regular; ++j) regular = out[j * r + j] * out[j * r + j] > 1e-13 * largest;
+  if (!regular) std::memset(out, 0, static_cast<size_t>(r * r) * sizeof(double));
+  s.regular[factor] = regular;
 }
 
 }  // namespace
