@@ -10,7 +10,7 @@ namespace fc::cpu {
 struct PairArguments {
   const void *left, *right;  // [N,r,d] and [M,d,s] of one type, any strides
   int64_t left_stride[3], right_stride[3];
-  const int64_t* before;  // [M] or null: only pairs with i < before[j]
+  const int64_t* before;                      // [M] or null: only pairs with i < before[j]
   int64_t lefts, rights, rank, depth, width;  // N, M, r, d, s
 };
 
@@ -45,9 +45,9 @@ enum class PairKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
 namespace fc::cpu::FC_TIER {
 namespace {
 
-constexpr int64_t kStepsAChunk = 256;     // of the inner dimension: a chunk of a panel stays in the L1 cache
-constexpr int64_t kBlocksAUnit = 6;       // row blocks whose Gram tiles are consumed together
-constexpr int64_t kRightsAGroup = 48;     // whose tiles of a unit stay in the L2 cache
+constexpr int64_t kStepsAChunk = 256;  // of the inner dimension: a chunk of a panel stays in the L1 cache
+constexpr int64_t kBlocksAUnit = 6;    // row blocks whose Gram tiles are consumed together
+constexpr int64_t kRightsAGroup = 48;  // whose tiles of a unit stay in the L2 cache
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
@@ -277,7 +277,8 @@ struct Pairs {
         for (int64_t j = 0; j < p.rights; j += kRightsAGroup)
           for (int64_t i = 0; i < p.lefts; i += kRows)
             for (int64_t c = j; c < smaller(j + kRightsAGroup, p.rights); c += kVectors)
-              add_inner_products(p, i, c, left_tiles.data + i * entries, right_tiles.data + c * entries, blocks, squares);
+              add_inner_products(p, i, c, left_tiles.data + i * entries, right_tiles.data + c * entries, blocks,
+                                 squares);
       }
   }
 
@@ -307,14 +308,20 @@ const PairKernels* kernels() {
 // Null where this tier has no such instruction.
 const PairKernels* pair_kernels(PairKind kind) {
   switch (kind) {
-    case PairKind::fp32: return kernels<Ieee<float>, float>();
-    case PairKind::fp64: return kernels<Ieee<double>, double>();
-    case PairKind::bf16_inputs: return kernels<Ieee<float>, BFloat16>();
+    case PairKind::fp32:
+      return kernels<Ieee<float>, float>();
+    case PairKind::fp64:
+      return kernels<Ieee<double>, double>();
+    case PairKind::bf16_inputs:
+      return kernels<Ieee<float>, BFloat16>();
 #if defined(__AVX512BF16__)
-    case PairKind::fp32_by_bf16: return kernels<Bf16Dot, float>();
-    case PairKind::bf16_by_bf16: return kernels<Bf16Dot, BFloat16>();
+    case PairKind::fp32_by_bf16:
+      return kernels<Bf16Dot, float>();
+    case PairKind::bf16_by_bf16:
+      return kernels<Bf16Dot, BFloat16>();
 #endif
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 
@@ -338,8 +345,8 @@ const PairKernels* pair_kernels(PairKind kind) {
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier) \
-  namespace tier {       \
+#define FC_DECLARE(tier)                     \
+  namespace tier {                           \
   const PairKernels* pair_kernels(PairKind); \
   }
 FC_FOR_EACH_TIER(FC_DECLARE)
@@ -351,14 +358,18 @@ using torch::headeronly::ScalarType;
 
 PairKind kind_of(ScalarType dtype, const std::string& precision) {
   const bool rounded = precision == "bf16";
-  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision, "', expected 'ieee' or 'bf16' on the CPU");
+  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
+                  "', expected 'ieee' or 'bf16' on the CPU");
   switch (dtype) {
-    case ScalarType::Float: return rounded ? PairKind::fp32_by_bf16 : PairKind::fp32;
-    case ScalarType::BFloat16: return rounded ? PairKind::bf16_by_bf16 : PairKind::bf16_inputs;
+    case ScalarType::Float:
+      return rounded ? PairKind::fp32_by_bf16 : PairKind::fp32;
+    case ScalarType::BFloat16:
+      return rounded ? PairKind::bf16_by_bf16 : PairKind::bf16_inputs;
     case ScalarType::Double:
       STD_TORCH_CHECK(!rounded, "precision is 'bf16' but left is float64; pass float32 or bfloat16");
       return PairKind::fp64;
-    default: STD_TORCH_CHECK(false, "left has an unsupported dtype; expected float32, float64 or bfloat16");
+    default:
+      STD_TORCH_CHECK(false, "left has an unsupported dtype; expected float32, float64 or bfloat16");
   }
 }
 
@@ -366,12 +377,15 @@ const PairKernels& kernels_of(ScalarType dtype, const std::string& precision) {
   const PairKind kind = kind_of(dtype, precision);
   const PairKernels* found = nullptr;
   switch (current_tier()) {
-#define FC_CASE(tier) \
-  case Tier::tier: found = tier::pair_kernels(kind); break;
+#define FC_CASE(tier)                 \
+  case Tier::tier:                    \
+    found = tier::pair_kernels(kind); \
+    break;
     FC_FOR_EACH_TIER(FC_CASE)
 #undef FC_CASE
   }
-  STD_TORCH_CHECK(found != nullptr, "precision='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
+  STD_TORCH_CHECK(found != nullptr,
+                  "precision='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
                   kTierNames[static_cast<int>(current_tier())]);
   return *found;
 }
@@ -419,7 +433,8 @@ void run_products(const PairArguments& p, const PairKernels& kernels, double* sq
 // Partial sums of as many groups of units as fit in 64 MiB, at most 32, added in order.
 void run_grams(const PairArguments& p, const PairKernels& kernels, double* squares) {
   const int64_t pairs = p.lefts * p.rights, units = kernels.gram_units(p);
-  const int64_t groups = std::clamp<int64_t>((int64_t{8} << 20) / std::max<int64_t>(pairs, 1), 1, std::min<int64_t>(32, units));
+  const int64_t groups =
+      std::clamp<int64_t>((int64_t{8} << 20) / std::max<int64_t>(pairs, 1), 1, std::min<int64_t>(32, units));
   const Shared packed(kernels.gram_bytes(p));
   run_tasks(p.lefts + p.rights, [&](int64_t i) { kernels.gram_pack(p, packed.data(), i); });
   std::vector<double> partial(static_cast<size_t>(groups * pairs), 0.0);
@@ -453,11 +468,16 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
   Tensor squares = torch::stable::new_empty(left, {N, M}, ScalarType::Double);
   auto* out = static_cast<double*>(squares.data_ptr());
   const PairArguments arguments{
-      .left = left.data_ptr(), .right = right.data_ptr(),
+      .left = left.data_ptr(),
+      .right = right.data_ptr(),
       .left_stride = {left.stride(0), left.stride(1), left.stride(2)},
       .right_stride = {right.stride(0), right.stride(1), right.stride(2)},
       .before = before_c.has_value() ? static_cast<const int64_t*>(before_c->data_ptr()) : nullptr,
-      .lefts = N, .rights = M, .rank = r, .depth = d, .width = s};
+      .lefts = N,
+      .rights = M,
+      .rank = r,
+      .depth = d,
+      .width = s};
   if (N * M == 0 || r == 0 || d == 0 || s == 0) {
     std::fill(out, out + N * M, 0.0);
   } else if (gram) {

@@ -78,9 +78,12 @@ void run(const TriangleArguments& s, int64_t factor) {
 
 TriangleTask triangles(TriangleKind kind) {
   switch (kind) {
-    case TriangleKind::fp32: return run<float>;
-    case TriangleKind::fp64: return run<double>;
-    default: return run<BFloat16>;
+    case TriangleKind::fp32:
+      return run<float>;
+    case TriangleKind::fp64:
+      return run<double>;
+    default:
+      return run<BFloat16>;
   }
 }
 
@@ -98,8 +101,8 @@ TriangleTask triangles(TriangleKind kind) {
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier) \
-  namespace tier {       \
+#define FC_DECLARE(tier)                \
+  namespace tier {                      \
   TriangleTask triangles(TriangleKind); \
   }
 FC_FOR_EACH_TIER(FC_DECLARE)
@@ -112,7 +115,8 @@ using torch::headeronly::ScalarType;
 TriangleTask task_of(TriangleKind kind) {
   switch (current_tier()) {
 #define FC_CASE(tier) \
-  case Tier::tier: return tier::triangles(kind);
+  case Tier::tier:    \
+    return tier::triangles(kind);
     FC_FOR_EACH_TIER(FC_CASE)
 #undef FC_CASE
   }
