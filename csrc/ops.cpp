@@ -8,6 +8,11 @@ STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
   m.def(
       "sweep_nll(Tensor base, Tensor delta, Tensor basis, Tensor tokens, Tensor group, Tensor? scale, "
       "Tensor? clean_lse, str precision) -> (Tensor, Tensor, Tensor)");
+  // left [N,r,d], right [M,d,s], before [M] -> ||left[i] @ right[j]||_F [N,M] in left's dtype (fp32 for bfloat16).
+  // Pairs with i >= before[j] are 0 and cost nothing. `gram`: as <left[i]^T left[i], right[j] right[j]^T>^(1/2).
+  m.def("pair_norms(Tensor left, Tensor right, Tensor? before, str precision, bool gram) -> Tensor");
+  // factors [N,d,r] -> upper R [N,r,r] in fp64 with R^T R = W^T W, and whether W^T W was regular [N]; if not, R is 0.
+  m.def("triangles(Tensor factors) -> (Tensor, Tensor)");
   // Operations a second of one instruction mix on all threads: "fma", "bf16" (both in FLOP/s) or "exp".
   m.def("cpu_rate(str kind, float seconds) -> float");
 }

@@ -1,4 +1,4 @@
-"""The command: `pyfastcircuits sweep`."""
+"""The command: `pyfastcircuits sweep`, `pyfastcircuits composition`."""
 
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,18 @@ try:
 except ImportError as error:
     sys.exit(f"the command needs the cli extra ({error}): pip install 'pyfastcircuits[cli]'")
 
-from pyfastcircuits import build_info, load_weights, ops
+from pyfastcircuits import (
+    build_info,
+    composed_eigenvalues,
+    composition_baseline,
+    composition_scores,
+    composition_z_scores,
+    copying_scores,
+    enumerate_paths,
+    load_weights,
+    ops,
+)
+from pyfastcircuits.composition import Kind
 from pyfastcircuits.sweep import limit_seconds, run_sweep, worst_tokens
 from pyfastcircuits.weights import CircuitWeights
 
@@ -100,6 +111,52 @@ def sweep(
             share = "" if limit is None else f", {limit / result.seconds:.0%} of this machine's limit"
             console.print(f"{count / result.seconds:.1f} pairs/s of {rows} tokens each{share}", highlight=False)
         console.print(f"written: {', '.join(str(out / name) for name in written)}", highlight=False)
+
+
+@app.command()
+def composition(
+    model: Annotated[str, typer.Argument(help="a bundled model, or a safetensors file or folder")] = "induction-2l",
+    kind: Annotated[Kind, typer.Option(help="what of the destination reads: queries, keys or values")] = "K",
+    top: Annotated[int, typer.Option(min=0, help="pairs to show")] = 10,
+    out: Annotated[Path, typer.Option(help="folder of composition-K.parquet and composition-K.png")] = Path("out"),
+    backend: Annotated[ops.Backend, typer.Option(help="which kernels run")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "float32",
+    precision: Annotated[ops.Precision, typer.Option(help="of the multiply-adds")] = "ieee",
+) -> None:
+    """Composition scores of every pair of heads, against a random rotation, with the spectra that go with them."""
+    with _errors():
+        _check_folder(out)
+        weights = _place(load_weights(model), dtype, backend)
+        count = _pairs(weights)
+        if not count:
+            raise ValueError(f"{model} has {weights.n_layers} layers: composition needs two heads in different layers")
+        with _progress() as progress:
+            task = progress.add_task("", total=count)
+            scores = composition_scores(
+                weights,
+                kind,
+                precision=precision,
+                backend=backend,
+                progress=lambda done: progress.advance(task, done),
+            )
+        z = composition_z_scores(weights, kind, scores)
+        mean = composition_baseline(weights, kind).mean
+        pairs = enumerate_paths(weights.n_layers, weights.n_heads, 2)
+        where = tuple(torch.tensor(pairs).view(-1, 4).mT)
+        found = report.Composition(
+            kind=kind,
+            pairs=[[list(head) for head in pair] for pair in pairs],
+            score=scores.cpu()[where],
+            baseline=mean.cpu()[where],
+            z=z.cpu()[where],
+            eigenvalues=composed_eigenvalues(weights, pairs if kind == "K" else []).cpu(),
+            copying=copying_scores(weights).cpu(),
+        )
+        console.print(report.composition_table(found, top))
+        names = (f"composition-{kind}.parquet", f"composition-{kind}.png")
+        report.write_composition(found, out / names[0])
+        report.composition_heatmap(found, out / names[1], f"{model}: {kind}-composition")
+        console.print(f"written: {', '.join(str(out / name) for name in names)}", highlight=False)
 
 
 def _progress() -> bars.Progress:

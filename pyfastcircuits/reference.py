@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["sweep_nll"]
+__all__ = ["pair_norms", "sweep_nll"]
 
 
 def sweep_nll(
@@ -30,3 +30,15 @@ def sweep_nll(
         probability = (base - clean_lse.to(dtype)[:, None]).exp()
         change = torch.where(probability > 0, probability * (logits - base), 0.0).sum(-1)
     return logits.logsumexp(-1), picked, change
+
+
+def pair_norms(
+    left: Tensor,  # [N, r, d]
+    right: Tensor,  # [M, d, s]
+    before: Tensor | None = None,  # [M]
+) -> Tensor:
+    """Frobenius norms of left[i] @ right[j], [N, M] in fp64; zero where i >= before[j]."""
+    norms: Tensor = torch.einsum("nrd,mds->nmrs", left.double(), right.double()).norm(dim=(2, 3))
+    if before is None:
+        return norms
+    return torch.where(torch.arange(len(left), device=left.device)[:, None] < before, norms, 0.0)

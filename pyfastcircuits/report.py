@@ -1,19 +1,34 @@
 """What a sweep shows and writes: tables (rich), Parquet (pyarrow), a heatmap (matplotlib)."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from pyfastcircuits.ablation import AblationResult
+from pyfastcircuits.circuits import positivity
+from pyfastcircuits.composition import Kind
 from pyfastcircuits.sweep import Example, Sweep, uniform_loss
 from pyfastcircuits.text import TokenText
 
-__all__ = ["marginal_table", "order_table", "pair_heatmap", "pair_table", "write_orders", "write_pairs"]
+__all__ = [
+    "Composition",
+    "composition_heatmap",
+    "composition_table",
+    "marginal_table",
+    "order_table",
+    "pair_heatmap",
+    "pair_table",
+    "write_composition",
+    "write_orders",
+    "write_pairs",
+]
 
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)
@@ -70,9 +85,7 @@ def pair_table(pairs: AblationResult, examples: list[Example], text: TokenText) 
 
 def write_pairs(pairs: AblationResult, file: Path) -> None:
     """One row for each pair: source_layer, source_head, dest_layer, dest_head, nll, delta_nll, kl (nats)."""
-    heads = pairs.pairs.reshape(-1, 4)
-    names = ("source_layer", "source_head", "dest_layer", "dest_head")
-    columns = {name: pa.array(heads[:, i].numpy(), pa.int32()) for i, name in enumerate(names)}
+    columns = _head_columns(pairs.pairs)
     values = {"nll": pairs.loss, "delta_nll": pairs.delta, "kl": pairs.kl}
     columns |= {name: _floats(x) for name, x in values.items() if x is not None}
     _write(pa.table(columns), file)
@@ -83,6 +96,12 @@ def write_orders(sweep: Sweep, file: Path) -> None:
     names, losses = zip(*_order_rows(sweep), strict=True)
     falls = [None, *(a - b for a, b in pairwise(losses))]
     _write(pa.table({"paths": list(names), "loss": list(losses), "fall": falls}), file)
+
+
+def _head_columns(pairs: Tensor) -> dict[str, pa.Array]:
+    heads = pairs.reshape(-1, 4)
+    names = ("source_layer", "source_head", "dest_layer", "dest_head")
+    return {name: pa.array(heads[:, i].numpy(), pa.int32()) for i, name in enumerate(names)}
 
 
 def _floats(x: Tensor) -> pa.Array:
@@ -98,17 +117,21 @@ def _write(table: pa.Table, file: Path) -> None:
 
 def pair_heatmap(pairs: AblationResult, file: Path, title: str) -> None:
     """Rise of the loss for every pair: sources down, destinations across."""
+    label = "rise of the loss without the path (nats)"
+    _heatmap(pairs.pairs.tolist(), pairs.delta.tolist(), file, title, label)
+
+
+def _heatmap(heads: list[list[list[int]]], values: list[float], file: Path, title: str, label: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
 
-    heads = pairs.pairs.tolist()
     sources = sorted({tuple(pair[0]) for pair in heads})
     destinations = sorted({tuple(pair[1]) for pair in heads})
     grid = np.full((len(sources), len(destinations)), np.nan)
-    for (source, destination), rise in zip(heads, pairs.delta.tolist(), strict=True):
+    for (source, destination), rise in zip(heads, values, strict=True):
         grid[sources.index(tuple(source)), destinations.index(tuple(destination))] = rise
     size = max(5.0, 0.45 * len(destinations)), max(4.0, 0.45 * len(sources))
     figure, axes = plt.subplots(figsize=(min(size[0], 40) + 1.5, min(size[1], 40)), layout="constrained")
@@ -124,6 +147,59 @@ def pair_heatmap(pairs: AblationResult, file: Path, title: str) -> None:
             if np.isfinite(value):
                 colour = "white" if abs(value) > 0.6 * bound else "black"
                 axes.text(j, i, f"{value:+.3f}", ha="center", va="center", fontsize=6, color=colour)
-    figure.colorbar(image, ax=axes, label="rise of the loss without the path (nats)")
+    figure.colorbar(image, ax=axes, label=label)
     figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Composition scores of all pairs of heads with layer1 < layer2, and what goes with them."""
+
+    kind: Kind
+    pairs: list[list[list[int]]]  # of (layer, head): source, destination
+    score: Tensor  # [P]
+    baseline: Tensor  # [P]: mean under a random rotation
+    z: Tensor  # [P]
+    eigenvalues: Tensor  # [P, r] complex, of the K-composed QK circuit; [0, r] for other kinds
+    copying: Tensor  # [L, H]
+
+
+def composition_table(found: Composition, top: int) -> Table:
+    """The pairs that stand out most from a random rotation, by z-score."""
+    table = Table(title=f"{found.kind}-composition: pairs that stand out most from a random rotation")
+    names = ["source", "dest", "score", "random", "z", "source copies", "dest copies"]
+    for name in [*names, *(["composed QK", "largest"] if len(found.eigenvalues) else [])]:
+        table.add_column(name, justify="right")
+    for i in found.z.argsort(descending=True)[:top].tolist():
+        (a, b), (c, d) = found.pairs[i]
+        row = [f"{a}.{b}", f"{c}.{d}", *(f"{float(x[i]):.4f}" for x in (found.score, found.baseline))]
+        row += [f"{float(found.z[i]):+.1f}", *(f"{float(found.copying[head]):+.2f}" for head in ((a, b), (c, d)))]
+        if len(found.eigenvalues):
+            spectrum = found.eigenvalues[i]
+            largest = complex(spectrum[spectrum.abs().argmax()])
+            row += [f"{float(positivity(spectrum)):+.2f}", f"{largest:.3g}"]
+        table.add_row(*row)
+    table.caption = (
+        "random: mean score under a random rotation; z: score**2 against it. copies: eigenvalue copying score.\n"
+        "composed QK: eigenvalue positivity of the K-composed QK circuit, and its largest eigenvalue."
+    )
+    return table
+
+
+def write_composition(found: Composition, file: Path) -> None:
+    """One row for each pair: source_layer, source_head, dest_layer, dest_head, score, baseline, z; with K-composition,
+    the eigenvalues of the composed QK circuit as lists, real and imaginary.
+    """
+    columns = _head_columns(torch.tensor(found.pairs, dtype=torch.long))
+    columns |= {name: _floats(getattr(found, name)) for name in ("score", "baseline", "z")}
+    if len(found.eigenvalues):
+        parts = {"eigenvalues_real": found.eigenvalues.real, "eigenvalues_imag": found.eigenvalues.imag}
+        columns |= {name: pa.array(x.double().cpu().tolist()) for name, x in parts.items()}
+    _write(pa.table(columns), file)
+
+
+def composition_heatmap(found: Composition, file: Path, title: str) -> None:
+    """z-score of every pair: sources down, destinations across."""
+    label = f"{found.kind}-composition, standard deviations from a random rotation"
+    _heatmap(found.pairs, found.z.tolist(), file, title, label)

@@ -155,3 +155,52 @@ def test_info():
     result = run("info")
     assert result.exit_code == 0
     assert f"cpu_tier: {fc.build_info()['cpu_tier']}" in result.output
+
+
+@pytest.mark.parametrize("kind", ["Q", "K", "V"])
+def test_composition_writes_what_the_library_says(model, tmp_path, kind):
+    result = run("composition", model, "--kind", kind, "--out", tmp_path / "out", "--top", 2)
+    assert result.exit_code == 0, result.output
+    weights = fc.load_weights(model)
+    scores, z = fc.composition_scores(weights, kind), fc.composition_z_scores(weights, kind)
+    table = pq.read_table(tmp_path / "out" / f"composition-{kind}.parquet").to_pydict()
+    where = tuple(table[n] for n in ("source_layer", "source_head", "dest_layer", "dest_head"))
+    np.testing.assert_array_equal(table["score"], scores.double()[where].numpy())
+    np.testing.assert_array_equal(table["z"], z.double()[where].numpy())
+    assert len(table["score"]) == 16
+    best = int(np.argmax(table["z"]))
+    assert f"{where[0][best]}.{where[1][best]}" in result.output
+    assert ("eigenvalues_real" in table) == (kind == "K")
+    assert (tmp_path / "out" / f"composition-{kind}.png").stat().st_size > 10_000
+
+
+def test_composition_of_the_bundled_induction_model(tmp_path):
+    """The previous-token head composes with the induction heads through keys: z > 3, and a positive spectrum."""
+    weights = fc.load_weights("induction-2l")
+    half = torch.randint(0, weights.d_vocab, (4, 40), generator=torch.Generator().manual_seed(0))
+    trace = fc.trace(weights, torch.cat((half, half), 1))
+    previous = int(trace.pattern(0).diagonal(-1, -2, -1).mean((0, 2)).argmax())
+    induction = trace.pattern(1).diagonal(-39, -2, -1).mean((0, 2))
+    heads = (induction > 0.4).nonzero()[:, 0].tolist()
+    assert heads
+    z = fc.composition_z_scores(weights, "K")
+    spectra = fc.composed_eigenvalues(weights, [((0, previous), (1, head)) for head in heads])
+    for head, spectrum in zip(heads, spectra, strict=True):
+        assert float(z[0, previous, 1, head]) > 3
+        assert float(fc.positivity(spectrum)) > 0.9
+    result = run("composition", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "1.00" in result.output
+
+
+def test_composition_of_bad_input(tmp_path, model):
+    random_weights(1, dtype=torch.float32).save(tmp_path / "one.safetensors")
+    for arguments, message in (
+        (("composition", tmp_path / "one.safetensors"), "composition needs two heads in different layers"),
+        (("composition", "no-such-model"), "no-such-model"),
+        (("composition", model, "--backend", "cuda"), "backend='cuda'"),
+    ):
+        result = run(*arguments, "--out", tmp_path / "out")
+        assert result.exit_code == 1
+        assert message in result.output.replace("\n", " ")
+    assert run("composition", model, "--kind", "X").exit_code == 2

@@ -1,0 +1,143 @@
+"""Composition and copying scores against TransformerLens, torch, and what the machine can do."""
+
+import statistics
+import time
+
+import pytest
+import torch
+from measure import cpu_rate, interleaved, peak_bytes, ratio
+
+import pyfastcircuits as fc
+from pyfastcircuits import ops
+
+KINDS = ("Q", "K", "V")
+
+
+def random_model(layers, heads, kv, d, r, vocabulary):
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g).mul_(0.02)
+
+    W_Q, W_K, W_V = (normal(layers, h, d, r) for h in (heads, kv, kv))
+    return fc.CircuitWeights(normal(vocabulary, d), W_Q, W_K, W_V, normal(layers, heads, r, d), normal(d, vocabulary))
+
+
+def lens_model(weights):
+    """The same weights as TransformerLens holds them."""
+    lens = pytest.importorskip("transformer_lens")
+    L, H, d, r = weights.W_Q.shape
+    model = lens.HookedTransformer(
+        lens.HookedTransformerConfig(
+            n_layers=L, n_heads=H, d_model=d, d_head=r, d_vocab=weights.d_vocab, n_ctx=8, attn_only=True
+        )
+    )
+    with torch.no_grad():
+        model.W_E.copy_(weights.W_E)
+        model.unembed.W_U.copy_(weights.W_U)
+        for layer, block in enumerate(model.blocks):
+            for name in ("W_Q", "W_K", "W_V", "W_O"):
+                getattr(block.attn, name).copy_(getattr(weights, name)[layer])
+    return model
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return random_model(12, 12, 12, 768, 64, 50257)
+
+
+def flops(weights, gram):
+    """Of one kind: pairs with layer1 < layer2, and for the Gram route the Gram matrices of the heads in them."""
+    L, H, d, r = weights.W_Q.shape
+    pairs = L * (L - 1) // 2 * H * H
+    return d * (d + 1) * (pairs + 2 * (L - 1) * H * r) if gram else pairs * 2 * d * r * r
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def test_composition_scores(gpt2, benchmark, found):
+    rates = []
+    functions = {
+        "rate": lambda: rates.append(cpu_rate("fma")),
+        "ours": lambda: [fc.composition_scores(gpt2, kind) for kind in KINDS],
+    }
+    times = interleaved(functions, rounds=5)
+    shape = "composition scores fp32, 12x12 heads d=768 r=64, Q K V"
+    limit = 3 * min(flops(gpt2, False), flops(gpt2, True))
+    share = statistics.median(t * f / limit for t, f in zip(times["ours"], rates[1:], strict=True))
+    ours = statistics.median(times["ours"])
+    found(f"{shape}: time", f"{ours:.3f} s; FMA rate {statistics.median(rates) / 1e9:.0f} GFLOP/s")
+    found(f"{shape}: ours / FMA limit of the cheaper route", f"{share:.2f}", "<= 1.5")
+    found("  extra memory", f"{peak_bytes(functions['ours']) / 2**20:.0f} MiB", "<= 300")
+
+    left, right = torch.randn(132, 64, 768), torch.randn(132, 64, 768).mT
+    before = torch.arange(132) // 12 * 12 + 12
+    kernels = {
+        "products": lambda: ops.pair_norms(left, right, before=before, route="products"),
+        "gram": lambda: ops.pair_norms(left, right, before=before, route="gram"),
+        "torch": lambda: torch.cat([(left[: b + 12].flatten(0, 1) @ right[b : b + 12].transpose(0, 1).flatten(1))
+                                    .view(b + 12, 64, 12, 64).norm(dim=(1, 3)).flatten() for b in range(0, 132, 12)]),
+    }  # fmt: skip
+    if cpu_rate("bf16"):
+        kernels["bf16"] = lambda: ops.pair_norms(left, right, before=before, precision="bf16")
+    times = interleaved(kernels | {"rate": functions["rate"]}, rounds=5)
+    for name in kernels:
+        work = flops(gpt2, name == "gram")
+        rate = work / statistics.median(times[name]) / 1e9
+        found(f"  pair_norms, {name}", f"{statistics.median(times[name]) * 1e3:.0f} ms, {rate:.0f} GFLOP/s")
+    found("  torch GEMM, layer by layer / ours (auto)", f"{ratio(times, 'torch', 'gram'):.1f}")
+    few = (left[:24], right[:24])
+    exact = fc.reference.pair_norms(*few)
+    theirs = torch.stack([(few[0] @ r).norm(dim=(1, 2)) for r in few[1]], 1)
+    for name, values in (("torch", theirs), *((r, ops.pair_norms(*few, route=r)) for r in ("products", "gram"))):
+        found(f"  relative error against fp64, {name}", f"{float((values / exact - 1).abs().max()):.1e}")
+    benchmark.pedantic(functions["ours"], rounds=1)
+
+    model = lens_model(gpt2)
+    slow = []
+    peak = peak_bytes(lambda: slow.append(timed(lambda: [model.all_composition_scores(kind) for kind in KINDS])))
+    found(f"{shape}: TransformerLens / ours", f"{slow[0] / ours:.1f}", ">= 40")
+    found("  TransformerLens", f"{slow[0]:.1f} s, {peak / 2**30:.1f} GiB")
+
+
+def test_copying_scores(gpt2, benchmark, found):
+    model = lens_model(gpt2)
+
+    def loop():
+        for layer in range(12):
+            for head in range(12):
+                values = (model.W_E @ model.blocks[layer].attn.OV[head] @ model.W_U).eigenvalues
+                _ = values.sum().real / values.abs().sum()
+
+    with torch.no_grad():
+        times = interleaved({"ours": lambda: fc.copying_scores(gpt2), "loop": loop}, rounds=1)
+    ours = statistics.median(timed(lambda: fc.copying_scores(gpt2)) for _ in range(5))
+    found("copying scores, 144 heads: time", f"{ours:.2f} s")
+    found("copying scores, 144 heads: TransformerLens' loop / ours", f"{times['loop'][0] / ours:.1f}", ">= 25")
+    benchmark.pedantic(lambda: fc.copying_scores(gpt2), rounds=1)
+
+
+def test_llama(found):
+    """The Llama-3-8B shape, one kind, whole: minutes. Its vocabulary plays no part, and is left out."""
+    weights = random_model(32, 32, 8, 4096, 128, 2)
+    rates = [cpu_rate("fma")]
+    done, shown = [0], [0.0]
+
+    def progress(pairs):
+        done[0] += pairs
+        if time.perf_counter() - shown[0] > 30:
+            shown[0] = time.perf_counter()
+            print(f"{done[0]} of {32 * 31 // 2 * 32 * 32} pairs", flush=True)
+
+    seconds = []
+    peak = peak_bytes(lambda: seconds.append(timed(lambda: fc.composition_scores(weights, "Q", progress=progress))))
+    rates.append(cpu_rate("fma"))
+    rate = flops(weights, False) / seconds[0]
+    shape = "composition scores fp32, 32x32 heads (8 kv) d=4096 r=128, Q"
+    found(f"{shape}: time", f"{seconds[0]:.0f} s, {rate / 1e9:.0f} GFLOP/s")
+    found(f"{shape}: share of the FMA rate", f"{rate / statistics.mean(rates):.2f}", ">= 0.6")
+    found("  extra memory", f"{peak / 2**30:.2f} GiB", "<= 2")

@@ -1,0 +1,154 @@
+// triangles on the CPU: the Cholesky factors of many Gram matrices W^T W, in fp64. LAPACK's QR of a tall factor takes
+// longer than all that is done with the result; rounding in fp64 leaves Cholesky's squared condition number harmless
+// to fp32 factors.
+#include <cstdint>
+
+namespace fc::cpu {
+
+struct TriangleArguments {
+  const void* factors;  // [N,d,r], any strides
+  int64_t stride[3];
+  int64_t depth, rank;
+  double* triangles;  // [N,r,r], upper
+  bool* regular;      // [N]
+};
+
+using TriangleTask = void (*)(const TriangleArguments&, int64_t factor);
+enum class TriangleKind { fp32, fp64, bf16 };
+
+}  // namespace fc::cpu
+
+#ifdef FC_TIER
+
+#include <cmath>
+
+#include "tile.h"
+
+namespace fc::cpu::FC_TIER {
+namespace {
+
+// R in the place of A (its upper half): R^T R = A. False where A is not positive definite.
+bool cholesky(double* a, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    double* row = a + j * n;
+    for (int64_t k = 0; k < j; ++k) row[k] = 0;
+    if (!(row[j] > 0)) return false;
+    const double scale = 1 / std::sqrt(row[j]);
+    for (int64_t k = j; k < n; ++k) row[k] *= scale;
+    for (int64_t i = j + 1; i < n; ++i) {
+      double* below = a + i * n;
+      const double factor = row[i];
+      for (int64_t k = i; k < n; ++k) below[k] -= factor * row[k];
+    }
+  }
+  return true;
+}
+
+template <class Source>
+void run(const TriangleArguments& s, int64_t factor) {
+  using Scheme = Ieee<double>;
+  constexpr int64_t width = kWidth<Scheme>;
+  const int64_t r = s.rank, panels = (r + width - 1) / width;
+  const auto* w = static_cast<const Source*>(s.factors) + factor * s.stride[0];
+  Buffer<double> right{panels * width * s.depth}, left{kRows * s.depth};
+  pack_right<Scheme>(right.data, w, s.depth, r, s.stride[1], s.stride[2]);
+  double* out = s.triangles + factor * r * r;
+  alignas(64) double tile[kRows * width];
+  for (int64_t first = 0; first < r; first += kRows) {
+    const int64_t rows = r - first < kRows ? r - first : kRows;
+    std::memset(static_cast<void*>(left.data), 0, left.bytes());
+    for (int64_t row = 0; row < rows; ++row)
+      pack_left<Scheme>(left.data, static_cast<int>(row), w + (first + row) * s.stride[2], s.depth, s.stride[1]);
+    for (int64_t panel = first / width; panel < panels; ++panel) {
+      multiply<Scheme>(tile, left.data, right.data + panel * width * s.depth, s.depth);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = panel * width; c < r && c < (panel + 1) * width; ++c)
+          out[(first + row) * r + c] = tile[row * width + c - panel * width];
+    }
+  }
+  double largest = 0;
+  for (int64_t j = 0; j < r; ++j) largest = out[j * r + j] > largest ? out[j * r + j] : largest;
+  bool regular = cholesky(out, r);
+  for (int64_t j = 0; j < r && regular; ++j) regular = out[j * r + j] * out[j * r + j] > 1e-13 * largest;
+  if (!regular) std::memset(out, 0, static_cast<size_t>(r * r) * sizeof(double));
+  s.regular[factor] = regular;
+}
+
+}  // namespace
+
+TriangleTask triangles(TriangleKind kind) {
+  switch (kind) {
+    case TriangleKind::fp32:
+      return run<float>;
+    case TriangleKind::fp64:
+      return run<double>;
+    default:
+      return run<BFloat16>;
+  }
+}
+
+}  // namespace fc::cpu::FC_TIER
+
+#else  // the torch-facing half
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "../check.h"
+#include "isa.h"
+
+namespace fc::cpu {
+
+#define FC_DECLARE(tier)                \
+  namespace tier {                      \
+  TriangleTask triangles(TriangleKind); \
+  }
+FC_FOR_EACH_TIER(FC_DECLARE)
+#undef FC_DECLARE
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+TriangleTask task_of(TriangleKind kind) {
+  switch (current_tier()) {
+#define FC_CASE(tier) \
+  case Tier::tier:    \
+    return tier::triangles(kind);
+    FC_FOR_EACH_TIER(FC_CASE)
+#undef FC_CASE
+  }
+  return nullptr;
+}
+
+std::tuple<Tensor, Tensor> triangles(const Tensor& factors) {
+  STD_TORCH_CHECK(factors.dim() == 3, "factors has shape ", shape_of(factors), ", expected [N, d, r]");
+  const ScalarType dtype = factors.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+                  "factors has an unsupported dtype; expected float32, float64 or bfloat16");
+  const int64_t N = factors.size(0), d = factors.size(1), r = factors.size(2);
+  Tensor out = torch::stable::new_empty(factors, {N, r, r}, ScalarType::Double);
+  Tensor regular = torch::stable::new_empty(factors, {N}, ScalarType::Bool);
+  const TriangleArguments arguments{.factors = factors.data_ptr(),
+                                    .stride = {factors.stride(0), factors.stride(1), factors.stride(2)},
+                                    .depth = d,
+                                    .rank = r,
+                                    .triangles = static_cast<double*>(out.data_ptr()),
+                                    .regular = static_cast<bool*>(regular.data_ptr())};
+  const TriangleTask task = task_of(dtype == ScalarType::Float    ? TriangleKind::fp32
+                                    : dtype == ScalarType::Double ? TriangleKind::fp64
+                                                                  : TriangleKind::bf16);
+  torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(arguments, i);
+  });
+  return {out, regular};
+}
+
+}  // namespace
+}  // namespace fc::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastcircuits, CPU, m) { m.impl("triangles", TORCH_BOX(&fc::cpu::triangles)); }
+
+#endif

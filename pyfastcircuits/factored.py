@@ -1,0 +1,365 @@
+"""A matrix kept as a product of two: what every circuit of an attention head is."""
+
+import warnings
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FactoredMatrix", "computable"]
+
+
+class FactoredMatrix:
+    """The matrix A @ B [..., ldim, rdim], never formed: a drop-in for TransformerLens' class of the same name.
+
+    Decompositions (`svd`, `norm`, `eigenvalues`) of 16-bit factors are computed and returned in float32; products stay
+    in the factors' dtype. `svd` is kept until a factor is edited in place or replaced (edits that torch does not see,
+    through `.data` or numpy, are not noticed). Beyond TransformerLens: `norm` from two QRs instead of three SVDs,
+    gradients of `norm` and `S` that stay right where singular values repeat, sums of two, `to`, `device`, `dtype`,
+    `...` and masks in an index.
+
+    Args:
+        A: [..., ldim, mdim].
+        B: [..., mdim, rdim]; leading dimensions broadcast with A's.
+
+    Attributes:
+        A, B: the factors, broadcast to common leading dimensions (views).
+        ldim, mdim, rdim: rows, inner dimension, columns.
+        shape: of the product; `ndim` is its length.
+        has_leading_dims: whether there are any.
+
+    Raises:
+        AssertionError: inner dimensions that differ.
+        RuntimeError: "Shape mismatch", leading dimensions that do not broadcast.
+
+    Both kinds of error, here and in the products, are those of TransformerLens.
+    """
+
+    __hash__ = object.__hash__
+    # numpy arrays must not try to broadcast over a factored matrix
+    __array_ufunc__ = None
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        """Check and broadcast; nothing is copied."""
+        assert A.size(-1) == B.size(-2), (
+            f"Factored matrix must match on inner dimension, shapes were a: {A.shape}, b: {B.shape}"
+        )
+        self.ldim, self.mdim, self.rdim = A.size(-2), A.size(-1), B.size(-1)
+        self.has_leading_dims = A.ndim > 2 or B.ndim > 2
+        try:
+            leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Shape mismatch: leading dimensions do not broadcast, A has shape {A.shape}, B {B.shape}. {error}"
+            ) from error
+        self.shape = torch.Size((*leading, self.ldim, self.rdim))
+        self.A = A.broadcast_to((*leading, self.ldim, self.mdim))
+        self.B = B.broadcast_to((*leading, self.mdim, self.rdim))
+
+    def __repr__(self) -> str:
+        """Shape and inner dimension."""
+        return f"FactoredMatrix: Shape({self.shape}), Hidden Dim({self.mdim})"
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the product, leading ones included."""
+        return len(self.shape)
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B)."""
+        return self.A, self.B
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.A.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the product."""
+        return torch.promote_types(self.A.dtype, self.B.dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> "FactoredMatrix":
+        """The same matrix on another device or in another dtype; arguments as of torch.Tensor.to."""
+        return type(self)(self.A.to(*args, **kwargs), self.B.to(*args, **kwargs))
+
+    def size(self, dim: int) -> int:
+        """One dimension of the product. TransformerLens' class asks its operands for it and for `broadcast_to`."""
+        return self.shape[dim]
+
+    def broadcast_to(self, shape: Sequence[int]) -> Tensor:
+        """The product as a tensor: formed."""
+        return self.AB.broadcast_to(shape)
+
+    @property
+    def AB(self) -> Tensor:
+        """The product [..., ldim, rdim]: formed."""
+        return self.A @ self.B
+
+    @property
+    def BA(self) -> Tensor:
+        """The product the other way round [..., mdim, mdim]: its eigenvalues are the nonzero ones of AB.
+
+        Raises:
+            AssertionError: a matrix that is not square.
+        """
+        assert self.rdim == self.ldim, f"Can only take BA if ldim==rdim, shapes were self: {self.shape}"
+        return self.B @ self.A
+
+    @property
+    def T(self) -> "FactoredMatrix":
+        """The transpose of the last two dimensions."""
+        return type(self)(self.B.transpose(-2, -1), self.A.transpose(-2, -1))
+
+    def __matmul__(self, other: Any) -> Any:
+        """With a matrix or another factored matrix: factored. With a vector [rdim]: the vector [..., ldim]."""
+        if _is_factored(other):
+            return (self @ other.A) @ other.B
+        if other.ndim < 2:
+            return (self.A @ (self.B @ other.unsqueeze(-1))).squeeze(-1)
+        assert other.size(-2) == self.rdim, (
+            f"Right matrix must match on inner dimension, shapes were self: {self.shape}, other: {other.shape}"
+        )
+        if self.rdim > self.mdim:  # the smaller inner dimension is kept
+            return type(self)(self.A, self.B @ other)
+        return type(self)(self.AB, other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """A matrix times this one: factored. A vector [ldim] times this one: the vector [..., rdim]."""
+        assert other.size(-1) == self.ldim, (
+            f"Left matrix must match on inner dimension, shapes were self: {self.shape}, other: {other.shape}"
+        )
+        if other.ndim < 2:
+            return ((other.unsqueeze(-2) @ self.A) @ self.B).squeeze(-2)
+        if self.ldim > self.mdim:
+            return type(self)(other @ self.A, self.B)
+        return type(self)(other, self.AB)
+
+    def __mul__(self, scalar: Any) -> "FactoredMatrix":
+        """Times a number or a tensor of one element.
+
+        Raises:
+            AssertionError: a tensor of another size.
+        """
+        assert not isinstance(scalar, Tensor) or scalar.numel() == 1, (
+            f"Tensor must be a scalar for use with * but was of shape {scalar.shape}. "
+            "For matrix multiplication, use @ instead."
+        )
+        return type(self)(self.A * scalar, self.B)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> "FactoredMatrix":
+        """The sum with another factored matrix, by stacking the factors: inner dimensions add up.
+
+        Raises:
+            ValueError: matrices of different sizes.
+        """
+        if not _is_factored(other):
+            return NotImplemented
+        if (self.ldim, self.rdim) != (other.ldim, other.rdim):
+            raise ValueError(f"a sum of matrices of shape {list(self.shape)} and {list(other.shape)}")
+        leading = torch.broadcast_shapes(self.shape[:-2], other.shape[:-2])
+        A = [x.A.expand(*leading, -1, -1) for x in (self, other)]
+        B = [x.B.expand(*leading, -1, -1) for x in (self, other)]
+        return type(self)(torch.cat(A, -1), torch.cat(B, -2))
+
+    def __sub__(self, other: Any) -> "FactoredMatrix":
+        """The difference, as a sum."""
+        return self + other * -1 if _is_factored(other) else NotImplemented
+
+    def __neg__(self) -> "FactoredMatrix":
+        """The negative."""
+        return self * -1
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular value decomposition (U, S, V), with k = min(ldim, mdim, rdim); the second call is free.
+
+        Returns:
+            U [..., ldim, k], S [..., k] descending and V [..., rdim, k] (not its transpose): AB = U @ diag(S) @ V.T.
+        """
+        try:
+            versions = self.A._version, self.B._version
+        except RuntimeError:  # inference tensors count no edits
+            return self._svd()
+        key = (id(self.A), id(self.B), *versions, torch.is_grad_enabled())
+        if self.__dict__.get("_kept_key") != key:
+            self._kept_key, self._kept_svd = key, self._svd()
+        return self._kept_svd
+
+    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        A, B = computable(self.A), computable(self.B)
+        left, left_triangle = torch.linalg.qr(A)
+        right, right_triangle = torch.linalg.qr(B.transpose(-2, -1))
+        U, S, Vh = torch.linalg.svd(left_triangle @ right_triangle.transpose(-2, -1), full_matrices=False)
+        U, V = left @ U, right @ Vh.transpose(-2, -1)
+        if S.requires_grad:  # dS = diag(U.T dM V): through the QRs it would be NaN for factors of lower rank
+            S = ((U.detach().transpose(-2, -1) @ A) * (B @ V.detach()).transpose(-2, -1)).sum(-1)
+        return U, S, V
+
+    @property
+    def U(self) -> Tensor:
+        """Left singular vectors [..., ldim, k]."""
+        return self.svd()[0]
+
+    @property
+    def S(self) -> Tensor:
+        """Singular values [..., k], descending."""
+        return self.svd()[1]
+
+    @property
+    def V(self) -> Tensor:
+        """Right singular vectors [..., rdim, k]."""
+        return self.svd()[2]
+
+    @property
+    def Vh(self) -> Tensor:
+        """V under the name it once had in TransformerLens."""
+        warnings.warn("FactoredMatrix.Vh is V, not its transpose: use .V", DeprecationWarning, stacklevel=2)
+        return self.V
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Complex [..., mdim], in no order: those of AB, less zeros, or with zeros where mdim > ldim.
+
+        Raises:
+            AssertionError: a matrix that is not square.
+        """
+        values: Tensor = torch.linalg.eigvals(computable(self.BA))
+        return values
+
+    def norm(self) -> Tensor:
+        """Frobenius norm [...], in O((ldim + rdim) mdim^2) a matrix; differentiable for any factors."""
+        norm: Tensor = _Norm.apply(computable(self.A), computable(self.B))
+        return norm
+
+    def make_even(self) -> "FactoredMatrix":
+        """The same matrix as (U @ diag(S)**0.5) @ (diag(S)**0.5 @ V.T)."""
+        root = self.S.sqrt()
+        return type(self)(self.U * root[..., None, :], root[..., :, None] * self.V.transpose(-2, -1))
+
+    def collapse_l(self) -> Tensor:
+        """diag(S) @ V.T [..., k, rdim]: the matrix without its left orthogonal factor."""
+        return self.S[..., :, None] * self.V.transpose(-2, -1)
+
+    def collapse_r(self) -> Tensor:
+        """U @ diag(S) [..., ldim, k]: the matrix without its right orthogonal factor."""
+        return self.U * self.S[..., None, :]
+
+    def get_corner(self, k: int = 3) -> Tensor:
+        """The first k entries of every dimension of the product."""
+        leading = (slice(k),) * (self.ndim - 2)
+        return self.A[(*leading, slice(k))] @ self.B[(*leading, slice(None), slice(k))]
+
+    def unsqueeze(self, k: int) -> "FactoredMatrix":
+        """With a new leading dimension at k."""
+        return type(self)(self.A.unsqueeze(k), self.B.unsqueeze(k))
+
+    def __getitem__(self, index: Any) -> "FactoredMatrix":
+        """Index the product as a tensor, but an integer on one of the two matrix axes keeps it, with size 1.
+
+        Tensors and lists on a matrix axis select from it alone: they are not paired with those on other axes.
+
+        Raises:
+            ValueError: more indices than dimensions.
+            IndexError: an index that is out of range, or two `...`.
+        """
+        entries = _expanded(index if isinstance(index, tuple) else (index,), self.shape)
+        kept: list[Any] = []
+        new: list[int] = []  # how many matrix axes lie before each new axis
+        axes, leading = 0, self.ndim - 2
+        for entry in entries:
+            if entry is None and axes >= leading:
+                new.append(axes - leading)
+            else:
+                kept.append(entry)
+                axes += _axes(entry)
+        matrix = kept[len(kept) - max(0, axes - leading) :]
+        lead = tuple(kept[: len(kept) - len(matrix)])
+        rows, columns = (*matrix, slice(None), slice(None))[:2]
+        A = self.A[lead][..., _kept_axis(rows, self.ldim), :]
+        out = type(self)(A, self.B[lead][..., _kept_axis(columns, self.rdim)])
+        for before in new:
+            if before == 0:
+                out = out.unsqueeze(out.ndim - 2)
+            elif before == 1:  # the rows become a leading dimension
+                out = type(self)(out.A.unsqueeze(-2), out.B.unsqueeze(-3))
+            else:  # the columns become the rows
+                out = type(self)(out.B.transpose(-2, -1).unsqueeze(-3), out.A.unsqueeze(-1))
+        return out
+
+
+class _Norm(torch.autograd.Function):
+    """||A B|| with the gradient written out: through singular values it is NaN where they repeat."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
+        left = torch.linalg.qr(_distinct(A), mode="r").R
+        right = torch.linalg.qr(_distinct(B).transpose(-2, -1), mode="r").R
+        norm: Tensor = torch.linalg.matrix_norm(left @ right.transpose(-2, -1)).expand(A.shape[:-2]).clone()
+        ctx.save_for_backward(A, B, norm)
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        A, B, norm = ctx.saved_tensors
+        scale = torch.where(norm > 0, gradient / norm, 0)[..., None, None]  # the subgradient 0 at 0, as torch's norm
+        return scale * (A @ (B @ B.transpose(-2, -1))), scale * ((A.transpose(-2, -1) @ A) @ B)
+
+
+def computable(x: Tensor) -> Tensor:
+    """x in float32 if it is in a 16-bit type, which torch does not decompose."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _distinct(x: Tensor) -> Tensor:
+    """x without the copies that broadcasting made of its leading dimensions, which become 1."""
+    for axis in range(x.ndim - 2):
+        if x.stride(axis) == 0 and x.shape[axis] > 1:
+            x = x.narrow(axis, 0, 1)
+    return x
+
+
+def _is_factored(x: Any) -> bool:
+    """Whether x is a factored matrix, ours or TransformerLens'."""
+    return isinstance(x, FactoredMatrix) or hasattr(x, "collapse_l")
+
+
+def _is_mask(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8)
+
+
+def _axes(entry: Any) -> int:
+    """How many dimensions an index entry consumes."""
+    if entry is None:
+        return 0
+    return entry.ndim if _is_mask(entry) else 1
+
+
+def _expanded(index: Sequence[Any], shape: Sequence[int]) -> list[Any]:
+    """Sequences and arrays as tensors, and `...` as the slices it stands for."""
+    plain = (slice, Integral, Tensor, type(None), type(...))
+    entries = [x if isinstance(x, plain) and not isinstance(x, bool) else torch.as_tensor(x) for x in index]
+    dots = [i for i, entry in enumerate(entries) if entry is ...]
+    used = sum(_axes(entry) for entry in entries) - len(dots)
+    if used > len(shape):
+        raise ValueError(f"{tuple(index)} is too long an index for a FactoredMatrix with shape {shape}")
+    if len(dots) > 1:
+        raise IndexError(f"{tuple(index)}: an index can have only one '...'")
+    for i in dots:
+        entries[i : i + 1] = [slice(None)] * (len(shape) - used)
+    return entries
+
+
+def _kept_axis(entry: Any, size: int) -> Any:
+    """An integer index of a matrix axis as a slice of length 1."""
+    single = isinstance(entry, Integral) or (isinstance(entry, Tensor) and entry.ndim == 0 and not _is_mask(entry))
+    if not single:
+        return entry
+    value = int(entry)
+    if not -size <= value < size:
+        raise IndexError(f"index {value} is out of range for a matrix axis of size {size}")
+    return slice(value, value + 1 or None)

@@ -1,0 +1,136 @@
+"""TransformerLens on the kernels of this package, without a change to the code that uses it.
+
+Both up to 3.9 (HookedTransformer) and from 4 (TransformerBridge) are known by what they offer, not by version.
+"""
+
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.composition import triangle
+from pyfastcircuits.factored import FactoredMatrix, computable
+from pyfastcircuits.ops import pair_norms
+
+__all__ = ["Acceleration", "accelerate"]
+
+_ABSENT = object()
+_later_layers_only: ContextVar[bool] = ContextVar("later_layers_only", default=False)
+
+
+class Acceleration:
+    """What `accelerate` has put in place; leaving it as a context, or `undo`, takes it back."""
+
+    def __init__(self) -> None:
+        """Nothing is replaced yet."""
+        self._replaced: list[tuple[object, str, object]] = []
+
+    def replace(self, owner: object, name: str, value: object) -> None:
+        """Set an attribute of a module or class and remember what was there."""
+        self._replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put back everything that was replaced. Once is enough; more does no harm."""
+        while self._replaced:
+            owner, name, value = self._replaced.pop()
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+    def __enter__(self) -> "Acceleration":
+        """Itself: everything is in place already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Undo."""
+        self.undo()
+
+
+def accelerate() -> Acceleration:
+    """Run TransformerLens' composition scores and FactoredMatrix on this package, until undone.
+
+    `accelerate()` lasts until `.undo()` of what it returns; `with accelerate():` until the block ends. Meanwhile
+    `model.all_composition_scores(...)` and `composition_scores(...)` go through `ops.pair_norms`, and the methods of
+    TransformerLens' FactoredMatrix (products, `svd`, `norm`, `eigenvalues`, and so copying scores, indexing) are those
+    of this package's, for matrices that exist already too. Types are theirs throughout (a Tensor from
+    HookedTransformer, CompositionScores from TransformerBridge), and values equal up to rounding.
+
+    Raises:
+        ImportError: transformer_lens is not installed.
+    """
+    try:
+        import transformer_lens
+        from transformer_lens import utilities
+    except ImportError as error:
+        raise ImportError(
+            "accelerate() needs TransformerLens: pip install 'pyfastcircuits[transformer-lens]'"
+        ) from error
+
+    done = Acceleration()
+    theirs = transformer_lens.FactoredMatrix
+    for name, value in vars(FactoredMatrix).items():
+        if isinstance(value, property) or (callable(value) and name not in ("__init__", "__hash__", "__repr__")):
+            done.replace(theirs, name, value)
+
+    slow = utilities.composition_scores
+    fast = _composition_scores(slow)
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "transformer_lens" and vars(module).get("composition_scores") is slow:
+            done.replace(module, "composition_scores", fast)
+
+    for model in _models(transformer_lens):
+        if "all_composition_scores" in vars(model):
+            done.replace(model, "all_composition_scores", _of_later_layers(model.all_composition_scores))
+    return done
+
+
+def _models(library: Any) -> list[Any]:
+    from transformer_lens import model_bridge
+
+    # asking TransformerLens 4 for HookedTransformer is an ImportError, not an AttributeError: look, do not ask
+    found = (vars(library).get("HookedTransformer"), getattr(model_bridge, "TransformerBridge", None))
+    return [model for model in found if model is not None]
+
+
+def _of_later_layers(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method as it is; while it runs, scores that it will set to zero are not computed."""
+
+    @wraps(method)
+    def all_composition_scores(*args: Any, **kwargs: Any) -> Any:
+        token = _later_layers_only.set(True)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            _later_layers_only.reset(token)
+
+    return all_composition_scores
+
+
+def _composition_scores(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(theirs)
+    def composition_scores(left: Any, right: Any, broadcast_dims: bool = True) -> Tensor:
+        if not broadcast_dims or left.ndim == 2 or right.ndim == 2:
+            return theirs(left, right, broadcast_dims)
+        assert left.rdim == right.ldim, (
+            f"Composition scores require left.rdim==right.ldim, shapes were left: {left.shape}, right:{right.shape}"
+        )
+        leading = (left.shape[:-2], right.shape[:-2])
+        written = (triangle(computable(left.A)) @ computable(left.B)).flatten(0, -3)
+        read = (triangle(computable(right.B).mT) @ computable(right.A).mT).flatten(0, -3)
+        before = None
+        if _later_layers_only.get():  # both sides are [layer, head]
+            before = torch.arange(len(read), device=read.device) // leading[1][-1] * leading[0][-1]
+        sizes = torch.linalg.matrix_norm(written)[:, None] * torch.linalg.matrix_norm(read)
+        scores: Tensor = pair_norms(written, read.mT, before=before) / sizes
+        return scores.view(*leading[0], *leading[1])
+
+    return composition_scores
