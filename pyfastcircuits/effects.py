@@ -20,7 +20,7 @@ __all__ = ["Change", "Losses", "Options", "change_losses", "stream_losses"]
 
 BLOCK = 12 << 20  # bytes: one block of deltas; a vocabulary slice takes two
 CLEAN_LOGITS = 512 << 20  # bytes of clean logits held at a time, at least one sequence's
-LOW_MEMORY_ROWS = 4096
+PART_ROWS = 4096  # positions worked on at a time, at least one sequence's
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def stream_losses(trace: FrozenTrace, streams: Tensor, backend: Backend = "auto"
     rows = _predicting(trace.normed(streams, weights.n_layers)).flatten(0, 1)
     targets = trace.tokens[:, 1:].flatten().repeat(len(streams))
     out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
-    for part in _slices(len(rows), LOW_MEMORY_ROWS):
+    for part in _slices(len(rows), PART_ROWS):
         clean = _CleanLogits(rows[part], weights, held=False)
         columns = _columns(weights, len(rows[part]))
         empty = rows.new_empty(1, len(rows[part]), 0)
@@ -212,7 +212,9 @@ def change_losses(trace: FrozenTrace, changes: Sequence[Change], options: Option
 def _sequences_at_once(weights: CircuitWeights, length: int, rank: int, low_memory: bool) -> int:
     row = weights.compute_dtype.itemsize
     rows = BLOCK // (row * rank)
-    rows = min(rows, LOW_MEMORY_ROWS if low_memory else CLEAN_LOGITS // (row * weights.d_vocab))
+    rows = min(rows, PART_ROWS)
+    if not low_memory:
+        rows = min(rows, CLEAN_LOGITS // (row * weights.d_vocab))
     return max(1, rows // (length - 1))
 
 

@@ -75,7 +75,7 @@ def test_cutting_changes_nothing(monkeypatch, low_memory):
     orders, tokenwise = fc.order_losses(run), fc.path_ablation(run, paths, per_token=True, kl=True)
     monkeypatch.setattr(effects, "BLOCK", 1 << 13)
     monkeypatch.setattr(effects, "CLEAN_LOGITS", 1 << 17)
-    monkeypatch.setattr(effects, "LOW_MEMORY_ROWS", 16)
+    monkeypatch.setattr(effects, "PART_ROWS", 16)
     monkeypatch.setattr("pyfastcircuits.paths.BLOCK", 1 << 13)
     for name, function in functions.items():
         cut = function(low_memory=low_memory)
