@@ -50,7 +50,8 @@ def order_table(sweep: Sweep) -> Table:
     before = None
     for i, (name, loss) in enumerate(_order_rows(sweep)):
         article = f"{ARTICLE_ORDERS[i - 1]}" if 1 <= i <= len(ARTICLE_ORDERS) and name != "full model" else ""
-        table.add_row(name, f"{loss:.4f}", "" if before is None else f"{before - loss:.4f}", article)
+        fall = "" if before is None else f"{round(before - loss, 4) + 0.0:.4f}"  # no negative zero
+        table.add_row(name, f"{loss:.4f}", fall, article)
         before = loss
     return table
 
