@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from pyfastcircuits.kernels.configs import arithmetic, choose
 from pyfastcircuits.kernels.tile import load_left, multiply
-from pyfastcircuits.reference import pair_norms_gradients
 from torch import Tensor
+
+from pyfastcircuits.reference import pair_norms_gradients
 
 __all__ = ["pair_norms_triton"]
 
