@@ -21,6 +21,11 @@ HEADING = "## GPU\n"
 Row = dict[str, str]
 
 P, T, V, r = 72, 1024, 50257, 64  # GPT-2 small, the ablations of one group
+L, H, d = 12, 12, 768
+CAPTIONS = {
+    "sweep": f"`sweep_nll`, fp32, P={P}, T={T}, V={V:,}, r={r}, one group.",
+    "pairs": f"`pair_norms`, fp32, the composition scores of {L}x{H} heads of one kind, d={d}, r={r}; relative errors.",
+}
 
 
 def build() -> None:
@@ -67,21 +72,70 @@ def sweep() -> Iterator[Row]:
 
         forms.append((f"{backend} {precision}", ours, limit))
     for name, form, limit in forms:
-        try:
-            error = (form()[0].double() - exact).abs().max().item()
-            taken, memory = seconds(form), peak_memory(form)
-        except Exception as problem:
-            yield {"form": name, "failed": repr(problem)[:80]}
-            continue
-        yield {
-            "form": name,
-            "ms": f"{1e3 * taken:.2f}",
-            "ablations/s": f"{P / taken:.0f}",
-            "TFLOP/s": f"{flops / taken / 1e12:.1f}",
-            "of the limit": f"{limit / taken:.0%}" if limit else "",
-            "peak MiB": f"{memory / 2**20:.0f}",
-            "max error": f"{error:.1e}",
-        }
+        yield measured(name, form, lambda out: (out[0].double() - exact).abs().max(), limit, flops, "ablations/s", P)
+
+
+def pairs() -> Iterator[Row]:
+    """pair_norms beside a matrix product over all pairs, of which composition wants those with layer1 < layer2."""
+    from pyfastcircuits import ops, reference
+
+    torch.manual_seed(0)
+    heads = (L - 1) * H  # the last layer is no source, the first no destination
+    left = torch.randn(heads, r, d, device="cuda") / d**0.5
+    right = torch.randn(heads, r, d, device="cuda").mT
+    before = torch.arange(heads, device="cuda") // H * H + H
+    wanted = torch.arange(heads, device="cuda")[:, None] < before
+    count = L * (L - 1) // 2 * H * H
+    flops = 2 * count * d * r * r
+    exact = reference.pair_norms(left, right, before)
+
+    def torch_form(precision: str) -> Callable[[], Tensor]:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+        def form() -> Tensor:
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            product = left.to(dtype).flatten(0, 1) @ right.to(dtype).transpose(0, 1).flatten(1)
+            torch.backends.cuda.matmul.allow_tf32 = False
+            return product.view(heads, r, heads, r).norm(dim=(1, 3), dtype=torch.float32)
+
+        return form
+
+    def our_form(precision: str) -> Callable[[], Tensor]:
+        return lambda: ops.pair_norms(left, right, before=before, precision=precision, backend="triton")
+
+    def error(out: Tensor) -> Tensor:
+        return ((out - exact).abs() / exact)[wanted].max()
+
+    for precision in ("bf16", "tf32", "ieee"):
+        limit = flops / matmul_rate(precision)
+        yield measured(f"torch: matmul, norm {precision}", torch_form(precision), error, 0.0, flops, "pairs/s", count)
+        yield measured(f"triton {precision}", our_form(precision), error, limit, flops, "pairs/s", count)
+
+
+def measured(
+    name: str,
+    form: Callable[[], Tensor],
+    error: Callable[[Tensor], Tensor],
+    limit: float,
+    flops: float,
+    unit: str,
+    count: int,
+) -> Row:
+    """One row: `flops` are those that are wanted, `limit` the seconds they would take at the rates measured here."""
+    try:
+        worst = error(form()).item()
+        taken, memory = seconds(form), peak_memory(form)
+    except Exception as problem:
+        return {"form": name, "failed": repr(problem)[:80]}
+    return {
+        "form": name,
+        "ms": f"{1e3 * taken:.2f}",
+        unit: f"{count / taken:.0f}",
+        "TFLOP/s": f"{flops / taken / 1e12:.1f}",
+        "of the limit": f"{limit / taken:.0%}" if limit else "",
+        "peak MiB": f"{memory / 2**20:.0f}",
+        "max error": f"{worst:.1e}",
+    }
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -135,8 +189,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA GPU here; nothing was built or measured")
         return 2
-    sections = {"build": 170, "tests": 160, "sweep": 140}  # seconds each may take: one call has 480
-    failed, rows = [], []
+    sections = {"build": 160, "tests": 165, "sweep": 110, "pairs": 40}  # seconds each may take: one call has 480
+    failed: list[str] = []
+    tables: dict[str, list[Row]] = {}
     for name, limit in sections.items():
         print(f"-- {name}", flush=True)
         command = [sys.executable, "-c", f"from bench.gpu import run_section; run_section({name!r})"]
@@ -149,9 +204,9 @@ def main() -> int:
             failed.append(f"{name}: exit status {problem.returncode}")
         except subprocess.TimeoutExpired:
             failed.append(f"{name}: not done after {limit} s")
-        rows += json.loads(table.read_text()) if table.exists() else []
-    failed += [f"sweep: {row['form']}: {row['failed']}" for row in rows if "failed" in row]
-    write(rows, failed)
+        tables[name] = json.loads(table.read_text()) if table.exists() else []
+        failed += [f"{name}: {row['form']}: {row['failed']}" for row in tables[name] if "failed" in row]
+    write(tables, failed)
     print("\n".join(["FAILED:", *failed]) if failed else "all sections passed")
     return len(failed)
 
@@ -159,13 +214,13 @@ def main() -> int:
 def run_section(name: str) -> None:
     """In a section's own process: run it and leave its rows, as many as there are, for main."""
     rows: list[Row] = []
-    for row in {"build": build, "tests": tests, "sweep": sweep}[name]() or ():
+    for row in {"build": build, "tests": tests, "sweep": sweep, "pairs": pairs}[name]() or ():
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
         Path(os.environ["FC_TABLE"]).write_text(json.dumps(rows))
 
 
-def write(rows: list[Row], failed: list[str]) -> None:
+def write(tables: dict[str, list[Row]], failed: list[str]) -> None:
     """Replace the GPU section of RESULTS.md."""
     import triton
 
@@ -179,11 +234,14 @@ def write(rows: list[Row], failed: list[str]) -> None:
         f"commit {commit}",
         str(datetime.datetime.now(datetime.timezone.utc).date()),
     ]
-    lines = [HEADING, ", ".join(facts) + ".", "", f"`sweep_nll`, fp32, P={P}, T={T}, V={V:,}, r={r}, one group.", ""]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    if rows:
-        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(row.get(key, "") for key in columns) + " |" for row in rows]
+    lines = [HEADING, ", ".join(facts) + "."]
+    for name, caption in CAPTIONS.items():
+        rows = tables[name]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines += ["", caption, ""]
+        if rows:
+            lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+            lines += ["| " + " | ".join(row.get(key, "") for key in columns) + " |" for row in rows]
     lines += ["", *(f"- Failed: {problem}" for problem in failed)]
     before, _, after = RESULTS.read_text().partition(HEADING)
     rest = after.partition("\n## ")

@@ -32,8 +32,13 @@ def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
     Raises:
         ValueError: an unknown op.
     """
-    if op != "sweep_nll":
-        raise ValueError(f"op is {op!r}, expected sweep_nll")
+    ops = {"sweep_nll": _sweep_nll, "pair_norms": _pair_norms}
+    if op not in ops:
+        raise ValueError(f"op is {op!r}, expected one of {', '.join(ops)}")
+    return ops[op](shape, dtype, arch)
+
+
+def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     pairs, positions, vocabulary, rank = (shape[name] for name in "PTVr")
     rows, block_v, deepest, warps, stages = {
         "bf16": (128, 64, 128, 8, 3),
@@ -50,6 +55,32 @@ def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
     splits = max(1, min(_blocks(wanted, row_blocks), _blocks(vocabulary, block_v)))
     blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
     return Config(blocks, splits, warps, stages)
+
+
+def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
+    size, block_k, warps, stages = {
+        "bf16": (128, 64, 8, 3),
+        "tf32": (128, 32, 8, 3),
+        "fp32": (64, 32, 4, 2),
+        "fp64": (32, 16, 4, 2),
+    }[dtype]
+    block_r, block_s = (_part(shape[rank], shape[heads], size) for heads, rank in ("Nr", "Ms"))
+    sizes = (size // block_r, block_r, size // block_s, block_s, block_k)
+    names = ("BLOCK_N", "BLOCK_R", "BLOCK_M", "BLOCK_S", "BLOCK_K")
+    return Config(dict(zip(names, sizes, strict=True)), 1, warps, stages)
+
+
+def _part(rank: int, heads: int, size: int) -> int:
+    """Rows of each head in a tile of `size`: of those that leave the fewest of all tiles unused, the most.
+
+    From 16 on where the heads have as many: the more heads a tile has, the fewer tiles there are to go round.
+    """
+
+    def tiled(part: int) -> int:
+        return _blocks(rank, part) * _blocks(heads, size // part)
+
+    parts = [1 << n for n in range(size.bit_length()) if 1 << n >= min(_power_above(rank), 16)]
+    return min(parts, key=lambda part: (tiled(part), -part))
 
 
 def _blocks(size: int, block: int) -> int:

@@ -1,7 +1,6 @@
 """Loads the compiled parts and knows what this build and this machine can do."""
 
 import importlib.util
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,12 @@ if _CUDA_LIBRARY.exists():
     torch.ops.load_library(str(_CUDA_LIBRARY))
 
 
-@cache
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether the triton package is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def build_info() -> dict[str, Any]:

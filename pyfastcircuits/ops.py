@@ -291,6 +291,8 @@ def pair_norms(
     Source: the composition scores of "A Mathematical Framework for Transformer Circuits" (Elhage et al. 2021).
     """
     _check_pairs(left, right, before)
+    if backend == "cuda":
+        raise RuntimeError("backend='cuda': pair_norms has no CUDA C++ kernel; use 'triton'")
     chosen = resolve_backend(backend, left.device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
@@ -364,16 +366,8 @@ def _save_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _pair_norms_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """d||X|| = <X, dX> / ||X|| for each product X, made again for one left factor at a time; 0 where X is 0."""
     left, right, norms = ctx.saved_tensors
-    share = torch.where(norms > 0, gradient / norms, 0)
-    wide = right.to(norms.dtype)
-    rows, columns = [], torch.zeros_like(wide)
-    for i, factor in enumerate(left.to(norms.dtype)):
-        product = (factor @ wide) * share[i, :, None, None]
-        rows.append((product @ wide.mT).sum(0))
-        columns = columns + factor.mT @ product
-    return torch.stack(rows).to(left.dtype), columns.to(right.dtype), None, None, None
+    return *reference.pair_norms_gradients(left, right, norms, gradient), None, None, None
 
 
 torch.library.register_autograd("pyfastcircuits::pair_norms", _pair_norms_backward, setup_context=_save_pairs)

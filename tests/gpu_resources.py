@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 import pyfastcircuits
 from pyfastcircuits.kernels.configs import arithmetic, choose
+from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
 from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # shared memory a block may have
@@ -34,6 +35,17 @@ class Variant(NamedTuple):
     precision: str
     rank: int
     whole: bool  # with scale and clean_lse
+    arch: int
+
+
+class PairVariant(NamedTuple):
+    """One specialisation of pair_norms' kernel."""
+
+    dtype: str
+    precision: str
+    rank: int
+    depth: int
+    bounded: bool  # with before
     arch: int
 
 
@@ -57,6 +69,32 @@ def variants() -> Iterator[Variant]:
             yield Variant(kernel, dtype, precision, 512, False, 90)
 
 
+def pair_variants() -> Iterator[PairVariant]:
+    """Heads of GPT-2 small in each arithmetic on each architecture; on one, those of GPT-2 XL and some in one step."""
+    kinds = [("float32", precision) for precision in ("ieee", "tf32", "bf16")]
+    for arch in ARCHITECTURES:
+        for dtype, precision in [*kinds, ("float64", "ieee"), ("bfloat16", "ieee")]:
+            yield PairVariant(dtype, precision, 64, 768, True, arch)
+    for dtype, precision in kinds:
+        yield PairVariant(dtype, precision, 80, 1280, True, 90)
+        yield PairVariant(dtype, precision, 8, 16, False, 90)
+
+
+def compile_pairs(variant: PairVariant) -> tuple[bytes, int]:
+    """The cubin and its dynamic shared memory, compiled as the launcher would for 144 heads."""
+    dtype, precision, rank, depth, bounded, arch = variant
+    kind = arithmetic(dtype, precision)
+    config = choose("pair_norms", {"N": 144, "M": 144, "r": rank, "d": depth, "s": rank}, kind, arch)
+    factor = "*bf16" if kind == "bf16" else POINTERS[dtype]
+    types = {"left": factor, "right": factor, "squares": "*fp64" if dtype == "float64" else "*fp32", "before": "*i64"}
+    constants = {"RANK": rank, "DEPTH": depth, "WIDTH": rank, "PRECISION": precision, **config.blocks}
+    if not bounded:
+        constants["before"] = None
+    # The launcher finds both counts divisible, as the pointers are.
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _compiled(pair_norms_kernel, types, constants, {"lefts", "rights"}, options, arch)
+
+
 def compile_sweep(variant: Variant) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small."""
     name, dtype, precision, rank, whole, arch = variant
@@ -68,21 +106,32 @@ def compile_sweep(variant: Variant) -> tuple[bytes, int]:
     types = {"base": element, "delta": factor, "basis": factor, "mean_base": work, "mean_basis": work}
     types |= {"references": work, "totals": work, "scale": "*fp64", "picked": "*fp64", "change": "*fp64"}
     types |= dict.fromkeys(("tokens", "order", "group"), "*i64")
-    names = kernel.arg_names
     constants = {"RANK": rank, "PRECISION": precision, **config.blocks}
     if not whole:
         constants |= dict.fromkeys(("scale", "mean_base", "mean_basis"))
+    options = {"num_stages": config.num_stages} if name == "sweep_nll" else TOKENS_OPTIONS
+    return _compiled(kernel, types, constants, {"basis_stride"}, {"num_warps": config.num_warps, **options}, arch)
+
+
+def _compiled(
+    kernel: triton.JITFunction,
+    types: dict[str, str],
+    constants: dict[str, object],
+    divisible: set[str],
+    options: dict[str, int],
+    arch: int,
+) -> tuple[bytes, int]:
+    """The cubin and its dynamic shared memory; all pointers, and the integers named `divisible`, are aligned."""
+    names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name == "basis_stride"]
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in divisible]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in aligned},
     )
-    options = {"num_stages": config.num_stages} if name == "sweep_nll" else TOKENS_OPTIONS
-    options = {"num_warps": config.num_warps, **options}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return compiled.asm["cubin"], compiled.metadata.shared
 
@@ -124,6 +173,14 @@ def main() -> None:
         name = f"triton {v.kernel} {v.dtype} {v.precision} r={v.rank}{' scale clean_lse' if v.whole else ''}"
         [(_, _, used)] = resources(cubin)
         print(f"{name:58} sm_{v.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True)
+    for pair in pair_variants():
+        cubin, shared = compile_pairs(pair)
+        name = f"triton pair_norms {pair.dtype} {pair.precision} r={pair.rank} d={pair.depth}"
+        name += " before" if pair.bounded else ""
+        [(_, _, used)] = resources(cubin)
+        print(
+            f"{name:58} sm_{pair.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True
+        )
     for arch, name, used in resources(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else []:
         print(f"{'cuda ' + name:58} {arch:6} {used.registers:>9} {used.shared:>7} {used.stack:>5}")
 

@@ -10,6 +10,7 @@ from pyfastcircuits import (
     composition_scores,
     composition_z_scores,
 )
+from pyfastcircuits.composition import triangle
 
 KINDS = ["Q", "K", "V"]
 
@@ -273,3 +274,12 @@ def test_triangles(tier, dtype, monkeypatch):
     torch.library.opcheck(torch.ops.pyfastcircuits.triangles.default, (W,))
     with pytest.raises(RuntimeError, match=r"factors has shape \[300, 64\]"):
         op(W[0])
+
+
+def test_triangles_where_there_is_no_kernel():
+    """CUDA tensors, and those that need gradients, take torch's Cholesky."""
+    W = torch.randn(4, 50, 7, generator=torch.Generator().manual_seed(0))
+    W[1, :, 3] = W[1, :, 5]
+    R = triangle(W.clone().requires_grad_()).detach()
+    torch.testing.assert_close(R.mT @ R, W.mT @ W)
+    torch.testing.assert_close(R[2:], triangle(W)[2:])

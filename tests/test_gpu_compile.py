@@ -15,14 +15,35 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
-from gpu_resources import ARCHITECTURES, CUDA_LIBRARY, Variant, compile_sweep, cuobjdump, opcodes, resources, variants
+from gpu_resources import (
+    ARCHITECTURES,
+    CUDA_LIBRARY,
+    PairVariant,
+    Variant,
+    compile_pairs,
+    compile_sweep,
+    cuobjdump,
+    opcodes,
+    pair_variants,
+    resources,
+    variants,
+)
 
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
 @pytest.mark.parametrize("variant", variants(), ids=str)
 def test_triton_sweep_nll(variant: Variant) -> None:
-    cubin, shared = compile_sweep(variant)
+    check(variant, *compile_sweep(variant))
+
+
+@pytest.mark.parametrize("variant", pair_variants(), ids=str)
+def test_triton_pair_norms(variant: PairVariant) -> None:
+    check(variant, *compile_pairs(variant))
+
+
+def check(variant: Variant | PairVariant, cubin: bytes, shared: int) -> None:
+    """It fits, nothing spills, and tensor cores multiply where they may."""
     [(_, _, used)] = resources(cubin)
     assert shared <= ARCHITECTURES[variant.arch]
     assert used.stack == used.local == 0, f"{variant} spills: {used}"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_cases import factors, torch_norms
 
 from pyfastcircuits import ops, reference
 
@@ -20,19 +21,6 @@ def tier(request, monkeypatch):
     except RuntimeError as error:
         pytest.skip(str(error))
     return request.param
-
-
-def factors(lefts, rights, rank, depth, width, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(lefts, rank, depth, generator=generator, dtype=torch.float64)
-    right = torch.randn(rights, depth, width, generator=generator, dtype=torch.float64)
-    return left.to(dtype), right.to(dtype)
-
-
-def torch_norms(left, right):
-    """What a user of torch writes: the product of everything, in the inputs' own dtype."""
-    product = left.flatten(0, 1) @ right.transpose(0, 1).flatten(1)
-    return product.view(len(left), left.shape[1], len(right), -1).transpose(1, 2).norm(dim=(2, 3))
 
 
 def relative_error(ours, exact):
@@ -226,6 +214,7 @@ def test_reference_backend():
         ({"route": "fast"}, ValueError, "route is 'fast'"),
         ({"route": "gram", "precision": "bf16"}, ValueError, "route='gram'"),
         ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),
+        ({"backend": "cuda"}, RuntimeError, "backend='cuda': pair_norms has no CUDA C\\+\\+ kernel; use 'triton'"),
     ],
 )
 def test_errors(change, error, message):

@@ -39,7 +39,7 @@ namespace {
 // Exponents are taken from a row's reference value, raised only when a logit exceeds it by this much: sums stay far
 // from overflow and the exp of a logit near the maximum loses nothing.
 constexpr double kSlack = 8;
-constexpr int64_t kPanelsAStripe = 4;  // packed together: long reads of base and basis
+constexpr int64_t kPanelsAStripe = 4;   // packed together: long reads of base and basis
 constexpr int64_t kStripesAFlush = 16;  // lanes hold at most 192 addends before they join the fp64 total
 
 template <class T>
