@@ -38,7 +38,7 @@ def lens_model(weights):
         for layer, block in enumerate(model.blocks):
             for name in ("W_Q", "W_K", "W_V", "W_O"):
                 getattr(block.attn, name).copy_(getattr(weights, name)[layer])
-    return model
+    return model.requires_grad_(False)  # a graph would keep every temporary: over 24 GiB
 
 
 @pytest.fixture(scope="module")
