@@ -240,7 +240,7 @@ struct Pairs {
 
   // dots[i][j] = left row i . right row j over `count` vectors, rows `stride` apart. Tiles come out of multiply() with
   // the entries of one factor side by side; to feed them to it again they would have to be scattered over lanes of the
-  // packed layout, which took three times as long as making them.
+  // packed layout first. What that would cost beside this has not been measured by itself.
   static void inner_products(const T* left, const T* right, int64_t stride, int64_t count, T (&dots)[kRows][kVectors]) {
     Vec<T> c[kRows][kVectors] = {};
     for (int64_t k = 0; k < count; ++k, left += kLanes<T>, right += kLanes<T>) {
