@@ -13,6 +13,13 @@ STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
   m.def("pair_norms(Tensor left, Tensor right, Tensor? before, str precision, bool gram) -> Tensor");
   // factors [N,d,r] -> upper R [N,r,r] in fp64 with R^T R = W^T W, and whether W^T W was regular [N]; if not, R is 0.
   m.def("triangles(Tensor factors) -> (Tensor, Tensor)");
+  // A [N,r], B [r,M], shift [N] -> the k best entries of A @ B - shift[:,None], best first, equal ones by row, then
+  // column: values in A's dtype (fp32 for bfloat16), rows, columns; [k], or [N,k] `per_row`. screen: "auto", "none", "bf16".
+  m.def(
+      "factored_topk(Tensor A, Tensor B, int k, bool largest, bool per_row, Tensor? shift, str screen) "
+      "-> (Tensor, Tensor, Tensor)");
+  // A [N,r], B [r,M], columns [N] -> entries of row i of A @ B greater than entry (i, columns[i]): int64 [N].
+  m.def("diagonal_ranks(Tensor A, Tensor B, Tensor columns) -> Tensor");
   // Operations a second of one instruction mix on all threads: "fma", "bf16" (both in FLOP/s) or "exp".
   m.def("cpu_rate(str kind, float seconds) -> float");
 }

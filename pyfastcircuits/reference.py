@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["pair_norms", "pair_norms_gradients", "sweep_nll"]
+__all__ = ["diagonal_ranks", "factored_topk", "pair_norms", "pair_norms_gradients", "sweep_nll"]
 
 
 def sweep_nll(
@@ -54,3 +54,28 @@ def pair_norms_gradients(left: Tensor, right: Tensor, norms: Tensor, gradient: T
         rows.append((product @ wide.mT).sum(0))
         columns = columns + factor.mT @ product
     return torch.stack(rows).to(left.dtype), columns.to(right.dtype)
+
+
+def factored_topk(
+    A: Tensor,  # [N, r]
+    B: Tensor,  # [r, M]
+    k: int,
+    largest: bool = True,
+    per_row: bool = False,
+    shift: Tensor | None = None,  # [N]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values in fp64, rows and columns of the k best entries of A @ B - shift[:, None]: [k], or [N, k] per row."""
+    product = A.double() @ B.double()
+    if shift is not None:
+        product = product - shift.double()[:, None]
+    ordered = (product if per_row else product.flatten()).sort(dim=-1, descending=largest, stable=True)
+    values, index = ordered.values[..., :k], ordered.indices[..., :k]
+    if per_row:
+        return values, torch.arange(len(A), device=A.device)[:, None].expand_as(index), index
+    return values, index // B.shape[1], index % B.shape[1]
+
+
+def diagonal_ranks(A: Tensor, B: Tensor, columns: Tensor) -> Tensor:
+    """Entries of row i of A @ B greater than entry (i, columns[i]), [N]."""
+    product = A.double() @ B.double()
+    return (product > product.gather(1, columns[:, None])).sum(1)

@@ -1,0 +1,26 @@
+"""The ops beneath: thin, typed, usable on their own; one module each.
+
+`backend` is "auto" (the CPU kernels for CPU tensors, Triton for CUDA tensors), "cpu", "triton", "cuda" or "reference".
+A backend that is not there raises; nothing falls back. `precision` is "ieee" (the inputs' own arithmetic; bfloat16
+inputs accumulate in fp32), "tf32" (Triton) or "bf16" (factors rounded to bfloat16, fp32 accumulation).
+"""
+
+from pyfastcircuits.ops.backend import Backend, Precision, check_range, resolve_backend
+from pyfastcircuits.ops.diagonal_ranks import diagonal_ranks
+from pyfastcircuits.ops.factored_topk import TopEntries, factored_topk
+from pyfastcircuits.ops.pair_norms import Route, pair_norms
+from pyfastcircuits.ops.sweep_nll import sweep_nll, sweep_statistics
+
+__all__ = [
+    "Backend",
+    "Precision",
+    "Route",
+    "TopEntries",
+    "check_range",
+    "diagonal_ranks",
+    "factored_topk",
+    "pair_norms",
+    "resolve_backend",
+    "sweep_nll",
+    "sweep_statistics",
+]
