@@ -9,8 +9,14 @@ STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
       "sweep_nll(Tensor base, Tensor delta, Tensor basis, Tensor tokens, Tensor group, Tensor? scale, "
       "Tensor? clean_lse, str precision) -> (Tensor, Tensor, Tensor)");
   // left [N,r,d], right [M,d,s], before [M] -> ||left[i] @ right[j]||_F [N,M] in left's dtype (fp32 for bfloat16).
-  // Pairs with i >= before[j] are 0 and cost nothing. `gram`: as <left[i]^T left[i], right[j] right[j]^T>^(1/2).
-  m.def("pair_norms(Tensor left, Tensor right, Tensor? before, str precision, bool gram) -> Tensor");
+  // Pairs with i >= before[j] are 0 and cost nothing.
+  m.def("pair_norms(Tensor left, Tensor right, Tensor? before, str precision) -> Tensor");
+  // The same by Gram matrices, with X = left_outer @ left [N,q,d] and Y = right @ right_outer [M,d,p] in their place:
+  // <X_i^T X_i, Y_j Y_j^T> [N,M], and the trace and squared norm of each Gram matrix [N,2], [M,2]; all fp64. Several
+  // outers in a row may share one left or right: N, M are multiples of those.
+  m.def(
+      "pair_grams(Tensor left, Tensor right, Tensor? left_outer, Tensor? right_outer, Tensor? before) "
+      "-> (Tensor, Tensor, Tensor)");
   // factors [N,d,r] -> upper R [N,r,r] in fp64 with R^T R = W^T W, and whether W^T W was regular [N]; if not, R is 0.
   m.def("triangles(Tensor factors) -> (Tensor, Tensor)");
   // A [N,r], B [r,M], shift [N] -> the k best entries of A @ B - shift[:,None], best first, equal ones by row, then

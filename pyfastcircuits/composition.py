@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.ops import Backend, Precision, pair_norms
+from pyfastcircuits.ops import Backend, Precision, pair_statistics
+from pyfastcircuits.ops.pair_norms import multiplied
 from pyfastcircuits.weights import CircuitWeights
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 Kind = Literal["Q", "K", "V"]
 KINDS = ("Q", "K", "V")
 Head = tuple[int, int]  # layer, head
-BLOCK = 192 << 20  # bytes of one side's factors held at a time
+BLOCK = 512 << 20  # bytes of one side's factors held at a time
 
 
 def checked_head(weights: CircuitWeights, head: Sequence[int], name: str = "head") -> Head:
@@ -89,36 +90,28 @@ class _Side:
         """`outer` of some heads of a layer, [N, r, r]."""
         return self.triangles[layer][self._index(self.outer, heads)]
 
-    def factors(self, part: slice) -> Tensor:
-        """outer @ inner of some of the heads, [N, r, d]; leaves their norms behind."""
+    def given(self, part: slice) -> tuple[Tensor, Tensor]:
+        """`outer` [N, r, r] and `inner` [N, r, d] of some of the heads; of whole layers a view, [kv heads, r, d]."""
         heads = self.heads[part]
-        rank = next(iter(self.triangles.values())).shape[-2]
-        factors = self.norms.new_empty(len(heads), rank, self.weights.d_model)
-        start = 0
-        for layer, group in groupby(heads, key=itemgetter(0)):
-            mine = [head for _, head in group]
-            inner = self._tall(self.inner, layer).mT
-            if mine != list(range(len(inner))):
-                inner = inner[self._index(self.inner, mine)]
-            torch.bmm(self.triangle(layer, mine), inner, out=factors[start : start + len(mine)])
-            start += len(mine)
-        self.norms[part] = torch.linalg.matrix_norm(factors)
-        return factors
+        layers = [(layer, [head for _, head in group]) for layer, group in groupby(heads, key=itemgetter(0))]
+        outer = torch.cat([self.triangle(layer, mine) for layer, mine in layers])
+        weight: Tensor = getattr(self.weights, self.inner)
+        first, everything = layers[0][0], list(range(self.weights.n_heads))
+        if layers == [(first + i, everything) for i in range(len(layers))]:
+            inner = weight[first : first + len(layers)].flatten(0, 1).to(self.norms.dtype)
+            return outer, inner if self.inner == "W_O" else inner.mT
+        return outer, torch.cat([self._tall(self.inner, i).mT[self._index(self.inner, mine)] for i, mine in layers])
+
+    def factors(self, part: slice) -> Tensor:
+        """outer @ inner of some of the heads, [N, r, d]."""
+        outer, inner = self.given(part)
+        return multiplied(inner, outer)
 
     def parts(self) -> Iterator[slice]:
         """Slices of the heads whose factors stay within a BLOCK."""
         weights = self.weights
         step = max(1, BLOCK // (weights.compute_dtype.itemsize * weights.d_model * weights.d_head))
         return (slice(i, min(i + step, len(self.heads))) for i in range(0, len(self.heads), step))
-
-    def readers(self) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """Every distinct `inner` [d, r] with the heads that share it, where in `heads` they are, and their `outer`."""
-        shared = self.weights.n_heads // int(getattr(self.weights, self.inner).shape[1])
-        start = 0
-        for (layer, index), group in groupby(self.heads, key=lambda head: (head[0], head[1] // shared)):
-            heads = [head for _, head in group]
-            yield self._tall(self.inner, layer)[index], slice(start, start + len(heads)), self.triangle(layer, heads)
-            start += len(heads)
 
 
 def triangle(W: Tensor) -> Tensor:
@@ -177,48 +170,33 @@ def _product_norms(
     backend: Backend,
     progress: Callable[[float], None] | None,
 ) -> Tensor:
-    """Norms of the products of all pairs with layer1 < layer2, 0 elsewhere: [S, D]."""
+    """Norms of the products of all pairs with layer1 < layer2, 0 elsewhere: [S, D]; leaves the factors' norms."""
     out = torch.zeros(len(source.heads), len(destination.heads), dtype=source.norms.dtype, device=source.norms.device)
     before = _before(source, destination)
-    grouped = getattr(destination.weights, destination.inner).shape[1] < destination.weights.n_heads
     for rows in source.parts():
-        bound = (before - rows.start).clamp(0, rows.stop - rows.start)
-        rows = slice(rows.start, rows.start + int(bound[-1:].sum()))  # sorted: the last bound is the largest
-        if rows.start == rows.stop:
+        rows = slice(rows.start, min(rows.stop, int(before[-1:].sum())))  # sorted: the last bound is the largest
+        if rows.start >= rows.stop:
             break
-        left = source.factors(rows)
-        if grouped and precision == "ieee":
-            pieces = _shared_norms(left, destination, bound, backend)
-        else:
-            pieces = _separate_norms(left, destination, bound, precision, backend)
-        for columns, norms in pieces:
-            out[rows, columns] = norms
+        outer, inner = source.given(rows)
+        for columns in destination.parts():
+            columns = slice(columns.start + int((before[columns] <= rows.start).sum()), columns.stop)
+            if columns.start >= columns.stop:
+                continue
+            bound = (before[columns] - rows.start).clamp(0, rows.stop - rows.start)
+            right_outer, right = (x.mT for x in destination.given(columns))
+            part = pair_statistics(
+                inner,
+                right,
+                left_outer=outer,
+                right_outer=right_outer,
+                before=bound,
+                precision=precision,
+                backend=backend,
+            )
+            out[rows, columns], source.norms[rows], destination.norms[columns] = part
             if progress is not None:
-                progress(int(bound[columns].sum()))
+                progress(int(bound.sum()))
     return out
-
-
-def _separate_norms(
-    left: Tensor, destination: _Side, bound: Tensor, precision: Precision, backend: Backend
-) -> Iterator[tuple[slice, Tensor]]:
-    for part in destination.parts():
-        columns = slice(part.start + int((bound[part] == 0).sum()), part.stop)  # sorted: those without pairs come first
-        if columns.start < columns.stop:
-            right = destination.factors(columns).mT
-            norms = pair_norms(left, right, before=bound[columns], precision=precision, backend=backend)
-            yield columns, norms
-
-
-def _shared_norms(left: Tensor, destination: _Side, bound: Tensor, backend: Backend) -> Iterator[tuple[slice, Tensor]]:
-    """For destinations that share what they read with: that product is made once for all of them, then r x r ones."""
-    for reader, columns, outer in destination.readers():
-        count = int(bound[columns.start])  # one layer, one bound
-        if count:
-            read = (left[:count].flatten(0, 1) @ reader).unflatten(0, (count, -1))
-            destination.norms[columns] = torch.linalg.matrix_norm(outer @ reader.mT)
-            norms = left.new_zeros(len(left), len(outer))
-            norms[:count] = pair_norms(read, outer.mT, backend=backend)
-            yield columns, norms
 
 
 @torch.no_grad()

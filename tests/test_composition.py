@@ -1,5 +1,7 @@
 """Composition scores against materialised Frobenius norms in fp64, and their baseline against sampling."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from pyfastcircuits import (
     composition_baseline,
     composition_scores,
     composition_z_scores,
+    load_weights,
+    ops,
 )
 from pyfastcircuits.composition import triangle
 
@@ -252,6 +256,17 @@ def test_errors():
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("route", ["products", "gram"])
+@pytest.mark.parametrize("kind", ["Q", "K", "V"])
+def test_every_pair_of_the_trained_model(kind, route, monkeypatch):
+    weights = load_weights("induction-2l")
+    exact = composition_scores(weights.to(torch.float64), kind)
+    chosen = partial(ops.pair_statistics, route=route)
+    monkeypatch.setattr("pyfastcircuits.composition.pair_statistics", chosen)
+    ours = composition_scores(weights, kind).double()
+    assert float(((ours - exact).abs() / exact.where(exact > 0, 1)).max()) <= 1e-5
+
+
 @pytest.mark.parametrize("tier", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_triangles(tier, dtype, monkeypatch):

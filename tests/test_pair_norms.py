@@ -23,6 +23,14 @@ def tier(request, monkeypatch):
     return request.param
 
 
+def bare(left, right, route, before=None):
+    """One route as it is, nothing mended."""
+    if route == "products":
+        return torch.ops.pyfastcircuits.pair_norms(left, right, before, "ieee")
+    inner = torch.ops.pyfastcircuits.pair_grams(left, right, None, None, before)[0]
+    return inner.sqrt().to(torch.float64 if left.dtype == torch.float64 else torch.float32)
+
+
 def relative_error(ours, exact):
     return float(((ours.double() - exact).abs() / exact).max())
 
@@ -36,7 +44,7 @@ SHAPES = [(5, 6, 4, 7, 3), (13, 11, 9, 300, 17), (1, 1, 1, 1, 1), (60, 55, 8, 50
 def test_matches_the_products(tier, shape, dtype, route):
     left, right = factors(*shape, dtype)
     exact = reference.pair_norms(left, right)
-    ours = torch.ops.pyfastcircuits.pair_norms(left, right, None, "ieee", route == "gram")
+    ours = bare(left, right, route)
     assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     if dtype == torch.float64:  # the reference rounds too
         assert relative_error(ours, exact) < 1e-13
@@ -64,10 +72,9 @@ def test_bf16_dots_are_as_wrong_as_rounding_the_factors(tier):
 @pytest.mark.parametrize("route", ROUTES)
 def test_only_pairs_before_a_bound(tier, route):
     left, right = factors(50, 60, 5, 70, 6, torch.float32)
-    gram = route == "gram"
-    whole = torch.ops.pyfastcircuits.pair_norms(left, right, None, "ieee", gram)
+    whole = bare(left, right, route)
     before = torch.arange(60) * 7 % 53 - 1
-    ours = torch.ops.pyfastcircuits.pair_norms(left, right, before, "ieee", gram)
+    ours = bare(left, right, route, before)
     assert torch.equal(ours, whole * (torch.arange(50)[:, None] < before))
 
 
@@ -121,7 +128,7 @@ def test_empty(shape):
 def test_both_routes_agree_in_fp64(shape):
     left, right = factors(*shape)
     before = torch.arange(len(right)) % (len(left) + 2)
-    products, gram = (torch.ops.pyfastcircuits.pair_norms(left, right, before, "ieee", g) for g in (False, True))
+    products, gram = (ops.pair_norms(left, right, before=before, route=route) for route in ROUTES)
     torch.testing.assert_close(products, gram, rtol=1e-7, atol=0)
 
 
@@ -137,8 +144,7 @@ def nearly_orthogonal(epsilon):
 def test_cancellation_is_noticed_and_mended(epsilon):
     left, right = nearly_orthogonal(epsilon)
     exact = reference.pair_norms(left, right)
-    bare = relative_error(torch.ops.pyfastcircuits.pair_norms(left, right, None, "ieee", True), exact)
-    assert (bare > 1e-5) == (epsilon < 0.1)
+    assert (relative_error(bare(left, right, "gram"), exact) > 1e-5) == (epsilon < 0.1)
     assert relative_error(ops.pair_norms(left, right, route="gram"), exact) < 1e-5 or epsilon == 1e-3
     products = relative_error(ops.pair_norms(left, right, route="products"), exact)
     assert relative_error(ops.pair_norms(left, right, route="gram"), exact) <= max(1e-5, products)
@@ -150,8 +156,7 @@ def test_a_few_doubtful_pairs_are_mended_alone():
     left[3], right[7] = small_left[3], small_right[7]
     exact = reference.pair_norms(left, right)
     mended = ops.pair_norms(left, right, route="gram")
-    bare = torch.ops.pyfastcircuits.pair_norms(left, right, None, "ieee", True)
-    changed = mended != bare
+    changed = mended != bare(left, right, "gram")
     assert changed[3, 7]
     assert int(changed.sum()) == 1
     assert relative_error(mended, exact) < 1e-5
@@ -166,10 +171,52 @@ def test_the_bound_on_the_error_of_the_gram_route(shape, decay):
     scale = torch.arange(1, rank + 1, dtype=torch.float64) ** -decay
     left, right = (left * scale[:, None]).float(), (right * scale).float()
     exact = reference.pair_norms(left, right)
-    gram = torch.ops.pyfastcircuits.pair_norms(left, right, None, "ieee", True).double()
+    gram = bare(left, right, "gram").double()
     P, N = torch.linalg.matrix_norm(left @ left.mT).double(), torch.linalg.matrix_norm(right.mT @ right).double()
     worst = ((gram.square() - exact.square()).abs() / (P[:, None] * N)).max() / torch.finfo(torch.float32).eps
     assert float(worst) < 4
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_factors_that_are_products_and_shared(tier, route, dtype):
+    left, right = factors(3, 2, 5, 40, 9, dtype)
+    left_outer, right_outer = torch.randn(6, 11, 5).to(dtype), torch.randn(4, 9, 13).to(dtype)
+    x = left_outer.double() @ left.double().repeat_interleave(2, 0)
+    y = right.double().repeat_interleave(2, 0) @ right_outer.double()
+    before = torch.tensor([6, 0, 2, 5])
+    ours = ops.pair_statistics(left, right, left_outer=left_outer, right_outer=right_outer, before=before, route=route)
+    # bfloat16 factors are rounded once more where they are stored
+    rounding = 1e-2 if dtype == torch.bfloat16 and route == "products" else 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(ours.norms.double(), reference.pair_norms(x, y, before), rtol=rounding, atol=0)
+    torch.testing.assert_close(ours.left.double(), x.norm(dim=(1, 2)), rtol=rounding, atol=0)
+    torch.testing.assert_close(ours.right.double(), y.norm(dim=(1, 2)), rtol=rounding, atol=0)
+
+
+def test_gradients_reach_outer_factors():
+    left, right = factors(2, 3, 3, 7, 2)
+    outer = torch.randn(4, 5, 3, dtype=torch.float64).requires_grad_()
+    left.requires_grad_()
+    for route in ROUTES:
+        assert torch.autograd.gradcheck(
+            lambda a, o, route=route: ops.pair_statistics(a, right, left_outer=o, route=route).norms, (left, outer)
+        )
+
+
+@pytest.mark.parametrize(
+    ("outer", "error", "message"),
+    [
+        (torch.ones(4, 2), ValueError, r"left_outer has shape \[4, 2\], which does not fit left \[4, 3, 7\]"),
+        (torch.ones(4, 3, 2), ValueError, r"left_outer has shape \[4, 3, 2\], which does not fit"),
+        (torch.ones(6, 5, 3), ValueError, r"left_outer has shape \[6, 5, 3\], which does not fit"),
+        (torch.ones(4, 5, 3).double(), TypeError, "left_outer has dtype torch.float64, but left has torch.float32"),
+        (torch.ones(4, 5, 3, device="meta"), ValueError, "left_outer is on meta"),
+    ],
+)
+def test_errors_of_outer_factors(outer, error, message):
+    left, right = factors(4, 5, 3, 7, 2, torch.float32)
+    with pytest.raises(error, match=message):
+        ops.pair_statistics(left, right, left_outer=outer)
 
 
 def test_gradients():
@@ -187,9 +234,12 @@ def test_gradients():
 def test_opcheck_and_compile():
     left, right = factors(4, 5, 3, 7, 2, torch.float32)
     op = torch.ops.pyfastcircuits.pair_norms.default
-    for gram in (False, True):
-        torch.library.opcheck(op, (left, right, torch.arange(5), "ieee", gram))
-        torch.library.opcheck(op, (left.requires_grad_(), right.requires_grad_(), None, "ieee", gram))
+    grams = torch.ops.pyfastcircuits.pair_grams.default
+    torch.library.opcheck(grams, (left, right, torch.ones(8, 2, 3), torch.ones(5, 2, 4), torch.arange(5)))
+    torch.library.opcheck(op, (left, right, torch.arange(5), "ieee"))
+    left.requires_grad_()
+    torch.library.opcheck(op, (left, right.requires_grad_(), None, "ieee"))
+    torch.library.opcheck(grams, (left, right, None, None, None))
     left, right = left.detach(), right.detach()
     compiled = torch.compile(lambda a, b: ops.pair_norms(a, b) * 2, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(left, right), ops.pair_norms(left, right) * 2)
@@ -227,11 +277,13 @@ def test_errors_of_the_bare_op():
     left, right = factors(4, 5, 3, 7, 2, torch.float32)
     op = torch.ops.pyfastcircuits.pair_norms
     for arguments, message in (
-        ((left[0], right, None, "ieee", False), r"left has shape \[3, 7\]"),
-        ((left, right[:, :2], None, "ieee", False), r"right has shape \[5, 2, 2\]"),
-        ((left, right.double(), None, "ieee", False), "differ in dtype"),
-        ((left, right, torch.ones(5), "ieee", False), "before must be int64"),
-        ((left, right, None, "fp8", False), "precision is 'fp8'"),
+        ((left[0], right, None, "ieee"), r"left has shape \[3, 7\]"),
+        ((left, right[:, :2], None, "ieee"), r"right has shape \[5, 2, 2\]"),
+        ((left, right.double(), None, "ieee"), "differ in dtype"),
+        ((left, right, torch.ones(5), "ieee"), "before must be int64"),
+        ((left, right, None, "fp8"), "precision is 'fp8'"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
+    with pytest.raises(RuntimeError, match=r"left_outer has shape \[4, 2, 9\], which does not fit left \[4, 3, 7\]"):
+        torch.ops.pyfastcircuits.pair_grams(left, right, torch.ones(4, 2, 9), None, None)

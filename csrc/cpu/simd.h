@@ -19,9 +19,9 @@ inline constexpr int kVectorBytes = 32;
 inline constexpr int kRows = 4;  // 12 accumulators of 16 registers
 #else
 inline constexpr int kVectorBytes = 16;
-inline constexpr int kRows = 4;
+inline constexpr int kRows = 3;
 #endif
-inline constexpr int kVectors = 3;
+inline constexpr int kVectors = 3;  // rows divide the columns of a panel, for every type
 
 template <class T>
 struct Simd;
@@ -59,13 +59,21 @@ template <class T>
 static inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
+// Over all lanes, halves added to halves: fewer roundings, shorter chains.
 template <class T>
-static inline T sum(Vec<T> v) {  // pairwise: fewer roundings, shorter chains
+static inline T sum(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_reduce_add_ps((__m512)v);
+  else
+    return _mm512_reduce_add_pd((__m512d)v);
+#else
   T lanes[kLanes<T>];
   store(lanes, v);
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 // The larger of the two; x where either is NaN.

@@ -156,7 +156,8 @@ struct Nothing {
 // start(i) points at kColumns values for row i, or is null for zeros. Sums of many products start from zero or from
 // such sums: every multiply-add rounds at the size of the whole. meanwhile(i) is called for i in 0..kRows-1, spread
 // over the multiply-adds: an epilogue that consumes row i of the tile before this one runs in the shadow of this one's.
-template <class Scheme, class Start = FromZero, class Meanwhile = Nothing>
+// kStride: between the block's steps, where the block is a part of something wider.
+template <class Scheme, int kStride = kRows, class Start = FromZero, class Meanwhile = Nothing>
 static inline void multiply(typename Scheme::Accumulator* tile, const typename Scheme::Left* block,
                             const typename Scheme::Right* panel, int64_t count, Start start = {},
                             Meanwhile meanwhile = {}) {
@@ -171,7 +172,7 @@ static inline void multiply(typename Scheme::Accumulator* tile, const typename S
   }
   int64_t k = 0;
   for (int row = 0; row < kRows; ++row) {
-    for (const int64_t end = count * (row + 1) / kRows; k < end; ++k, block += kRows, panel += kWidth<Scheme>) {
+    for (const int64_t end = count * (row + 1) / kRows; k < end; ++k, block += kStride, panel += kWidth<Scheme>) {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3

@@ -47,25 +47,22 @@ bool cholesky(double* a, int64_t n) {
 template <class Source>
 void run(const TriangleArguments& s, int64_t factor) {
   using Scheme = Ieee<double>;
-  constexpr int64_t width = kWidth<Scheme>;
+  constexpr int width = kWidth<Scheme>;
   const int64_t r = s.rank, panels = (r + width - 1) / width;
   const auto* w = static_cast<const Source*>(s.factors) + factor * s.stride[0];
-  Buffer<double> right{panels * width * s.depth}, left{kRows * s.depth};
-  pack_right<Scheme>(right.data, w, s.depth, r, s.stride[1], s.stride[2]);
+  static_assert(width % kRows == 0, "a block of rows lies within one panel");
+  Buffer<double> packed{panels * width * s.depth};
+  pack_right<Scheme>(packed.data, w, s.depth, r, s.stride[1], s.stride[2]);
   double* out = s.triangles + factor * r * r;
   alignas(64) double tile[kRows * width];
-  for (int64_t first = 0; first < r; first += kRows) {
-    const int64_t rows = r - first < kRows ? r - first : kRows;
-    std::memset(static_cast<void*>(left.data), 0, left.bytes());
-    for (int64_t row = 0; row < rows; ++row)
-      pack_left<Scheme>(left.data, static_cast<int>(row), w + (first + row) * s.stride[2], s.depth, s.stride[1]);
+  for (int64_t first = 0; first < r; first += kRows)
     for (int64_t panel = first / width; panel < panels; ++panel) {
-      multiply<Scheme>(tile, left.data, right.data + panel * width * s.depth, s.depth);
-      for (int64_t row = 0; row < rows; ++row)
+      multiply<Scheme, width>(tile, packed.data + first / width * width * s.depth + first % width,
+                              packed.data + panel * width * s.depth, s.depth);
+      for (int64_t row = 0; row < kRows && first + row < r; ++row)
         for (int64_t c = panel * width; c < r && c < (panel + 1) * width; ++c)
           out[(first + row) * r + c] = tile[row * width + c - panel * width];
     }
-  }
   double largest = 0;
   for (int64_t j = 0; j < r; ++j) largest = out[j * r + j] > largest ? out[j * r + j] : largest;
   bool regular = cholesky(out, r);

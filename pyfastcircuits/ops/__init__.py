@@ -8,11 +8,12 @@ inputs accumulate in fp32), "tf32" (Triton) or "bf16" (factors rounded to bfloat
 from pyfastcircuits.ops.backend import Backend, Precision, check_range, resolve_backend
 from pyfastcircuits.ops.diagonal_ranks import diagonal_ranks
 from pyfastcircuits.ops.factored_topk import TopEntries, factored_topk
-from pyfastcircuits.ops.pair_norms import Route, pair_norms
+from pyfastcircuits.ops.pair_norms import PairStatistics, Route, pair_norms, pair_statistics
 from pyfastcircuits.ops.sweep_nll import sweep_nll, sweep_statistics
 
 __all__ = [
     "Backend",
+    "PairStatistics",
     "Precision",
     "Route",
     "TopEntries",
@@ -20,6 +21,7 @@ __all__ = [
     "diagonal_ranks",
     "factored_topk",
     "pair_norms",
+    "pair_statistics",
     "resolve_backend",
     "sweep_nll",
     "sweep_statistics",

@@ -1,6 +1,6 @@
 """Frobenius norms of all pairs of products."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,38 @@ def pair_norms(
 
     Source: the composition scores of "A Mathematical Framework for Transformer Circuits" (Elhage et al. 2021).
     """
-    _check_pairs(left, right, before)
+    return pair_statistics(left, right, before=before, precision=precision, route=route, backend=backend).norms
+
+
+class PairStatistics(NamedTuple):
+    """Frobenius norms of all products, and of the factors."""
+
+    norms: Tensor  # [N, M]
+    left: Tensor  # [N]
+    right: Tensor  # [M]
+
+
+def pair_statistics(
+    left: Tensor,  # [N, r, d]
+    right: Tensor,  # [M, d, s]
+    *,
+    left_outer: Tensor | None = None,  # [N, q, r]
+    right_outer: Tensor | None = None,  # [M, s, p]
+    before: Tensor | None = None,  # [M]
+    precision: Precision = "ieee",
+    route: Route = "auto",
+    backend: Backend = "auto",
+) -> PairStatistics:
+    """What pair_norms returns and the norms of the factors, which may be given as products themselves.
+
+    The factors are left_outer[i] @ left[i] and right[j] @ right_outer[j]; the Gram route does not store them. Where
+    `left` or `right` is shared, as by the query heads of one key/value head, it holds each once: left_outer's N is a
+    multiple of left's, and consecutive ones share.
+    """
+    lefts, rights = (len(x if outer is None else outer) for x, outer in ((left, left_outer), (right, right_outer)))
+    _check_pairs(left, right, before, rights)
+    _check_outer("left", left, left_outer, 1, 2)
+    _check_outer("right", right, right_outer, 2, 1)
     if backend == "cuda":
         raise RuntimeError("backend='cuda': pair_norms has no CUDA C++ kernel; use 'triton'")
     chosen = resolve_backend(backend, left.device)
@@ -53,59 +84,97 @@ def pair_norms(
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if route not in ROUTES:
         raise ValueError(f"route is {route!r}, expected one of {', '.join(ROUTES)}")
-    if route == "gram" and (precision != "ieee" or chosen not in ("cpu", "reference")):
+    possible = precision == "ieee" and chosen in ("cpu", "reference")
+    if route == "gram" and not possible:
         raise ValueError(f"route='gram' has precision='ieee' and the CPU kernels, not {precision!r} on {chosen!r}")
+    if route == "auto" and possible:
+        pairs = lefts * rights if before is None else int(before.clamp(0, lefts).sum())
+        if _gram_is_cheaper(pairs, lefts * left.shape[1] + rights * right.shape[2], left.shape, right.shape):
+            route = "gram"
+    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (left_outer, right_outer))
+    gram = route == "gram" and chosen == "cpu" and not torch.compiler.is_compiling()
+    if not gram or tracked:
+        left, left_outer = multiplied(left, left_outer), None
+        right, right_outer = multiplied(right.mT, _transposed(right_outer)).mT, None
     before = None if before is None else before.long()
+    if gram:
+        return _by_grams(left, right, left_outer, right_outer, before)
     if chosen == "reference":
         norms = reference.pair_norms(left, right, before)
-        return norms.to(torch.float32 if left.dtype == torch.bfloat16 else left.dtype)
-    if chosen == "triton":
+        norms = norms.to(torch.float32 if left.dtype == torch.bfloat16 else left.dtype)
+    elif chosen == "triton":
         from pyfastcircuits.kernels.pair_norms import pair_norms_triton
 
-        return pair_norms_triton(left, right, before, precision)  # type: ignore[no-any-return]
-    kernel = torch.ops.pyfastcircuits.pair_norms
-    gram = chosen == "cpu" and precision == "ieee" and not torch.compiler.is_compiling()
-    if not gram or route == "products" or (route == "auto" and not _gram_is_cheaper(left, right, before)):
-        return kernel(left, right, before, precision, False)  # type: ignore[no-any-return]
-    norms = kernel(left, right, before, precision, True)
-    return _mended(norms, left, right, before)
+        norms = pair_norms_triton(left, right, before, precision)
+    else:
+        norms = torch.ops.pyfastcircuits.pair_norms(left, right, before, precision)
+    return PairStatistics(norms, *(torch.linalg.matrix_norm(x.to(norms.dtype)) for x in (left, right)))
 
 
-def _gram_is_cheaper(left: Tensor, right: Tensor, before: Tensor | None) -> bool:
+def multiplied(factors: Tensor, outer: Tensor | None, which: Tensor | slice = slice(None)) -> Tensor:
+    """outer @ factors of some, where as many `outer` in a row as there are for each share one of the factors."""
+    if outer is None:
+        return factors[which]
+    index = torch.arange(len(outer), device=outer.device)[which] // (len(outer) // max(len(factors), 1))
+    product: Tensor = outer[which] @ factors[index]
+    return product
+
+
+def _transposed(outer: Tensor | None) -> Tensor | None:
+    return None if outer is None else outer.mT
+
+
+def _gram_is_cheaper(pairs: int, rows: int, left: torch.Size, right: torch.Size) -> bool:
     """By floating-point operations. The Gram route moves its tiles about and runs at some 0.7 of the other's rate."""
-    (lefts, rank, depth), (rights, _, width) = left.shape, right.shape
-    pairs = lefts * rights if before is None else int(before.clamp(0, lefts).sum())
-    return (pairs + lefts * rank + rights * width) * (depth + 1) < 0.7 * pairs * 2 * rank * width
+    depth = left[2]
+    return (pairs + rows) * (depth + 1) < 0.7 * pairs * 2 * left[1] * right[2]
 
 
-def _mended(norms: Tensor, left: Tensor, right: Tensor, before: Tensor | None) -> Tensor:
-    """Norms of the Gram route, with those multiplied out that rounding of the Gram matrices could have spoiled.
+def _by_grams(
+    left: Tensor, right: Tensor, left_outer: Tensor | None, right_outer: Tensor | None, before: Tensor | None
+) -> PairStatistics:
+    """The Gram route, with the norms multiplied out that rounding of the Gram matrices could have spoiled.
 
     <P, N> is wrong by a few rounding errors of ||P|| ||N||; four bound every case tried, see tests/test_pair_norms.py.
     """
-    wide = torch.float32 if left.dtype == torch.bfloat16 else left.dtype
-    P = torch.linalg.matrix_norm(left.detach().to(wide) @ left.detach().to(wide).mT)
-    N = torch.linalg.matrix_norm(right.detach().to(wide).mT @ right.detach().to(wide))
-    doubtful = norms.detach().square() * (2 * GRAM_ERROR) < 4 * torch.finfo(wide).eps * P[:, None] * N
+    dtype = torch.float32 if left.dtype == torch.bfloat16 else left.dtype
+
+    def factors(rows: Tensor | slice, columns: Tensor | slice) -> tuple[Tensor, Tensor]:
+        sides = (multiplied(left, left_outer, rows), multiplied(right.mT, _transposed(right_outer), columns).mT)
+        return sides
+
+    inner, *moments = torch.ops.pyfastcircuits.pair_grams(left, right, left_outer, right_outer, before)
+    norms = torch.where(inner > 0, inner, 1).sqrt().where(inner > 0, inner.clamp_min(0)).to(dtype)
+    P, N = (m[:, 1].sqrt() for m in moments)
+    doubtful = inner * (2 * GRAM_ERROR) < 4 * torch.finfo(dtype).eps * P[:, None] * N
     if before is not None:
-        doubtful &= torch.arange(len(left), device=left.device)[:, None] < before
-    if not doubtful.any():
-        return norms
-    kernel = torch.ops.pyfastcircuits.pair_norms
+        doubtful &= torch.arange(len(inner), device=left.device)[:, None] < before
     if doubtful.float().mean() > 0.25:
-        return kernel(left, right, before, "ieee", False)  # type: ignore[no-any-return]
-    norms = norms.clone()
-    for j in doubtful.any(0).nonzero()[:, 0].tolist():
-        rows = doubtful[:, j].nonzero()[:, 0]
-        norms[rows, j] = kernel(left[rows], right[j : j + 1], None, "ieee", False)[:, 0]
-    return norms
+        norms = torch.ops.pyfastcircuits.pair_norms(*factors(slice(None), slice(None)), before, "ieee")
+    else:
+        for j in doubtful.any(0).nonzero():
+            rows = doubtful[:, int(j)].nonzero()[:, 0]
+            mended = torch.ops.pyfastcircuits.pair_norms(*factors(rows, j), None, "ieee")
+            norms = norms.index_put((rows[:, None], j), mended)
+    return PairStatistics(norms, *(m[:, 0].sqrt().to(dtype) for m in moments))
 
 
 @torch.library.register_fake("pyfastcircuits::pair_norms")  # type: ignore[untyped-decorator]
-def pair_norms_fake(left: Tensor, right: Tensor, before: Tensor | None, precision: str, gram: bool) -> Tensor:
+def pair_norms_fake(left: Tensor, right: Tensor, before: Tensor | None, precision: str) -> Tensor:
     """Shape alone, for torch.compile."""
     dtype = torch.float32 if left.dtype == torch.bfloat16 else left.dtype
     return left.new_empty(len(left), len(right), dtype=dtype)
+
+
+@torch.library.register_fake("pyfastcircuits::pair_grams")  # type: ignore[untyped-decorator]
+def pair_grams_fake(
+    left: Tensor, right: Tensor, left_outer: Tensor | None, right_outer: Tensor | None, before: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes alone, for torch.compile."""
+    N, M = (len(x if outer is None else outer) for x, outer in ((left, left_outer), (right, right_outer)))
+    shapes = ((N, M), (N, 2), (M, 2))
+    inner, *moments = (left.new_empty(shape, dtype=torch.float64) for shape in shapes)
+    return inner, moments[0], moments[1]
 
 
 @torch.library.register_fake("pyfastcircuits::triangles")  # type: ignore[untyped-decorator]
@@ -122,13 +191,42 @@ def _save_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _pair_norms_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     left, right, norms = ctx.saved_tensors
-    return *reference.pair_norms_gradients(left, right, norms, gradient), None, None, None
+    return *reference.pair_norms_gradients(left, right, norms, gradient), None, None
 
 
 torch.library.register_autograd("pyfastcircuits::pair_norms", _pair_norms_backward, setup_context=_save_pairs)
 
 
-def _check_pairs(left: Tensor, right: Tensor, before: Tensor | None) -> None:
+def _save_grams(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    left, right, *outers, _ = inputs
+    if any(outer is not None for outer in outers):
+        raise RuntimeError("pair_grams is differentiable without outer factors only; multiply them in")
+    ctx.save_for_backward(left, right, output[0])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _pair_grams_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    left, right, inner = ctx.saved_tensors
+    norms = inner.clamp_min(0).sqrt()
+    return *reference.pair_norms_gradients(left, right, norms, 2 * norms * gradient), None, None, None
+
+
+torch.library.register_autograd("pyfastcircuits::pair_grams", _pair_grams_backward, setup_context=_save_grams)
+
+
+def _check_outer(name: str, factors: Tensor, outer: Tensor | None, rows: int, entries: int) -> None:
+    if outer is None:
+        return
+    fits = outer.dim() == 3 and outer.shape[entries] == factors.shape[rows]
+    if not fits or (len(outer) % len(factors) if len(factors) else len(outer)):
+        raise ValueError(f"{name}_outer has shape {list(outer.shape)}, which does not fit {name} {list(factors.shape)}")
+    if outer.dtype != factors.dtype:
+        raise TypeError(f"{name}_outer has dtype {outer.dtype}, but {name} has {factors.dtype}")
+    if outer.device != factors.device:
+        raise ValueError(f"{name}_outer is on {outer.device}, but {name} is on {factors.device}")
+
+
+def _check_pairs(left: Tensor, right: Tensor, before: Tensor | None, rights: int) -> None:
     for name, tensor, shape in (("left", left, "[N, r, d]"), ("right", right, "[M, d, s]")):
         if tensor.dim() != 3:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {shape}")
@@ -142,8 +240,8 @@ def _check_pairs(left: Tensor, right: Tensor, before: Tensor | None) -> None:
         raise ValueError(f"right is on {right.device}, but left is on {left.device}")
     if before is None:
         return
-    if before.shape != right.shape[:1]:
-        raise ValueError(f"before has shape {list(before.shape)}, expected {[len(right)]}")
+    if before.shape != (rights,):
+        raise ValueError(f"before has shape {list(before.shape)}, expected {[rights]}")
     if before.is_floating_point() or before.dtype == torch.bool:
         raise TypeError(f"before has dtype {before.dtype}, expected integers")
     if before.device != left.device:

@@ -1,0 +1,395 @@
+// pair_grams on the CPU: ||X_i Y_j||^2 as the inner product of the Gram matrices X_i^T X_i and Y_j Y_j^T. Both are
+// symmetric [d,d], so for d < r s it is less work than the product; their tiles are made and consumed where they are
+// needed, never stored whole. Only entries on and below the diagonal are made.
+// Sums run in an order that depends on the shapes alone: results do not depend on threads.
+#include <cstdint>
+
+namespace fc::cpu {
+
+// One side's factors F_i: `inner` rows of `depth` entries, any strides; X_i = outer_i F_{i / shared} has `rank` rows.
+struct GramSide {
+  const void *factors, *outer;         // outer: [rank, inner] each, or null for the identity
+  int64_t stride[3], outer_stride[3];  // of factor, row, entry
+  int64_t count, shared, inner, rank, depth;
+};
+
+struct GramArguments {
+  GramSide left, right;
+  const bool* wanted;  // [N,M]: the pairs to compute
+};
+
+// Grams are cut into units, one strip of rows against one panel of columns: units first..end.
+struct GramUnits {
+  int64_t first, end;
+};
+
+// What a group of units brings, in fp64: inner products [N,M], where they are wanted; traces and squared norms of the
+// Gram matrices of both sides, [N+M][2].
+struct GramSums {
+  double *inner, *moments;
+};
+
+struct GramKernels {
+  int64_t (*packed_bytes)(const GramSide&);
+  void (*pack)(const GramSide&, void* packed, int64_t factor);
+  int64_t (*units)(const GramArguments&);
+  int64_t (*scratch_bytes)(const GramArguments&);
+  void (*grams)(const GramArguments&, const void* left, const void* right, const GramUnits&, const GramSums&,
+                void* scratch);
+};
+
+enum class GramKind { fp32, fp64, bf16_inputs };
+
+}  // namespace fc::cpu
+
+#ifdef FC_TIER
+
+#include "tile.h"
+
+namespace fc::cpu::FC_TIER {
+namespace {
+
+// Making tiles reads every factor from beyond the L2 cache, so that a panel of columns meets many row blocks; consuming
+// them runs over fewer at a time, which for kRows left factors fit in L1, and over rights that fit in L2.
+constexpr int64_t kBlocksAUnit = 6;
+constexpr int64_t kBlocksAChunk = 2;
+constexpr int64_t kRightsAGroup = 48;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
+template <class T, class Source>
+struct Grams {
+  using Scheme = Ieee<T>;
+  static constexpr int64_t kW = kWidth<Scheme>;
+  static constexpr int64_t kTile = kRows * kW;
+  static constexpr int64_t kEntries = kBlocksAUnit * kTile;
+  static constexpr int64_t kFetch = 256 / sizeof(T);  // entries of the next factor, fetched a step of this one
+  static_assert(kW % kRows == 0, "a block of rows lies within one panel");
+
+  static int64_t panels_of(const GramSide& s) { return (s.depth + kW - 1) / kW; }
+  static int64_t panel_size(const GramSide& s) { return blocks_of(s.rank) * kRows * kW; }
+  static int64_t packed_bytes(const GramSide& s) {
+    return s.count * panels_of(s) * panel_size(s) * static_cast<int64_t>(sizeof(T));
+  }
+
+  // Packs X_i as panels [panel][factor][row][kW], since the same panel of all factors is read in turn; rows past the
+  // last and entries past the depth are zero.
+  static void pack(const GramSide& s, void* packed, int64_t i) {
+    const auto* factor = static_cast<const Source*>(s.factors) + i / s.shared * s.stride[0];
+    T* out = static_cast<T*>(packed) + i * panel_size(s);
+    const int64_t rows = blocks_of(s.rank) * kRows;
+    Buffer<T> panel{s.outer == nullptr ? 0 : s.inner * kW}, blocks{s.outer == nullptr ? 0 : rows * s.inner};
+    if (s.outer != nullptr) {
+      std::memset(static_cast<void*>(blocks.data), 0, blocks.bytes());
+      const auto* outer = static_cast<const Source*>(s.outer) + i * s.outer_stride[0];
+      for (int64_t row = 0; row < s.rank; ++row)
+        pack_left<Scheme>(blocks.data + row / kRows * kRows * s.inner, static_cast<int>(row % kRows),
+                          outer + row * s.outer_stride[1], s.inner, s.outer_stride[2]);
+    }
+    for (int64_t first = 0; first < s.depth; first += kW, out += s.count * panel_size(s)) {
+      T* given = s.outer == nullptr ? out : panel.data;
+      pack_right<Scheme>(given, factor + first * s.stride[2], s.inner, smaller(kW, s.depth - first), s.stride[1],
+                         s.stride[2]);
+      if (s.outer != nullptr) {
+        for (int64_t row = 0; row < rows; row += kRows)
+          multiply<Scheme>(out + row * kW, blocks.data + row * s.inner, panel.data, s.inner);
+      } else {
+        for (int64_t e = s.rank * kW; e < rows * kW; ++e) out[e] = 0;
+      }
+    }
+  }
+
+  // Units of a panel start at the row block that begins on its diagonal.
+  static int64_t blocks_below(const GramSide& s, int64_t panel) { return blocks_of(s.depth) - panel * (kW / kRows); }
+  static int64_t units_of_panel(const GramSide& s, int64_t panel) {
+    return (blocks_below(s, panel) + kBlocksAUnit - 1) / kBlocksAUnit;
+  }
+  static int64_t units(const GramArguments& g) {
+    int64_t units = 0;
+    for (int64_t panel = 0; panel < panels_of(g.left); ++panel) units += units_of_panel(g.left, panel);
+    return units;
+  }
+
+  // Tiles of one unit for every factor, [factor][entry]; the entries above the diagonal are 0 and, where `halved`,
+  // those on it count half, so that twice the sum over tiles is the sum over the whole matrix.
+  template <bool halved>
+  static void tiles(const GramSide& s, const void* packed, int64_t panel, int64_t first, int64_t blocks, T* out,
+                    double* moments) {
+    for (int64_t i = 0; i < s.count; ++i) {
+      const auto* x = static_cast<const T*>(packed) + i * panel_size(s);
+      double square = 0;
+      for (int64_t b = first; b < first + blocks; ++b) {
+        T* tile = out + i * kEntries + (b - first) * kTile;
+        const int64_t row = b * kRows;
+        const T* rows = x + row / kW * s.count * panel_size(s);
+        const T* columns = x + panel * s.count * panel_size(s);
+        const int64_t next = panel_size(s) + (b - first) * kRows * kFetch;
+        multiply<Scheme, static_cast<int>(kW)>(tile, rows + row % kW, columns, s.rank, FromZero{}, [&](int step) {
+          for (int64_t e = next + step * kFetch; e < next + (step + 1) * kFetch;
+               e += 64 / static_cast<int>(sizeof(T))) {
+            __builtin_prefetch(rows + e, 0, 2);
+            __builtin_prefetch(columns + e, 0, 2);
+          }
+        });
+        const int64_t below = row - panel * kW;  // entries left of the diagonal in the first row
+        square += below < kW ? mask<halved>(tile, below, moments[2 * i]) : squares(tile);
+      }
+      moments[2 * i + 1] += 2 * square;
+    }
+  }
+
+  static double squares(const T* tile) {
+    Vec<T> total[kVectors] = {};
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<T> x = load(tile + i * kW + j * kLanes<T>);
+        total[j] += x * x;
+      }
+    for (int j = 1; j < kVectors; ++j) total[0] += total[j];
+    return static_cast<double>(sum<T>(total[0]));
+  }
+
+  // A tile that the diagonal crosses: masks it, adds its diagonal to the trace, returns its share of the squares.
+  template <bool halved>
+  static double mask(T* tile, int64_t below, double& trace) {
+    double square = 0;
+    for (int64_t row = 0; row < kRows; ++row, tile += kW) {
+      const int64_t diagonal = below + row;
+      for (int64_t c = diagonal + 1; c < kW; ++c) tile[c] = 0;
+      trace += static_cast<double>(tile[diagonal]);
+      for (int64_t c = 0; c < diagonal; ++c) square += static_cast<double>(tile[c] * tile[c]);
+      square += static_cast<double>(tile[diagonal] * tile[diagonal]) / 2;
+      if (halved) tile[diagonal] /= 2;
+    }
+    return square;
+  }
+
+  // sums[i][j] += left row i . right row j, rows kEntries apart. Tiles come out of multiply() with the entries of one
+  // factor side by side; feeding them to it again would take a transposition that costs as much as it saves.
+  [[gnu::noinline]] static void add_dots(const T* left, const T* right, int64_t count, double* sums) {
+    Vec<T> c[kRows][kVectors] = {};
+    for (int64_t k = 0; k < count; k += kLanes<T>) {
+      Vec<T> b[kVectors];
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) b[j] = load(right + j * kEntries + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<T> a = load(left + i * kEntries + k);
+#pragma GCC unroll 3
+        for (int j = 0; j < kVectors; ++j) c[i][j] += a * b[j];
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) sums[i * kVectors + j] += static_cast<double>(sum<T>(c[i][j]));
+  }
+
+  static bool any_wanted(const GramArguments& g, int64_t i, int64_t j) {
+    for (int64_t row = i; row < smaller(i + kRows, g.left.count); ++row)
+      for (int64_t c = j; c < smaller(j + kVectors, g.right.count); ++c)
+        if (g.wanted[row * g.right.count + c]) return true;
+    return false;
+  }
+
+  static int64_t blocks_across(int64_t rights) { return (rights + kVectors - 1) / kVectors; }
+  static int64_t scratch_bytes(const GramArguments& g) {  // for the tiles of a unit
+    const int64_t factors = blocks_of(g.left.count) * kRows + blocks_across(g.right.count) * kVectors;
+    return factors * kEntries * static_cast<int64_t>(sizeof(T));
+  }
+
+  static void grams(const GramArguments& g, const void* left, const void* right, const GramUnits& units,
+                    const GramSums& out, void* scratch) {
+    const int64_t N = g.left.count, M = g.right.count, down = blocks_of(N), across = blocks_across(M);
+    T* left_tiles = static_cast<T*>(scratch);
+    T* right_tiles = left_tiles + down * kRows * kEntries;
+    for (T* e = left_tiles + N * kEntries; e < right_tiles; ++e) *e = 0;
+    for (T* e = right_tiles + M * kEntries; e < right_tiles + across * kVectors * kEntries; ++e) *e = 0;
+    Buffer<bool> wanted{down * across};
+    Buffer<double> sums{down * across * kRows * kVectors};
+    std::memset(static_cast<void*>(sums.data), 0, sums.bytes());
+    for (int64_t n = 0; n < down * across; ++n)
+      wanted.data[n] = any_wanted(g, n / across * kRows, n % across * kVectors);
+
+    int64_t unit = 0;
+    for (int64_t panel = 0; panel < panels_of(g.left); ++panel)
+      for (int64_t u = 0; u < units_of_panel(g.left, panel); ++u, ++unit) {
+        if (unit < units.first || unit >= units.end) continue;
+        const int64_t first = panel * (kW / kRows) + u * kBlocksAUnit;
+        const int64_t blocks = smaller(kBlocksAUnit, blocks_of(g.left.depth) - first);
+        tiles<true>(g.left, left, panel, first, blocks, left_tiles, out.moments);
+        tiles<false>(g.right, right, panel, first, blocks, right_tiles, out.moments + 2 * N);
+        for (int64_t group = 0; group < across; group += kRightsAGroup / kVectors)
+          for (int64_t i = 0; i < down; ++i)
+            for (int64_t chunk = 0; chunk < blocks; chunk += kBlocksAChunk)
+              for (int64_t j = group; j < smaller(group + kRightsAGroup / kVectors, across); ++j)
+                if (wanted.data[i * across + j])
+                  add_dots(left_tiles + i * kRows * kEntries + chunk * kTile,
+                           right_tiles + j * kVectors * kEntries + chunk * kTile,
+                           smaller(kBlocksAChunk, blocks - chunk) * kTile,
+                           sums.data + (i * across + j) * kRows * kVectors);
+      }
+    for (int64_t i = 0; i < N; ++i)
+      for (int64_t j = 0; j < M; ++j) {
+        if (!g.wanted[i * M + j]) continue;
+        const int64_t block = i / kRows * across + j / kVectors;
+        out.inner[i * M + j] = 2 * sums.data[block * kRows * kVectors + i % kRows * kVectors + j % kVectors];
+      }
+  }
+};
+
+template <class T, class Source>
+const GramKernels* kernels() {
+  using G = Grams<T, Source>;
+  static constexpr GramKernels table{G::packed_bytes, G::pack, G::units, G::scratch_bytes, G::grams};
+  return &table;
+}
+
+}  // namespace
+
+const GramKernels* gram_kernels(GramKind kind) {
+  switch (kind) {
+    case GramKind::fp32:
+      return kernels<float, float>();
+    case GramKind::fp64:
+      return kernels<double, double>();
+    default:
+      return kernels<float, BFloat16>();
+  }
+}
+
+}  // namespace fc::cpu::FC_TIER
+
+#else  // the torch-facing half
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "isa.h"
+#include "tasks.h"
+
+namespace fc::cpu {
+
+#define FC_DECLARE(tier)                     \
+  namespace tier {                           \
+  const GramKernels* gram_kernels(GramKind); \
+  }
+FC_FOR_EACH_TIER(FC_DECLARE)
+#undef FC_DECLARE
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const GramKernels& kernels_of(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+                  "left has an unsupported dtype; expected float32, float64 or bfloat16");
+  const GramKind kind = dtype == ScalarType::Float    ? GramKind::fp32
+                        : dtype == ScalarType::Double ? GramKind::fp64
+                                                      : GramKind::bf16_inputs;
+  switch (current_tier()) {
+#define FC_CASE(tier) \
+  case Tier::tier:    \
+    return *tier::gram_kernels(kind);
+    FC_FOR_EACH_TIER(FC_CASE)
+#undef FC_CASE
+  }
+  STD_TORCH_CHECK(false, "no such tier");
+}
+
+// `row` and `entry`: which of the factors' dimensions are the rows and the entries of X.
+GramSide side_of(const char* name, const Tensor& factors, const std::optional<Tensor>& outer, int row, int entry) {
+  STD_TORCH_CHECK(factors.dim() == 3, name, " has shape ", shape_of(factors), ", expected three dimensions");
+  GramSide side{.factors = factors.data_ptr(),
+                .outer = nullptr,
+                .stride = {factors.stride(0), factors.stride(row), factors.stride(entry)},
+                .outer_stride = {},
+                .count = factors.size(0),
+                .shared = 1,
+                .inner = factors.size(row),
+                .rank = factors.size(row),
+                .depth = factors.size(entry)};
+  if (!outer.has_value()) return side;
+  STD_TORCH_CHECK(outer->dim() == 3 && outer->size(entry) == side.inner &&
+                      outer->size(0) % std::max<int64_t>(side.count, 1) == 0 && (side.count > 0 || outer->size(0) == 0),
+                  name, "_outer has shape ", shape_of(*outer), ", which does not fit ", name, " ", shape_of(factors));
+  STD_TORCH_CHECK(outer->scalar_type() == factors.scalar_type(), name, "_outer and ", name, " differ in dtype");
+  side.outer = outer->data_ptr();
+  side.rank = outer->size(row);
+  side.shared = outer->size(0) / std::max<int64_t>(side.count, 1);
+  side.count = outer->size(0);
+  const int64_t strides[] = {outer->stride(0), outer->stride(row), outer->stride(entry)};
+  std::copy(strides, strides + 3, side.outer_stride);
+  return side;
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_grams(const Tensor& left, const Tensor& right,
+                                              const std::optional<Tensor>& left_outer,
+                                              const std::optional<Tensor>& right_outer,
+                                              const std::optional<Tensor>& before) {
+  GramArguments g{side_of("left", left, left_outer, 1, 2), side_of("right", right, right_outer, 2, 1), nullptr};
+  STD_TORCH_CHECK(g.left.depth == g.right.depth, "left has shape ", shape_of(left), " and right ", shape_of(right),
+                  ": their d differ");
+  STD_TORCH_CHECK(left.scalar_type() == right.scalar_type(), "left and right differ in dtype");
+  const int64_t N = g.left.count, M = g.right.count;
+  const GramKernels& kernels = kernels_of(left.scalar_type());
+
+  const std::unique_ptr<bool[]> wanted(new bool[static_cast<size_t>(N * M)]);
+  std::optional<Tensor> before_c;
+  if (before.has_value()) {
+    FC_CHECK_SHAPE(*before, (Shape{M}));
+    STD_TORCH_CHECK(before->scalar_type() == ScalarType::Long, "before must be int64");
+    before_c = torch::stable::contiguous(*before);
+  }
+  const auto* bound = before_c.has_value() ? static_cast<const int64_t*>(before_c->data_ptr()) : nullptr;
+  for (int64_t n = 0; n < N * M; ++n) wanted[n] = bound == nullptr || n / M < bound[n % M];
+  g.wanted = wanted.get();
+
+  const auto fp64 = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
+    return torch::stable::new_zeros(left, size, ScalarType::Double);
+  };
+  Tensor inner = fp64({N, M}), moments[2] = {fp64({N, 2}), fp64({M, 2})};
+  if (left.numel() > 0 && right.numel() > 0 && g.left.rank > 0 && g.right.rank > 0) {
+    const Shared packed_left(kernels.packed_bytes(g.left)), packed_right(kernels.packed_bytes(g.right));
+    run_tasks(N + M, [&](int64_t i, int64_t) {
+      if (i < N)
+        kernels.pack(g.left, packed_left.data(), i);
+      else
+        kernels.pack(g.right, packed_right.data(), i - N);
+    });
+    // As many partial sums as fit in 64 MiB, at most 32, added in order.
+    const int64_t units = kernels.units(g), size = N * M + 2 * (N + M);
+    const int64_t groups = std::clamp<int64_t>((int64_t{8} << 20) / size, 1, std::min<int64_t>(32, units));
+    std::vector<double> partial(static_cast<size_t>(groups * size), 0.0);
+    const int64_t scratch = (kernels.scratch_bytes(g) + 63) / 64 * 64;
+    const Shared scratches(scratch * torch::stable::get_num_threads());
+    run_tasks(groups, [&](int64_t i, int64_t slot) {
+      double* sums = partial.data() + i * size;
+      kernels.grams(g, packed_left.data(), packed_right.data(), {units * i / groups, units * (i + 1) / groups},
+                    {sums, sums + N * M}, static_cast<char*>(scratches.data()) + slot * scratch);
+    });
+    const auto add = [&](Tensor& out, int64_t offset, double scale) {
+      auto* to = static_cast<double*>(out.data_ptr());
+      for (int64_t group = 0; group < groups; ++group)
+        for (int64_t n = 0; n < out.numel(); ++n)
+          to[n] += scale * partial[static_cast<size_t>(group * size + offset + n)];
+    };
+    add(inner, 0, 1);
+    add(moments[0], N * M, 1);
+    add(moments[1], N * M + 2 * N, 1);
+  }
+  return {inner, moments[0], moments[1]};
+}
+
+}  // namespace
+}  // namespace fc::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastcircuits, CPU, m) { m.impl("pair_grams", TORCH_BOX(&fc::cpu::pair_grams)); }
+
+#endif
