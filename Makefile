@@ -5,8 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 SANITIZED := build/sanitized
+LENS ?= 3.9.0 4.3.0
 
-.PHONY: build sweep test bench lint format sanitize gpu clean
+LENS_BIN = .venv-lens-$*/bin
+
+.PHONY: build sweep test lens bench lint format sanitize gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -24,8 +27,26 @@ test: build
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
 
+# Against TransformerLens, before and after its version 4, and its own tests of FactoredMatrix with ours in its place. Each
+# version has an environment of its own, which shares torch and ours with the first.
+lens: $(LENS:%=lens-%)
+
+lens-%: .venv-lens-%/ready
+	$(LENS_BIN)/python -m pytest tests/integrations
+	cd .venv-lens-$*/theirs/transformer_lens-$* && PYTHONPATH=$(CURDIR)/tests/integrations \
+	../../bin/python -m pytest -q -c /dev/null -p ours_in_place tests/unit/factored_matrix
+
+.venv-lens-%/ready: | build
+	$(PYTHON) -m venv .venv-lens-$*
+	$(BIN)/python -c "import site; print(*site.getsitepackages())" > "$$($(LENS_BIN)/python -c \
+	"import site; print(site.getsitepackages()[0])")/shared.pth"
+	$(LENS_BIN)/pip install -q transformer-lens==$* hatchling poetry-core poetry-dynamic-versioning
+	$(LENS_BIN)/pip download -q --no-deps --no-build-isolation --no-binary :all: -d .venv-lens-$*/theirs transformer-lens==$*
+	tar -xzf .venv-lens-$*/theirs/transformer_lens-$*.tar.gz -C .venv-lens-$*/theirs
+	@touch $@
+
 bench: build
-	$(BIN)/pip install -q "transformer-lens==3.9.0"
+	$(BIN)/pip install -q "transformer-lens==$(firstword $(LENS))"
 	$(BIN)/pytest bench/test_bench_sweep.py bench/test_bench_sweep_nll.py -W default
 	$(BIN)/pytest bench/test_bench_composition.py -W default
 
@@ -50,4 +71,4 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu
 
 clean:
-	rm -rf build out $(VENV) *.egg-info pyfastcircuits/*.so
+	rm -rf build out $(VENV) .venv-lens-* *.egg-info pyfastcircuits/*.so
