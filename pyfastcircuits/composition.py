@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import Backend, Precision, pair_norms
-from pyfastcircuits.weights import CircuitWeights
+from pyfastcircuits.weights import CircuitWeights, Weight
 
 __all__ = [
     "ComponentScores",
@@ -65,7 +65,7 @@ class _Side:
     it reads with (one for all query heads of a key/value head where that is W_K or W_V), `outer` what is left of it.
     """
 
-    def __init__(self, weights: CircuitWeights, outer: str, inner: str, heads: Sequence[Head] | None) -> None:
+    def __init__(self, weights: CircuitWeights, outer: Weight, inner: Weight, heads: Sequence[Head] | None) -> None:
         self.weights, self.outer, self.inner = weights, outer, inner
         self.shape = (weights.n_layers, weights.n_heads) if heads is None else (len(heads),)
         if heads is None:
@@ -76,9 +76,9 @@ class _Side:
         self.triangles = {layer: triangle(self._tall(outer, layer)) for layer in {layer for layer, _ in self.heads}}
         self.norms = torch.ones(len(self.heads), dtype=weights.compute_dtype, device=weights.device)
 
-    def _tall(self, name: str, layer: int) -> Tensor:
+    def _tall(self, name: Weight, layer: int) -> Tensor:
         """A layer's weight as [heads, d, r], in the computing dtype."""
-        weight: Tensor = getattr(self.weights, name)[layer].to(self.weights.compute_dtype)
+        weight = self.weights.layer(name, layer)
         return weight.mT if name == "W_O" else weight
 
     def _index(self, name: str, heads: Sequence[int]) -> Tensor:
@@ -156,7 +156,8 @@ def _sides(
         raise TypeError(f"weights is a {type(weights).__name__}, expected CircuitWeights")
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    outer, inner = {"Q": ("W_K", "W_Q"), "K": ("W_Q", "W_K"), "V": ("W_O", "W_V")}[kind]
+    ends: dict[str, tuple[Weight, Weight]] = {"Q": ("W_K", "W_Q"), "K": ("W_Q", "W_K"), "V": ("W_O", "W_V")}
+    outer, inner = ends[kind]
     first, second = (
         None if heads is None else [checked_head(weights, head, f"{name}[{i}]") for i, head in enumerate(heads)]
         for name, heads in (("sources", sources), ("destinations", destinations))
