@@ -260,7 +260,8 @@ class CircuitWeights:
         given = [name for name, _ in self.tensors() if name.startswith("ln_")]
         if given and self.norm is None:
             raise ValueError(f"{given[0]} is given, but norm is None")
-        if (self.ln_w is not None or self.ln_b is not None) and self.positional == "shortformer":
+        held = self.ln_w is not None or self.ln_b is not None
+        if held and self.positional == "shortformer" and self.attention_only:
             name = "ln_b" if self.ln_w is None else "ln_w"
             raise ValueError(f"{name} is given, but positional is 'shortformer': W_pos, added after the norm, has none")
         if self.ln_post_w is not None and (self.norm != "rmsnorm" or self.attention_only):

@@ -2,6 +2,7 @@
 
 | library | models |
 |---|---|
+| TransformerLens | HookedTransformer (up to 3.9), TransformerBridge (from 4) |
 | Hugging Face transformers | GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen 2, Qwen 3, Gemma 2 |
 
 A frozen run holds patterns and norm scales as the model computed them, so everything that only shapes a pattern
@@ -44,10 +45,14 @@ def trace_of(model: Any, tokens: Tensor, mask: Tensor | None) -> FrozenTrace:
 
 def _library(model: Any) -> Any:
     """The adapter of the library a model is of, by what it offers."""
+    if hasattr(model, "run_with_hooks") and hasattr(model, "cfg"):
+        from pyfastcircuits.adapters import transformer_lens
+
+        return transformer_lens
     if hasattr(getattr(model, "config", None), "model_type"):
         from pyfastcircuits.adapters import hugging_face
 
         return hugging_face
     raise TypeError(
-        f"weights is a {type(model).__name__}, expected CircuitWeights or a Hugging Face causal language model"
+        f"weights is a {type(model).__name__}, expected CircuitWeights, a TransformerLens model or a Hugging Face one"
     )

@@ -1,16 +1,15 @@
 """Hugging Face causal language models in memory: their weights as views, and one forward pass recorded by hooks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family
-from pyfastcircuits.adapters.recording import Recording
+from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.weights import CircuitWeights
 
 __all__ = ["FAMILIES", "family_of", "read_checkpoint", "record", "weights_of"]
@@ -52,7 +51,7 @@ def record(model: Any, tokens: Tensor, mask: Tensor | None) -> Recording:
     body = model.get_submodule(family.body)
     layers = list(body.get_submodule(family.layers))
     seen = Recording([], [], [], [], tokens)
-    with _as_analysed(model), _Hooks() as hooks:
+    with _eager(model), Hooks(model) as hooks:
         for layer in layers:
             hooks.before(layer, seen.streams.append)
             hooks.after(layer.get_submodule(family.attention), lambda _, out: _keep_attention(out, seen))
@@ -78,50 +77,14 @@ def _keep_post_norm(attended: Tensor, written: Tensor, seen: Recording) -> None:
     seen.written[-1] = written
 
 
-class _Hooks:
-    """Hooks on modules, removed at the end whatever happens."""
-
-    def __init__(self) -> None:
-        self._handles: list[Any] = []
-
-    def before(self, module: nn.Module, keep: Callable[[Tensor], object]) -> None:
-        """Keep the module's first argument."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(args[0] if args else kwargs["hidden_states"])
-
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def after(self, module: nn.Module, keep: Callable[[Any, Any], object]) -> None:
-        """Keep the module's first argument (None if it has none without a name) and what it gives."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            keep(args[0] if args else None, out)
-
-        self._handles.append(module.register_forward_hook(hook))
-
-    def __enter__(self) -> "_Hooks":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
 @contextmanager
-def _as_analysed(model: Any) -> Iterator[None]:
-    """Without gradients and dropout, and with attention that gives its patterns."""
-    training = [module for module in model.modules() if module.training]
+def _eager(model: Any) -> Iterator[None]:
+    """With attention that gives its patterns."""
     implementation = model.config._attn_implementation
     try:
-        for module in training:
-            module.training = False
         if implementation != "eager":
             model.set_attn_implementation("eager")
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module in training:
-            module.training = True
         if implementation != "eager":
             model.set_attn_implementation(implementation)
