@@ -87,7 +87,7 @@ def freeze(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, seen: R
         torch.stack([norm_scale(x.to(dtype), weights) for x in seen.attended]) if seen.attended else None,
         mask,
     )
-    _check_embedding(run)
+    _check_embedding(run, seen.streams[0])
     written = [run.attend(stream, layer) for layer, stream in enumerate(streams[:-1])]
     for layer, mine in enumerate(written):
         bias = run.post(weights.written_bias(layer).expand_as(mine), layer)
@@ -111,14 +111,14 @@ def _final_rounding(run: FrozenTrace, normed: Tensor) -> Tensor:
     return torch.where(read != 0, (normed.to(mine.dtype) - mine) / read, 0)
 
 
-def _check_embedding(run: FrozenTrace) -> None:
+def _check_embedding(run: FrozenTrace, theirs: Tensor) -> None:
     weights = run.weights
     embedded = weights.W_E[run.tokens].to(weights.compute_dtype) * weights.embed_scale
     if weights.positional == "standard" and weights.W_pos is not None:
         if run.mask is not None:  # some models shift positions by the padding
             return
         embedded = embedded + weights.W_pos[: run.tokens.shape[1]]
-    _check("the embedding gives", embedded, run.embedded.to(weights.W_E.dtype), run.mask)
+    _check("the embedding gives", embedded, theirs, run.mask)
 
 
 def _check(what: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> None:

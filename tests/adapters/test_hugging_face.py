@@ -315,7 +315,7 @@ def test_a_model_that_was_changed_is_noticed():
 def test_a_run_that_is_not_finite_is_noticed():
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[0, :3] = 0
-    with pytest.raises(RuntimeError, match="the heads of layer 0 write is not finite in the model's own run"):
+    with pytest.raises(RuntimeError, match="the heads of layer 1 write is not finite in the model's own run"):
         fc.trace(build("llama"), tokens(), mask)
 
 
