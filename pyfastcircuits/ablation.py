@@ -9,7 +9,7 @@ from torch import Tensor
 from pyfastcircuits.effects import Change, Losses, Options, change_losses, unembed_columns
 from pyfastcircuits.ops import Backend, Precision
 from pyfastcircuits.paths import Path, checked_path, enumerate_paths, path_values
-from pyfastcircuits.trace import FrozenTrace, centered
+from pyfastcircuits.trace import FrozenTrace, toward_logits
 
 __all__ = ["AblationResult", "head_ablation", "pair_ablation", "path_ablation"]
 
@@ -20,7 +20,7 @@ class AblationResult:
 
     Attributes:
         paths: what was taken out, one path for each ablation; for heads, paths of one head.
-        loss: [P] (heads: [L, H]); with `per_token`, followed by [B, T-1].
+        loss: [P] (heads: [L, H]); with `per_token`, followed by [B, T-1], NaN where a mask leaves nothing to predict.
         baseline: the clean run's loss, a scalar (with `per_token`, [B, T-1]).
         kl: KL(clean || ablated), shaped like loss, where it was asked for.
     """
@@ -44,7 +44,7 @@ class AblationResult:
 
     def top(self, n: int) -> list[tuple[Path, float]]:
         """The n ablations that raise the loss most, with the rise in nats; ties by order."""
-        means = self.delta.flatten(0, -1).view(len(self.paths), -1).mean(-1) if self.paths else self.delta
+        means = self.delta.flatten(0, -1).view(len(self.paths), -1).nanmean(-1) if self.paths else self.delta
         order = torch.sort(means, descending=True, stable=True).indices[:n].tolist()
         return [(self.paths[i], float(means[i])) for i in order]
 
@@ -63,7 +63,8 @@ def path_ablation(
 ) -> AblationResult:
     """Loss when one path at a time is taken out of the logits: logits - path_logits(trace, path).
 
-    Attention patterns and norm scales, the final one included, are held at the clean run's.
+    Held at the clean run's: attention patterns, norm scales (the final one included), and what MLPs write: an MLP after
+    an ablated path still writes what it wrote. A logit cap is applied to what is left.
 
     Args:
         trace: a frozen run.
@@ -97,6 +98,8 @@ def pair_ablation(
 ) -> AblationResult:
     """Loss without each pair of heads, for all pairs with layer1 < layer2, sorted by source and then destination.
 
+    Held at the clean run's: attention patterns, norm scales and what MLPs write, as in path_ablation.
+
     Args:
         trace: a frozen run.
         scope: "path": the path source -> destination alone is taken out (the virtual attention head).
@@ -128,7 +131,8 @@ def head_ablation(
 ) -> AblationResult:
     """Loss without each head: everything it writes, its value bias included, and all that follows from it.
 
-    Later heads read the residual stream without it, under their frozen patterns and norm scales (the total effect).
+    Later heads read the residual stream without it, under their frozen patterns and norm scales (the total effect
+    through attention: what MLPs write is held at the clean run's).
 
     Args:
         trace: a frozen run.
@@ -152,7 +156,7 @@ def head_ablation(
     change = Change(
         indices=range(len(paths)),
         rank=weights.d_model,
-        removed=lambda part, members: centered(_head_effects(part, [paths[i][0] for i in members]), weights),
+        removed=lambda part, members: toward_logits(_head_effects(part, [paths[i][0] for i in members]), weights),
         basis=lambda columns: unembed_columns(weights, columns),
     )
     options = Options(kl, per_token, low_memory, precision, backend, progress)
@@ -176,7 +180,7 @@ def _path_changes(trace: FrozenTrace, paths: Sequence[Path]) -> list[Change]:
         groups.setdefault(path[-1] if path else None, []).append(i)
 
     def through(head: tuple[int, int], indices: list[int]) -> Change:
-        W_O = centered(weights.W_O[head].to(weights.compute_dtype), weights)
+        W_O = toward_logits(weights.head("W_O", *head), weights)
         return Change(
             indices,
             weights.d_head,
@@ -185,19 +189,19 @@ def _path_changes(trace: FrozenTrace, paths: Sequence[Path]) -> list[Change]:
         )
 
     def direct(indices: list[int]) -> Change:
-        biased = weights.b_U is not None
+        bias = weights.unembed_bias
 
         def removed(part: FrozenTrace, members: Sequence[int]) -> Tensor:
-            stream = centered(part.sources_before(weights.n_layers), weights)
-            if biased:  # b_U is one more row of the basis, and does not go through the norm
+            stream = toward_logits(part.sources_before(weights.n_layers), weights)
+            if bias is not None:  # one more row of the basis: it does not go through the norm
                 stream = torch.cat((stream, 1 / part.scales[-1][..., None]), -1)
             return stream.expand(len(members), *stream.shape)
 
         def basis(columns: slice) -> Tensor:
             W_U = unembed_columns(weights, columns)
-            return W_U if weights.b_U is None else torch.cat((W_U, weights.b_U[None, columns].to(W_U.dtype)))
+            return W_U if bias is None else torch.cat((W_U, bias[None, columns]))
 
-        return Change(indices, weights.d_model + biased, removed, basis)
+        return Change(indices, weights.d_model + (bias is not None), removed, basis)
 
     return [direct(indices) if head is None else through(head, indices) for head, indices in groups.items()]
 
@@ -213,7 +217,8 @@ def _head_effects(trace: FrozenTrace, heads: Sequence[tuple[int, int]]) -> Tenso
             effects[earlier] += trace.attend(effects[earlier], layer)
         for i, (own, head) in enumerate(heads):
             if own == layer:
-                mixed = trace.patterns[layer][:, head] @ (trace.normed(residual, layer) @ weights.value(layer, head))
-                effects[i] = mixed @ weights.W_O[layer, head].to(mixed.dtype) + weights.head_biases(layer)[head]
-        residual = residual + trace.attend(residual, layer) + weights.written_bias(layer)
+                read = trace.normed(residual, layer) @ weights.head("W_V", layer, head)
+                written = trace.patterns[layer][:, head] @ read @ weights.head("W_O", layer, head)
+                effects[i] = trace.post(written + weights.head_biases(layer)[head], layer)
+        residual = residual + trace.attend(residual, layer) + trace.sources[layer]
     return effects

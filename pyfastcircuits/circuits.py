@@ -2,7 +2,7 @@
 
 Row-vector convention. Over the vocabulary V the circuits are rank r and kept factored: nothing [V, V] is formed
 ("A Mathematical Framework for Transformer Circuits", Elhage et al. 2021). Weights are read as they are: with a
-layernorm, `center` them first, so that its subtraction of the mean is in them.
+layernorm, `center` them first, so that its subtraction of the mean is in them. What norms multiply by is in them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from pyfastcircuits.composition import KINDS, Kind, checked_head
 from pyfastcircuits.factored import FactoredMatrix, computable
 from pyfastcircuits.paths import checked_path
 from pyfastcircuits.trace import FrozenTrace
-from pyfastcircuits.weights import CircuitWeights
+from pyfastcircuits.weights import CircuitWeights, Weight
 
 __all__ = [
     "DiagonalStatistics",
@@ -40,28 +40,27 @@ __all__ = [
 Component = Sequence[int] | Literal["embed", "unembed"]
 
 
-def _key(weights: CircuitWeights, layer: int, head: int) -> Tensor:
-    """W_K of one query head [d, r], in the computing dtype."""
-    return weights.W_K[layer, head // (weights.n_heads // weights.W_K.shape[1])].to(weights.compute_dtype)
+def _embedded(weights: CircuitWeights, W: Tensor) -> Tensor:
+    """The embedded tokens through a reading weight [d, r]: [V, r]."""
+    read = weights.W_E.to(weights.compute_dtype) @ W
+    return read if weights.embed_scale == 1 else read * weights.embed_scale
 
 
-def _embeddings(weights: CircuitWeights) -> tuple[Tensor, Tensor]:
-    return weights.W_E.to(weights.compute_dtype), weights.W_U.to(weights.compute_dtype)
+def _unembedded(weights: CircuitWeights, W: Tensor) -> Tensor:
+    """A writing weight [r, d] to the logits: [r, V]."""
+    return _to_logits(weights, W) @ weights.W_U.to(weights.compute_dtype)
 
 
-def _head(weights: CircuitWeights, name: str, head: tuple[int, int]) -> Tensor:
-    """One query head's weight, in the computing dtype."""
-    if name == "W_V":
-        return weights.value(*head)
-    if name == "W_K":
-        return _key(weights, *head)
-    weight: Tensor = getattr(weights, name)[head]
-    return weight.to(weights.compute_dtype)
+def _to_logits(weights: CircuitWeights, written: Tensor) -> Tensor:
+    """What is written, [..., d], times what the final norm multiplies by."""
+    return written if weights.ln_final_w is None else written * weights.ln_final_w.to(written.dtype)
 
 
 def bigrams(weights: CircuitWeights) -> FactoredMatrix:
     """The direct path W_E @ W_U [V, V]: row = present token, column = next token, in logits."""
-    return FactoredMatrix(*_embeddings(weights))
+    tokens = weights.W_E.to(weights.compute_dtype)
+    tokens = tokens if weights.embed_scale == 1 else tokens * weights.embed_scale
+    return FactoredMatrix(_to_logits(weights, tokens), weights.W_U.to(weights.compute_dtype))
 
 
 def ov_circuit(weights: CircuitWeights, head: Sequence[int]) -> FactoredMatrix:
@@ -71,8 +70,8 @@ def ov_circuit(weights: CircuitWeights, head: Sequence[int]) -> FactoredMatrix:
         ValueError, IndexError: no such head.
     """
     head = checked_head(weights, head)
-    W_E, W_U = _embeddings(weights)
-    return FactoredMatrix(W_E @ _head(weights, "W_V", head), _head(weights, "W_O", head) @ W_U)
+    W_V, W_O = weights.head("W_V", *head), weights.head("W_O", *head)
+    return FactoredMatrix(_embedded(weights, W_V), _unembedded(weights, W_O))
 
 
 def qk_circuit(weights: CircuitWeights, head: Sequence[int], *, scaled: bool = False) -> FactoredMatrix:
@@ -84,9 +83,9 @@ def qk_circuit(weights: CircuitWeights, head: Sequence[int], *, scaled: bool = F
         ValueError, IndexError: no such head.
     """
     head = checked_head(weights, head)
-    W_E, _ = _embeddings(weights)
+    W_Q, W_K = weights.head("W_Q", *head), weights.head("W_K", *head)
     scale = (weights.attention_scale or weights.d_head**0.5) if scaled else 1.0
-    return FactoredMatrix(W_E @ _head(weights, "W_Q", head) / scale, (W_E @ _head(weights, "W_K", head)).mT)
+    return FactoredMatrix(_embedded(weights, W_Q) / scale, _embedded(weights, W_K).mT)
 
 
 def composed_qk_circuit(
@@ -102,11 +101,10 @@ def composed_qk_circuit(
         IndexError: no such head.
     """
     first, second = checked_path(weights, (source, destination))
-    W_E, _ = _embeddings(weights)
     scale = (weights.attention_scale or weights.d_head**0.5) if scaled else 1.0
-    through = _head(weights, "W_O", first) @ _head(weights, "W_K", second)  # [r, r]
-    keys = W_E @ _head(weights, "W_V", first) @ through
-    return FactoredMatrix(W_E @ _head(weights, "W_Q", second) / scale, keys.mT)
+    through = weights.head("W_O", *first) @ weights.head("W_K", *second)  # [r, r]
+    keys = _embedded(weights, weights.head("W_V", *first)) @ through
+    return FactoredMatrix(_embedded(weights, weights.head("W_Q", *second)) / scale, keys.mT)
 
 
 def _eigenvalues(matrices: Tensor) -> Tensor:
@@ -133,8 +131,7 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
     """
     if circuit not in ("OV", "QK"):
         raise ValueError(f"circuit is {circuit!r}, expected 'OV' or 'QK'")
-    W_E, W_U = _embeddings(weights)
-    middle = W_U @ W_E if circuit == "OV" else W_E.mT @ W_E
+    middle = _unembed_embed(weights) if circuit == "OV" else _embed_embed(weights)
     names: tuple[Literal["W_O", "W_K"], Literal["W_V", "W_Q"]]
     names = ("W_O", "W_V") if circuit == "OV" else ("W_K", "W_Q")
     small = []
@@ -142,6 +139,18 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
         left, right = (weights.heads(name, layer) for name in names)
         small.append((left if circuit == "OV" else left.mT) @ (middle @ right))
     return _eigenvalues(torch.stack(small))
+
+
+def _unembed_embed(weights: CircuitWeights) -> Tensor:
+    """W_U @ W_E, [d, d]."""
+    product = weights.W_U.to(weights.compute_dtype) @ weights.W_E.to(weights.compute_dtype)
+    return _to_logits(weights, product.mT).mT * weights.embed_scale
+
+
+def _embed_embed(weights: CircuitWeights) -> Tensor:
+    """W_E.T @ W_E, [d, d]."""
+    W_E = weights.W_E.to(weights.compute_dtype)
+    return W_E.mT @ W_E * weights.embed_scale**2
 
 
 @torch.no_grad()
@@ -153,13 +162,12 @@ def composed_eigenvalues(weights: CircuitWeights, pairs: Iterable[Sequence[Seque
     Raises:
         ValueError, IndexError: as composed_qk_circuit.
     """
-    W_E, _ = _embeddings(weights)
-    middle = W_E.mT @ W_E
+    middle = _embed_embed(weights)
     small = []
     for pair in pairs:
         first, second = checked_path(weights, pair)
-        through = (_head(weights, "W_O", first) @ _head(weights, "W_K", second)).mT
-        small.append(through @ (_head(weights, "W_V", first).mT @ (middle @ _head(weights, "W_Q", second))))
+        through = (weights.head("W_O", *first) @ weights.head("W_K", *second)).mT
+        small.append(through @ (weights.head("W_V", *first).mT @ (middle @ weights.head("W_Q", *second))))
     if not small:
         return torch.empty(0, weights.d_head, dtype=weights.compute_dtype.to_complex(), device=weights.device)
     return _eigenvalues(torch.stack(small))
@@ -265,25 +273,29 @@ def virtual_weights(
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if hops not in ("direct", "all"):
         raise ValueError(f"hops is {hops!r}, expected 'direct' or 'all'")
-    W_E, W_U = _embeddings(weights)
     if isinstance(source, str) and source != "embed":
         raise ValueError(f"source is {source!r}, expected 'embed' or (layer, head)")
     if isinstance(destination, str) and destination != "unembed":
         raise ValueError(f"destination is {destination!r}, expected (layer, head) or 'unembed'")
-    first, out = -1, W_E
+    first, last = -1, weights.n_layers
     if not isinstance(source, str):
         head = checked_head(weights, source, "source")
-        first, out = head[0], _head(weights, "W_O", head)
-    last, into = weights.n_layers, W_U
+        first, out = head[0], weights.head("W_O", *head)
+    else:
+        out = weights.W_E.to(weights.compute_dtype)
+        out = out if weights.embed_scale == 1 else out * weights.embed_scale
     if not isinstance(destination, str):
         head = checked_head(weights, destination, "destination")
-        last, into = head[0], _head(weights, f"W_{kind}", head)
+        name: Weight = {"Q": "W_Q", "K": "W_K", "V": "W_V"}[kind]  # type: ignore[assignment]
+        last, into = head[0], weights.head(name, *head)
+    else:
+        into = weights.W_U.to(weights.compute_dtype)
     if first >= last:
         raise ValueError(f"source {source} is not in a layer before destination {destination}")
     for layer in range(first + 1, last if hops == "all" else first + 1):
         values = torch.einsum("nd,hdr->hnr", out, weights.heads("W_V", layer))
         out = out + torch.einsum("hnr,hrd->nd", values, weights.heads("W_O", layer))
-    return FactoredMatrix(out, into)
+    return FactoredMatrix(_to_logits(weights, out) if destination == "unembed" else out, into)
 
 
 class VirtualHead(NamedTuple):
@@ -308,5 +320,6 @@ def virtual_head(trace: FrozenTrace, source: Sequence[int], destination: Sequenc
     weights = trace.weights
     first, second = checked_path(weights, (source, destination))
     pattern = trace.patterns[second[0]][:, second[1]] @ trace.patterns[first[0]][:, first[1]]
-    through = _head(weights, "W_O", first) @ _head(weights, "W_V", second)
-    return VirtualHead(pattern, FactoredMatrix(_head(weights, "W_V", first), through @ _head(weights, "W_O", second)))
+    through = weights.head("W_O", *first) @ weights.head("W_V", *second)
+    OV = FactoredMatrix(weights.head("W_V", *first), through @ weights.head("W_O", *second))
+    return VirtualHead(pattern, OV)

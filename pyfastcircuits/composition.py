@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyfastcircuits.ops import Backend, Precision, pair_statistics
 from pyfastcircuits.ops.pair_norms import multiplied
-from pyfastcircuits.weights import CircuitWeights
+from pyfastcircuits.weights import CircuitWeights, Weight
 
 __all__ = [
     "ComponentScores",
@@ -66,7 +66,7 @@ class _Side:
     it reads with (one for all query heads of a key/value head where that is W_K or W_V), `outer` what is left of it.
     """
 
-    def __init__(self, weights: CircuitWeights, outer: str, inner: str, heads: Sequence[Head] | None) -> None:
+    def __init__(self, weights: CircuitWeights, outer: Weight, inner: Weight, heads: Sequence[Head] | None) -> None:
         self.weights, self.outer, self.inner = weights, outer, inner
         self.shape = (weights.n_layers, weights.n_heads) if heads is None else (len(heads),)
         if heads is None:
@@ -77,9 +77,9 @@ class _Side:
         self.triangles = {layer: triangle(self._tall(outer, layer)) for layer in {layer for layer, _ in self.heads}}
         self.norms = torch.ones(len(self.heads), dtype=weights.compute_dtype, device=weights.device)
 
-    def _tall(self, name: str, layer: int) -> Tensor:
+    def _tall(self, name: Weight, layer: int) -> Tensor:
         """A layer's weight as [heads, d, r], in the computing dtype."""
-        weight: Tensor = getattr(self.weights, name)[layer].to(self.weights.compute_dtype)
+        weight = self.weights.layer(name, layer)
         return weight.mT if name == "W_O" else weight
 
     def _index(self, name: str, heads: Sequence[int]) -> Tensor:
@@ -95,12 +95,14 @@ class _Side:
         heads = self.heads[part]
         layers = [(layer, [head for _, head in group]) for layer, group in groupby(heads, key=itemgetter(0))]
         outer = torch.cat([self.triangle(layer, mine) for layer, mine in layers])
-        weight: Tensor = getattr(self.weights, self.inner)
-        first, everything = layers[0][0], list(range(self.weights.n_heads))
-        if layers == [(first + i, everything) for i in range(len(layers))]:
-            inner = weight[first : first + len(layers)].flatten(0, 1).to(self.norms.dtype)
+        weight, everything = getattr(self.weights, self.inner), list(range(self.weights.n_heads))
+        numbers, whole = [layer for layer, _ in layers], all(mine == everything for _, mine in layers)
+        plain = isinstance(weight, Tensor) and self.weights.gain(self.inner, numbers[0]) is None
+        if whole and plain and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            inner = weight[numbers[0] : numbers[-1] + 1].flatten(0, 1).to(self.norms.dtype)
             return outer, inner if self.inner == "W_O" else inner.mT
-        return outer, torch.cat([self._tall(self.inner, i).mT[self._index(self.inner, mine)] for i, mine in layers])
+        tall = [(self._tall(self.inner, layer).mT, mine) for layer, mine in layers]
+        return outer, torch.cat([x if whole else x[self._index(self.inner, mine)] for x, mine in tall])
 
     def factors(self, part: slice) -> Tensor:
         """outer @ inner of some of the heads, [N, r, d]."""
@@ -149,7 +151,8 @@ def _sides(
         raise TypeError(f"weights is a {type(weights).__name__}, expected CircuitWeights")
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    outer, inner = {"Q": ("W_K", "W_Q"), "K": ("W_Q", "W_K"), "V": ("W_O", "W_V")}[kind]
+    ends: dict[str, tuple[Weight, Weight]] = {"Q": ("W_K", "W_Q"), "K": ("W_Q", "W_K"), "V": ("W_O", "W_V")}
+    outer, inner = ends[kind]
     first, second = (
         None if heads is None else [checked_head(weights, head, f"{name}[{i}]") for i, head in enumerate(heads)]
         for name, heads in (("sources", sources), ("destinations", destinations))

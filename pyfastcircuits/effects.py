@@ -27,7 +27,7 @@ PART_ROWS = 4096  # positions worked on at a time, at least one sequence's
 class Options:
     """How a sweep runs; none of it changes which ablations are meant.
 
-    `progress` is called with the number of ablations finished since the last call, times the share of the sequences
+    `progress` is called with the number of ablations finished since the last call, times the share of the positions
     they cover, so that a whole sweep adds up to the number of ablations.
     """
 
@@ -60,7 +60,7 @@ class Change:
 class Losses:
     """Mean over sequences and predicting positions, or each position's value with `per_token`."""
 
-    loss: Tensor  # [P] or [P, B, T-1]
+    loss: Tensor  # [P] or [P, B, T-1], there NaN where the trace's mask leaves nothing to predict
     kl: Tensor | None  # likewise
     baseline: Tensor  # [] or [B, T-1]
 
@@ -91,14 +91,15 @@ class _CleanLogits:
             self.held = rows.new_empty(len(rows), weights.d_vocab)
             for columns in _columns(weights, 1):
                 torch.mm(rows, unembed_columns(weights, columns), out=self.held[:, columns])
-                if weights.b_U is not None:
-                    self.held[:, columns] += weights.b_U[columns]
+                if weights.unembed_bias is not None:
+                    self.held[:, columns] += weights.unembed_bias[columns]
 
     def __call__(self, columns: slice) -> Tensor:
         if self.held is not None:
             return self.held[:, columns]
         logits = self.rows @ unembed_columns(self.weights, columns)
-        return logits if self.weights.b_U is None else logits + self.weights.b_U[columns]
+        bias = self.weights.unembed_bias
+        return logits if bias is None else logits + bias[columns]
 
 
 def _merged(
@@ -141,17 +142,33 @@ def _nothing(rows: Tensor) -> Callable[[slice], Tensor]:
     return lambda columns: rows.new_empty(0, columns.stop - columns.start)
 
 
-def _predicting(stream: Tensor) -> Tensor:
-    """[..., B, T, x] -> [..., B * (T-1), x]: the last position predicts nothing."""
-    return stream[..., :-1, :].flatten(-3, -2)
+def _predicting(trace: FrozenTrace, stream: Tensor) -> Tensor:
+    """[..., B, T, x] -> [..., N, x] of the N positions that predict: not the last, and what the mask leaves."""
+    inner = stream[..., :-1, :]
+    return inner.flatten(-3, -2) if trace.predicting is None else inner[..., trace.predicting, :]
+
+
+def _targets(trace: FrozenTrace) -> Tensor:
+    """Tokens to predict, [N]."""
+    return trace.tokens[:, 1:].flatten() if trace.predicting is None else trace.tokens[:, 1:][trace.predicting]
+
+
+def _placed(trace: FrozenTrace, values: Tensor) -> Tensor:
+    """[..., N] -> [..., B, T-1], NaN where nothing is predicted."""
+    if trace.predicting is None:
+        whole: Tensor = values.unflatten(-1, (len(trace.tokens), -1))
+        return whole
+    out = values.new_full((*values.shape[:-1], *trace.predicting.shape), torch.nan)
+    out[..., trace.predicting] = values
+    return out
 
 
 @torch.no_grad()
 def stream_losses(trace: FrozenTrace, streams: Tensor, backend: Backend = "auto") -> Tensor:
     """NLL [K, B, T-1] when each of `streams` [K, B, T, d] is the final residual stream. No [T, V] is stored."""
     weights, options = trace.weights, Options(backend=backend)
-    rows = _predicting(trace.normed(streams, weights.n_layers)).flatten(0, 1)
-    targets = trace.tokens[:, 1:].flatten().repeat(len(streams))
+    rows = _predicting(trace, trace.normed(streams, weights.n_layers)).flatten(0, 1)
+    targets = _targets(trace).repeat(len(streams))
     out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
     for part in _slices(len(rows), PART_ROWS):
         clean = _CleanLogits(rows[part], weights, held=False)
@@ -159,7 +176,7 @@ def stream_losses(trace: FrozenTrace, streams: Tensor, backend: Backend = "auto"
         empty = rows.new_empty(1, len(rows[part]), 0)
         lse, target, _ = _merged(clean, empty, _nothing(rows), columns, targets[part], None, options)
         out[part] = (lse - target)[0].to(out.dtype)
-    return out.view(len(streams), trace.tokens.shape[0], -1)
+    return _placed(trace, out.view(len(streams), -1))
 
 
 @torch.no_grad()
@@ -168,24 +185,26 @@ def change_losses(trace: FrozenTrace, changes: Sequence[Change], options: Option
     weights, (sequences, length) = trace.weights, trace.tokens.shape
     count = sum(len(change.indices) for change in changes)
     sizes = (count, sequences, length - 1) if options.per_token else (count,)
-    loss = torch.zeros(sizes, dtype=torch.float64, device=weights.device)
-    kl = torch.zeros_like(loss) if options.kl else None
-    baseline = torch.empty(sequences, length - 1, dtype=torch.float64, device=weights.device)
+    loss = torch.full(sizes, torch.nan if options.per_token else 0.0, dtype=torch.float64, device=weights.device)
+    kl = loss.clone() if options.kl else None
+    baseline = torch.full((sequences, length - 1), torch.nan, dtype=torch.float64, device=weights.device)
+    total = sequences * (length - 1) if trace.predicting is None else int(trace.predicting.sum())
 
     step = _sequences_at_once(weights, length, max((c.rank for c in changes), default=1), options.low_memory)
     for part in _slices(sequences, step):
         here = trace[part]
-        share = (part.stop - part.start) / sequences
-        rows = _predicting(here.normed(here.final, weights.n_layers))
+        rows, targets = _predicting(here, here.normed(here.final, weights.n_layers)), _targets(here)
+        if not len(rows):
+            continue
+        share = len(rows) / total
         scale = here.scales[-1][..., None]
-        targets = here.tokens[:, 1:].flatten()
         clean = _CleanLogits(rows, weights, held=not options.low_memory)
         depth = len(rows) if options.low_memory else 1
         lse, target, _ = _merged(
             clean, rows.new_empty(1, len(rows), 0), _nothing(rows), _columns(weights, depth), targets, None, options
         )
         clean_lse = lse[0] if options.kl else None
-        baseline[part] = (lse - target)[0].view(-1, length - 1)
+        baseline[part] = _placed(here, (lse - target)[0])
 
         for change in changes:
             columns = _columns(weights, change.rank + (len(rows) if options.low_memory else 0))
@@ -196,16 +215,16 @@ def change_losses(trace: FrozenTrace, changes: Sequence[Change], options: Option
             at_once = max(1, BLOCK // (len(rows) * max(change.rank, 8) * rows.element_size()))
             for chunk in _slices(len(change.indices), at_once):
                 members = range(len(change.indices))[chunk]
-                delta = _predicting(change.removed(here, members) * -scale)
+                delta = _predicting(here, change.removed(here, members) * -scale)
                 lse, target, moved = _merged(clean, delta, basis, columns, targets, clean_lse, options)
                 where = torch.tensor([change.indices[i] for i in members], device=weights.device)
-                _put(loss, where, part, (lse - target).unflatten(-1, (-1, length - 1)), share)
+                _put(loss, where, part, here, lse - target, share)
                 if kl is not None and clean_lse is not None:
-                    _put(kl, where, part, (lse - clean_lse - moved).unflatten(-1, (-1, length - 1)), share)
+                    _put(kl, where, part, here, lse - clean_lse - moved, share)
                 if options.progress is not None:
                     options.progress(len(members) * share)
     dtype = weights.compute_dtype
-    clean_loss = baseline if options.per_token else baseline.mean()
+    clean_loss = baseline if options.per_token else trace.mean(baseline)
     return Losses(loss.to(dtype), None if kl is None else kl.to(dtype), clean_loss.to(dtype))
 
 
@@ -218,9 +237,9 @@ def _sequences_at_once(weights: CircuitWeights, length: int, rank: int, low_memo
     return max(1, rows // (length - 1))
 
 
-def _put(out: Tensor, where: Tensor, part: slice, values: Tensor, share: float) -> None:
-    """Store per-token values [P, B, T-1], or add their mean's share of the whole."""
+def _put(out: Tensor, where: Tensor, part: slice, trace: FrozenTrace, values: Tensor, share: float) -> None:
+    """Store the values [P, N] of a part's positions, or add their mean's share of the whole."""
     if out.dim() == 1:
-        out[where] += values.mean((1, 2)) * share
+        out[where] += values.mean(1) * share
     else:
-        out[where, part] = values
+        out[where, part] = _placed(trace, values)

@@ -66,21 +66,22 @@ def checked_path(weights: CircuitWeights, path: Iterable[Sequence[int]]) -> Path
 def path_values(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
     """What the last head of each path has mixed before its W_O, along that path alone: [P, B, T, r].
 
-    The path writes `path_values @ W_O` of its last head to the residual stream. Paths must not be empty.
+    The path writes `path_values @ W_O` of its last head to the residual stream (the scale of a norm after the heads is
+    in them). Paths must not be empty.
     """
     weights = trace.weights
     out = trace.embedded.new_empty(len(paths), *trace.tokens.shape, weights.d_head)
     for (layer, head), members in _grouped(paths, lambda path: path[-1]):
-        W_V = weights.value(layer, head)
+        W_V = weights.head("W_V", layer, head)
         values = out.new_empty(len(members), *out.shape[1:])
         for before, inner in _grouped([paths[i][:-1] for i in members], lambda path: path[-1:]):
             if before:
                 carried = torch.stack([_prefix_values(trace, paths[members[i]][:-1]) for i in inner])
-                passed = centered(weights.W_O[before[0]].to(out.dtype), weights) @ W_V
+                passed = centered(weights.head("W_O", *before[0]), weights) @ W_V
                 values[inner] = (carried @ passed) * trace.scales[layer][..., None]
             else:
                 values[inner] = trace.normed(trace.sources_before(layer), layer) @ W_V
-        out[members] = _mixed(trace.patterns[layer][:, head], values)
+        out[members] = trace.post(_mixed(trace.patterns[layer][:, head], values), layer)
     return out
 
 
@@ -113,7 +114,8 @@ def _mixed(pattern: Tensor, values: Tensor) -> Tensor:
 def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:
     """What one path adds to the logits, [B, T, V]: materialised on purpose.
 
-    `()` is the direct path: embedding, biases and the unembedding bias. The paths of all orders sum to the logits.
+    `()` is the direct path: embedding, biases, MLP outputs (frozen: they are sources, not functions of what they read)
+    and the unembedding bias. The paths of all orders sum to the logits, before a logit cap.
 
     Raises:
         ValueError, IndexError: see checked_path.
@@ -122,7 +124,7 @@ def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:
     weights = trace.weights
     if not path:
         return trace.unembed(trace.sources_before(weights.n_layers))
-    written = path_values(trace, [path])[0] @ weights.W_O[path[-1]].to(weights.compute_dtype)
+    written = path_values(trace, [path])[0] @ weights.head("W_O", *path[-1])
     return trace.normed(written, weights.n_layers) @ weights.W_U.to(weights.compute_dtype)
 
 
@@ -141,7 +143,7 @@ def order_streams(trace: FrozenTrace, max_order: int) -> Tensor:
         if raised:
             written = trace.attend(streams[:raised], layer)
             streams[1 : raised + 1] += written
-        streams[0] += weights.written_bias(layer)
+        streams[0] += trace.sources[layer]
     return streams
 
 
@@ -151,8 +153,9 @@ def order_losses(
 ) -> Tensor:
     """Loss with all paths of order at most k, k = 0..max_order: [K + 1], or [K + 1, B, T-1] with `per_token`.
 
-    Attention patterns and norm scales, the final one included, are held at the clean run's. Equal to the article's
-    algorithm ("Term importance analysis"), which reruns the model once for each order with the others' outputs zeroed.
+    Held at the clean run's: attention patterns, norm scales (the final one included), and what MLPs write, which
+    belongs to order 0 whatever the MLPs read. A logit cap is applied after the sum. Equal to the article's algorithm
+    ("Term importance analysis"), which reruns the model once for each order with the others' outputs zeroed.
 
     Args:
         trace: a frozen run.
@@ -171,7 +174,7 @@ def order_losses(
     if not 0 <= order <= layers:
         raise ValueError(f"max_order is {max_order}, expected 0 to {layers} (the number of layers)")
     losses = _in_parts(trace, order + 1, lambda part: order_streams(part, order).cumsum(0), backend)
-    return losses if per_token else losses.mean((1, 2))
+    return losses if per_token else trace.mean(losses)
 
 
 class LayerMarginals(NamedTuple):
@@ -192,7 +195,7 @@ def layer_marginals(trace: FrozenTrace, *, backend: Backend = "auto") -> LayerMa
         whole = sum(single, direct)
         return torch.stack([direct, whole, *(direct + s for s in single), *(whole - s for s in single)])
 
-    losses = _in_parts(trace, 2 * layers + 2, streams, backend).mean((1, 2))
+    losses = trace.mean(_in_parts(trace, 2 * layers + 2, streams, backend))
     direct, whole, added, left = losses.split([1, 1, layers, layers])
     return LayerMarginals(direct - added, left - whole)
 

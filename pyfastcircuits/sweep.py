@@ -84,7 +84,7 @@ def worst_tokens(run: FrozenTrace, paths: list[Path], *, context: int, backend: 
     length = run.tokens.shape[1] - 1
     out = []
     for i in range(len(paths)):
-        sequence, position = divmod(int(result.delta[i].argmax()), length)
+        sequence, position = divmod(int(result.delta[i].nan_to_num(-torch.inf).argmax()), length)
         tokens = run.tokens[sequence].tolist()
         out.append(
             Example(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,11 @@ class FrozenTrace:
         patterns: L tensors [B, H, T, T]; rows are destinations, columns sources, causal, rows sum to 1.
         scales: [L + 1, B, T]: what each layer's norm, and the final one, multiplies by; ones without a norm.
         embedded: [B, T, d], the residual stream before layer 0.
+        sources: L tensors [B, T, d], or [d] if it is the same everywhere: what each layer adds that is no attention
+            head, biases and MLP outputs.
         final: [B, T, d], the residual stream after the last layer, before the final norm.
+        post_scales: [L, B, T]: of the norm after each layer's heads, where there is one.
+        mask: [B, T], which positions are real; None if all are. Losses are of real positions that predict real ones.
     """
 
     weights: CircuitWeights
@@ -33,7 +38,10 @@ class FrozenTrace:
     patterns: tuple[Tensor, ...]
     scales: Tensor
     embedded: Tensor
+    sources: tuple[Tensor, ...]
     final: Tensor
+    post_scales: Tensor | None = None
+    mask: Tensor | None = None
 
     def pattern(self, layer: int) -> Tensor:
         """Attention patterns of a layer, [B, H, T, T].
@@ -46,34 +54,46 @@ class FrozenTrace:
         return self.patterns[layer]
 
     def normed(self, stream: Tensor, layer: int) -> Tensor:
-        """The frozen norm in front of `layer` (L: the final one) applied to any stream [..., B, T, d]: linear."""
-        return centered(stream, self.weights) * self.scales[layer][..., None]
+        """The frozen norm in front of `layer` (L: the final one) applied to any stream [..., B, T, d]: linear.
+
+        What a layer's norm multiplies by is in the weights that read it; the final norm's is applied here.
+        """
+        last = layer == self.weights.n_layers
+        linear = toward_logits(stream, self.weights) if last else centered(stream, self.weights)
+        return linear * self.scales[layer][..., None]
+
+    def post(self, written: Tensor, layer: int) -> Tensor:
+        """What reaches the residual stream [..., B, T, d] of what a layer's heads write."""
+        return written if self.post_scales is None else written * self.post_scales[layer][..., None]
 
     def attend(self, stream: Tensor, layer: int) -> Tensor:
         """What all heads of a layer write, under the frozen pattern, when they read `stream` [..., B, T, d].
 
-        Value biases are not in it: they are sources of their own (`CircuitWeights.written_bias`).
+        Value biases are not in it: they are among the `sources`.
         """
         values = torch.einsum("...btd,hdr->...bhtr", self.normed(stream, layer), self.weights.heads("W_V", layer))
-        return torch.einsum("...bhtr,hrd->...btd", self.patterns[layer] @ values, self.weights.heads("W_O", layer))
+        mixed = self.patterns[layer] @ values
+        return self.post(torch.einsum("...bhtr,hrd->...btd", mixed, self.weights.heads("W_O", layer)), layer)
 
     def sources_before(self, layer: int) -> Tensor:
         """Everything that is no attention head and is written before `layer` reads, [B, T, d]."""
-        biases = [self.weights.written_bias(earlier) for earlier in range(layer)]
-        return self.embedded + sum(biases, torch.zeros_like(self.embedded[0, 0]))
+        return sum(self.sources[:layer], self.embedded)
 
     def logits(self) -> Tensor:
         """The clean logits, [B, T, V]: materialised."""
-        return self.unembed(self.final)
+        cap = self.weights.logit_cap
+        logits = self.unembed(self.final)
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def unembed(self, stream: Tensor) -> Tensor:
-        """Logits [..., B, T, V] of a stream [..., B, T, d] through the frozen final norm, W_U and b_U."""
+        """Logits [..., B, T, V] of a stream [..., B, T, d] through the frozen final norm, W_U and b_U, uncapped."""
         logits = self.normed(stream, self.weights.n_layers) @ self.weights.W_U.to(stream.dtype)
-        return logits if self.weights.b_U is None else logits + self.weights.b_U
+        bias = self.weights.unembed_bias
+        return logits if bias is None else logits + bias
 
     @cached_property
     def token_losses(self) -> Tensor:
-        """NLL of each next token in nats, [B, T-1]."""
+        """NLL of each next token in nats, [B, T-1]; NaN where `mask` leaves nothing to predict."""
         from pyfastcircuits.effects import stream_losses
 
         return stream_losses(self, self.final[None])[0]
@@ -86,7 +106,16 @@ class FrozenTrace:
     @property
     def loss(self) -> Tensor:
         """Mean of token_losses, a scalar."""
-        return self.token_losses.mean()
+        return self.mean(self.token_losses)
+
+    @cached_property
+    def predicting(self) -> Tensor | None:
+        """[B, T-1]: positions that are real and whose next token is; None if all are."""
+        return None if self.mask is None else self.mask[:, :-1] & self.mask[:, 1:]
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Mean over sequences and predicting positions: [..., B, T-1] -> [...]."""
+        return losses.mean((-2, -1)) if self.predicting is None else losses[..., self.predicting].mean(-1)
 
     def __getitem__(self, sequences: slice) -> "FrozenTrace":
         """The trace of some of the sequences: views, nothing is computed."""
@@ -96,7 +125,10 @@ class FrozenTrace:
             patterns=tuple(p[sequences] for p in self.patterns),
             scales=self.scales[:, sequences],
             embedded=self.embedded[sequences],
+            sources=tuple(s if s.dim() == 1 else s[sequences] for s in self.sources),
             final=self.final[sequences],
+            post_scales=None if self.post_scales is None else self.post_scales[:, sequences],
+            mask=None if self.mask is None else self.mask[sequences],
         )
 
 
@@ -105,43 +137,70 @@ def centered(stream: Tensor, weights: CircuitWeights) -> Tensor:
     return stream - stream.mean(-1, keepdim=True) if weights.norm == "layernorm" else stream
 
 
+def toward_logits(stream: Tensor, weights: CircuitWeights) -> Tensor:
+    """The linear part of the final norm, without its scale: centred, times what the norm multiplies by."""
+    linear = centered(stream, weights)
+    return linear if weights.ln_final_w is None else linear * weights.ln_final_w.to(linear.dtype)
+
+
 @torch.no_grad()
-def trace(weights: CircuitWeights, tokens: Tensor) -> FrozenTrace:
+def trace(model: Any, tokens: Tensor, mask: Tensor | None = None) -> FrozenTrace:
     """Run the model once and freeze it.
 
+    A model of another library (see `pyfastcircuits.adapters`) runs its own forward pass, in evaluation mode and with
+    eager attention. Its patterns and norm scales are held, and what is no attention head, MLP outputs
+    above all, becomes `sources`. The sum over all paths from all sources is the model's own logits.
+
     Args:
-        weights: the model.
+        model: CircuitWeights, or a model of another library.
         tokens: [B, T] or [T] integers, T at least 2, on the weights' device.
+        mask: like tokens, nonzero where a token is real and zero where it is padding, left or right. Nothing attends
+            to padding and no loss is averaged over it. Positions are those that the model itself gives when it is
+            called with this mask; CircuitWeights count them from the start of the row.
 
     Raises:
-        TypeError: weights or tokens of another type.
-        ValueError: no sequence, a sequence of 0 or 1 token, one longer than the model's positions, another device.
+        TypeError: a model or tokens of another type.
+        ValueError: no sequence, a sequence of 0 or 1 token, one longer than the model's positions, another device;
+            a mask of another shape, or one that leaves nothing to predict; a model of which a part is not supported.
         IndexError: a token outside [0, V).
+        RuntimeError: a model whose attention is not what its weights say: it has been changed.
     """
-    tokens = _checked_tokens(weights, tokens)
+    if not isinstance(model, CircuitWeights):
+        from pyfastcircuits.adapters import trace_of
+
+        return trace_of(model, tokens, mask)
+    weights = model
+    if not weights.attention_only:
+        raise ValueError(
+            "weights are not a whole model (attention_only is False): its MLP outputs and patterns come from a run of "
+            "the model itself, trace(model, tokens)"
+        )
+    tokens, mask = checked_tokens(weights, tokens), checked_mask(tokens, mask)
     length = tokens.shape[1]
-    residual = weights.W_E[tokens].to(weights.compute_dtype)
+    residual = weights.W_E[tokens].to(weights.compute_dtype) * weights.embed_scale
     positions = None if weights.W_pos is None else weights.W_pos[:length].to(weights.compute_dtype)
     if weights.positional == "standard" and positions is not None:
         residual = residual + positions
-    embedded, patterns, scales = residual, [], []
+    embedded, patterns, scales, sources = residual, [], [], []
     for layer in range(weights.n_layers):
-        scales.append(_norm_scale(residual, weights))
+        scales.append(norm_scale(residual, weights))
         normed = centered(residual, weights) * scales[-1][..., None]
         addressed = normed
         if weights.positional == "shortformer" and positions is not None:
             addressed = normed + positions
-        patterns.append(_pattern(addressed, layer, weights))
+        patterns.append(_pattern(addressed, layer, weights, mask))
         values = normed[:, None] @ weights.heads("W_V", layer)
         written = (patterns[-1] @ values).transpose(1, 2).flatten(2) @ weights.heads("W_O", layer).flatten(0, 1)
-        residual = residual + written + weights.written_bias(layer)
-    scales.append(_norm_scale(residual, weights))
-    return FrozenTrace(weights, tokens, tuple(patterns), torch.stack(scales), embedded, residual)
+        sources.append(weights.written_bias(layer))
+        residual = residual + written + sources[-1]
+    scales.append(norm_scale(residual, weights))
+    return FrozenTrace(
+        weights, tokens, tuple(patterns), torch.stack(scales), embedded, tuple(sources), residual, mask=mask
+    )
 
 
-def _checked_tokens(weights: CircuitWeights, tokens: Tensor) -> Tensor:
-    if not isinstance(weights, CircuitWeights):
-        raise TypeError(f"weights is a {type(weights).__name__}, expected CircuitWeights")
+def checked_tokens(weights: CircuitWeights, tokens: Tensor) -> Tensor:
+    """Tokens as [B, T] of long; errors as `trace`."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens is {kind}, expected a tensor of integers")
@@ -157,25 +216,45 @@ def _checked_tokens(weights: CircuitWeights, tokens: Tensor) -> Tensor:
     return tokens.long() if tokens.dim() == 2 else tokens.long()[None]
 
 
-def _norm_scale(residual: Tensor, weights: CircuitWeights) -> Tensor:
+def checked_mask(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as [B, T] of bool, None if every token is real; errors as `trace`."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.is_floating_point():
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask is {kind}, expected a tensor of bools or integers")
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {list(mask.shape)}, but tokens has {list(tokens.shape)}")
+    if mask.device != tokens.device:
+        raise ValueError(f"mask is on {mask.device}, but tokens is on {tokens.device}")
+    real = mask.bool() if mask.dim() == 2 else mask.bool()[None]
+    if not (real[:, :-1] & real[:, 1:]).any():
+        raise ValueError("mask leaves nothing to predict: no real token follows a real one")
+    return None if real.all() else real
+
+
+def norm_scale(residual: Tensor, weights: CircuitWeights) -> Tensor:
     """1/std (or 1/rms) of each position, [B, T]."""
     if weights.norm is None:
         return torch.ones_like(residual[..., 0])
     return (centered(residual, weights).square().mean(-1) + weights.eps).rsqrt()
 
 
-def _pattern(stream: Tensor, layer: int, weights: CircuitWeights) -> Tensor:
-    """Causal softmax of the attention scores, [B, H, T, T]."""
+def _pattern(stream: Tensor, layer: int, weights: CircuitWeights, mask: Tensor | None) -> Tensor:
+    """Causal softmax of the attention scores, [B, H, T, T]; padding attends to itself alone."""
     q, k = (stream[:, None] @ weights.heads(name, layer) for name in ("W_Q", "W_K"))
-    if weights.b_Q is not None:
-        q = q + weights.b_Q[layer][:, None]
-    if weights.b_K is not None:
-        k = k + weights.b_K[layer].repeat_interleave(weights.n_heads // weights.b_K.shape[1], 0)[:, None]
+    if (bias := weights.bias("Q", layer)) is not None:
+        q = q + bias[:, None]
+    if (bias := weights.bias("K", layer)) is not None:
+        k = k + bias.repeat_interleave(weights.n_heads // len(bias), 0)[:, None]
     if weights.positional == "rotary":
         q, k = _rotate(q, weights), _rotate(k, weights)
     scale = weights.attention_scale or weights.d_head**0.5
     scores = q @ k.transpose(-1, -2) / scale
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    if mask is not None:
+        own = torch.eye(len(hidden), dtype=torch.bool, device=scores.device)
+        hidden = hidden | ~(mask[:, None, None] | own)
     return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
 
 

@@ -3,16 +3,20 @@
 import json
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.layers import Layers, LayerStack, stacked
+
 __all__ = ["BUNDLED", "CircuitWeights", "load_weights", "model_folder"]
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
+Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
 POSITIONAL = ("none", "standard", "shortformer", "rotary")
 NORMS = ("layernorm", "rmsnorm")
 BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
@@ -22,11 +26,12 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 @dataclass(frozen=True, eq=False)
 class CircuitWeights:
-    """Weights of an attention-only transformer, row-vector convention (`x @ W`), TransformerLens shapes.
+    """What a transformer's circuits are made of, row-vector convention (`x @ W`), TransformerLens shapes.
 
     L layers, H heads, Hkv key/value heads (query head h uses kv head h // (H // Hkv)), d d_model, r d_head,
-    V vocabulary. Views are kept, nothing is copied. Tensors share one dtype (float32, float64 or bfloat16; bfloat16
-    is computed in float32) and one device.
+    V vocabulary. Views are kept, nothing is copied: what norms multiply by (`ln_w`, `ln_post_w`, `ln_final_w`) joins
+    the weights as they are read. Tensors share one dtype (float32, float64 or bfloat16; bfloat16 is computed in
+    float32) and one device. W_Q, W_K, W_V and W_O may be LayerStacks, for models that keep layers apart.
 
     Args:
         W_E: [V, d].
@@ -39,9 +44,16 @@ class CircuitWeights:
         positional: "none"; "standard" (W_pos added to the residual stream); "shortformer" (W_pos added to the inputs
             of W_Q and W_K only, after the norm); "rotary" (queries and keys rotated).
         attention_scale: attention scores are divided by it; sqrt(r) if None.
-        norm: None, "layernorm" or "rmsnorm": parameter-free (already folded), before every layer and before W_U.
+        norm: None, "layernorm" or "rmsnorm", before every layer's heads and before W_U.
         eps: of the norm.
         b_Q: [L, H, r]; b_K, b_V: [L, Hkv, r]; b_O: [L, d]; b_U: [V]: optional biases.
+        ln_w, ln_b: [L, d]: what the norm before each layer's heads multiplies by and adds; None where that is folded.
+        ln_final_w, ln_final_b: [d]: likewise of the norm before W_U.
+        ln_post_w: [L, d]: of a second RMS norm, of what all heads of a layer write together (Gemma 2).
+        embed_scale: embeddings are multiplied by it.
+        logit_cap: logits x become cap * tanh(x / cap), after everything that is linear.
+        attention_only: whether these weights are the whole model. If not (MLPs, or patterns made in a way of their
+            own), `trace` needs the model itself.
         rotary_dim: how many of the r dimensions rotate (first half against second half); r if None.
         rotary_base: the base of the rotary angles.
 
@@ -51,10 +63,10 @@ class CircuitWeights:
     """
 
     W_E: Tensor
-    W_Q: Tensor
-    W_K: Tensor
-    W_V: Tensor
-    W_O: Tensor
+    W_Q: Layers
+    W_K: Layers
+    W_V: Layers
+    W_O: Layers
     W_U: Tensor
     W_pos: Tensor | None = None
     _: KW_ONLY
@@ -69,19 +81,45 @@ class CircuitWeights:
     b_U: Tensor | None = None
     rotary_dim: int | None = None
     rotary_base: float = 10_000.0
+    ln_w: Tensor | None = None
+    ln_b: Tensor | None = None
+    ln_final_w: Tensor | None = None
+    ln_final_b: Tensor | None = None
+    ln_post_w: Tensor | None = None
+    embed_scale: float = 1.0
+    logit_cap: float | None = None
+    attention_only: bool = True
 
     def __post_init__(self) -> None:
         """Check everything, once."""
         self._check_options()
         self._check_shapes()
-        for name, tensor in self.tensors():
-            _check_values(name, tensor, self.W_E)
+        for name, weight in self.tensors():
+            if isinstance(weight, Tensor):
+                _check_values(name, weight, self.W_E)
+            else:
+                for layer, tensor in enumerate(weight):
+                    _check_values(f"{name}[{layer}]", tensor, self.W_E)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    @classmethod
+    def from_model(cls, model: Any) -> "CircuitWeights":
+        """The circuits of a model of another library, listed in `pyfastcircuits.adapters`: views of its weights.
+
+        float16 weights are converted to float32, exactly.
+
+        Raises:
+            TypeError: something that is no model.
+            ValueError: a model of which a part is not supported; it says which.
+        """
+        from pyfastcircuits.adapters import weights_of
+
+        return weights_of(model)
+
+    def tensors(self) -> Iterator[tuple[str, Layers]]:
         """Name and tensor of every weight there is."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, LayerStack)):
                 yield field.name, value
 
     @property
@@ -124,31 +162,73 @@ class CircuitWeights:
         """The dtype of results: float32 for bfloat16 weights, else the weights' own."""
         return torch.float32 if self.W_E.dtype == torch.bfloat16 else self.W_E.dtype
 
-    def heads(self, name: Literal["W_Q", "W_K", "W_V", "W_O"], layer: int) -> Tensor:
-        """One layer's weight for every query head, in the computing dtype: [H, d, r], or [H, r, d] for W_O."""
+    def layer(self, name: Weight, layer: int) -> Tensor:
+        """One layer's weight as it is stored, with what norms multiply by, in the computing dtype: [H or Hkv, ...]."""
         weight: Tensor = getattr(self, name)[layer].to(self.compute_dtype)
-        return weight if len(weight) == self.n_heads else weight.repeat_interleave(self.n_heads // len(weight), 0)
+        gain = self.gain(name, layer)
+        return weight if gain is None else weight * gain
 
-    def value(self, layer: int, head: int) -> Tensor:
-        """W_V of one query head [d, r], in the computing dtype."""
-        return self.W_V[layer, head // (self.n_heads // self.W_V.shape[1])].to(self.compute_dtype)
+    def heads(self, name: Weight, layer: int) -> Tensor:
+        """One layer's weight for every query head, as `layer`: [H, d, r], or [H, r, d] for W_O."""
+        return self._repeated(self.layer(name, layer))
+
+    def head(self, name: Weight, layer: int, head: int) -> Tensor:
+        """The weight of one query head, as `layer`: [d, r], or [r, d] for W_O."""
+        stored: Layers = getattr(self, name)
+        weight = stored[layer, head // (self.n_heads // stored.shape[1])].to(self.compute_dtype)
+        gain = self.gain(name, layer)
+        return weight if gain is None else weight * gain
+
+    def bias(self, name: Literal["Q", "K", "V"], layer: int) -> Tensor | None:
+        """What is added to a layer's queries, keys or values, [H or Hkv, r]: the bias, and ln_b through the weight."""
+        own: Tensor | None = getattr(self, f"b_{name}")
+        total = None if own is None else own[layer].to(self.compute_dtype)
+        if self.ln_b is not None:
+            weight: Tensor = getattr(self, f"W_{name}")[layer].to(self.compute_dtype)
+            moved = torch.einsum("d,hdr->hr", self.ln_b[layer].to(self.compute_dtype), weight)
+            total = moved if total is None else total + moved
+        return total
 
     def written_bias(self, layer: int) -> Tensor:
-        """What layer writes to every position whatever it attends to: b_O plus every head's b_V @ W_O, [d].
+        """What layer writes to every position whatever it attends to: b_O plus every head's value bias @ W_O, [d].
 
-        Rows of an attention pattern sum to 1, so a value bias reaches the residual stream whole.
+        Rows of an attention pattern sum to 1, so a value bias reaches the residual stream whole (before the scale of
+        a norm after the heads).
         """
-        total = torch.zeros(self.d_model, dtype=self.compute_dtype, device=self.device)
-        if self.b_O is not None:
-            total = total + self.b_O[layer]
-        return total + self.head_biases(layer).sum(0)
+        total = self.head_biases(layer).sum(0)
+        if self.b_O is None:
+            return total
+        gain = self.gain("W_O", layer)
+        return total + (self.b_O[layer] if gain is None else self.b_O[layer] * gain)
 
     def head_biases(self, layer: int) -> Tensor:
-        """Every head's b_V @ W_O, [H, d]; zeros without a value bias."""
-        if self.b_V is None:
+        """Every head's value bias @ W_O, [H, d]; zeros without one."""
+        bias = self.bias("V", layer)
+        if bias is None:
             return torch.zeros(self.n_heads, self.d_model, dtype=self.compute_dtype, device=self.device)
-        bias = self.b_V[layer].to(self.compute_dtype).repeat_interleave(self.n_heads // self.b_V.shape[1], 0)
-        return torch.einsum("hr,hrd->hd", bias, self.heads("W_O", layer))
+        return torch.einsum("hr,hrd->hd", self._repeated(bias), self.heads("W_O", layer))
+
+    @cached_property
+    def unembed_bias(self) -> Tensor | None:
+        """What is added to the logits whatever the residual stream holds, [V]: b_U, and ln_final_b through W_U."""
+        total = None if self.b_U is None else self.b_U.to(self.compute_dtype)
+        if self.ln_final_b is not None:
+            bias = self.ln_final_b.to(self.compute_dtype)
+            moved = torch.cat([bias @ part.to(self.compute_dtype) for part in self.W_U.split(8192, 1)])
+            total = moved if total is None else total + moved
+        return total
+
+    def _repeated(self, stored: Tensor) -> Tensor:
+        """From [H or Hkv, ...] to query heads [H, ...]."""
+        return stored if len(stored) == self.n_heads else stored.repeat_interleave(self.n_heads // len(stored), 0)
+
+    def gain(self, name: str, layer: int) -> Tensor | None:
+        """What a norm multiplies the residual side of a weight by: [d, 1] of a reader, [d] of a writer."""
+        gains = self.ln_post_w if name == "W_O" else self.ln_w
+        if gains is None:
+            return None
+        gain = gains[layer].to(self.compute_dtype)
+        return gain if name == "W_O" else gain[:, None]
 
     def to(self, target: torch.device | torch.dtype | str) -> "CircuitWeights":
         """The same weights on another device or in another dtype."""
@@ -159,8 +239,8 @@ class CircuitWeights:
         """Write a safetensors file that load_weights reads."""
         from safetensors.torch import save_file
 
-        options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith(("W_", "b_"))}
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors()}
+        options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith(("W_", "b_", "ln_"))}
+        tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
         save_file(tensors, path, metadata={_METADATA: json.dumps(options)})
 
     def _check_options(self) -> None:
@@ -175,6 +255,20 @@ class CircuitWeights:
             raise ValueError(f"attention_scale is {self.attention_scale}, expected a positive number")
         if not self.eps >= 0:
             raise ValueError(f"eps is {self.eps}, expected a number of at least 0")
+        if self.logit_cap is not None and not self.logit_cap > 0:
+            raise ValueError(f"logit_cap is {self.logit_cap}, expected a positive number")
+        given = [name for name, _ in self.tensors() if name.startswith("ln_")]
+        if given and self.norm is None:
+            raise ValueError(f"{given[0]} is given, but norm is None")
+        held = self.ln_w is not None or self.ln_b is not None
+        if held and self.positional == "shortformer" and self.attention_only:
+            name = "ln_b" if self.ln_w is None else "ln_w"
+            raise ValueError(f"{name} is given, but positional is 'shortformer': W_pos, added after the norm, has none")
+        if self.ln_post_w is not None and (self.norm != "rmsnorm" or self.attention_only):
+            raise ValueError(
+                f"ln_post_w is given, but norm is {self.norm!r} and attention_only {self.attention_only}: "
+                "a norm after the heads is an RMS norm, and its scale comes from a run of the model"
+            )
 
     def _check_shapes(self) -> None:
         for name, rank in (("W_E", 2), ("W_Q", 4), ("W_K", 4)):
@@ -200,6 +294,11 @@ class CircuitWeights:
             "b_V": (layers, kv, r),
             "b_O": (layers, d),
             "b_U": (vocabulary,),
+            "ln_w": (layers, d),
+            "ln_b": (layers, d),
+            "ln_final_w": (d,),
+            "ln_final_b": (d,),
+            "ln_post_w": (layers, d),
         }
         if self.W_pos is not None:
             shapes["W_pos"] = (len(self.W_pos), d)

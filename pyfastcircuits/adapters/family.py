@@ -1,0 +1,38 @@
+"""What a family of Hugging Face models is to this library: where its parts are, and how its tensors are read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pyfastcircuits.adapters.checkpoint import Checkpoint
+
+__all__ = ["Family", "rotary"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that an adapter says. To add a family, see `pyfastcircuits.adapters`.
+
+    Attributes:
+        body: the module below the one with the output embedding; tensor names start with it.
+        layers: the list of layers in the body.
+        attention: the attention in a layer. It gives (what it adds to the residual stream, its pattern).
+        final_norm: the norm in front of the output embedding, in the body.
+        read: from a checkpoint to the arguments of CircuitWeights.
+        post_norm: the norm after the attention in a layer, where what is added goes through one.
+    """
+
+    body: str
+    layers: str
+    attention: str
+    final_norm: str
+    read: Callable[[Checkpoint], dict[str, Any]]
+    post_norm: str | None = None
+
+
+def rotary(c: Checkpoint, r: int) -> dict[str, Any]:
+    """The rotary settings that CircuitWeights holds; how angles are stretched for long contexts is in the patterns."""
+    settings = dict(c.config) | dict(c.option("rope_scaling", {})) | dict(c.option("rope_parameters", {}))
+    share = settings.get("partial_rotary_factor", settings.get("rotary_pct", 1.0))
+    base = settings.get("rope_theta", settings.get("rotary_emb_base", 10_000.0))
+    return {"positional": "rotary", "rotary_dim": int(r * share), "rotary_base": float(base)}

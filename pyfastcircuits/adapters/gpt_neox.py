@@ -1,0 +1,54 @@
+"""GPT-NeoX (Pythia): layernorms with biases, rotary positions of a part of each head, every head's queries, keys and
+values side by side in one matrix. MLPs that read beside the attention instead of after it are sources all the same.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pyfastcircuits.adapters.checkpoint import Checkpoint, heads_out
+from pyfastcircuits.adapters.family import Family, rotary
+
+__all__ = ["FAMILY"]
+
+
+def read(c: Checkpoint) -> dict[str, Any]:
+    """What CircuitWeights takes."""
+    d, V, H = c.option("hidden_size"), c.option("vocab_size"), c.option("num_attention_heads")
+    layer = "gpt_neox.layers.{}."
+    out: dict[str, Any] = {
+        "W_E": c.tensor("gpt_neox.embed_in.weight", V, d),
+        "W_O": c.layers(layer + "attention.dense.weight", d, d, view=heads_out(H)),
+        "norm": "layernorm",
+        "eps": c.option("layer_norm_eps", 1e-5),
+        "ln_w": c.stack(layer + "input_layernorm.weight", d),
+        "ln_b": c.stack(layer + "input_layernorm.bias", d),
+        "ln_final_w": c.tensor("gpt_neox.final_layer_norm.weight", d),
+        "ln_final_b": c.tensor("gpt_neox.final_layer_norm.bias", d),
+        **rotary(replace(c, config={"rotary_pct": 0.25, **c.config}), d // H),
+    }
+    head = "embed_out.weight" if c.has("embed_out.weight") else "lm_head.weight"  # folders, models in memory
+    out["W_U"] = out["W_E"].T if c.option("tie_word_embeddings", False) else c.tensor(head, V, d).T
+    biased = c.option("attention_bias", True)
+    if biased:
+        out["b_O"] = c.stack(layer + "attention.dense.bias", d)
+    joint = layer + "attention.query_key_value."
+    for i, name in enumerate("QKV"):
+        out[f"W_{name}"] = c.layers(joint + "weight", 3 * d, d, view=partial(_third, i, H))
+        if biased:
+            out[f"b_{name}"] = c.stack(joint + "bias", 3 * d, view=partial(_third_bias, i, H))
+    return out
+
+
+def _third(part: int, heads: int, joint: Tensor) -> Tensor:
+    """One of queries, keys and values out of [H * 3 * r, d]: [H, d, r]."""
+    return joint.view(heads, 3, -1, joint.shape[1])[:, part].mT
+
+
+def _third_bias(part: int, heads: int, joint: Tensor) -> Tensor:
+    return joint.view(heads, 3, -1)[:, part]
+
+
+FAMILY = Family(body="gpt_neox", layers="layers", attention="attention", final_norm="final_layer_norm", read=read)

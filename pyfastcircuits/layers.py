@@ -1,0 +1,62 @@
+"""Tensors of every layer that index like one, where a model keeps them apart."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["LayerStack", "Layers", "stacked"]
+
+
+class LayerStack:
+    """L tensors of one shape [...], one for each layer, that index like one tensor [L, ...]; none is copied.
+
+    Raises:
+        ValueError: no tensor at all, shapes or devices that differ (with the layer).
+        TypeError: dtypes that differ.
+    """
+
+    def __init__(self, layers: Sequence[Tensor]) -> None:
+        if not layers:
+            raise ValueError("layers is empty: a LayerStack needs at least one tensor")
+        first = layers[0]
+        for i, layer in enumerate(layers):
+            if layer.shape != first.shape:
+                raise ValueError(f"layers[{i}] has shape {list(layer.shape)}, but layers[0] has {list(first.shape)}")
+            if layer.device != first.device:
+                raise ValueError(f"layers[{i}] is on {layer.device}, but layers[0] is on {first.device}")
+            if layer.dtype != first.dtype:
+                raise TypeError(f"layers[{i}] has dtype {layer.dtype}, but layers[0] has {first.dtype}")
+        self._layers = tuple(layers)
+        self.shape = torch.Size((len(layers), *first.shape))
+        self.dtype, self.device = first.dtype, first.device
+
+    def __len__(self) -> int:
+        """L."""
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Layer by layer."""
+        return iter(self._layers)
+
+    def __getitem__(self, index: int | tuple[int, ...]) -> Tensor:
+        """A layer's tensor, or with more indices a part of it: a view."""
+        if isinstance(index, int):
+            return self._layers[index]
+        return self._layers[index[0]][index[1:]]
+
+    def dim(self) -> int:
+        """Number of dimensions, that of the layers included."""
+        return len(self.shape)
+
+    def to(self, target: torch.device | torch.dtype | str) -> "LayerStack":
+        """On another device or in another dtype."""
+        return LayerStack([layer.to(target) for layer in self])
+
+
+Layers = Tensor | LayerStack  # [L, ...]
+
+
+def stacked(layers: Layers) -> Tensor:
+    """One tensor [L, ...]: a copy only where the layers lie apart."""
+    return layers if isinstance(layers, Tensor) else torch.stack(list(layers))
