@@ -124,11 +124,13 @@ def triangle(W: Tensor) -> Tensor:
     """
     if W.shape[-2] <= W.shape[-1]:
         return W
+    tracked = W.requires_grad and torch.is_grad_enabled()
+    mode = "reduced" if tracked else "r"  # the derivative needs Q
     if W.dtype == torch.float64:
-        exact: Tensor = torch.linalg.qr(W, mode="r").R
+        exact: Tensor = torch.linalg.qr(W, mode=mode).R
         return exact
     flat = W.flatten(0, -3)
-    if W.device.type == "cpu" and not (W.requires_grad and torch.is_grad_enabled()):
+    if W.device.type == "cpu" and not tracked:
         upper, regular = torch.ops.pyfastcircuits.triangles(flat)
     else:
         wide = flat.double()
@@ -137,7 +139,7 @@ def triangle(W: Tensor) -> Tensor:
     R: Tensor = upper.to(W.dtype)
     if not regular.all():
         R = R.clone()
-        R[~regular] = torch.linalg.qr(flat[~regular], mode="r").R
+        R[~regular] = torch.linalg.qr(flat[~regular], mode=mode).R
     return R.view(*W.shape[:-2], *R.shape[-2:])
 
 
@@ -202,7 +204,6 @@ def _product_norms(
     return out
 
 
-@torch.no_grad()
 def composition_scores(
     weights: CircuitWeights,
     kind: Kind,
@@ -224,7 +225,7 @@ def composition_scores(
 
     Returns:
         [L, H, L, H], source first, in the computing dtype; [S] instead of the source's [L, H] if `sources` is given,
-        and likewise [D]. A head whose matrix is zero scores 0, with a warning.
+        and likewise [D]. A head whose matrix is zero scores 0, with a warning. Differentiable.
 
     Raises:
         TypeError: weights of another type.
@@ -240,7 +241,7 @@ def composition_scores(
     sizes = source.norms[:, None] * destination.norms
     for side, name in ((source, "OV"), (destination, "OV" if kind == "V" else "QK")):
         _warn_of_zeros(side, name)
-    return _as_asked(torch.where(sizes > 0, norms / sizes, 0), source, destination)
+    return _as_asked(torch.where(sizes > 0, norms / sizes.where(sizes > 0, 1), 0), source, destination)
 
 
 def _warn_of_zeros(side: _Side, name: str) -> None:

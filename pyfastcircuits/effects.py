@@ -8,9 +8,11 @@ ablations and the vocabulary, and merged. Beyond the clean logits (one part of t
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyfastcircuits.ops import Backend, Precision, sweep_statistics
 from pyfastcircuits.trace import FrozenTrace
@@ -163,20 +165,62 @@ def _placed(trace: FrozenTrace, values: Tensor) -> Tensor:
     return out
 
 
-@torch.no_grad()
 def stream_losses(trace: FrozenTrace, streams: Tensor, backend: Backend = "auto") -> Tensor:
     """NLL [K, B, T-1] when each of `streams` [K, B, T, d] is the final residual stream. No [T, V] is stored."""
-    weights, options = trace.weights, Options(backend=backend)
+    weights = trace.weights
     rows = _predicting(trace, trace.normed(streams, weights.n_layers)).flatten(0, 1)
     targets = _targets(trace).repeat(len(streams))
-    out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
-    for part in _slices(len(rows), PART_ROWS):
-        clean = _CleanLogits(rows[part], weights, held=False)
-        columns = _columns(weights, len(rows[part]))
-        empty = rows.new_empty(1, len(rows[part]), 0)
-        lse, target, _ = _merged(clean, empty, _nothing(rows), columns, targets[part], None, options)
-        out[part] = (lse - target)[0].to(out.dtype)
-    return _placed(trace, out.view(len(streams), -1))
+    losses: Tensor = _RowLosses.apply(rows, weights.W_U, weights.whole_unembed_bias(), targets, weights, backend)
+    return _placed(trace, losses.view(len(streams), -1))
+
+
+class _RowLosses(torch.autograd.Function):
+    """NLL [N] of rows [N, d] of the normed final stream; backward forms the logits of a block of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        W_U: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: CircuitWeights,
+        backend: Backend,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, W_U, bias, targets)
+        ctx.cap = weights.logit_cap
+        out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
+        for part in _slices(len(rows), PART_ROWS):
+            clean = _CleanLogits(rows[part], weights, held=False)
+            columns = _columns(weights, len(rows[part]))
+            empty = rows.new_empty(1, len(rows[part]), 0)
+            options = Options(backend=backend)
+            lse, target, _ = _merged(clean, empty, _nothing(rows), columns, targets[part], None, options)
+            out[part] = (lse - target)[0].to(out.dtype)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, W_U, bias, targets = ctx.saved_tensors
+        wide = W_U.to(rows.dtype)
+        into_rows, into_W_U = torch.empty_like(rows), torch.zeros_like(wide)
+        into_bias = None if bias is None else torch.zeros_like(bias)
+        for part in _slices(len(rows), max(1, 4 * BLOCK // (wide.shape[1] * rows.element_size()))):
+            logits = rows[part] @ wide
+            if bias is not None:
+                logits += bias
+            capped = logits if ctx.cap is None else ctx.cap * (logits / ctx.cap).tanh()
+            changes = capped.softmax(-1)
+            changes[torch.arange(len(changes), device=rows.device), targets[part]] -= 1
+            changes *= gradient[part, None]
+            if ctx.cap is not None:
+                changes *= 1 - (capped / ctx.cap).square()
+            into_rows[part] = changes @ wide.mT
+            into_W_U += rows[part].mT @ changes
+            if into_bias is not None:
+                into_bias += changes.sum(0)
+        return into_rows, into_W_U.to(W_U.dtype), into_bias, None, None, None
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def _prefix_values(trace: FrozenTrace, path: Path) -> Tensor:
     values = trace.prefix_values.get(path)
     if values is None:
         values = path_values(trace, [path])[0]
-        if (len(trace.prefix_values) + 1) * values.nbytes <= BLOCK:
+        if not values.requires_grad and (len(trace.prefix_values) + 1) * values.nbytes <= BLOCK:
             trace.prefix_values[path] = values
     return values
 
@@ -110,9 +110,8 @@ def _mixed(pattern: Tensor, values: Tensor) -> Tensor:
     return mixed.permute(2, 0, 1, 3)
 
 
-@torch.no_grad()
 def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:
-    """What one path adds to the logits, [B, T, V]: materialised on purpose.
+    """What one path adds to the logits, [B, T, V]: materialised on purpose; differentiable (see `trace`).
 
     `()` is the direct path: embedding, biases, MLP outputs (frozen: they are sources, not functions of what they read)
     and the unembedding bias. The paths of all orders sum to the logits, before a logit cap.
@@ -128,26 +127,22 @@ def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:
     return trace.normed(written, weights.n_layers) @ weights.W_U.to(weights.compute_dtype)
 
 
-@torch.no_grad()
 def order_streams(trace: FrozenTrace, max_order: int) -> Tensor:
     """What all paths of exactly k heads write to the final residual stream, [max_order + 1, B, T, d].
 
     The graded recursion: each layer raises the order of what it reads by one, so one pass with max_order + 1 streams
     stands for the (1 + H)^L paths.
     """
-    weights = trace.weights
-    streams = trace.embedded.new_zeros(max_order + 1, *trace.embedded.shape)
-    streams[0] = trace.embedded
-    for layer in range(weights.n_layers):
+    streams = [trace.embedded]
+    for layer in range(trace.weights.n_layers):
         raised = min(layer + 1, max_order)
-        if raised:
-            written = trace.attend(streams[:raised], layer)
-            streams[1 : raised + 1] += written
-        streams[0] += trace.sources[layer]
-    return streams
+        written = trace.attend(torch.stack(streams[:raised]), layer) if raised else ()
+        streams[0] = streams[0] + trace.sources[layer]
+        grown = [stream + add for stream, add in zip(streams[1:], written, strict=False)]
+        streams[1:] = [*grown, *written[len(grown) :]]
+    return torch.stack(streams)
 
 
-@torch.no_grad()
 def order_losses(
     trace: FrozenTrace, max_order: int | None = None, *, per_token: bool = False, backend: Backend = "auto"
 ) -> Tensor:
@@ -164,7 +159,7 @@ def order_losses(
         backend: of the sweep_nll kernel.
 
     Returns:
-        Nats, in the computing dtype.
+        Nats, in the computing dtype; differentiable (see `trace`).
 
     Raises:
         ValueError: max_order outside [0, L].

@@ -143,13 +143,16 @@ def toward_logits(stream: Tensor, weights: CircuitWeights) -> Tensor:
     return linear if weights.ln_final_w is None else linear * weights.ln_final_w.to(linear.dtype)
 
 
-@torch.no_grad()
 def trace(model: Any, tokens: Tensor, mask: Tensor | None = None) -> FrozenTrace:
     """Run the model once and freeze it.
 
     A model of another library (see `pyfastcircuits.adapters`) runs its own forward pass, in evaluation mode and with
     eager attention. Its patterns and norm scales are held, and what is no attention head, MLP outputs
     above all, becomes `sources`. The sum over all paths from all sources is the model's own logits.
+
+    Where the tensors of a CircuitWeights require gradients, the trace and what is computed from it by order_losses and
+    path_logits have them: through patterns and norm scales too, unless the run is made under torch.no_grad(). The run
+    of another library's model is a constant.
 
     Args:
         model: CircuitWeights, or a model of another library.

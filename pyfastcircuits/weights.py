@@ -210,6 +210,11 @@ class CircuitWeights:
 
     @cached_property
     def unembed_bias(self) -> Tensor | None:
+        """`whole_unembed_bias`, kept; without gradients."""
+        with torch.no_grad():
+            return self.whole_unembed_bias()
+
+    def whole_unembed_bias(self) -> Tensor | None:
         """What is added to the logits whatever the residual stream holds, [V]: b_U, and ln_final_b through W_U."""
         total = None if self.b_U is None else self.b_U.to(self.compute_dtype)
         if self.ln_final_b is not None:

@@ -91,15 +91,18 @@ def pair_statistics(
         pairs = lefts * rights if before is None else int(before.clamp(0, lefts).sum())
         if _gram_is_cheaper(pairs, lefts * left.shape[1] + rights * right.shape[2], left.shape, right.shape):
             route = "gram"
-    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (left_outer, right_outer))
+    given = (left, right, left_outer, right_outer)
+    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     gram = route == "gram" and chosen == "cpu" and not torch.compiler.is_compiling()
     if not gram or tracked:
         left, left_outer = multiplied(left, left_outer), None
         right, right_outer = multiplied(right.mT, _transposed(right_outer)).mT, None
     before = None if before is None else before.long()
-    if gram:
+    if gram and not tracked:
         return _by_grams(left, right, left_outer, right_outer, before)
-    if chosen == "reference":
+    if gram:
+        norms = _by_grams(left, right, None, None, before).norms
+    elif chosen == "reference":
         norms = reference.pair_norms(left, right, before)
         norms = norms.to(torch.float32 if left.dtype == torch.bfloat16 else left.dtype)
     elif chosen == "triton":
