@@ -36,10 +36,11 @@ lens-%: .venv-lens-%/ready
 	cd .venv-lens-$*/theirs/transformer_lens-$* && PYTHONPATH=$(CURDIR)/tests/integrations \
 	../../bin/python -m pytest -q -c /dev/null -p ours_in_place tests/unit/factored_matrix
 
+.PRECIOUS: .venv-lens-%/ready
 .venv-lens-%/ready: | build
 	$(PYTHON) -m venv .venv-lens-$*
-	$(BIN)/python -c "import site; print(*site.getsitepackages())" > "$$($(LENS_BIN)/python -c \
-	"import site; print(site.getsitepackages()[0])")/shared.pth"
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+	> "$$($(LENS_BIN)/python -c "import site; print(site.getsitepackages()[0])")/shared.pth"
 	$(LENS_BIN)/pip install -q transformer-lens==$* hatchling poetry-core poetry-dynamic-versioning
 	$(LENS_BIN)/pip download -q --no-deps --no-build-isolation --no-binary :all: -d .venv-lens-$*/theirs transformer-lens==$*
 	tar -xzf .venv-lens-$*/theirs/transformer_lens-$*.tar.gz -C .venv-lens-$*/theirs
