@@ -120,4 +120,42 @@ static inline bool any_above(const Vec<double> (&x)[kVectors], Vec<double> bound
 #endif
 }
 
+// How many lanes are above the bound; NaN is not.
+static inline int64_t count_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
+#if defined(__AVX512F__)
+  const auto mask = [&](int j) {
+    return static_cast<uint64_t>(_mm512_cmp_ps_mask((__m512)x[j], (__m512)bound, _CMP_GT_OQ));
+  };
+  return __builtin_popcountll(mask(0) | mask(1) << 16 | mask(2) << 32);
+#elif defined(__AVX2__)
+  const auto mask = [&](int j) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x[j], (__m256)bound, _CMP_GT_OQ)));
+  };
+  return __builtin_popcount(mask(0) | mask(1) << 8 | mask(2) << 16);
+#else
+  const auto above = (x[0] > bound) + (x[1] > bound) + (x[2] > bound);  // -1 each
+  int64_t count = 0;
+  for (int i = 0; i < kLanes<float>; ++i) count -= above[i];
+  return count;
+#endif
+}
+static inline int64_t count_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
+#if defined(__AVX512F__)
+  const auto mask = [&](int j) {
+    return static_cast<unsigned>(_mm512_cmp_pd_mask((__m512d)x[j], (__m512d)bound, _CMP_GT_OQ));
+  };
+  return __builtin_popcount(mask(0) | mask(1) << 8 | mask(2) << 16);
+#elif defined(__AVX2__)
+  const auto mask = [&](int j) {
+    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)x[j], (__m256d)bound, _CMP_GT_OQ)));
+  };
+  return __builtin_popcount(mask(0) | mask(1) << 4 | mask(2) << 8);
+#else
+  const auto above = (x[0] > bound) + (x[1] > bound) + (x[2] > bound);  // -1 each
+  int64_t count = 0;
+  for (int i = 0; i < kLanes<double>; ++i) count -= above[i];
+  return count;
+#endif
+}
+
 }  // namespace fc::cpu::FC_TIER
