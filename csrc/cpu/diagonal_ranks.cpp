@@ -79,15 +79,14 @@ struct Ranks {
     Vec<T> x[kVectors];
     for (int j = 0; j < kVectors; ++j) x[j] = load(tile.products + i * kW + j * kL);
     const T entry = entries.data[row];
-    counts.data[row] += count_above(x, broadcast<T>(entry)) - (T(0) > entry ? kW - tile.columns : 0);
+    counts.data[row] +=
+        __builtin_popcountll(lanes_above<false>(x, broadcast<T>(entry))) - (T(0) > entry ? kW - tile.columns : 0);
   }
 
   // Block times panel, while the tile before is consumed. Not inlined: the accumulators need every register.
   [[gnu::noinline]] void advance(const Tile<T> waiting, const Tile<T> next) {
     multiply<Scheme>(next.products, left.data + next.block * kRows * p.rank, panels + next.panel * kW * p.rank, p.rank,
-                     FromZero{}, [&](int i) __attribute__((always_inline)) {
-                       if (waiting.block >= 0) consume(waiting, i);
-                     });
+                     FromZero{}, [&](int i) __attribute__((always_inline)) { consume(waiting, i); });
   }
 
   void run() {
@@ -95,7 +94,8 @@ struct Ranks {
     make_entries();
     std::memset(static_cast<void*>(counts.data), 0, counts.bytes());
     alignas(64) T tiles[2][kRows * kW];
-    Tile<T> waiting{tiles[1], -1, 0, 0};
+    std::memset(tiles[1], 0, sizeof tiles[1]);
+    Tile<T> waiting{tiles[1], 0, 0, 0};
     for (int64_t panel = 0; panel * kW < stripe.columns; ++panel)
       for (int64_t b = 0; b < blocks; ++b) {
         const Tile<T> next{waiting.products == tiles[0] ? tiles[1] : tiles[0], b, panel,
@@ -103,7 +103,7 @@ struct Ranks {
         advance(waiting, next);
         waiting = next;
       }
-    for (int i = 0; i < kRows && waiting.block >= 0; ++i) consume(waiting, i);
+    for (int i = 0; i < kRows; ++i) consume(waiting, i);
     for (int64_t row = first_row; row < end_row; ++row) s.ranks[row] += counts.data[row - first_row];
   }
 

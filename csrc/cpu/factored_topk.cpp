@@ -38,7 +38,7 @@ struct TopkArguments {
   const void* shift;  // [N] in the accumulator's type, or null
   double sign;        // -1: the smallest
   bool per_row;
-  int64_t capacity = 0;                   // of Candidates
+  int64_t capacity = 0;                             // of Candidates
   void (*make_room)(void*, Candidates&) = nullptr;  // for a tile's row at least; raises the threshold
   void* context = nullptr;
   const int64_t* news = nullptr;  // changes when another thread has raised the threshold: make_room() fetches it
@@ -107,6 +107,7 @@ struct ErrorBound {
   }
 };
 
+// Without a screen, Screen is Scheme: entries "screened" are the entries.
 template <class Scheme, class Source, class Screen, bool kScreened>
 struct Search {
   using T = typename Scheme::Accumulator;
@@ -114,17 +115,17 @@ struct Search {
   static constexpr int64_t kW = kWidth<Scheme>;
   static constexpr int kL = kLanes<T>;
 
-  // A stripe as packed: panels in full, panels for the screen, and each panel's largest column norm.
+  // A stripe as packed: panels for the screen, panels in full, and each panel's largest column norm.
   struct Panels {
-    Right* full;
     typename Screen::Right* screen;
+    Right* full;
     double* norms;
 
     Panels(void* packed, const Product& p, const Stripe& stripe) {
       const int64_t padded = (stripe.columns + kW - 1) / kW * kW;
-      full = static_cast<Right*>(packed);
-      screen = reinterpret_cast<typename Screen::Right*>(full + padded * p.rank);
-      norms = reinterpret_cast<double*>(screen + padded * steps<Screen>(p.rank));
+      screen = static_cast<typename Screen::Right*>(packed);
+      full = reinterpret_cast<Right*>(screen + padded * steps<Screen>(p.rank));
+      norms = reinterpret_cast<double*>(full + padded * p.rank);
     }
   };
 
@@ -141,16 +142,16 @@ struct Search {
   const int64_t each;  // 1: candidates of each row; 0: of all
   const int64_t blocks = (end_row - first_row + kRows - 1) / kRows;
   const ErrorBound error{p.rank};
-  Buffer<typename Scheme::Left> left{blocks * kRows * p.rank};
-  Buffer<typename Screen::Left> screen_left{kScreened ? blocks * kRows * steps<Screen>(p.rank) : 0};
+  Buffer<typename Screen::Left> screen_left{blocks * kRows * steps<Screen>(p.rank)};
+  Buffer<typename Scheme::Left> left{kScreened ? blocks * kRows * p.rank : 0};
   Buffer<double> norms{kScreened ? blocks : 0};  // the largest of a block's rows
   Buffer<T> shifts{blocks * kRows};
   Buffer<Bar<T>> bars{each ? blocks * kRows : 1};
   int64_t news = 0;
 
   static int64_t column_bytes(int64_t rank) {
-    return rank * static_cast<int64_t>(sizeof(Right)) +
-           (kScreened ? steps<Screen>(rank) * static_cast<int64_t>(sizeof(typename Screen::Right)) + 1 : 0);
+    return steps<Screen>(rank) * static_cast<int64_t>(sizeof(typename Screen::Right)) +
+           (kScreened ? rank * static_cast<int64_t>(sizeof(Right)) + 1 : 0);
   }
 
   static void pack(const TopkArguments& s, void* packed, const Stripe& stripe, int64_t first_column,
@@ -158,9 +159,9 @@ struct Search {
     const Product& p = s.product;
     const Panels panels(packed, p, stripe);
     const int64_t first = first_column / kW, end = (end_column + kW - 1) / kW;
-    pack_panels<Scheme, Source>(p, stripe, panels.full, first, end);
+    pack_panels<Screen, Source>(p, stripe, panels.screen, first, end);
     if constexpr (kScreened) {
-      pack_panels<Screen, Source>(p, stripe, panels.screen, first, end);
+      pack_panels<Scheme, Source>(p, stripe, panels.full, first, end);
       for (int64_t panel = first; panel < end; ++panel) {
         double squares[kW] = {}, largest = 0;
         for (int64_t k = 0; k < p.rank; ++k)
@@ -189,11 +190,10 @@ struct Search {
         squares += static_cast<double>(signed_row.data[k]) * static_cast<double>(signed_row.data[k]);
       }
       const int lane = static_cast<int>(i % kRows);
-      pack_left<Scheme>(left.data + i / kRows * kRows * p.rank, lane, signed_row.data, p.rank, 1);
+      pack_left<Screen>(screen_left.data + i / kRows * kRows * steps<Screen>(p.rank), lane, signed_row.data, p.rank, 1);
       if (s.shift != nullptr) shifts.data[i] = static_cast<T>(s.sign) * static_cast<const T*>(s.shift)[first_row + i];
       if constexpr (kScreened) {
-        pack_left<Screen>(screen_left.data + i / kRows * kRows * steps<Screen>(p.rank), lane, signed_row.data, p.rank,
-                          1);
+        pack_left<Scheme>(left.data + i / kRows * kRows * p.rank, lane, signed_row.data, p.rank, 1);
         const double shift = static_cast<double>(shifts.data[i] < 0 ? -shifts.data[i] : shifts.data[i]);
         const double norm = shift < ErrorBound::kHuge ? ErrorBound::norm(squares) : __builtin_inf();
         if (norm > norms.data[i / kRows]) norms.data[i / kRows] = norm;
@@ -209,58 +209,67 @@ struct Search {
     bars.data[i] = Bar<T>(candidates[i].threshold);
   }
 
-  // Row i of a tile has an entry that may belong.
-  [[gnu::noinline]] void collect(const Tile<T>& tile, int i) {
-    const int64_t row = tile.block * kRows + i, mine = row * each;
-    if (first_row + row >= end_row) return;
-    Candidates& found = candidates[mine];
-    if (found.count + kW > s.capacity) make_room(mine);
-    const int64_t place = (first_row + row) * p.columns + stripe.first + tile.panel * kW;
-    const Entry threshold = found.threshold;
-    const T* products = tile.products + i * kW;
-    Entry* out = found.entries + found.count;
-    for (int64_t j = 0; j < tile.columns; ++j) {
-      *out = {static_cast<double>(products[j] - shifts.data[row]), place + j};
-      out += better(*out, threshold);
-    }
-    found.count = out - found.entries;
-  }
-
-  // Inlined: a call would spill the accumulators it runs beside.
-  [[gnu::always_inline]] void consume(const Tile<T>& tile, int i) {
-    const int64_t row = tile.block * kRows + i;
-    const Bar<T>& bar = bars.data[row * each];
-    const Vec<T> shift = broadcast<T>(shifts.data[row]);
-    Vec<T> x[kVectors];
+  // The entries of row i of a tile.
+  [[gnu::always_inline]] void entries(const Tile<T>& tile, int i, Vec<T> (&x)[kVectors]) const {
+    const Vec<T> shift = broadcast<T>(shifts.data[tile.block * kRows + i]);
     for (int j = 0; j < kVectors; ++j) x[j] = load(tile.products + i * kW + j * kL) - shift;
-    const bool later = bar.place < (first_row + row) * p.columns + stripe.first + tile.panel * kW;  // ties lose
-    if (any_above(x, broadcast<T>(later ? bar.above : bar.at_least))) collect(tile, i);
   }
 
-  // Block times panel, while the tile before is consumed. Not inlined: the accumulators need every register.
-  [[gnu::noinline]] void advance(const Tile<T> waiting, const Tile<T> next) {
-    multiply<Scheme>(next.products, left.data + next.block * kRows * p.rank, panels.full + next.panel * kW * p.rank,
-                     p.rank, FromZero{}, [&](int i) __attribute__((always_inline)) {
-                       if (waiting.block >= 0) consume(waiting, i);
-                     });
+  int64_t place(const Tile<T>& tile, int i) const {
+    return (first_row + tile.block * kRows + i) * p.columns + stripe.first + tile.panel * kW;
   }
 
-  // As advance(), in the screen's arithmetic; whether the tile before may hold an entry that belongs.
-  [[gnu::noinline]] bool screen(const Waiting waiting, const Waiting next) {
-    bool suspect = false;
+  // Entries of row i above this may belong.
+  T bound(const Tile<T>& tile, int i) const {
+    const Bar<T>& bar = bars.data[(tile.block * kRows + i) * each];
+    return bar.place < place(tile, i) ? bar.above : bar.at_least;
+  }
+
+  // Whether row i of a tile has an entry that may belong. Inlined: a call would spill the accumulators it runs beside.
+  [[gnu::always_inline]] unsigned compare(const Waiting& tile, int i) const {
+    Vec<T> x[kVectors];
+    entries(tile, i, x);
+    return any_above(x, broadcast<T>(kScreened ? tile.screen_below : bound(tile, i)));
+  }
+
+  // Block times panel, while the tile before is compared: a bit for each of its rows that may hold an entry that
+  // belongs. Not inlined: the accumulators need every register.
+  [[gnu::noinline]] unsigned advance(const Waiting waiting, const Waiting next) const {
+    unsigned rows = 0;
     const int64_t depth = steps<Screen>(p.rank);
     multiply<Screen>(next.products, screen_left.data + next.block * kRows * depth,
                      panels.screen + next.panel * kW * depth, depth, FromZero{},
-                     [&](int i) __attribute__((always_inline)) { suspect |= suspicious(waiting, i); });
-    return suspect;
+                     [&](int i) __attribute__((always_inline)) { rows |= compare(waiting, i) << i; });
+    return rows;
   }
 
-  [[gnu::always_inline]] bool suspicious(const Waiting& tile, int i) {
-    if (tile.block < 0) return false;
-    const Vec<T> shift = broadcast<T>(shifts.data[tile.block * kRows + i]);
+  void collect(const Tile<T>& tile, int i) {
+    const int64_t row = tile.block * kRows + i;
+    if (first_row + row >= end_row) return;
     Vec<T> x[kVectors];
-    for (int j = 0; j < kVectors; ++j) x[j] = load(tile.products + i * kW + j * kL) - shift;
-    return any_above(x, broadcast<T>(tile.screen_below));
+    entries(tile, i, x);
+    uint64_t lanes = lanes_above<true>(x, broadcast<T>(bound(tile, i)));
+    if (tile.columns < kW) lanes &= (uint64_t{1} << tile.columns) - 1;
+    Candidates& found = candidates[row * each];
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int64_t j = __builtin_ctzll(lanes);
+      const T entry = tile.products[i * kW + j] - shifts.data[row];
+      Entry& out = found.entries[found.count];
+      out = {static_cast<double>(entry), place(tile, i) + j};
+      found.count += better(out, found.threshold);
+    }
+    if (found.count + kW > s.capacity) make_room(row * each);
+  }
+
+  // The rows of a tile that compare() found.
+  [[gnu::noinline]] void consume(Tile<T> tile, unsigned rows) {
+    alignas(64) T products[kRows * kW];
+    if constexpr (kScreened) {
+      tile.products = products;
+      multiply<Scheme>(products, left.data + tile.block * kRows * p.rank, panels.full + tile.panel * kW * p.rank,
+                       p.rank);
+    }
+    for (; rows != 0; rows &= rows - 1) collect(tile, __builtin_ctz(rows));
   }
 
   float screen_below(int64_t block, int64_t panel) const {
@@ -272,17 +281,11 @@ struct Search {
     return error.below(low, norms.data[block], panels.norms[panel]);
   }
 
-  [[gnu::noinline]] void consume_in_full(const Tile<T>& screened) {
-    alignas(64) T products[kRows * kW];
-    const Tile<T> tile{products, screened.block, screened.panel, screened.columns};
-    advance({products, -1, 0, 0}, tile);
-    for (int i = 0; i < kRows; ++i) consume(tile, i);
-  }
-
   void run() {
     pack_rows();
     alignas(64) T tiles[2][kRows * kW];
-    Waiting waiting{{tiles[1], -1, 0, 0}, 0};
+    std::memset(tiles[1], 0, sizeof tiles[1]);
+    Waiting waiting{{tiles[1], 0, 0, 0}, 0};
     for (int64_t panel = 0; panel * kW < stripe.columns; ++panel) {
       if (const int64_t now = __atomic_load_n(s.news, __ATOMIC_RELAXED); now != news) {
         news = now;
@@ -292,20 +295,12 @@ struct Search {
         Waiting next{
             {waiting.products == tiles[0] ? tiles[1] : tiles[0], b, panel, smaller(kW, stripe.columns - panel * kW)},
             0};
-        if constexpr (kScreened) {
-          next.screen_below = screen_below(b, panel);
-          if (screen(waiting, next)) consume_in_full(waiting);
-        } else {
-          advance(waiting, next);
-        }
+        if constexpr (kScreened) next.screen_below = screen_below(b, panel);
+        if (const unsigned rows = advance(waiting, next)) consume(waiting, rows);
         waiting = next;
       }
     }
-    if (waiting.block < 0) return;
-    if constexpr (kScreened)
-      consume_in_full(waiting);
-    else
-      for (int i = 0; i < kRows; ++i) consume(waiting, i);
+    consume(waiting, (1U << kRows) - 1);
   }
 
   static void search(const TopkArguments& s, const void* packed, const Stripe& stripe, int64_t first, int64_t end,
@@ -376,10 +371,12 @@ constexpr int64_t kRowsBytes = 16 << 20;        // of all candidates of a per-ro
 constexpr int64_t kScreenedEntriesAWin = 4096;  // a screen pays where fewer than one entry in so many is wanted
 constexpr Entry kNone{std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<int64_t>::max()};
 
+constexpr auto kBetter = [](const Entry& a, const Entry& b) { return better(a, b); };  // inlined, as no function is
+
 // Keeps the best k, in no order but for the k-th, and returns how many there are.
 int64_t keep_best(Entry* entries, int64_t count, int64_t k) {
   if (count < k) return count;
-  std::nth_element(entries, entries + k - 1, entries + count, better);
+  std::nth_element(entries, entries + k - 1, entries + count, kBetter);
   return k;
 }
 
@@ -455,7 +452,7 @@ void search_all(TopkArguments& s, const TopkKernels& kernels, int64_t k, const R
         pool.add(found);
       });
   pool.shrink();
-  std::sort(pool.entries.begin(), pool.entries.end(), better);
+  std::sort(pool.entries.begin(), pool.entries.end(), kBetter);
   for (int64_t i = 0; i < k; ++i) results.write(i, pool.entries[static_cast<size_t>(i)]);
 }
 
@@ -464,7 +461,7 @@ template <class T>
 void search_rows(TopkArguments& s, const TopkKernels& kernels, int64_t k, const Results<T>& results) {
   const Product& p = s.product;
   const int64_t nothing_new = 0;
-  s.capacity = std::min(k + std::max<int64_t>(k, 64), p.columns) + kTileRow;
+  s.capacity = std::min(2 * k, p.columns) + kTileRow;
   s.make_room = keep_in_row;
   s.context = &k;
   s.news = &nothing_new;
@@ -489,7 +486,7 @@ void search_rows(TopkArguments& s, const TopkKernels& kernels, int64_t k, const 
         for (int64_t row = first; row < end; ++row) {
           Candidates& mine = found[static_cast<size_t>(row - first)];
           mine.count = keep_best(mine.entries, mine.count, k);
-          std::sort(mine.entries, mine.entries + mine.count, better);
+          std::sort(mine.entries, mine.entries + mine.count, kBetter);
           for (int64_t i = 0; i < mine.count; ++i) results.write(row * k + i, mine.entries[i]);
         }
       });

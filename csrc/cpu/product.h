@@ -30,9 +30,9 @@ inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T>
 struct Tile {
   T* products;      // [kRows][kColumns], in the L1 cache
-  int64_t block;    // of the task's rows; negative: none waits
+  int64_t block;    // of the task's rows
   int64_t panel;    // of the stripe
-  int64_t columns;  // those past them are padding, exactly zero
+  int64_t columns;  // those past them are padding, exactly zero; 0 where no tile waits
 };
 
 // Panels first..end of the stripe, where they lie among all.
@@ -75,7 +75,8 @@ inline Product product_of(const Tensor& A, const Tensor& B) {
 // Rows of a task: `row_bytes` of each stay in the L2 cache; every thread has four tasks where there are rows enough.
 inline int64_t rows_a_task(int64_t rows, int64_t row_bytes, int64_t threads) {
   const int64_t longest = std::clamp<int64_t>((256 << 10) / std::max<int64_t>(row_bytes, 1), 8, 2048);
-  const int64_t even = even_block(std::max<int64_t>(rows, 1), std::min(longest, std::max<int64_t>(8, ceil_div(rows, 4 * threads))));
+  const int64_t even =
+      even_block(std::max<int64_t>(rows, 1), std::min(longest, std::max<int64_t>(8, ceil_div(rows, 4 * threads))));
   return ceil_div(even, 8) * 8;
 }
 

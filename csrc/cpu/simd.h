@@ -120,42 +120,43 @@ static inline bool any_above(const Vec<double> (&x)[kVectors], Vec<double> bound
 #endif
 }
 
-// How many lanes are above the bound; NaN is not.
-static inline int64_t count_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
+// One bit for each lane that is above the bound: bit j kLanes + i of lane i of x[j]. NaN on either side counts as above
+// with kOrNan.
+template <bool kOrNan>
+static inline uint64_t lanes_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
+  uint64_t bits = 0;
+  for (int j = 0; j < kVectors; ++j) {
 #if defined(__AVX512F__)
-  const auto mask = [&](int j) {
-    return static_cast<uint64_t>(_mm512_cmp_ps_mask((__m512)x[j], (__m512)bound, _CMP_GT_OQ));
-  };
-  return __builtin_popcountll(mask(0) | mask(1) << 16 | mask(2) << 32);
+    const uint64_t lanes = _mm512_cmp_ps_mask((__m512)x[j], (__m512)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  const auto mask = [&](int j) {
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x[j], (__m256)bound, _CMP_GT_OQ)));
-  };
-  return __builtin_popcount(mask(0) | mask(1) << 8 | mask(2) << 16);
+    const auto above = _mm256_cmp_ps((__m256)x[j], (__m256)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
+    const auto lanes = static_cast<uint64_t>(_mm256_movemask_ps(above));
 #else
-  const auto above = (x[0] > bound) + (x[1] > bound) + (x[2] > bound);  // -1 each
-  int64_t count = 0;
-  for (int i = 0; i < kLanes<float>; ++i) count -= above[i];
-  return count;
+    uint64_t lanes = 0;
+    for (int i = 0; i < kLanes<float>; ++i)
+      lanes |= static_cast<uint64_t>(kOrNan ? !(x[j][i] <= bound[i]) : x[j][i] > bound[i]) << i;
 #endif
+    bits |= lanes << (j * kLanes<float>);
+  }
+  return bits;
 }
-static inline int64_t count_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
+template <bool kOrNan>
+static inline uint64_t lanes_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
+  uint64_t bits = 0;
+  for (int j = 0; j < kVectors; ++j) {
 #if defined(__AVX512F__)
-  const auto mask = [&](int j) {
-    return static_cast<unsigned>(_mm512_cmp_pd_mask((__m512d)x[j], (__m512d)bound, _CMP_GT_OQ));
-  };
-  return __builtin_popcount(mask(0) | mask(1) << 8 | mask(2) << 16);
+    const uint64_t lanes = _mm512_cmp_pd_mask((__m512d)x[j], (__m512d)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  const auto mask = [&](int j) {
-    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)x[j], (__m256d)bound, _CMP_GT_OQ)));
-  };
-  return __builtin_popcount(mask(0) | mask(1) << 4 | mask(2) << 8);
+    const auto above = _mm256_cmp_pd((__m256d)x[j], (__m256d)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
+    const auto lanes = static_cast<uint64_t>(_mm256_movemask_pd(above));
 #else
-  const auto above = (x[0] > bound) + (x[1] > bound) + (x[2] > bound);  // -1 each
-  int64_t count = 0;
-  for (int i = 0; i < kLanes<double>; ++i) count -= above[i];
-  return count;
+    uint64_t lanes = 0;
+    for (int i = 0; i < kLanes<double>; ++i)
+      lanes |= static_cast<uint64_t>(kOrNan ? !(x[j][i] <= bound[i]) : x[j][i] > bound[i]) << i;
 #endif
+    bits |= lanes << (j * kLanes<double>);
+  }
+  return bits;
 }
 
 }  // namespace fc::cpu::FC_TIER
