@@ -4,6 +4,8 @@
 // Sums run in an order that depends on the shapes alone: results do not depend on threads.
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace fc::cpu {
 
 // One side's factors F_i: `inner` rows of `depth` entries, any strides; X_i = outer_i F_{i / shared} has `rank` rows.
@@ -37,8 +39,6 @@ struct GramKernels {
   void (*grams)(const GramArguments&, const void* left, const void* right, const GramUnits&, const GramSums&,
                 void* scratch);
 };
-
-enum class GramKind { fp32, fp64, bf16_inputs };
 
 }  // namespace fc::cpu
 
@@ -248,11 +248,11 @@ const GramKernels* kernels() {
 
 }  // namespace
 
-const GramKernels* gram_kernels(GramKind kind) {
+const GramKernels* gram_kernels(Kind kind) {
   switch (kind) {
-    case GramKind::fp32:
+    case Kind::fp32:
       return kernels<float, float>();
-    case GramKind::fp64:
+    case Kind::fp64:
       return kernels<double, double>();
     default:
       return kernels<float, BFloat16>();
@@ -271,37 +271,14 @@ const GramKernels* gram_kernels(GramKind kind) {
 #include <vector>
 
 #include "../check.h"
-#include "isa.h"
-#include "tasks.h"
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier)                     \
-  namespace tier {                           \
-  const GramKernels* gram_kernels(GramKind); \
-  }
-FC_FOR_EACH_TIER(FC_DECLARE)
-#undef FC_DECLARE
+FC_TIERS(const GramKernels*, gram_kernels, Kind)
 
 namespace {
 
 using torch::headeronly::ScalarType;
-
-const GramKernels& kernels_of(ScalarType dtype) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
-                  "left has an unsupported dtype; expected float32, float64 or bfloat16");
-  const GramKind kind = dtype == ScalarType::Float    ? GramKind::fp32
-                        : dtype == ScalarType::Double ? GramKind::fp64
-                                                      : GramKind::bf16_inputs;
-  switch (current_tier()) {
-#define FC_CASE(tier) \
-  case Tier::tier:    \
-    return *tier::gram_kernels(kind);
-    FC_FOR_EACH_TIER(FC_CASE)
-#undef FC_CASE
-  }
-  STD_TORCH_CHECK(false, "no such tier");
-}
 
 // `row` and `entry`: which of the factors' dimensions are the rows and the entries of X.
 GramSide side_of(const char* name, const Tensor& factors, const std::optional<Tensor>& outer, int row, int entry) {
@@ -338,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_grams(const Tensor& left, const Tensor& 
                   ": their d differ");
   STD_TORCH_CHECK(left.scalar_type() == right.scalar_type(), "left and right differ in dtype");
   const int64_t N = g.left.count, M = g.right.count;
-  const GramKernels& kernels = kernels_of(left.scalar_type());
+  const GramKernels& kernels = *pick_gram_kernels(kind_of("left", left.scalar_type()));
 
   const std::unique_ptr<bool[]> wanted(new bool[static_cast<size_t>(N * M)]);
   std::optional<Tensor> before_c;
@@ -357,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_grams(const Tensor& left, const Tensor& 
   Tensor inner = fp64({N, M}), moments[2] = {fp64({N, 2}), fp64({M, 2})};
   if (left.numel() > 0 && right.numel() > 0 && g.left.rank > 0 && g.right.rank > 0) {
     const Shared packed_left(kernels.packed_bytes(g.left)), packed_right(kernels.packed_bytes(g.right));
-    run_tasks(N + M, [&](int64_t i, int64_t) {
+    run_tasks(N + M, [&](int64_t i) {
       if (i < N)
         kernels.pack(g.left, packed_left.data(), i);
       else

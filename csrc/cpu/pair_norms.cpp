@@ -2,6 +2,8 @@
 // Sums run in an order that depends on the shapes alone: results do not depend on threads.
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace fc::cpu {
 
 struct PairArguments {
@@ -20,8 +22,6 @@ struct PairKernels {
   void (*pack)(const PairArguments&, void* packed, int64_t left);
   void (*products)(const PairArguments&, const void* packed, const PairBlock&, double* squares);  // in fp64
 };
-
-enum class PairKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
 
 }  // namespace fc::cpu
 
@@ -147,18 +147,18 @@ const PairKernels* kernels() {
 }  // namespace
 
 // Null where this tier has no such instruction.
-const PairKernels* pair_kernels(PairKind kind) {
+const PairKernels* pair_kernels(Kind kind) {
   switch (kind) {
-    case PairKind::fp32:
+    case Kind::fp32:
       return kernels<Ieee<float>, float>();
-    case PairKind::fp64:
+    case Kind::fp64:
       return kernels<Ieee<double>, double>();
-    case PairKind::bf16_inputs:
+    case Kind::bf16_inputs:
       return kernels<Ieee<float>, BFloat16>();
 #if defined(__AVX512BF16__)
-    case PairKind::fp32_by_bf16:
+    case Kind::fp32_by_bf16:
       return kernels<Bf16Dot, float>();
-    case PairKind::bf16_by_bf16:
+    case Kind::bf16_by_bf16:
       return kernels<Bf16Dot, BFloat16>();
 #endif
     default:
@@ -179,55 +179,14 @@ const PairKernels* pair_kernels(PairKind kind) {
 
 #include "../check.h"
 #include "../plan.h"
-#include "isa.h"
-#include "tasks.h"
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier)                     \
-  namespace tier {                           \
-  const PairKernels* pair_kernels(PairKind); \
-  }
-FC_FOR_EACH_TIER(FC_DECLARE)
-#undef FC_DECLARE
+FC_TIERS(const PairKernels*, pair_kernels, Kind)
 
 namespace {
 
 using torch::headeronly::ScalarType;
-
-PairKind kind_of(ScalarType dtype, const std::string& precision) {
-  const bool rounded = precision == "bf16";
-  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
-                  "', expected 'ieee' or 'bf16' on the CPU");
-  switch (dtype) {
-    case ScalarType::Float:
-      return rounded ? PairKind::fp32_by_bf16 : PairKind::fp32;
-    case ScalarType::BFloat16:
-      return rounded ? PairKind::bf16_by_bf16 : PairKind::bf16_inputs;
-    case ScalarType::Double:
-      STD_TORCH_CHECK(!rounded, "precision is 'bf16' but left is float64; pass float32 or bfloat16");
-      return PairKind::fp64;
-    default:
-      STD_TORCH_CHECK(false, "left has an unsupported dtype; expected float32, float64 or bfloat16");
-  }
-}
-
-const PairKernels& kernels_of(ScalarType dtype, const std::string& precision) {
-  const PairKind kind = kind_of(dtype, precision);
-  const PairKernels* found = nullptr;
-  switch (current_tier()) {
-#define FC_CASE(tier)                 \
-  case Tier::tier:                    \
-    found = tier::pair_kernels(kind); \
-    break;
-    FC_FOR_EACH_TIER(FC_CASE)
-#undef FC_CASE
-  }
-  STD_TORCH_CHECK(found != nullptr,
-                  "precision='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
-                  kTierNames[static_cast<int>(current_tier())]);
-  return *found;
-}
 
 // Right factors packed together: the count below 512 columns that fills its panels of 48 best.
 int64_t rights_at_once(int64_t width) {
@@ -241,12 +200,12 @@ int64_t rights_at_once(int64_t width) {
 void run_products(const PairArguments& p, const PairKernels& kernels, double* squares) {
   const int64_t threads = torch::stable::get_num_threads();
   const Shared packed(p.lefts * kernels.packed_bytes(p));
-  run_tasks(p.lefts, [&](int64_t i, int64_t) { kernels.pack(p, packed.data(), i); });
+  run_tasks(p.lefts, [&](int64_t i) { kernels.pack(p, packed.data(), i); });
 
   const int64_t across = rights_at_once(p.width), stripes = ceil_div(p.rights, across);
   const int64_t groups = std::min(p.lefts, ceil_div(4 * threads, stripes));
   const int64_t down = ceil_div(p.lefts, groups);
-  run_tasks(stripes * groups, [&](int64_t task, int64_t) {
+  run_tasks(stripes * groups, [&](int64_t task) {
     const int64_t i = task % groups * down, j = task / groups * across;
     if (i < p.lefts)
       kernels.products(p, packed.data(), {i, std::min(i + down, p.lefts), j, std::min(j + across, p.rights)}, squares);
@@ -266,7 +225,9 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
     STD_TORCH_CHECK(before->scalar_type() == ScalarType::Long, "before must be int64");
     before_c = torch::stable::contiguous(*before);
   }
-  const PairKernels& kernels = kernels_of(left.scalar_type(), precision);
+  const PairKernels* found = pick_pair_kernels(kind_of("left", left.scalar_type(), precision));
+  check_instructions(found != nullptr, "precision");
+  const PairKernels& kernels = *found;
 
   Tensor squares = torch::stable::new_empty(left, {N, M}, ScalarType::Double);
   auto* out = static_cast<double*>(squares.data_ptr());

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -21,8 +22,13 @@ template <class Task>
 void run_tasks(int64_t tasks, const Task& task) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1,
-                              [&](int64_t slot, int64_t) {
-                                for (int64_t i; (i = next++) < tasks;) task(i, slot);
+                              [&]([[maybe_unused]] int64_t slot, int64_t) {
+                                for (int64_t i; (i = next++) < tasks;) {
+                                  if constexpr (std::is_invocable_v<Task, int64_t, int64_t>)
+                                    task(i, slot);
+                                  else
+                                    task(i);
+                                }
                               });
 }
 
