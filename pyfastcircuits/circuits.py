@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.composition import KINDS, Kind, checked_head
+from pyfastcircuits.composition import KINDS, Head, Kind, checked_head
 from pyfastcircuits.factored import FactoredMatrix, computable
 from pyfastcircuits.paths import checked_path
-from pyfastcircuits.trace import FrozenTrace
+from pyfastcircuits.trace import FrozenTrace, centered, norm_scale, rotate
 from pyfastcircuits.weights import CircuitWeights
 
 __all__ = [
@@ -49,6 +49,34 @@ def _embeddings(weights: CircuitWeights) -> tuple[Tensor, Tensor]:
     return weights.W_E.to(weights.compute_dtype), weights.W_U.to(weights.compute_dtype)
 
 
+def read_embeddings(weights: CircuitWeights, normed: bool) -> Tensor:
+    """W_E [V, d] in the computing dtype, each token's row through the norm if `normed`."""
+    W_E, _ = _embeddings(weights)
+    return centered(W_E, weights) * norm_scale(W_E, weights)[:, None] if normed else W_E
+
+
+def queries_and_keys(
+    weights: CircuitWeights, head: Head, stream: Tensor, *, scaled: bool, biased: bool, offset: int
+) -> tuple[Tensor, Tensor]:
+    """A head's queries [N, r], `offset` positions later than its keys [N, r], of the rows of a stream [N, d].
+
+    Raises:
+        ValueError: an offset below 0, or one above 0 where positions are not rotary.
+    """
+    if offset < 0 or (offset > 0 and weights.positional != "rotary"):
+        least = "at least 0" if weights.positional == "rotary" else f"0: positional is {weights.positional!r}"
+        raise ValueError(f"offset is {offset}, expected {least}")
+    queries, keys = stream @ _head(weights, "W_Q", head), stream @ _head(weights, "W_K", head)
+    layer, index = head
+    if biased and weights.b_Q is not None:
+        queries = queries + weights.b_Q[layer, index]
+    if biased and weights.b_K is not None:
+        keys = keys + weights.b_K[layer, index // (weights.n_heads // weights.b_K.shape[1])]
+    if offset:
+        queries = rotate(queries, weights, torch.tensor([offset], device=weights.device))
+    return queries / ((weights.attention_scale or weights.d_head**0.5) if scaled else 1.0), keys
+
+
 def _head(weights: CircuitWeights, name: str, head: tuple[int, int]) -> Tensor:
     """One query head's weight, in the computing dtype."""
     if name == "W_V":
@@ -59,34 +87,46 @@ def _head(weights: CircuitWeights, name: str, head: tuple[int, int]) -> Tensor:
     return weight.to(weights.compute_dtype)
 
 
-def bigrams(weights: CircuitWeights) -> FactoredMatrix:
-    """The direct path W_E @ W_U [V, V]: row = present token, column = next token, in logits."""
-    return FactoredMatrix(*_embeddings(weights))
+def bigrams(weights: CircuitWeights, *, normed: bool = False) -> FactoredMatrix:
+    """The direct path W_E @ W_U [V, V]: row = present token, column = next token, in logits.
+
+    `normed`: each embedding goes through the norm first. These are then, b_U apart, the logits of a model of no layers.
+    """
+    return FactoredMatrix(read_embeddings(weights, normed), _embeddings(weights)[1])
 
 
-def ov_circuit(weights: CircuitWeights, head: Sequence[int]) -> FactoredMatrix:
+def ov_circuit(weights: CircuitWeights, head: Sequence[int], *, normed: bool = False) -> FactoredMatrix:
     """W_E @ OV @ W_U [V, V]: what attending to a source token (row) adds to the logits of an output token (column).
 
+    `normed`: each embedding goes through the norm first, as a first layer reads it (where positions are added to the
+    residual stream, without them). The value bias and the final norm are not in it.
+
     Raises:
         ValueError, IndexError: no such head.
     """
     head = checked_head(weights, head)
-    W_E, W_U = _embeddings(weights)
-    return FactoredMatrix(W_E @ _head(weights, "W_V", head), _head(weights, "W_O", head) @ W_U)
+    W_U = _embeddings(weights)[1]
+    values = read_embeddings(weights, normed) @ _head(weights, "W_V", head)
+    return FactoredMatrix(values, _head(weights, "W_O", head) @ W_U)
 
 
-def qk_circuit(weights: CircuitWeights, head: Sequence[int], *, scaled: bool = False) -> FactoredMatrix:
+def qk_circuit(
+    weights: CircuitWeights, head: Sequence[int], *, scaled: bool = False, normed: bool = False, offset: int = 0
+) -> FactoredMatrix:
     """W_E @ QK @ W_E.T [V, V]: how much a destination token (row) attends to a source token (column).
 
-    Positions and norms are not in it. `scaled` divides by the attention scale, sqrt(r) by default.
+    Biases and positions are not in it: `qk_tables` keeps those beside it. `scaled` divides by the attention scale,
+    sqrt(r) by default; `normed` as in ov_circuit. With rotary positions the destination stands `offset` positions after
+    the source.
 
     Raises:
         ValueError, IndexError: no such head.
+        ValueError: an offset below 0, or one above 0 where positions are not rotary.
     """
+    stream = read_embeddings(weights, normed)
     head = checked_head(weights, head)
-    W_E, _ = _embeddings(weights)
-    scale = (weights.attention_scale or weights.d_head**0.5) if scaled else 1.0
-    return FactoredMatrix(W_E @ _head(weights, "W_Q", head) / scale, (W_E @ _head(weights, "W_K", head)).mT)
+    queries, keys = queries_and_keys(weights, head, stream, scaled=scaled, biased=False, offset=offset)
+    return FactoredMatrix(queries, keys.mT)
 
 
 def composed_qk_circuit(

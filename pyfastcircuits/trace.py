@@ -126,7 +126,7 @@ def trace(weights: CircuitWeights, tokens: Tensor) -> FrozenTrace:
         residual = residual + positions
     embedded, patterns, scales = residual, [], []
     for layer in range(weights.n_layers):
-        scales.append(_norm_scale(residual, weights))
+        scales.append(norm_scale(residual, weights))
         normed = centered(residual, weights) * scales[-1][..., None]
         addressed = normed
         if weights.positional == "shortformer" and positions is not None:
@@ -135,7 +135,7 @@ def trace(weights: CircuitWeights, tokens: Tensor) -> FrozenTrace:
         values = normed[:, None] @ weights.heads("W_V", layer)
         written = (patterns[-1] @ values).transpose(1, 2).flatten(2) @ weights.heads("W_O", layer).flatten(0, 1)
         residual = residual + written + weights.written_bias(layer)
-    scales.append(_norm_scale(residual, weights))
+    scales.append(norm_scale(residual, weights))
     return FrozenTrace(weights, tokens, tuple(patterns), torch.stack(scales), embedded, residual)
 
 
@@ -157,7 +157,7 @@ def _checked_tokens(weights: CircuitWeights, tokens: Tensor) -> Tensor:
     return tokens.long() if tokens.dim() == 2 else tokens.long()[None]
 
 
-def _norm_scale(residual: Tensor, weights: CircuitWeights) -> Tensor:
+def norm_scale(residual: Tensor, weights: CircuitWeights) -> Tensor:
     """1/std (or 1/rms) of each position, [B, T]."""
     if weights.norm is None:
         return torch.ones_like(residual[..., 0])
@@ -172,18 +172,21 @@ def _pattern(stream: Tensor, layer: int, weights: CircuitWeights) -> Tensor:
     if weights.b_K is not None:
         k = k + weights.b_K[layer].repeat_interleave(weights.n_heads // weights.b_K.shape[1], 0)[:, None]
     if weights.positional == "rotary":
-        q, k = _rotate(q, weights), _rotate(k, weights)
+        places = torch.arange(stream.shape[-2], device=stream.device)
+        q, k = rotate(q, weights, places), rotate(k, weights, places)
     scale = weights.attention_scale or weights.d_head**0.5
     scores = q @ k.transpose(-1, -2) / scale
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
 
 
-def _rotate(x: Tensor, weights: CircuitWeights) -> Tensor:
-    """Rotary positions [B, H, T, r]: dimension i of the first half turns with dimension i of the second."""
+def rotate(x: Tensor, weights: CircuitWeights, positions: Tensor) -> Tensor:
+    """Rotary positions ([T], or [1] for all alike) of x [..., T, r]: dimension i of the first half turns with dimension
+    i of the second.
+    """
     width = weights.rotary_dim or weights.d_head
     rates = weights.rotary_base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=torch.float64), rates)
+    angles = torch.outer(positions.to(torch.float64), rates)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
