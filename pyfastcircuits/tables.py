@@ -168,14 +168,14 @@ def _searched(
     if normalize == "center":
         shift = A @ B.mean(-1, dtype=torch.float64).to(A.dtype)
     elif normalize == "log_softmax":
-        shift = _logsumexp(A, B, backend).to(A.dtype)
+        shift = row_logsumexp(A, B, backend).to(A.dtype)
     if row_weights is not None:
         weights = row_weights.to(A)[slice(None) if row_index is None else row_index]
         A, shift = A * weights[:, None], None if shift is None else shift * weights
     return _Searched(A, B if column_index is None else B[:, column_index], shift, row_index, column_index)
 
 
-def _logsumexp(A: Tensor, B: Tensor, backend: Backend) -> Tensor:
+def row_logsumexp(A: Tensor, B: Tensor, backend: Backend) -> Tensor:
     """Of each row of A @ B, in fp64: a sweep of one ablation over clean logits of zero, which take no memory."""
     base = A.new_zeros(1, 1).expand(len(A), B.shape[1])
     none = torch.zeros(len(A), 0, dtype=torch.long, device=A.device)

@@ -169,11 +169,6 @@ def test_skip_trigrams_as_a_table_and_as_text():
     assert str(plain).splitlines()[1].startswith("'5' | ")
 
 
-def scores_of(weights, run, head):
-    """Attention scores of a first layer, up to each row's constant, from the patterns."""
-    return run.pattern(0)[:, head].log()
-
-
 @pytest.mark.parametrize(
     ("positional", "norm"), [("standard", None), ("shortformer", "rmsnorm"), ("none", "layernorm")]
 )
