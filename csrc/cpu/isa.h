@@ -10,10 +10,15 @@
 
 namespace fc::cpu {
 
+#define FC_OF_TIER(X, tier, ...) X(tier __VA_OPT__(, ) __VA_ARGS__)
 #if defined(__x86_64__)
-#define FC_FOR_EACH_TIER(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
+#define FC_FOR_EACH_TIER(X, ...)       \
+  FC_OF_TIER(X, baseline, __VA_ARGS__) \
+  FC_OF_TIER(X, avx2, __VA_ARGS__)     \
+  FC_OF_TIER(X, avx512, __VA_ARGS__)   \
+  FC_OF_TIER(X, avx512_bf16, __VA_ARGS__)
 #else
-#define FC_FOR_EACH_TIER(X) X(baseline)
+#define FC_FOR_EACH_TIER(X, ...) FC_OF_TIER(X, baseline, __VA_ARGS__)
 #endif
 
 enum class Tier { baseline, avx2, avx512, avx512_bf16 };

@@ -5,6 +5,8 @@
 // Sums run in an order that depends on the shapes alone: results do not depend on threads.
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace fc::cpu {
 
 struct PairArguments {
@@ -33,8 +35,6 @@ struct PairKernels {
   int64_t (*gram_units)(const PairArguments&);
   void (*grams)(const PairArguments&, const void* packed, const GramUnits&, double* squares);
 };
-
-enum class PairKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
 
 }  // namespace fc::cpu
 
@@ -306,18 +306,18 @@ const PairKernels* kernels() {
 }  // namespace
 
 // Null where this tier has no such instruction.
-const PairKernels* pair_kernels(PairKind kind) {
+const PairKernels* pair_kernels(Kind kind) {
   switch (kind) {
-    case PairKind::fp32:
+    case Kind::fp32:
       return kernels<Ieee<float>, float>();
-    case PairKind::fp64:
+    case Kind::fp64:
       return kernels<Ieee<double>, double>();
-    case PairKind::bf16_inputs:
+    case Kind::bf16_inputs:
       return kernels<Ieee<float>, BFloat16>();
 #if defined(__AVX512BF16__)
-    case PairKind::fp32_by_bf16:
+    case Kind::fp32_by_bf16:
       return kernels<Bf16Dot, float>();
-    case PairKind::bf16_by_bf16:
+    case Kind::bf16_by_bf16:
       return kernels<Bf16Dot, BFloat16>();
 #endif
     default:
@@ -333,71 +333,20 @@ const PairKernels* pair_kernels(PairKind kind) {
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "../check.h"
 #include "../plan.h"
-#include "isa.h"
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier)                     \
-  namespace tier {                           \
-  const PairKernels* pair_kernels(PairKind); \
-  }
-FC_FOR_EACH_TIER(FC_DECLARE)
-#undef FC_DECLARE
+FC_TIERS(const PairKernels*, pair_kernels, Kind)
 
 namespace {
 
 using torch::headeronly::ScalarType;
-
-PairKind kind_of(ScalarType dtype, const std::string& precision) {
-  const bool rounded = precision == "bf16";
-  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
-                  "', expected 'ieee' or 'bf16' on the CPU");
-  switch (dtype) {
-    case ScalarType::Float:
-      return rounded ? PairKind::fp32_by_bf16 : PairKind::fp32;
-    case ScalarType::BFloat16:
-      return rounded ? PairKind::bf16_by_bf16 : PairKind::bf16_inputs;
-    case ScalarType::Double:
-      STD_TORCH_CHECK(!rounded, "precision is 'bf16' but left is float64; pass float32 or bfloat16");
-      return PairKind::fp64;
-    default:
-      STD_TORCH_CHECK(false, "left has an unsupported dtype; expected float32, float64 or bfloat16");
-  }
-}
-
-const PairKernels& kernels_of(ScalarType dtype, const std::string& precision) {
-  const PairKind kind = kind_of(dtype, precision);
-  const PairKernels* found = nullptr;
-  switch (current_tier()) {
-#define FC_CASE(tier)                 \
-  case Tier::tier:                    \
-    found = tier::pair_kernels(kind); \
-    break;
-    FC_FOR_EACH_TIER(FC_CASE)
-#undef FC_CASE
-  }
-  STD_TORCH_CHECK(found != nullptr,
-                  "precision='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
-                  kTierNames[static_cast<int>(current_tier())]);
-  return *found;
-}
-
-// Each thread takes the next task when it is done with one: only pairs before a bound make tasks unequal.
-template <class Task>
-void run_tasks(int64_t tasks, const Task& task) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next++) < tasks;) task(i);
-  });
-}
 
 // Right factors packed together: the count below 512 columns that fills its panels of 48 best.
 int64_t rights_at_once(int64_t width) {
@@ -407,13 +356,6 @@ int64_t rights_at_once(int64_t width) {
     if (waste(n) < waste(best) - 1e-9) best = n;
   return best;
 }
-
-// Scratch that all threads share, aligned for vectors.
-struct Shared {
-  explicit Shared(int64_t bytes) : storage(new char[static_cast<size_t>(bytes) + 64]) {}
-  void* data() const { return storage.get() + (64 - reinterpret_cast<uintptr_t>(storage.get()) % 64); }
-  std::unique_ptr<char[]> storage;
-};
 
 void run_products(const PairArguments& p, const PairKernels& kernels, double* squares) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -461,7 +403,9 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
     STD_TORCH_CHECK(before->scalar_type() == ScalarType::Long, "before must be int64");
     before_c = torch::stable::contiguous(*before);
   }
-  const PairKernels& kernels = kernels_of(left.scalar_type(), precision);
+  const PairKernels* found = pick_pair_kernels(kind_of("left", left.scalar_type(), precision));
+  check_instructions(found != nullptr, "precision");
+  const PairKernels& kernels = *found;
   STD_TORCH_CHECK(!gram || precision == "ieee", "precision='bf16' has no Gram route: it would be wrong where ",
                   "scores are small");
 

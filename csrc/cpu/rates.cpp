@@ -1,6 +1,8 @@
 // What this machine can do, measured: the denominators of every "fraction of the limit".
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace fc::cpu {
 enum class Rate { fma, exp, bf16 };
 // Runs `rounds` rounds in registers and returns the operations of one round; 0 where the tier lacks the instruction.
@@ -67,17 +69,9 @@ RateLoop rate_loop(Rate rate) {
 
 #include <chrono>
 
-#include "../check.h"
-#include "isa.h"
-
 namespace fc::cpu {
 
-#define FC_DECLARE(tier)    \
-  namespace tier {          \
-  RateLoop rate_loop(Rate); \
-  }
-FC_FOR_EACH_TIER(FC_DECLARE)
-#undef FC_DECLARE
+FC_TIERS(RateLoop, rate_loop, Rate)
 
 namespace {
 
@@ -85,15 +79,7 @@ double cpu_rate(const std::string& kind, double seconds) {
   STD_TORCH_CHECK(kind == "fma" || kind == "exp" || kind == "bf16", "kind is '", kind,
                   "', expected 'fma', 'exp' or 'bf16'");
   const Rate rate = kind == "fma" ? Rate::fma : kind == "exp" ? Rate::exp : Rate::bf16;
-  RateLoop loop = nullptr;
-  switch (current_tier()) {
-#define FC_CASE(tier)             \
-  case Tier::tier:                \
-    loop = tier::rate_loop(rate); \
-    break;
-    FC_FOR_EACH_TIER(FC_CASE)
-#undef FC_CASE
-  }
+  const RateLoop loop = pick_rate_loop(rate);
   if (loop == nullptr) return 0;
   using Clock = std::chrono::steady_clock;
   constexpr int64_t rounds = 1 << 18;

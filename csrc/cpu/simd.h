@@ -120,4 +120,43 @@ static inline bool any_above(const Vec<double> (&x)[kVectors], Vec<double> bound
 #endif
 }
 
+// One bit for each lane that is above the bound: bit j kLanes + i of lane i of x[j]. NaN on either side counts as above
+// with kOrNan.
+template <bool kOrNan>
+static inline uint64_t lanes_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
+  uint64_t bits = 0;
+  for (int j = 0; j < kVectors; ++j) {
+#if defined(__AVX512F__)
+    const uint64_t lanes = _mm512_cmp_ps_mask((__m512)x[j], (__m512)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
+#elif defined(__AVX2__)
+    const auto above = _mm256_cmp_ps((__m256)x[j], (__m256)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
+    const auto lanes = static_cast<uint64_t>(_mm256_movemask_ps(above));
+#else
+    uint64_t lanes = 0;
+    for (int i = 0; i < kLanes<float>; ++i)
+      lanes |= static_cast<uint64_t>(kOrNan ? !(x[j][i] <= bound[i]) : x[j][i] > bound[i]) << i;
+#endif
+    bits |= lanes << (j * kLanes<float>);
+  }
+  return bits;
+}
+template <bool kOrNan>
+static inline uint64_t lanes_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
+  uint64_t bits = 0;
+  for (int j = 0; j < kVectors; ++j) {
+#if defined(__AVX512F__)
+    const uint64_t lanes = _mm512_cmp_pd_mask((__m512d)x[j], (__m512d)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
+#elif defined(__AVX2__)
+    const auto above = _mm256_cmp_pd((__m256d)x[j], (__m256d)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
+    const auto lanes = static_cast<uint64_t>(_mm256_movemask_pd(above));
+#else
+    uint64_t lanes = 0;
+    for (int i = 0; i < kLanes<double>; ++i)
+      lanes |= static_cast<uint64_t>(kOrNan ? !(x[j][i] <= bound[i]) : x[j][i] > bound[i]) << i;
+#endif
+    bits |= lanes << (j * kLanes<double>);
+  }
+  return bits;
+}
+
 }  // namespace fc::cpu::FC_TIER

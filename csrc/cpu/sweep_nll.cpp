@@ -2,6 +2,8 @@
 // Rows are (ablation, position) pairs and independent of each other: a result does not depend on threads or blocking.
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace fc::cpu {
 
 struct SweepArguments {
@@ -21,7 +23,6 @@ struct Block {
 };
 
 using SweepTask = void (*)(const SweepArguments&, const Block&);
-enum class SweepKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
 
 }  // namespace fc::cpu
 
@@ -327,18 +328,18 @@ void run(const SweepArguments& s, const Block& block) {
 }  // namespace
 
 // Null where this tier has no such instruction.
-SweepTask sweep_nll(SweepKind kind) {
+SweepTask sweep_nll(Kind kind) {
   switch (kind) {
-    case SweepKind::fp32:
+    case Kind::fp32:
       return run<Ieee<float>, float>;
-    case SweepKind::fp64:
+    case Kind::fp64:
       return run<Ieee<double>, double>;
-    case SweepKind::bf16_inputs:
+    case Kind::bf16_inputs:
       return run<Ieee<float>, BFloat16>;
 #if defined(__AVX512BF16__)
-    case SweepKind::fp32_by_bf16:
+    case Kind::fp32_by_bf16:
       return run<Bf16Dot, float>;
-    case SweepKind::bf16_by_bf16:
+    case Kind::bf16_by_bf16:
       return run<Bf16Dot, BFloat16>;
 #endif
     default:
@@ -361,37 +362,14 @@ SweepTask sweep_nll(SweepKind kind) {
 
 #include "../plan.h"
 #include "../sweep_nll.h"
-#include "isa.h"
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier)          \
-  namespace tier {                \
-  SweepTask sweep_nll(SweepKind); \
-  }
-FC_FOR_EACH_TIER(FC_DECLARE)
-#undef FC_DECLARE
+FC_TIERS(SweepTask, sweep_nll, Kind)
 
 namespace {
 
 using torch::headeronly::ScalarType;
-
-SweepKind kind_of(ScalarType dtype, const std::string& precision) {
-  const bool rounded = precision == "bf16";
-  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
-                  "', expected 'ieee' or 'bf16' on the CPU");
-  switch (dtype) {
-    case ScalarType::Float:
-      return rounded ? SweepKind::fp32_by_bf16 : SweepKind::fp32;
-    case ScalarType::BFloat16:
-      return rounded ? SweepKind::bf16_by_bf16 : SweepKind::bf16_inputs;
-    case ScalarType::Double:
-      STD_TORCH_CHECK(!rounded, "precision is 'bf16' but base is float64; pass float32 or bfloat16");
-      return SweepKind::fp64;
-    default:
-      STD_TORCH_CHECK(false, "base has an unsupported dtype; expected float32, float64 or bfloat16");
-  }
-}
 
 Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
   return torch::stable::contiguous(torch::stable::to(x, dtype));
@@ -402,19 +380,8 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
                                              const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
                                              const std::string& precision) {
   const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse);
-  const SweepKind kind = kind_of(base.scalar_type(), precision);
-  const SweepTask task = [&]() -> SweepTask {
-    switch (current_tier()) {
-#define FC_CASE(tier) \
-  case Tier::tier:    \
-    return tier::sweep_nll(kind);
-      FC_FOR_EACH_TIER(FC_CASE)
-#undef FC_CASE
-    }
-    return nullptr;
-  }();
-  STD_TORCH_CHECK(task != nullptr, "precision='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
-                  kTierNames[static_cast<int>(current_tier())]);
+  const SweepTask task = pick_sweep_nll(kind_of("base", base.scalar_type(), precision));
+  check_instructions(task != nullptr, "precision");
 
   const auto fp64 = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return torch::stable::new_empty(base, size, ScalarType::Double);

@@ -3,6 +3,8 @@
 // to fp32 factors.
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace fc::cpu {
 
 struct TriangleArguments {
@@ -14,7 +16,6 @@ struct TriangleArguments {
 };
 
 using TriangleTask = void (*)(const TriangleArguments&, int64_t factor);
-enum class TriangleKind { fp32, fp64, bf16 };
 
 }  // namespace fc::cpu
 
@@ -76,11 +77,11 @@ void run(const TriangleArguments& s, int64_t factor) {
 
 }  // namespace
 
-TriangleTask triangles(TriangleKind kind) {
+TriangleTask triangles(Kind kind) {
   switch (kind) {
-    case TriangleKind::fp32:
+    case Kind::fp32:
       return run<float>;
-    case TriangleKind::fp64:
+    case Kind::fp64:
       return run<double>;
     default:
       return run<BFloat16>;
@@ -96,38 +97,17 @@ TriangleTask triangles(TriangleKind kind) {
 
 #include <tuple>
 
-#include "../check.h"
-#include "isa.h"
-
 namespace fc::cpu {
 
-#define FC_DECLARE(tier)                \
-  namespace tier {                      \
-  TriangleTask triangles(TriangleKind); \
-  }
-FC_FOR_EACH_TIER(FC_DECLARE)
-#undef FC_DECLARE
+FC_TIERS(TriangleTask, triangles, Kind)
 
 namespace {
 
 using torch::headeronly::ScalarType;
 
-TriangleTask task_of(TriangleKind kind) {
-  switch (current_tier()) {
-#define FC_CASE(tier) \
-  case Tier::tier:    \
-    return tier::triangles(kind);
-    FC_FOR_EACH_TIER(FC_CASE)
-#undef FC_CASE
-  }
-  return nullptr;
-}
-
 std::tuple<Tensor, Tensor> triangles(const Tensor& factors) {
   STD_TORCH_CHECK(factors.dim() == 3, "factors has shape ", shape_of(factors), ", expected [N, d, r]");
-  const ScalarType dtype = factors.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
-                  "factors has an unsupported dtype; expected float32, float64 or bfloat16");
+  const Kind kind = kind_of("factors", factors.scalar_type());
   const int64_t N = factors.size(0), d = factors.size(1), r = factors.size(2);
   Tensor out = torch::stable::new_empty(factors, {N, r, r}, ScalarType::Double);
   Tensor regular = torch::stable::new_empty(factors, {N}, ScalarType::Bool);
@@ -137,9 +117,7 @@ std::tuple<Tensor, Tensor> triangles(const Tensor& factors) {
                                     .rank = r,
                                     .triangles = static_cast<double*>(out.data_ptr()),
                                     .regular = static_cast<bool*>(regular.data_ptr())};
-  const TriangleTask task = task_of(dtype == ScalarType::Float    ? TriangleKind::fp32
-                                    : dtype == ScalarType::Double ? TriangleKind::fp64
-                                                                  : TriangleKind::bf16);
+  const TriangleTask task = pick_triangles(kind);
   torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(arguments, i);
   });
