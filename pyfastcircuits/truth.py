@@ -135,6 +135,11 @@ class BigramTruth:
         """Mean KL(text's successors || table's), in nats: loss - entropy."""
         return self.loss - self.entropy
 
+    @property
+    def explained(self) -> float:
+        """How far the loss is from single tokens' entropy, 0, to the least that a bigram table can reach, 1."""
+        return (self.unigram - self.loss) / (self.unigram - self.entropy)
+
 
 @torch.no_grad()
 def bigram_truth(
@@ -236,25 +241,28 @@ class TextCounts:
     """Counts skip-trigrams in sequences of tokens [N, T]."""
 
     def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens.int()
-        self._first: dict[int, Tensor] = {}
-        self._places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.tokens = tokens
+        self._sorted = tokens.flatten().sort(stable=True)
+
+    def places(self, token: int) -> tuple[Tensor, Tensor]:
+        """Sequences and positions that hold a token, in order."""
+        start, end = torch.searchsorted(self._sorted.values, torch.tensor([token, token + 1]).to(self.tokens)).tolist()
+        found = self._sorted.indices[start:end]
+        length = self.tokens.shape[1]
+        return found // length, found % length
 
     def __call__(self, source: int, destination: int, output: int) -> Counts:
         """How often the source comes before the destination, with and without the output next."""
-        if source not in self._first:
-            here = self.tokens == source
-            self._first[source] = torch.where(here.any(1), here.byte().argmax(1), here.shape[1]).int()
-        if destination not in self._places:
-            row, place = (self.tokens[:, :-1] == destination).nonzero(as_tuple=True)
-            self._places[destination] = row, place, self.tokens[row, place + 1]
-        row, place, following = self._places[destination]
-        together, followed = place > self._first[source][row], following == output
+        row, place = self.places(source)
+        first = torch.full_like(self.tokens[:, 0], self.tokens.shape[1]).scatter_reduce(0, row, place, "amin")
+        row, place = self.places(destination)
+        row, place = (x[place < self.tokens.shape[1] - 1] for x in (row, place))
+        together, followed = place > first[row], self.tokens[row, place + 1] == output
         return Counts(len(row), int(followed.sum()), int(together.sum()), int((followed & together).sum()))
 
     def frequent(self, least: int) -> Tensor:
         """Tokens that come at least so often."""
-        return (torch.bincount(self.tokens.flatten()) >= least).nonzero()[:, 0]
+        return (torch.bincount(self._sorted.values) >= least).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -281,12 +289,13 @@ class HeadTruth:
 def head_truth(
     weights: CircuitWeights, head: Head, counts: TextCounts, among: Tensor, n: int, *, backend: Backend = "auto"
 ) -> HeadTruth:
-    """Count the n largest skip-trigrams of a head, of the tokens `among`, in a text.
+    """Count the n largest skip-trigrams of a head, of the tokens `among` (no more than these are), in a text.
 
     Raises:
         ValueError: as skip_trigrams; a model of another kind.
     """
     check_readable(weights)
+    n = min(n, len(among))
     found = skip_trigrams(weights, head, among, n, among=among, normed=True, backend=backend).top(n)
     triples = [(t, counts(t.source, t.destination, t.output)) for t in found]
     generator = torch.Generator().manual_seed(head[1])

@@ -1,6 +1,6 @@
 """Whether the vocabulary's tables tell the truth: what `pyfastcircuits tables --check` shows (rich)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 from rich.table import Table
@@ -54,14 +54,15 @@ def check(weights: CircuitWeights, text: TokenText, backend: Backend) -> Iterato
     check_readable(weights)
     tokens = corpus_tokens(text, held_out=False).to(weights.device)
     rows = rows_of(text, tokens, weights.n_ctx or 128)
-    yield f"{len(tokens)} tokens of the standard library's source, {len(rows)} sequences of {rows.shape[1]}"
+    yield f"training files of the standard library: {len(tokens)} tokens, {len(rows)} sequences of {rows.shape[1]}"
     patterns, logits = rebuilt_errors(weights, rows[:: max(1, len(rows) // 8)][:8])
     yield f"rebuilt from the tables, in float64: logits differ from the model's by {logits:.1e} at most, " + (
         f"attention patterns by {patterns:.1e}" if weights.n_layers else "which has no attention patterns"
     )
     if not weights.n_layers:
         found = bigram_truth(weights, tokens, backend=backend)
-        yield _bigram_table(found)
+        held_out = corpus_tokens(text, held_out=True).to(weights.device)
+        yield _bigram_table((found, bigram_truth(weights, held_out, backend=backend)))
         yield _successor_table(found, text)
         return
     counts = TextCounts(rows)
@@ -72,23 +73,22 @@ def check(weights: CircuitWeights, text: TokenText, backend: Backend) -> Iterato
     yield _pattern_table(weights, counts, text)
 
 
-def _bigram_table(found: BigramTruth) -> Table:
-    table = new_table("The bigram table against the text's bigrams", ("what",), ("value",))
-    gap = (found.unigram - found.loss) / (found.unigram - found.entropy)
-    for name, value in (
-        ("bigrams in the text (different ones)", f"{found.bigrams} ({found.distinct})"),
-        ("loss under the table's rows, nats a token", f"{found.loss:.4f}"),
-        ("least that any bigram table reaches: entropy by counts", f"{found.entropy:.4f}"),
-        ("their difference: mean KL(counts || table)", f"{found.divergence:.4f}"),
-        ("entropy of single tokens", f"{found.unigram:.4f}"),
-        ("share of the way from single tokens to counts", f"{gap:.1%}"),
-        (
-            f"correlation of log-probabilities, {found.compared} bigrams seen {found.least} times",
-            f"{found.correlation:.3f}",
-        ),
-        ("positions whose likeliest successor agrees", f"{found.agreement:.1%}"),
-    ):
-        add_row(table, name, value)
+def _bigram_table(found: Sequence[BigramTruth]) -> Table:
+    names = ("training files", "held-out files")
+    table = new_table("The bigram table against bigrams of the standard library's source", ("what",), names)
+    rows: list[tuple[str, Callable[[BigramTruth], str]]] = [
+        ("bigrams (different ones)", lambda x: f"{x.bigrams} ({x.distinct})"),
+        ("loss under the table's rows, nats a token", lambda x: f"{x.loss:.4f}"),
+        ("entropy by counts: the least that any bigram table reaches", lambda x: f"{x.entropy:.4f}"),
+        ("their difference: mean KL(counts || table)", lambda x: f"{x.divergence:.4f}"),
+        ("entropy of single tokens", lambda x: f"{x.unigram:.4f}"),
+        ("share of the way from single tokens to counts", lambda x: f"{x.explained:.1%}"),
+        (f"bigrams that come {found[0].least} times", lambda x: f"{x.compared}"),
+        ("correlation of their log-probabilities", lambda x: f"{x.correlation:.3f}"),
+        ("positions whose likeliest successor agrees", lambda x: f"{x.agreement:.1%}"),
+    ]
+    for name, value in rows:
+        add_row(table, name, *map(value, found))
     return table
 
 
