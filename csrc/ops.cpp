@@ -14,7 +14,8 @@ STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
   // factors [N,d,r] -> upper R [N,r,r] in fp64 with R^T R = W^T W, and whether W^T W was regular [N]; if not, R is 0.
   m.def("triangles(Tensor factors) -> (Tensor, Tensor)");
   // A [N,r], B [r,M], shift [N] -> the k best entries of A @ B - shift[:,None], best first, equal ones by row, then
-  // column: values in A's dtype (fp32 for bfloat16), rows, columns; [k], or [N,k] `per_row`. screen: "auto", "none", "bf16".
+  // column: values in A's dtype (fp32 for bfloat16), rows, columns; [k], or [N,k] `per_row`.
+  // screen: "auto", "none" or "bf16".
   m.def(
       "factored_topk(Tensor A, Tensor B, int k, bool largest, bool per_row, Tensor? shift, str screen) "
       "-> (Tensor, Tensor, Tensor)");

@@ -79,7 +79,7 @@ struct Bar {
 
 // |screened - exact| <= relative * |a| |b| + absolute * (|a| + |b|) + least, for a row a and a column b of inner
 // dimension r, with Euclidean norms (sum |a_k b_k| <= |a| |b|, sum |a_k| <= sqrt(r) |a|):
-// - rounding to bfloat16 is off by 2^-9 of a factor, twice a product: 2^-8 + 2^-18;
+// - rounding to bfloat16 is off by 2^-8 of a factor, twice a product: 2^-7 + 2^-16;
 // - r multiply-adds, each of one or two roundings of at most 2^-23, whatever the order or the direction of rounding,
 //   are off by r 2^-22 (doubled: for the higher orders), in bfloat16 and in full each;
 // - bfloat16 dot products take denormals for zeros: up to 2^-126 of every factor, product and sum.
@@ -90,7 +90,7 @@ struct ErrorBound {
 
   explicit ErrorBound(int64_t rank) {
     const double steps = static_cast<double>(rank) + 2;
-    relative = (0x1p-8 + 0x1p-18 + 4 * steps * 0x1p-22) * (1 + kSlack);
+    relative = (0x1p-7 + 0x1p-16 + 4 * steps * 0x1p-22) * (1 + kSlack);
     absolute = 2 * std::sqrt(steps) * kDenormal;
     least = 8 * steps * kDenormal;
     if (steps > 0x1p18) relative = __builtin_inf();
@@ -366,7 +366,6 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kTileRow = 48;                // entries collected at a time, at most
-constexpr int64_t kTaskCandidates = 2048;       // of a whole-matrix task, before they join the others'
 constexpr int64_t kRowsBytes = 16 << 20;        // of all candidates of a per-row task
 constexpr int64_t kScreenedEntriesAWin = 4096;  // a screen pays where fewer than one entry in so many is wanted
 constexpr Entry kNone{std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<int64_t>::max()};
@@ -389,7 +388,7 @@ void keep_in_row(void* context, Candidates& found) {
 
 // The candidates of the whole matrix, to which all threads add theirs.
 struct Pool {
-  explicit Pool(int64_t k) : k(k) { entries.reserve(static_cast<size_t>(2 * k + kTaskCandidates)); }
+  Pool(int64_t k, int64_t added) : k(k) { entries.reserve(static_cast<size_t>(2 * k + added)); }
 
   void add(Candidates& found) {
     const std::lock_guard lock(mutex);
@@ -434,8 +433,8 @@ struct Results {
 template <class T>
 void search_all(TopkArguments& s, const TopkKernels& kernels, int64_t k, const Results<T>& results) {
   const Product& p = s.product;
-  Pool pool(k);
-  s.capacity = kTaskCandidates;
+  s.capacity = std::clamp<int64_t>(2 * k, 64, 2048) + kTileRow;
+  Pool pool(k, s.capacity);
   s.make_room = add_to_pool;
   s.context = &pool;
   s.news = &pool.news;
@@ -446,7 +445,7 @@ void search_all(TopkArguments& s, const TopkKernels& kernels, int64_t k, const R
         kernels.pack(s, packed, stripe, first, end);
       },
       [&](const void* packed, const Stripe& stripe, int64_t first, int64_t end) {
-        const std::unique_ptr<Entry[]> entries(new Entry[kTaskCandidates]);
+        const std::unique_ptr<Entry[]> entries(new Entry[static_cast<size_t>(s.capacity)]);
         Candidates found{entries.get(), 0, kNone};
         kernels.search(s, packed, stripe, first, end, &found);
         pool.add(found);
