@@ -176,11 +176,11 @@ def _searched(
 
 
 def row_logsumexp(A: Tensor, B: Tensor, backend: Backend) -> Tensor:
-    """Of each row of A @ B, in fp64: a sweep of one ablation over clean logits of zero, which take no memory."""
-    base = A.new_zeros(1, 1).expand(len(A), B.shape[1])
-    none = torch.zeros(len(A), 0, dtype=torch.long, device=A.device)
-    group = torch.zeros(1, dtype=torch.long, device=A.device)
-    return ops.sweep_statistics(base, A[None], B[None], none, group, backend=backend)[0][0]
+    """Of each row of A @ B, in fp64: each row is an ablation of one position whose clean logits are zero."""
+    base = A.new_zeros(1, B.shape[1])
+    none = torch.zeros(1, 0, dtype=torch.long, device=A.device)
+    group = torch.zeros(len(A), dtype=torch.long, device=A.device)
+    return ops.sweep_statistics(base, A[:, None], B[None], none, group, backend=backend)[0][:, 0]
 
 
 def checked_indices(
