@@ -35,6 +35,7 @@ __all__ = [
 Indices = Sequence[int] | Tensor
 Normalize = Literal["center", "log_softmax"] | None
 NORMALIZE = (None, "center", "log_softmax")
+POSITIONS = 16  # a block of the sweep on a GPU has as many at least; their clean logits take memory
 
 
 @torch.no_grad()
@@ -176,11 +177,12 @@ def _searched(
 
 
 def row_logsumexp(A: Tensor, B: Tensor, backend: Backend) -> Tensor:
-    """Of each row of A @ B, in fp64: each row is an ablation of one position whose clean logits are zero."""
-    base = A.new_zeros(1, B.shape[1])
-    none = torch.zeros(1, 0, dtype=torch.long, device=A.device)
-    group = torch.zeros(len(A), dtype=torch.long, device=A.device)
-    return ops.sweep_statistics(base, A[:, None], B[None], none, group, backend=backend)[0][:, 0]
+    """Of each row of A @ B, in fp64: as ablations of a few positions whose clean logits are zero."""
+    rows = torch.nn.functional.pad(A, (0, 0, 0, -len(A) % POSITIONS)).view(-1, POSITIONS, A.shape[1])
+    base = A.new_zeros(POSITIONS, B.shape[1])
+    none = torch.zeros(POSITIONS, 0, dtype=torch.long, device=A.device)
+    group = torch.zeros(len(rows), dtype=torch.long, device=A.device)
+    return ops.sweep_statistics(base, rows, B[None], none, group, backend=backend)[0].flatten()[: len(A)]
 
 
 def checked_indices(
