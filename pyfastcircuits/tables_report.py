@@ -22,6 +22,7 @@ __all__ = [
     "copying_table",
     "entry_table",
     "new_table",
+    "quoted",
     "row_table",
     "source_table",
     "triple_table",
@@ -55,16 +56,21 @@ def add_row(table: Table, *cells: str) -> None:
     table.add_row(*map(Text, cells))
 
 
+def quoted(piece: str) -> str:
+    """A token's text as Python writes it, long indentation as "' ' * 15"."""
+    return f"' ' * {len(piece)}" if len(piece) > 4 and set(piece) == {" "} else repr(piece)
+
+
 def _strengths(text: TokenText, tokens: Tensor, values: Tensor) -> str:
     pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-    return "  ".join(f"{text.decode([token])!r} {value:+.2f}" for token, value in pairs)
+    return "  ".join(f"{quoted(text.decode([token]))} {value:+.2f}" for token, value in pairs)
 
 
 def entry_table(title: str, names: tuple[str, str, str], found: TopEntries, text: TokenText) -> Table:
     """Single entries of a table: row token, column token, value."""
     table = new_table(title, names[:2], names[2:])
     for value, *tokens in zip(*(x.tolist() for x in found), strict=True):
-        add_row(table, *(repr(text.decode([token])) for token in tokens), f"{value:+.2f}")
+        add_row(table, *(quoted(text.decode([token])) for token in tokens), f"{value:+.2f}")
     return table
 
 
@@ -72,7 +78,7 @@ def row_table(title: str, names: tuple[str, str], found: TopEntries, text: Token
     """The best entries of some rows: row token, column tokens with their values."""
     table = new_table(title, names, ())
     for row, columns, values in zip(found.rows[:, 0].tolist(), found.columns, found.values, strict=True):
-        add_row(table, repr(text.decode([row])), _strengths(text, columns, values))
+        add_row(table, quoted(text.decode([row])), _strengths(text, columns, values))
     return table
 
 
@@ -83,7 +89,7 @@ def source_table(found: SkipTrigrams, text: TokenText) -> Table:
     table = new_table(f"Skip-trigrams of head {layer}.{head}", names, ())
     for i, source in enumerate(found.sources.tolist()):
         seen = _strengths(text, found.destinations[i], found.attention[i])
-        add_row(table, repr(text.decode([source])), seen, _strengths(text, found.outputs[i], found.logits[i]))
+        add_row(table, quoted(text.decode([source])), seen, _strengths(text, found.outputs[i], found.logits[i]))
     table.caption = _STRENGTHS
     return table
 
@@ -93,7 +99,7 @@ def triple_table(found: SkipTrigrams, text: TokenText) -> Table:
     title = f"Largest skip-trigrams of head {found.head[0]}.{found.head[1]}"
     table = new_table(title, ("source ...", "destination", "-> output"), ("attention", "logit", "product"))
     for triple in found.top(found.logits.shape[1]):
-        tokens = (repr(text.decode([t])) for t in triple[:3])
+        tokens = (quoted(text.decode([t])) for t in triple[:3])
         add_row(table, *tokens, *(f"{x:+.2f}" for x in (triple.attention, triple.logit, triple.score)))
     table.caption = _STRENGTHS
     return table

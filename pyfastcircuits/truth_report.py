@@ -6,7 +6,7 @@ from statistics import median
 from rich.table import Table
 
 from pyfastcircuits.ops import Backend
-from pyfastcircuits.tables_report import add_row, new_table
+from pyfastcircuits.tables_report import add_row, new_table, quoted
 from pyfastcircuits.text import TokenText, corpus_tokens, rows_of
 from pyfastcircuits.truth import (
     BigramTruth,
@@ -99,8 +99,8 @@ def _successor_table(found: BigramTruth, text: TokenText) -> Table:
     for token, seen, *both in zip(
         *(x.tolist() for x in (found.sources, found.seen, found.by_text, found.by_table)), strict=True
     ):
-        shown = ("  ".join(repr(text.decode([t])) for t in tokens if t >= 0) for tokens in both)
-        add_row(table, repr(text.decode([token])), *shown, str(seen))
+        shown = ("  ".join(quoted(text.decode([t])) for t in tokens if t >= 0) for tokens in both)
+        add_row(table, quoted(text.decode([token])), *shown, str(seen))
     return table
 
 
@@ -127,7 +127,7 @@ def _evidence_table(heads: list[HeadTruth], text: TokenText) -> Table:
     )
     for found in heads:
         for triple, counts in [pair for pair in found.triples if pair[1].supported][:3]:
-            tokens = (repr(text.decode([t])) for t in triple[:3])
+            tokens = (quoted(text.decode([t])) for t in triple[:3])
             values = (f"{triple.attention:+.2f}", f"{triple.logit:+.2f}", f"{counts.lift:.2f}")
             add_row(table, f"0.{found.head[1]}", *tokens, *values)
     return table
@@ -135,22 +135,22 @@ def _evidence_table(heads: list[HeadTruth], text: TokenText) -> Table:
 
 def _pattern_table(weights: CircuitWeights, counts: TextCounts, text: TokenText) -> Table:
     names = ("pattern", "source ...", "destination", "-> output")
-    table = new_table("Patterns of Python", names, ("head", "attention (above)", "logit (above)", "lift", "shown"))
+    table = new_table("Patterns of Python", names, ("head", "attention", "logit", "lift", "shown"))
     for pattern in PATTERNS:
         try:
             tokens = [text.token(piece) for piece in pattern[1:]]
         except ValueError as error:
-            add_row(table, pattern.name, *map(repr, pattern[1:]), "", "", "", "", str(error))
+            add_row(table, pattern.name, *map(quoted, pattern[1:]), "", "", "", "", str(error))
             continue
         best, lift = pattern_strength(weights, *tokens), counts(*tokens).lift
         attention = f"{best.attention:+.2f} ({best.attention_rank})"
         logit = f"{best.logit:+.2f} ({best.logit_rank})"
         shown = "yes" if best.shown else "no"
         add_row(
-            table, pattern.name, *map(repr, pattern[1:]), f"0.{best.head[1]}", attention, logit, f"{lift:.2f}", shown
+            table, pattern.name, *map(quoted, pattern[1:]), f"0.{best.head[1]}", attention, logit, f"{lift:.2f}", shown
         )
     table.caption = (
-        "of the head that shows it best. above: how many tokens stand above, as destination and as output.\n"
+        "of the head that shows it best; in brackets, how many tokens stand above, as destination and as output.\n"
         "shown: the attention is above the mean token's, and the output among the first 40."
     )
     return table
