@@ -68,7 +68,7 @@ def test_top_entries(factors, benchmark, found):
         found(f"  memory beyond the factors, {name}", f"{peak_bytes(functions[name]) / 2**20:.1f} MiB", "<= 64")
 
     theirs = []
-    peak = peak_bytes(lambda: theirs.append((timed(lambda: theirs.append(torch_top(*factors, 100))))))
+    peak = peak_bytes(lambda: theirs.append(timed(lambda: theirs.append(torch_top(*factors, 100)))))
     result, slow = theirs
     found(f"{shape}: torch in chunks of {CHUNK} rows / ours", f"{slow / seconds['ours']:.1f}", ">= 12")
     found("  torch", f"{slow:.1f} s, {peak / 2**20:.0f} MiB")

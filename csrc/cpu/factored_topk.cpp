@@ -1,4 +1,6 @@
 // factored_topk on the CPU: the epilogue compares each tile with a running threshold and keeps what may belong.
+// A row costs 2 r M FLOP; its tile is read from the L1 cache once, one comparison for r multiply-adds. In a matrix in
+// random order about k ln(N M / k) entries ever pass: of a whole matrix none to speak of, of each of its rows some.
 //
 // Candidates are ordered by value, then by place (`better`), so that the best k are the same whatever the threads and
 // the blocking. The threshold is the k-th best candidate known: it only rises, and what is not better never belongs.
@@ -83,7 +85,8 @@ struct Bar {
 // - r multiply-adds, each of one or two roundings of at most 2^-23, whatever the order or the direction of rounding,
 //   are off by r 2^-22 (doubled: for the higher orders), in bfloat16 and in full each;
 // - bfloat16 dot products take denormals for zeros: up to 2^-126 of every factor, product and sum.
-// Exact to 1 part in 2^20, which `slack` covers. Norms from which anything could overflow count as infinite.
+// kSlack covers the roundings made here and in subtracting the shift. Norms (and shifts) from which anything could
+// overflow count as infinite.
 struct ErrorBound {
   static constexpr double kDenormal = 0x1p-126, kHuge = 1e37, kSlack = 0x1p-18;
   double relative, absolute, least;

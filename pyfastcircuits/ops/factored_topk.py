@@ -35,7 +35,11 @@ def factored_topk(
     """The k largest (or smallest) entries of A @ B, or of each of its rows; no row of the product is stored.
 
     Exact: the same entries as of the materialised product, in the inputs' own arithmetic (float32 for bfloat16
-    inputs); of equal entries those of the lowest row, then the lowest column. Deterministic.
+    inputs); of equal entries those of the lowest row, then the lowest column. Deterministic. Not differentiable.
+
+    Memory on the CPU, beyond factors and results: a packed copy of B (half as much again with a screen; at most 32 MiB,
+    or 768 columns, at a time), 32 bytes for each of the k entries, and less than 2 MiB a thread; with `per_row`, 32 k
+    bytes for each row that a thread works on, at most 16 MiB a thread.
 
     Args:
         A: [N, r]; float32, float64 or bfloat16, as is B.
@@ -47,7 +51,8 @@ def factored_topk(
         shift: [N], subtracted from the entries of each row, in the product's dtype.
         screen: "bf16" multiplies in bfloat16 first and again in full wherever an entry could be among the k, within
             a bound of the rounding: the result is the same. "none" multiplies in full. "auto" screens float32 factors
-            where the machine has bfloat16 products and a whole matrix is searched.
+            where the machine has bfloat16 products and a whole matrix is searched (on the CPU: for fewer than one
+            entry in 4,096).
         backend: see `pyfastcircuits.ops`.
 
     Returns:

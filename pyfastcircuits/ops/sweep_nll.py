@@ -113,7 +113,7 @@ def sweep_nll(
         scale: [P, T], positive.
         kl: also return KL(clean || ablated) [P, T] in nats.
         logit_difference: two [T] tensors of tokens; also return logit(first) - logit(second) [P, T].
-        precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds each product's factors to 2^-9 relative.
+        precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds each product's factors to 2^-8 relative.
         backend: see the module.
 
     Returns:
