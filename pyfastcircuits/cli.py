@@ -168,8 +168,10 @@ def composition(
 def tables(
     model: Annotated[str, typer.Argument(help="a bundled model, or a safetensors file or folder")] = "induction-2l",
     head: Annotated[str | None, typer.Option(help="skip-trigrams of this head, as LAYER.HEAD")] = None,
-    source: Annotated[list[str] | None, typer.Option(help="only of this token; may be given again")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="entries to show, of each token or of all")] = 10,
+    source: Annotated[
+        list[str] | None, typer.Option(help="only of this token (\\n: a line break); may be given again")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="entries to show, of each token or of all")] = 10,
     all_heads: Annotated[bool, typer.Option("--all-heads", help="write the tables of every head to --out")] = False,
     check: Annotated[bool, typer.Option("--check", help="hold the tables against logits and text")] = False,
     normed: Annotated[bool, typer.Option("--normed", help="embeddings go through the norm first")] = False,
