@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.composition import KINDS, Kind, checked_head
+from pyfastcircuits.composition import KINDS, Head, Kind, checked_head
 from pyfastcircuits.factored import FactoredMatrix, computable
 from pyfastcircuits.paths import checked_path
-from pyfastcircuits.trace import FrozenTrace
+from pyfastcircuits.trace import FrozenTrace, centered, norm_scale, rotate
 from pyfastcircuits.weights import CircuitWeights, Weight
 
 __all__ = [
@@ -56,36 +56,74 @@ def _to_logits(weights: CircuitWeights, written: Tensor) -> Tensor:
     return written if weights.ln_final_w is None else written * weights.ln_final_w.to(written.dtype)
 
 
-def bigrams(weights: CircuitWeights) -> FactoredMatrix:
-    """The direct path W_E @ W_U [V, V]: row = present token, column = next token, in logits."""
+def read_embeddings(weights: CircuitWeights, normed: bool) -> Tensor:
+    """The embedded tokens [V, d] in the computing dtype, each through the norm (without its parameters) if `normed`."""
     tokens = weights.W_E.to(weights.compute_dtype)
     tokens = tokens if weights.embed_scale == 1 else tokens * weights.embed_scale
-    return FactoredMatrix(_to_logits(weights, tokens), weights.W_U.to(weights.compute_dtype))
+    return centered(tokens, weights) * norm_scale(tokens, weights)[:, None] if normed else tokens
 
 
-def ov_circuit(weights: CircuitWeights, head: Sequence[int]) -> FactoredMatrix:
+def queries_and_keys(
+    weights: CircuitWeights, head: Head, stream: Tensor, *, scaled: bool, biased: bool, offset: int
+) -> tuple[Tensor, Tensor]:
+    """A head's queries [N, r], `offset` positions later than its keys [N, r], of the rows of a stream [N, d].
+
+    Raises:
+        ValueError: an offset below 0, or one above 0 where positions are not rotary.
+    """
+    if offset < 0 or (offset > 0 and weights.positional != "rotary"):
+        least = "at least 0" if weights.positional == "rotary" else f"0: positional is {weights.positional!r}"
+        raise ValueError(f"offset is {offset}, expected {least}")
+    layer, index = head
+    queries, keys = stream @ weights.head("W_Q", *head), stream @ weights.head("W_K", *head)
+    if biased and (bias := weights.bias("Q", layer)) is not None:
+        queries = queries + bias[index]
+    if biased and (bias := weights.bias("K", layer)) is not None:
+        keys = keys + bias[index // (weights.n_heads // len(bias))]
+    if offset:
+        queries = rotate(queries, weights, torch.tensor([offset], device=weights.device))
+    return queries / ((weights.attention_scale or weights.d_head**0.5) if scaled else 1.0), keys
+
+
+def bigrams(weights: CircuitWeights, *, normed: bool = False) -> FactoredMatrix:
+    """The direct path W_E @ W_U [V, V]: row = present token, column = next token, in logits.
+
+    `normed`: each embedding goes through the norm first. These are then, b_U apart, the logits of a model of no layers.
+    """
+    return FactoredMatrix(_to_logits(weights, read_embeddings(weights, normed)), weights.W_U.to(weights.compute_dtype))
+
+
+def ov_circuit(weights: CircuitWeights, head: Sequence[int], *, normed: bool = False) -> FactoredMatrix:
     """W_E @ OV @ W_U [V, V]: what attending to a source token (row) adds to the logits of an output token (column).
 
+    `normed`: each embedding goes through the norm first, as a first layer reads it (where positions are added to the
+    residual stream, without them). The value bias and the final norm are not in it.
+
     Raises:
         ValueError, IndexError: no such head.
     """
     head = checked_head(weights, head)
-    W_V, W_O = weights.head("W_V", *head), weights.head("W_O", *head)
-    return FactoredMatrix(_embedded(weights, W_V), _unembedded(weights, W_O))
+    values = read_embeddings(weights, normed) @ weights.head("W_V", *head)
+    return FactoredMatrix(values, _unembedded(weights, weights.head("W_O", *head)))
 
 
-def qk_circuit(weights: CircuitWeights, head: Sequence[int], *, scaled: bool = False) -> FactoredMatrix:
+def qk_circuit(
+    weights: CircuitWeights, head: Sequence[int], *, scaled: bool = False, normed: bool = False, offset: int = 0
+) -> FactoredMatrix:
     """W_E @ QK @ W_E.T [V, V]: how much a destination token (row) attends to a source token (column).
 
-    Positions and norms are not in it. `scaled` divides by the attention scale, sqrt(r) by default.
+    Biases and positions are not in it: `qk_tables` keeps those beside it. `scaled` divides by the attention scale,
+    sqrt(r) by default; `normed` as in ov_circuit. With rotary positions the destination stands `offset` positions after
+    the source.
 
     Raises:
         ValueError, IndexError: no such head.
+        ValueError: an offset below 0, or one above 0 where positions are not rotary.
     """
+    stream = read_embeddings(weights, normed)
     head = checked_head(weights, head)
-    W_Q, W_K = weights.head("W_Q", *head), weights.head("W_K", *head)
-    scale = (weights.attention_scale or weights.d_head**0.5) if scaled else 1.0
-    return FactoredMatrix(_embedded(weights, W_Q) / scale, _embedded(weights, W_K).mT)
+    queries, keys = queries_and_keys(weights, head, stream, scaled=scaled, biased=False, offset=offset)
+    return FactoredMatrix(queries, keys.mT)
 
 
 def composed_qk_circuit(

@@ -1,4 +1,4 @@
-"""The command: `pyfastcircuits sweep`, `pyfastcircuits composition`."""
+"""The command: `pyfastcircuits sweep`, `pyfastcircuits composition`, `pyfastcircuits tables`."""
 
 import sys
 from collections.abc import Iterator
@@ -13,20 +13,25 @@ try:
     from rich import progress as bars
     from rich.console import Console
 
-    from pyfastcircuits import report, text
+    from pyfastcircuits import report, tables_report, text, truth_report
 except ImportError as error:
     sys.exit(f"the command needs the cli extra ({error}): pip install 'pyfastcircuits[cli]'")
 
 from pyfastcircuits import (
+    bigrams,
     build_info,
     composed_eigenvalues,
     composition_baseline,
     composition_scores,
     composition_z_scores,
+    copying_accuracy,
     copying_scores,
     enumerate_paths,
     load_weights,
     ops,
+    skip_trigrams,
+    top_entries,
+    top_per_row,
 )
 from pyfastcircuits.composition import Kind
 from pyfastcircuits.sweep import limit_seconds, run_sweep, worst_tokens
@@ -159,11 +164,79 @@ def composition(
         console.print(f"written: {', '.join(str(out / name) for name in names)}", highlight=False)
 
 
-def _progress() -> bars.Progress:
+@app.command()
+def tables(
+    model: Annotated[str, typer.Argument(help="a bundled model, or a safetensors file or folder")] = "induction-2l",
+    head: Annotated[str | None, typer.Option(help="skip-trigrams of this head, as LAYER.HEAD")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="only of this token (\\n: a line break); may be given again")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="entries to show, of each token or of all")] = 10,
+    all_heads: Annotated[bool, typer.Option("--all-heads", help="write the tables of every head to --out")] = False,
+    check: Annotated[bool, typer.Option("--check", help="hold the tables against logits and text")] = False,
+    normed: Annotated[bool, typer.Option("--normed", help="embeddings go through the norm first")] = False,
+    offset: Annotated[int, typer.Option(help="rotary positions: from the source to the destination")] = 0,
+    out: Annotated[Path, typer.Option(help="folder of the Parquet files of --all-heads")] = Path("out"),
+    backend: Annotated[ops.Backend, typer.Option(help="which kernels run")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "float32",
+) -> None:
+    """Bigrams and, with --head, skip-trigrams, of the whole vocabulary or of a source token; how far heads copy."""
+    with _errors():
+        if (head is not None) + all_heads + check > 1:
+            raise ValueError("--head, --all-heads and --check: give one of them")
+        if source and (all_heads or check):
+            raise ValueError("--source goes with --head, or alone")
+        if all_heads:
+            _check_folder(out)
+        weights, shown = _place(load_weights(model), dtype, backend), text.TokenText(model)
+        sources = [shown.token(piece) for piece in source] if source else None
+        if check:
+            for part in truth_report.check(weights, shown, backend):
+                console.print(part, highlight=False)
+        elif all_heads:
+            if not weights.n_layers:
+                raise ValueError(f"--all-heads: {model} has no heads")
+            with _progress("heads") as progress:
+                task = progress.add_task("", total=weights.n_layers * weights.n_heads)
+                files = tables_report.write_heads(
+                    weights,
+                    k,
+                    out,
+                    shown,
+                    normed=normed,
+                    offset=offset,
+                    backend=backend,
+                    progress=lambda done: progress.advance(task, done),
+                )
+            console.print(f"written: {', '.join(map(str, files))}", highlight=False)
+        elif head is not None:
+            found = skip_trigrams(weights, _head(head), sources, k, normed=normed, offset=offset, backend=backend)
+            show = tables_report.source_table if sources else tables_report.triple_table
+            console.print(show(found, shown))
+        elif sources:
+            rows = top_per_row(bigrams(weights, normed=normed), k, sources, normalize="center", backend=backend)
+            console.print(tables_report.row_table("Bigrams: the direct path", ("token", "raised next"), rows, shown))
+        else:
+            best = top_entries(bigrams(weights, normed=normed), k, normalize="center", backend=backend)
+            title = "Largest bigrams: the direct path, logits less the mean over outputs"
+            console.print(tables_report.entry_table(title, ("token", "raised next", "logit"), best, shown))
+            if weights.n_layers:
+                accuracy = copying_accuracy(weights, backend=backend)
+                console.print(tables_report.copying_table(accuracy, copying_scores(weights)))
+
+
+def _head(name: str) -> tuple[int, int]:
+    layer, dot, head = name.partition(".")
+    if not (dot and layer.isdecimal() and head.isdecimal()):
+        raise ValueError(f"--head is {name!r}, expected LAYER.HEAD, such as 1.4")
+    return int(layer), int(head)
+
+
+def _progress(what: str = "pairs") -> bars.Progress:
     return bars.Progress(
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
-        bars.TextColumn("pairs"),
+        bars.TextColumn(what),
         bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(),
         console=console,

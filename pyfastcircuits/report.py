@@ -28,6 +28,7 @@ __all__ = [
     "write_composition",
     "write_orders",
     "write_pairs",
+    "write_table",
 ]
 
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
@@ -89,14 +90,14 @@ def write_pairs(pairs: AblationResult, file: Path) -> None:
     columns = _head_columns(pairs.pairs)
     values = {"nll": pairs.loss, "delta_nll": pairs.delta, "kl": pairs.kl}
     columns |= {name: _floats(x) for name, x in values.items() if x is not None}
-    _write(pa.table(columns), file)
+    write_table(pa.table(columns), file)
 
 
 def write_orders(sweep: Sweep, file: Path) -> None:
     """One row for each step of the order table: paths, loss, fall (nats)."""
     names, losses = zip(*_order_rows(sweep), strict=True)
     falls = [None, *(a - b for a, b in pairwise(losses))]
-    _write(pa.table({"paths": list(names), "loss": list(losses), "fall": falls}), file)
+    write_table(pa.table({"paths": list(names), "loss": list(losses), "fall": falls}), file)
 
 
 def _head_columns(pairs: Tensor) -> dict[str, pa.Array]:
@@ -109,7 +110,7 @@ def _floats(x: Tensor) -> pa.Array:
     return pa.array(x.double().cpu().numpy())
 
 
-def _write(table: pa.Table, file: Path) -> None:
+def write_table(table: pa.Table, file: Path) -> None:
     """Whole or not at all."""
     partial = file.with_suffix(".partial")
     pq.write_table(table, partial)
@@ -197,7 +198,7 @@ def write_composition(found: Composition, file: Path) -> None:
     if len(found.eigenvalues):
         parts = {"eigenvalues_real": found.eigenvalues.real, "eigenvalues_imag": found.eigenvalues.imag}
         columns |= {name: pa.array(x.double().cpu().tolist()) for name, x in parts.items()}
-    _write(pa.table(columns), file)
+    write_table(pa.table(columns), file)
 
 
 def composition_heatmap(found: Composition, file: Path, title: str) -> None:

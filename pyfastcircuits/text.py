@@ -10,7 +10,7 @@ from torch import Tensor
 from pyfastcircuits.corpus import stdlib_files
 from pyfastcircuits.weights import model_folder
 
-__all__ = ["TokenText", "held_out_text", "read_tokens", "sequences_of"]
+__all__ = ["TokenText", "corpus_tokens", "held_out_text", "read_tokens", "rows_of", "sequences_of"]
 
 START = "[START]"
 
@@ -31,10 +31,14 @@ class TokenText:
 
     def __call__(self, ids: list[int]) -> str:
         """The tokens as one string, line breaks and tabs escaped."""
+        return self.decode(ids).replace("\n", "\\n").replace("\t", "\\t")
+
+    def decode(self, ids: list[int]) -> str:
+        """The tokens as one string; ids where there is no tokenizer."""
         if self.tokenizer is None:
             return " ".join(map(str, ids))
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
-        return text.replace("\n", "\\n").replace("\t", "\\t")
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -42,10 +46,33 @@ class TokenText:
         Raises:
             ValueError: the model has no tokenizer.
         """
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of many texts, on all cores.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer.json; pass --tokens instead of a text")
-        ids: list[int] = self.tokenizer.encode(text).ids
-        return ids
+            raise ValueError("this model has no tokenizer.json, so it reads token ids and no text")
+        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts)]
+
+    def token(self, text: str) -> int:
+        """The one token that a text is; "\\n" and "\\t" stand for a line break and a tab. An id without a tokenizer.
+
+        Raises:
+            ValueError: a text of no token, or of several; no id where there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            if not text.isdecimal():
+                raise ValueError(f"{text!r} is no token id, and this model has no tokenizer.json")
+            return int(text)
+        ids = self.encode(text.replace("\\n", "\n").replace("\\t", "\t"))
+        if len(ids) != 1:
+            pieces = ", ".join(repr(self.decode([i])) for i in ids) or "none"
+            raise ValueError(f"{text!r} is {len(ids)} tokens, expected one: {pieces}")
+        return ids[0]
 
     @property
     def start(self) -> int | None:
@@ -56,6 +83,28 @@ class TokenText:
 def held_out_text() -> str:
     """The standard library's files that the bundled models were not trained on, one after the other."""
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files(held_out=True))
+
+
+def corpus_tokens(text: TokenText, held_out: bool) -> Tensor:
+    """The standard library's files one after the other, each behind [START], [N].
+
+    Raises:
+        ValueError: the model has no tokenizer.
+    """
+    contents = [path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files(held_out)]
+    lead = [] if text.start is None else [text.start]
+    ids: list[int] = []
+    for encoded in text.encode_all(contents):
+        ids += lead + encoded
+    return torch.tensor(ids)
+
+
+def rows_of(text: TokenText, ids: Tensor, length: int) -> Tensor:
+    """Consecutive tokens cut into rows [B, length], each behind [START]; a shorter text gives one shorter row."""
+    lead = [] if text.start is None else [text.start]
+    width = min(length - len(lead), len(ids))
+    windows = ids[: len(ids) // width * width].view(-1, width)
+    return torch.cat((torch.tensor(lead, dtype=torch.long).expand(len(windows), -1), windows), 1)
 
 
 def sequences_of(text: TokenText, content: str, length: int, most: int) -> Tensor:
@@ -69,12 +118,8 @@ def sequences_of(text: TokenText, content: str, length: int, most: int) -> Tenso
     ids = torch.tensor(text.encode(content), dtype=torch.long)
     if not len(ids):
         raise ValueError("the text is empty: it has no tokens")
-    lead = [] if text.start is None else [text.start]
-    width = min(length - len(lead), len(ids))
-    windows = ids[: len(ids) // width * width].view(-1, width)
-    chosen = torch.linspace(0, len(windows) - 1, min(most, len(windows))).round().long()
-    windows = windows[chosen]
-    return torch.cat((torch.tensor(lead, dtype=torch.long).expand(len(windows), -1), windows), 1)
+    rows = rows_of(text, ids, length)
+    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()]
 
 
 def read_tokens(file: Path) -> Tensor:

@@ -251,7 +251,8 @@ def _pattern(stream: Tensor, layer: int, weights: CircuitWeights, mask: Tensor |
     if (bias := weights.bias("K", layer)) is not None:
         k = k + bias.repeat_interleave(weights.n_heads // len(bias), 0)[:, None]
     if weights.positional == "rotary":
-        q, k = _rotate(q, weights), _rotate(k, weights)
+        places = torch.arange(stream.shape[-2], device=stream.device)
+        q, k = rotate(q, weights, places), rotate(k, weights, places)
     scale = weights.attention_scale or weights.d_head**0.5
     scores = q @ k.transpose(-1, -2) / scale
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -261,11 +262,13 @@ def _pattern(stream: Tensor, layer: int, weights: CircuitWeights, mask: Tensor |
     return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
 
 
-def _rotate(x: Tensor, weights: CircuitWeights) -> Tensor:
-    """Rotary positions [B, H, T, r]: dimension i of the first half turns with dimension i of the second."""
+def rotate(x: Tensor, weights: CircuitWeights, positions: Tensor) -> Tensor:
+    """Rotary positions ([T], or [1] for all alike) of x [..., T, r]: dimension i of the first half turns with dimension
+    i of the second.
+    """
     width = weights.rotary_dim or weights.d_head
     rates = weights.rotary_base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=torch.float64), rates)
+    angles = torch.outer(positions.to(torch.float64), rates)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)

@@ -8,7 +8,7 @@ import torch
 
 import pyfastcircuits as fc
 from pyfastcircuits.corpus import stdlib_files
-from pyfastcircuits.text import TokenText, held_out_text, sequences_of
+from pyfastcircuits.text import TokenText, corpus_tokens, held_out_text, sequences_of
 from pyfastcircuits.weights import BUNDLED, model_folder
 
 SPEC = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "examples" / "train.py")
@@ -73,6 +73,12 @@ def test_held_out_files_are_held_out():
     assert kept
     assert not kept & trained
     assert 0.02 < len(kept) / (len(kept) + len(trained)) < 0.1
+
+
+def test_the_text_of_the_tables_is_that_of_the_training():
+    text = TokenText("bigram-0l")
+    ours = corpus_tokens(text, held_out=True)
+    assert torch.equal(ours, train.encode_files(text.tokenizer, held_out=True))
 
 
 def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):

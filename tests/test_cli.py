@@ -204,3 +204,144 @@ def test_composition_of_bad_input(tmp_path, model):
         assert result.exit_code == 1
         assert message in result.output.replace("\n", " ")
     assert run("composition", model, "--kind", "X").exit_code == 2
+
+
+@pytest.fixture
+def worded(model):
+    """The random model with a tokenizer of 97 words: "a0" to "a96", and "[START]" at 0."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"[START]": 0, **{f"a{i}": i for i in range(1, 97)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[START]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[START]"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    return model
+
+
+def test_tables_of_all_heads_are_what_the_library_says(worded, tmp_path):
+    result = run("tables", worded, "--all-heads", "--out", tmp_path / "out", "-k", 4, "--normed")
+    assert result.exit_code == 0, result.output
+    weights = fc.load_weights(worded)
+    tables = {
+        name: pq.read_table(tmp_path / "out" / f"{name}.parquet").to_pylist()
+        for name in ("ov", "qk", "skip-trigrams", "copying", "bigrams")
+    }
+    assert {name: len(rows) for name, rows in tables.items()} == {
+        "ov": 32,
+        "qk": 32,
+        "skip-trigrams": 32,
+        "copying": 8,
+        "bigrams": 4,
+    }
+    accuracy, eigenvalues = fc.copying_accuracy(weights), fc.copying_scores(weights)
+    for i, row in enumerate(tables["copying"]):
+        layer, head = row["layer"], row["head"]
+        assert i == 4 * layer + head
+        for name, x in {**accuracy._asdict(), "eigenvalues": eigenvalues}.items():
+            assert row[name] == pytest.approx(float(x[layer, head]), abs=1e-6)
+    for name, rows in tables.items():
+        for row in rows:
+            for column in ("source", "destination", "output", "token", "next"):
+                if column in row:
+                    assert row[f"{column}_text"] == (f"a{row[column]}" if row[column] else "[START]"), name
+    for head in ((0, 1), (1, 3)):
+        mine = {n: [r for r in rows if (r.get("layer"), r.get("head")) == head] for n, rows in tables.items()}
+        best = fc.top_entries(fc.ov_circuit(weights, head, normed=True), 4, normalize="center")
+        assert [(r["source"], r["output"]) for r in mine["ov"]] == list(
+            zip(*(x.tolist() for x in best[1:]), strict=True)
+        )
+        np.testing.assert_allclose([r["logit"] for r in mine["ov"]], best.values, rtol=1e-5)
+        scores = fc.qk_tables(weights, head, normed=True).token_token
+        best = fc.top_entries(scores, 4, normalize="center")
+        assert [(r["destination"], r["source"]) for r in mine["qk"]] == list(
+            zip(*(x.tolist() for x in best[1:]), strict=True)
+        )
+        triples = fc.skip_trigrams(weights, head, k=4, normed=True).top(4)
+        assert [(r["source"], r["destination"], r["output"]) for r in mine["skip-trigrams"]] == [t[:3] for t in triples]
+        np.testing.assert_allclose([r["score"] for r in mine["skip-trigrams"]], [t.score for t in triples])
+        assert [r["rank"] for r in mine["skip-trigrams"]] == [0, 1, 2, 3]
+    best = fc.top_entries(fc.bigrams(weights, normed=True), 4, normalize="center")
+    assert [(r["token"], r["next"]) for r in tables["bigrams"]] == list(
+        zip(*(x.tolist() for x in best[1:]), strict=True)
+    )
+
+
+def test_tables_of_a_head_and_of_tokens(worded):
+    weights = fc.load_weights(worded)
+    result = run("tables", worded, "--head", "1.2", "--source", "a7", "--source", "[START]", "-k", 3)
+    assert result.exit_code == 0, result.output
+    found = fc.skip_trigrams(weights, (1, 2), [7, 0], 3)
+    for tokens, values in ((found.destinations, found.attention), (found.outputs, found.logits)):
+        for token, value in zip(tokens.flatten().tolist(), values.flatten().tolist(), strict=True):
+            assert f"'a{token}' {value:+.2f}" in result.output
+    assert "'[START]'" in result.output
+    result = run("tables", worded, "--head", "1.2", "-k", 3)
+    for triple in fc.skip_trigrams(weights, (1, 2), k=3).top(3):
+        assert f"{triple.score:+.2f}" in result.output
+        assert f"'a{triple.output}'" in result.output
+    result = run("tables", worded, "--source", "a9", "-k", 2)
+    best = fc.top_per_row(fc.bigrams(weights), 2, [9], normalize="center")
+    for token, value in zip(best.columns[0].tolist(), best.values[0].tolist(), strict=True):
+        assert f"'a{token}' {value:+.2f}" in result.output
+    result = run("tables", worded, "-k", 1)
+    best, accuracy = fc.top_entries(fc.bigrams(weights), 1, normalize="center"), fc.copying_accuracy(weights)
+    assert f"{float(best.values[0]):+.2f}" in result.output
+    assert f"{float(accuracy.positive[1, 3]):.1%}" in result.output
+
+
+def test_tables_without_a_tokenizer_show_ids(model):
+    result = run("tables", model, "--head", "0.0", "--source", "5", "-k", 2)
+    assert result.exit_code == 0, result.output
+    assert f"'{int(fc.skip_trigrams(fc.load_weights(model), (0, 0), [5], 2).outputs[0, 0])}'" in result.output
+
+
+def test_tables_of_rotary_positions_at_an_offset(tmp_path):
+    weights = random_weights(1, positional="rotary", dtype=torch.float32)
+    weights.save(tmp_path / "m.safetensors")
+    result = run("tables", tmp_path / "m.safetensors", "--head", "0.1", "--source", 8, "--offset", 3, "-k", 1)
+    found = fc.skip_trigrams(weights, (0, 1), [8], 1, offset=3)
+    assert f"'{int(found.destinations)}' {float(found.attention):+.2f}" in result.output
+
+
+def test_tables_of_bad_input(worded, tmp_path):
+    random_weights(0, dtype=torch.float32).save(tmp_path / "none.safetensors")
+    for arguments, message in (
+        ([worded, "--head", "4"], "--head is '4', expected LAYER.HEAD"),
+        ([worded, "--head", "2.0"], "head is 2.0; the model has layers 0 to 1"),
+        ([worded, "--head", "0.0", "--source", "a1 a2"], "'a1 a2' is 2 tokens, expected one: 'a1', 'a2'"),
+        ([worded, "--source", ""], "'' is 0 tokens, expected one: none"),
+        ([worded, "--head", "0.0", "--check"], "--head, --all-heads and --check: give one of them"),
+        ([worded, "--source", "a1", "--all-heads"], "--source goes with --head, or alone"),
+        ([worded, "--head", "0.0", "-k", 98], "k is 98, expected an integer from 1 to 97"),
+        ([worded, "--head", "0.0", "--offset", 2], "offset is 2, expected 0"),
+        ([worded, "--check"], "the model has 2 layers"),
+        ([tmp_path / "none.safetensors", "--all-heads"], "has no heads"),
+        ([tmp_path / "none.safetensors", "--source", "a"], "'a' is no token id, and this model has no tokenizer.json"),
+        ([tmp_path / "none.safetensors", "--source", "97"], "rows[0] is 97, expected 0 to 96"),
+        (["no-such-model"], "no-such-model"),
+    ):
+        result = run("tables", *arguments, "--out", tmp_path / "out")
+        assert result.exit_code == 1, arguments
+        assert message in result.output.replace("\n", ""), arguments
+        assert "Traceback" not in result.output
+    assert run("tables", worded, "-k", 0).exit_code == 2
+
+
+def test_check_of_the_bundled_models(monkeypatch):
+    """The check itself, over the held-out text: a tenth of the work."""
+    from pyfastcircuits import text, truth_report
+
+    monkeypatch.setattr(truth_report, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
+    monkeypatch.setattr(truth_report, "SEEN", 60)
+    result = run("tables", "bigram-0l", "--check")
+    assert result.exit_code == 0, result.output
+    for words in ("logits differ from the model's by", "mean KL(counts || table)", "Likeliest successors"):
+        assert words in result.output
+    result = run("tables", "skip-trigram-1l", "--check")
+    assert result.exit_code == 0, result.output
+    shown = {
+        line.split("│")[1].strip(): line.split("│")[-2].strip() for line in result.output.splitlines() if "│" in line
+    }
+    assert (shown["indentation falls"], shown["open ... ,"]) == ("yes", "no")
+    assert "0.7" in shown
