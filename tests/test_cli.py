@@ -334,6 +334,7 @@ def test_check_of_the_bundled_models(monkeypatch):
 
     monkeypatch.setattr(truth_report, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
     monkeypatch.setattr(truth_report, "SEEN", 60)
+    monkeypatch.setattr(truth_report, "TRIPLES", 20)
     result = run("tables", "bigram-0l", "--check")
     assert result.exit_code == 0, result.output
     for words in ("logits differ from the model's by", "mean KL(counts || table)", "Likeliest successors"):
