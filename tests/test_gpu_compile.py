@@ -19,13 +19,17 @@ from gpu_resources import (
     ARCHITECTURES,
     CUDA_LIBRARY,
     PairVariant,
+    ProductVariant,
     Variant,
     compile_pairs,
+    compile_product,
     compile_sweep,
     cuobjdump,
     opcodes,
     pair_variants,
+    product_variants,
     resources,
+    tensor_instructions,
     variants,
 )
 
@@ -42,7 +46,16 @@ def test_triton_pair_norms(variant: PairVariant) -> None:
     check(variant, *compile_pairs(variant))
 
 
-def check(variant: Variant | PairVariant, cubin: bytes, shared: int) -> None:
+@pytest.mark.parametrize("variant", product_variants(), ids=str)
+def test_triton_products(variant: ProductVariant) -> None:
+    cubin, shared = compile_product(variant)
+    check(variant, cubin, shared)
+    if variant.kernel == "factored_topk_entries":  # what it stores must be what the pass before has compared
+        before, _ = compile_product(variant._replace(kernel="factored_topk_segments"))
+        assert tensor_instructions(cubin) == tensor_instructions(before)
+
+
+def check(variant: Variant | PairVariant | ProductVariant, cubin: bytes, shared: int) -> None:
     """It fits, nothing spills, and tensor cores multiply where they may."""
     [(_, _, used)] = resources(cubin)
     assert shared <= ARCHITECTURES[variant.arch]
