@@ -114,10 +114,10 @@ def product_variants() -> Iterator[ProductVariant]:
                 yield ProductVariant(kernel, dtype, precision, 64, 128, screen or dtype == "float32", arch)
             for rank, segment in ((64, 16), (64, 8), (512, 128)):
                 if kernel != "diagonal_ranks" or rank > 64:
-                    yield ProductVariant(kernel, dtype, precision, rank, segment, False, 90)
+                    yield ProductVariant(kernel, dtype, precision, rank, segment, segment == 16, 90)
 
 
-def compile_product(variant: ProductVariant) -> tuple[bytes, int]:
+def compile_product(variant: ProductVariant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small's vocabulary."""
     name, dtype, precision, rank, segment, whole, arch = variant
     kind = arithmetic(dtype, precision)
@@ -126,16 +126,16 @@ def compile_product(variant: ProductVariant) -> tuple[bytes, int]:
     factor, work = "*bf16" if kind == "bf16" else POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = {"A": factor, "B": factor, "slots": "*i32", "asked": "*i64", "ranks": "*i64"}
     types |= dict.fromkeys(("shift", "best", "upper", "lower", "floor", "row_norm", "column_norm", "found"), work)
-    constants = {"DEPTH": rank, "SEGMENT": segment, "PER_ROW": not whole, **config.blocks}
+    constants = {"DEPTH": rank, "SEGMENT": segment, "PER_ROW": segment < 128, **config.blocks}
     if not whole:
         constants |= {"shift": None}
         if name == "factored_topk_segments":
             constants |= {"upper": None, "floor": None}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return _compiled(PRODUCTS[name], types, constants, {"stride"}, options, arch)
+    return _compiled(PRODUCTS[name], types, constants, {"stride"}, options, arch, ones)
 
 
-def compile_pairs(variant: PairVariant) -> tuple[bytes, int]:
+def compile_pairs(variant: PairVariant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for 144 heads."""
     dtype, precision, rank, depth, bounded, arch = variant
     kind = arithmetic(dtype, precision)
@@ -147,10 +147,10 @@ def compile_pairs(variant: PairVariant) -> tuple[bytes, int]:
         constants["before"] = None
     # The launcher finds both counts divisible, as the pointers are.
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return _compiled(pair_norms_kernel, types, constants, {"lefts", "rights"}, options, arch)
+    return _compiled(pair_norms_kernel, types, constants, {"lefts", "rights"}, options, arch, ones)
 
 
-def compile_sweep(variant: Variant) -> tuple[bytes, int]:
+def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small."""
     name, dtype, precision, rank, whole, arch = variant
     kernel = KERNELS[name]
@@ -165,7 +165,7 @@ def compile_sweep(variant: Variant) -> tuple[bytes, int]:
     if not whole:
         constants |= dict.fromkeys(("scale", "mean_base", "mean_basis"))
     options = {"num_stages": config.num_stages} if name == "sweep_nll" else TOKENS_OPTIONS
-    return _compiled(kernel, types, constants, {"basis_stride"}, {"num_warps": config.num_warps, **options}, arch)
+    return _compiled(kernel, types, constants, {"basis_stride"}, {"num_warps": config.num_warps, **options}, arch, ones)
 
 
 def _compiled(
@@ -175,11 +175,18 @@ def _compiled(
     divisible: set[str],
     options: dict[str, int],
     arch: int,
+    ones: bool,
 ) -> tuple[bytes, int]:
-    """The cubin and its dynamic shared memory; all pointers, and the integers named `divisible`, are aligned."""
+    """The cubin and its dynamic shared memory; all pointers, and the integers named `divisible`, are aligned.
+
+    With `ones` all integers are 1, of which the launcher makes constants.
+    """
     names = kernel.arg_names
+    if ones:
+        constants = dict.fromkeys(set(names) - types.keys(), 1) | constants
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    divisible = {name for name in divisible if signature[name] != "constexpr"}
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in divisible]
     source = ASTSource(
         fn=kernel,

@@ -3,10 +3,12 @@
 import os
 import re
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
 from sweep_cases import make
+from topk_cases import whole_numbers
 
 import pyfastcircuits
 from pyfastcircuits import ops
@@ -55,6 +57,20 @@ def test_triton_products(variant: ProductVariant) -> None:
         assert tensor_instructions(cubin) == tensor_instructions(before)
 
 
+@pytest.mark.parametrize(
+    ("compiled", "variant"),
+    [
+        *((compile_sweep, v) for v in variants() if v.arch == 90 and v.precision == "tf32"),
+        *((compile_pairs, v) for v in pair_variants() if v.arch == 90 and v.precision == "tf32"),
+        *((compile_product, v) for v in product_variants() if v.arch == 90 and v.dtype == "float32"),
+    ],
+    ids=str,
+)
+def test_sizes_of_one(compiled: Callable[..., object], variant: object) -> None:
+    """The launcher makes constants of integers that are 1, and constants have no methods."""
+    compiled(variant, ones=True)
+
+
 def check(variant: Variant | PairVariant | ProductVariant, cubin: bytes, shared: int) -> None:
     """It fits, nothing spills, and tensor cores multiply where they may."""
     [(_, _, used)] = resources(cubin)
@@ -95,3 +111,8 @@ def test_cuda_without_a_device() -> None:
         torch.ops.pyfastcircuits.sweep_nll.default.redispatch(key, *sweep, "ieee")
     with pytest.raises(RuntimeError, match="backend='cuda' needs a CUDA device"):
         ops.sweep_statistics(*sweep, backend="cuda")
+    A, B, shift = whole_numbers(4, 6, 3)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        torch.ops.pyfastcircuits.factored_topk.default.redispatch(key, A, B, 2, True, False, shift, "auto")
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        torch.ops.pyfastcircuits.diagonal_ranks.default.redispatch(key, A, B, torch.arange(4))
