@@ -1,8 +1,9 @@
 // The CUDA kernels of factored_topk and diagonal_ranks behind C functions, for tests/test_cuda_on_cpu.py.
+#include "fibers.h"
+// The kernels are text like any other from here on.
 #include "../../csrc/cuda/diagonal_ranks.cuh"
 #include "../../csrc/cuda/factored_topk.cuh"
 #include "../../csrc/plan.h"
-#include "fibers.h"
 
 namespace fc::cuda {
 

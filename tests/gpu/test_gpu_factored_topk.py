@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 FORMS = [("triton", "none"), ("triton", "bf16"), ("cuda", "none")]
 BACKENDS = ["triton", "cuda"]
-SHAPES = [(1, 1, 1), (3, 5, 0), (70, 200, 5), (1, 3333, 20), (1500, 1, 3), (1311, 2590, 70), (300, 5000, 512)]
+SHAPES = [(1, 1, 1), (3, 5, 0), (1, 3333, 20), (1500, 1, 3), (1311, 2590, 70)]
 
 
 def raw(backend: str) -> object:
@@ -37,7 +37,7 @@ def test_shapes_and_ties(backend: str, screen: str, shape: tuple[int, int, int],
         min(1024, most),
         min((MOST_PER_ROW if per_row else MOST)[backend], most),
     }:
-        options = {"largest": largest, "per_row": per_row, "shift": shift if k > 1 else None}
+        options = {"largest": largest, "per_row": per_row, "shift": shift}
         ours = ops.factored_topk(A, B, k, screen=screen, backend=backend, **options)
         for mine, exact in zip(ours, reference.factored_topk(A, B, k, **options), strict=True):
             assert torch.equal(mine, exact.to(mine.dtype))
