@@ -30,13 +30,7 @@ def raw(backend: str) -> object:
 def test_shapes_and_ties(backend: str, screen: str, shape: tuple[int, int, int], largest: bool, per_row: bool) -> None:
     A, B, shift = whole_numbers(*shape, device="cuda")
     most = shape[1] if per_row else shape[0] * shape[1]
-    for k in {
-        1,
-        min(10, most),
-        min(100, most),
-        min(1024, most),
-        min((MOST_PER_ROW if per_row else MOST)[backend], most),
-    }:
+    for k in {1, min(100, most), min((MOST_PER_ROW if per_row else MOST)[backend], most)}:
         options = {"largest": largest, "per_row": per_row, "shift": shift}
         ours = ops.factored_topk(A, B, k, screen=screen, backend=backend, **options)
         for mine, exact in zip(ours, reference.factored_topk(A, B, k, **options), strict=True):
