@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,12 @@ Row = dict[str, str]
 
 P, T, V, r = 72, 1024, 50257, 64  # GPT-2 small, the ablations of one group
 L, H, d = 12, 12, 768
+BEST, ROW_BEST, CHUNK = 100, 10, 4096  # entries of a whole matrix, of a row; rows that torch multiplies at once
 CAPTIONS = {
     "sweep": f"`sweep_nll`, fp32, P={P}, T={T}, V={V:,}, r={r}, one group.",
     "pairs": f"`pair_norms`, fp32, the composition scores of {L}x{H} heads of one kind, d={d}, r={r}; relative errors.",
+    "entries": f"`factored_topk` and `diagonal_ranks`, fp32, one head's circuit: {V:,} x {V:,}, r={r}; the best {BEST} of "
+    f"all, the best {ROW_BEST} of each row, ranks of the diagonal (the error is in ranks).",
 }
 
 
@@ -112,6 +116,41 @@ def pairs() -> Iterator[Row]:
         yield measured(f"triton {precision}", our_form(precision), error, limit, flops, "pairs/s", count)
 
 
+def entries() -> Iterator[Row]:
+    """factored_topk and diagonal_ranks beside products in chunks of rows; the limit is one product, read by nobody."""
+    from pyfastcircuits import ops
+
+    torch.manual_seed(0)
+    A, B = torch.randn(V, r, device="cuda") / r**0.5, torch.randn(r, V, device="cuda")
+    flops = 2 * V * V * r
+    limits = {screen: flops / matmul_rate(rate) for screen, rate in (("none", "ieee"), ("bf16", "bf16"))}
+    forms = (("triton", "bf16"), ("triton", "none"), ("cuda", "none"))
+
+    def chunks(A: Tensor, B: Tensor) -> Iterator[Tensor]:
+        return (A[first : first + CHUNK] @ B for first in range(0, V, CHUNK))
+
+    def torch_best(A: Tensor, B: Tensor, k: int, per_row: bool) -> Tensor:
+        found = [(x if per_row else x.flatten()).topk(k).values for x in chunks(A, B)]
+        return torch.cat(found) if per_row else torch.cat(found).topk(k).values
+
+    def torch_ranks(A: Tensor, B: Tensor) -> Tensor:
+        return torch.cat([(x > x.diagonal(i * CHUNK)[:, None]).sum(1) for i, x in enumerate(chunks(A, B))])
+
+    def row(name: str, form: Callable[[], Tensor], exact: Tensor, limit: float) -> Row:
+        return measured(name, form, lambda out: (out - exact).abs().max(), limit, flops, "products/s", 1)
+
+    for name, k, per_row in ((f"best {BEST}", BEST, False), (f"best {ROW_BEST} of each row", ROW_BEST, True)):
+        exact = torch_best(A.double(), B.double(), k, per_row)
+        yield row(f"{name}: torch in chunks", partial(torch_best, A, B, k, per_row), exact, 0.0)
+        for backend, screen in forms:
+            ours = partial(ops.factored_topk, A, B, k, per_row=per_row, screen=screen, backend=backend)
+            yield row(f"{name}: {backend}, screen {screen}", lambda ours=ours: ours().values, exact, limits[screen])
+    exact = torch_ranks(A.double(), B.double())
+    yield row("ranks: torch in chunks", partial(torch_ranks, A, B), exact, 0.0)
+    for backend in ("triton", "cuda"):
+        yield row(f"ranks: {backend}", partial(ops.diagonal_ranks, A, B, backend=backend), exact, limits["none"])
+
+
 def measured(
     name: str,
     form: Callable[[], Tensor],
@@ -130,7 +169,7 @@ def measured(
     return {
         "form": name,
         "ms": f"{1e3 * taken:.2f}",
-        unit: f"{count / taken:.0f}",
+        unit: f"{count / taken:.{0 if count > 1 else 1}f}",
         "TFLOP/s": f"{flops / taken / 1e12:.1f}",
         "of the limit": f"{limit / taken:.0%}" if limit else "",
         "peak MiB": f"{memory / 2**20:.0f}",
@@ -184,15 +223,23 @@ def exp_rate() -> float:
     return count * SIZE * REPEATS / seconds(lambda: exp_kernel[(count,)](out, num_warps=triton.cdiv(SIZE, 256)))
 
 
+SECTIONS: dict[str, tuple[Callable[[], Iterator[Row] | None], int]] = {  # seconds each may take: one call has 480
+    "build": (build, 120),
+    "tests": (tests, 170),
+    "sweep": (sweep, 90),
+    "pairs": (pairs, 35),
+    "entries": (entries, 60),
+}
+
+
 def main() -> int:
     """Run every section, write the table, and return the number that failed."""
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA GPU here; nothing was built or measured")
         return 2
-    sections = {"build": 160, "tests": 165, "sweep": 110, "pairs": 40}  # seconds each may take: one call has 480
     failed: list[str] = []
     tables: dict[str, list[Row]] = {}
-    for name, limit in sections.items():
+    for name, (_, limit) in SECTIONS.items():
         print(f"-- {name}", flush=True)
         command = [sys.executable, "-c", f"from bench.gpu import run_section; run_section({name!r})"]
         table = ROOT / "build" / f"gpu-{name}.json"
@@ -214,7 +261,7 @@ def main() -> int:
 def run_section(name: str) -> None:
     """In a section's own process: run it and leave its rows, as many as there are, for main."""
     rows: list[Row] = []
-    for row in {"build": build, "tests": tests, "sweep": sweep, "pairs": pairs}[name]() or ():
+    for row in SECTIONS[name][0]() or ():
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
         Path(os.environ["FC_TABLE"]).write_text(json.dumps(rows))

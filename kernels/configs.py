@@ -32,7 +32,12 @@ def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
     Raises:
         ValueError: an unknown op.
     """
-    ops = {"sweep_nll": _sweep_nll, "pair_norms": _pair_norms}
+    ops = {
+        "sweep_nll": _sweep_nll,
+        "pair_norms": _pair_norms,
+        "factored_topk": _factored_topk,
+        "diagonal_ranks": _diagonal_ranks,
+    }
     if op not in ops:
         raise ValueError(f"op is {op!r}, expected one of {', '.join(ops)}")
     return ops[op](shape, dtype, arch)
@@ -51,8 +56,7 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     block_p = min(rows // 16, _power_above(pairs // max(shape["G"], 1)))
     block_t = rows // block_p
     row_blocks = _blocks(pairs, block_p) * _blocks(positions, block_t)
-    wanted = WAVES * MULTIPROCESSORS.get(arch, 132)
-    splits = max(1, min(_blocks(wanted, row_blocks), _blocks(vocabulary, block_v)))
+    splits = _splits(row_blocks, _blocks(vocabulary, block_v), arch)
     blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
     return Config(blocks, splits, warps, stages)
 
@@ -68,6 +72,33 @@ def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
     sizes = (size // block_r, block_r, size // block_s, block_s, block_k)
     names = ("BLOCK_N", "BLOCK_R", "BLOCK_M", "BLOCK_S", "BLOCK_K")
     return Config(dict(zip(names, sizes, strict=True)), 1, warps, stages)
+
+
+def _factored_topk(shape: dict[str, int], dtype: str, arch: int) -> Config:
+    # As wide in every arithmetic: what one has screened in segments, another confirms.
+    return _product(shape, dtype, arch, {"bf16": (128, 128), "fp32": (64, 128), "fp64": (32, 128)}[dtype])
+
+
+def _diagonal_ranks(shape: dict[str, int], dtype: str, arch: int) -> Config:
+    # Square: the tile of a block's diagonal entries is multiplied as all others are.
+    return _product(shape, dtype, arch, {"bf16": (128, 128), "fp32": (64, 64), "fp64": (32, 32)}[dtype])
+
+
+def _product(shape: dict[str, int], dtype: str, arch: int, tile: tuple[int, int]) -> Config:
+    """Row blocks that walk over the tiles of their columns."""
+    rows, columns, rank = (shape[name] for name in "NMr")
+    block_m, block_n = tile
+    deepest = {"bf16": 128, "fp32": 32, "fp64": 16}[dtype]
+    warps = 8 if block_n > 64 else 4
+    block_k = _power_above(max(rank, 16)) if rank <= deepest else min(deepest, 64)
+    splits = _splits(_blocks(rows, block_m), _blocks(columns, block_n), arch)
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, splits, warps, num_stages=2)
+
+
+def _splits(row_blocks: int, column_blocks: int, arch: int) -> int:
+    """Parts of the columns, so that there is work for the whole GPU."""
+    wanted = WAVES * MULTIPROCESSORS.get(arch, 132)
+    return max(1, min(_blocks(wanted, row_blocks), column_blocks))
 
 
 def _part(rank: int, heads: int, size: int) -> int:

@@ -68,7 +68,7 @@ def pair_norms_kernel(
                 across = first_column + column % BLOCK_S
                 columns = (source + tl.minimum(across, WIDTH - 1)) * DEPTH
                 zeros = tl.zeros([BLOCK_N * BLOCK_R, BLOCK_M * BLOCK_S], T)
-                end = rights.to(tl.int64) * WIDTH * DEPTH
+                end = rights * tl.full([], WIDTH * DEPTH, tl.int64)
                 product = multiply(zeros, kept, rows, right, 1, columns, end, DEPTH, BLOCK_K, PRECISION)
                 product = tl.where((within < RANK)[:, None] & (across < WIDTH)[None, :], product, 0.0)
                 sums = tl.sum(tl.reshape(product * product, [BLOCK_N * BLOCK_R, BLOCK_M, BLOCK_S]), 2)

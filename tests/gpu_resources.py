@@ -17,6 +17,12 @@ from triton.compiler import ASTSource
 
 import pyfastcircuits
 from pyfastcircuits.kernels.configs import arithmetic, choose
+from pyfastcircuits.kernels.diagonal_ranks import diagonal_ranks_kernel
+from pyfastcircuits.kernels.factored_topk import (
+    factored_topk_entries_kernel,
+    factored_topk_screen_kernel,
+    factored_topk_segments_kernel,
+)
 from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
 from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 
@@ -24,6 +30,12 @@ ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # shared memory a bloc
 CUDA_LIBRARY = Path(pyfastcircuits.__file__).parent / "_cuda.so"
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16"}
 KERNELS = {"sweep_nll": sweep_nll_kernel, "sweep_nll_tokens": sweep_nll_tokens_kernel}
+PRODUCTS = {
+    "factored_topk_screen": factored_topk_screen_kernel,
+    "factored_topk_segments": factored_topk_segments_kernel,
+    "factored_topk_entries": factored_topk_entries_kernel,
+    "diagonal_ranks": diagonal_ranks_kernel,
+}
 OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "FFMA", "FFMA2", "LDGSTS")
 
 
@@ -46,6 +58,18 @@ class PairVariant(NamedTuple):
     rank: int
     depth: int
     bounded: bool  # with before
+    arch: int
+
+
+class ProductVariant(NamedTuple):
+    """One specialisation of a kernel of factored_topk or diagonal_ranks."""
+
+    kernel: str
+    dtype: str
+    precision: str
+    rank: int
+    segment: int
+    whole: bool  # with shift, and bounds from a screen
     arch: int
 
 
@@ -80,7 +104,38 @@ def pair_variants() -> Iterator[PairVariant]:
         yield PairVariant(dtype, precision, 8, 16, False, 90)
 
 
-def compile_pairs(variant: PairVariant) -> tuple[bytes, int]:
+def product_variants() -> Iterator[ProductVariant]:
+    """Each arithmetic on each architecture; on one, more than one step of the rank and the segments of single rows."""
+    for kernel in PRODUCTS:
+        screen = kernel == "factored_topk_screen"
+        kinds = [("float32", "bf16")] if screen else [(t, "ieee") for t in ("float32", "float64", "bfloat16")]
+        for dtype, precision in kinds:
+            for arch in ARCHITECTURES:
+                yield ProductVariant(kernel, dtype, precision, 64, 128, screen or dtype == "float32", arch)
+            for rank, segment in ((64, 16), (64, 8), (512, 128)):
+                if kernel != "diagonal_ranks" or rank > 64:
+                    yield ProductVariant(kernel, dtype, precision, rank, segment, segment == 16, 90)
+
+
+def compile_product(variant: ProductVariant, ones: bool = False) -> tuple[bytes, int]:
+    """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small's vocabulary."""
+    name, dtype, precision, rank, segment, whole, arch = variant
+    kind = arithmetic(dtype, precision)
+    op = "diagonal_ranks" if name == "diagonal_ranks" else "factored_topk"
+    config = choose(op, {"N": 50257, "M": 50257, "r": rank}, kind, arch)
+    factor, work = "*bf16" if kind == "bf16" else POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
+    types = {"A": factor, "B": factor, "slots": "*i32", "asked": "*i64", "ranks": "*i64"}
+    types |= dict.fromkeys(("shift", "best", "upper", "lower", "floor", "row_norm", "column_norm", "found"), work)
+    constants = {"DEPTH": rank, "SEGMENT": segment, "PER_ROW": segment < 128, **config.blocks}
+    if not whole:
+        constants |= {"shift": None}
+        if name == "factored_topk_segments":
+            constants |= {"upper": None, "floor": None}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _compiled(PRODUCTS[name], types, constants, {"stride"}, options, arch, ones)
+
+
+def compile_pairs(variant: PairVariant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for 144 heads."""
     dtype, precision, rank, depth, bounded, arch = variant
     kind = arithmetic(dtype, precision)
@@ -92,10 +147,10 @@ def compile_pairs(variant: PairVariant) -> tuple[bytes, int]:
         constants["before"] = None
     # The launcher finds both counts divisible, as the pointers are.
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return _compiled(pair_norms_kernel, types, constants, {"lefts", "rights"}, options, arch)
+    return _compiled(pair_norms_kernel, types, constants, {"lefts", "rights"}, options, arch, ones)
 
 
-def compile_sweep(variant: Variant) -> tuple[bytes, int]:
+def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small."""
     name, dtype, precision, rank, whole, arch = variant
     kernel = KERNELS[name]
@@ -110,7 +165,7 @@ def compile_sweep(variant: Variant) -> tuple[bytes, int]:
     if not whole:
         constants |= dict.fromkeys(("scale", "mean_base", "mean_basis"))
     options = {"num_stages": config.num_stages} if name == "sweep_nll" else TOKENS_OPTIONS
-    return _compiled(kernel, types, constants, {"basis_stride"}, {"num_warps": config.num_warps, **options}, arch)
+    return _compiled(kernel, types, constants, {"basis_stride"}, {"num_warps": config.num_warps, **options}, arch, ones)
 
 
 def _compiled(
@@ -120,11 +175,18 @@ def _compiled(
     divisible: set[str],
     options: dict[str, int],
     arch: int,
+    ones: bool,
 ) -> tuple[bytes, int]:
-    """The cubin and its dynamic shared memory; all pointers, and the integers named `divisible`, are aligned."""
+    """The cubin and its dynamic shared memory; all pointers, and the integers named `divisible`, are aligned.
+
+    With `ones` all integers are 1, of which the launcher makes constants.
+    """
     names = kernel.arg_names
+    if ones:
+        constants = dict.fromkeys(set(names) - types.keys(), 1) | constants
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    divisible = {name for name in divisible if signature[name] != "constexpr"}
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in divisible]
     source = ASTSource(
         fn=kernel,
@@ -165,6 +227,11 @@ def opcodes(cubin: bytes) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def tensor_instructions(cubin: bytes) -> set[str]:
+    """The kinds of tensor-core instructions in the machine code, with the shapes of what they multiply."""
+    return set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|DMMA)\b\S*", cuobjdump(cubin, "-sass")))
+
+
 def main() -> None:
     """Print the table."""
     print(f"{'kernel':58} {'arch':6} {'registers':>9} {'shared':>7} {'stack':>5}  instructions")
@@ -180,6 +247,15 @@ def main() -> None:
         [(_, _, used)] = resources(cubin)
         print(
             f"{name:58} sm_{pair.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True
+        )
+    for product in product_variants():
+        cubin, shared = compile_product(product)
+        name = f"triton {product.kernel} {product.dtype} {product.precision} r={product.rank} segment={product.segment}"
+        name += " shift" if product.whole else ""
+        [(_, _, used)] = resources(cubin)
+        print(
+            f"{name:58} sm_{product.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}",
+            flush=True,
         )
     for arch, name, used in resources(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else []:
         print(f"{'cuda ' + name:58} {arch:6} {used.registers:>9} {used.shared:>7} {used.stack:>5}")

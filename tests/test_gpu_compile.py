@@ -3,10 +3,12 @@
 import os
 import re
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
 from sweep_cases import make
+from topk_cases import whole_numbers
 
 import pyfastcircuits
 from pyfastcircuits import ops
@@ -19,13 +21,17 @@ from gpu_resources import (
     ARCHITECTURES,
     CUDA_LIBRARY,
     PairVariant,
+    ProductVariant,
     Variant,
     compile_pairs,
+    compile_product,
     compile_sweep,
     cuobjdump,
     opcodes,
     pair_variants,
+    product_variants,
     resources,
+    tensor_instructions,
     variants,
 )
 
@@ -42,7 +48,30 @@ def test_triton_pair_norms(variant: PairVariant) -> None:
     check(variant, *compile_pairs(variant))
 
 
-def check(variant: Variant | PairVariant, cubin: bytes, shared: int) -> None:
+@pytest.mark.parametrize("variant", product_variants(), ids=str)
+def test_triton_products(variant: ProductVariant) -> None:
+    cubin, shared = compile_product(variant)
+    check(variant, cubin, shared)
+    if variant.kernel == "factored_topk_entries":  # what it stores must be what the pass before has compared
+        before, _ = compile_product(variant._replace(kernel="factored_topk_segments"))
+        assert tensor_instructions(cubin) == tensor_instructions(before)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "variant"),
+    [
+        *((compile_sweep, v) for v in variants() if v.arch == 90 and v.precision == "tf32"),
+        *((compile_pairs, v) for v in pair_variants() if v.arch == 90 and v.precision == "tf32"),
+        *((compile_product, v) for v in product_variants() if v.arch == 90 and v.dtype == "float32"),
+    ],
+    ids=str,
+)
+def test_sizes_of_one(compiled: Callable[..., object], variant: object) -> None:
+    """The launcher makes constants of integers that are 1, and constants have no methods."""
+    compiled(variant, ones=True)
+
+
+def check(variant: Variant | PairVariant | ProductVariant, cubin: bytes, shared: int) -> None:
     """It fits, nothing spills, and tensor cores multiply where they may."""
     [(_, _, used)] = resources(cubin)
     assert shared <= ARCHITECTURES[variant.arch]
@@ -82,3 +111,8 @@ def test_cuda_without_a_device() -> None:
         torch.ops.pyfastcircuits.sweep_nll.default.redispatch(key, *sweep, "ieee")
     with pytest.raises(RuntimeError, match="backend='cuda' needs a CUDA device"):
         ops.sweep_statistics(*sweep, backend="cuda")
+    A, B, shift = whole_numbers(4, 6, 3)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        torch.ops.pyfastcircuits.factored_topk.default.redispatch(key, A, B, 2, True, False, shift, "auto")
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        torch.ops.pyfastcircuits.diagonal_ranks.default.redispatch(key, A, B, torch.arange(4))

@@ -79,7 +79,7 @@ struct Tile {
 #pragma unroll
         for (int i = 0; i < kMicro; ++i)
 #pragma unroll
-          for (int j = 0; j < kMicro; ++j) micro[i][j] += a[i] * b[j];
+          for (int j = 0; j < kMicro; ++j) micro[i][j] = fma(a[i], b[j], micro[i][j]);
       }
     }
   }
