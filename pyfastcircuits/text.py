@@ -44,13 +44,16 @@ class TokenText:
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer.json; pass --tokens instead of a text")
-        ids: list[int] = self.tokenizer.encode(text).ids
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     @property
     def start(self) -> int | None:
-        """The [START] token every sequence begins with, None where the tokenizer has none."""
-        return None if self.tokenizer is None else self.tokenizer.token_to_id(START)
+        """The token every sequence begins with: [START], or what the tokenizer puts in front; None if there is none."""
+        if self.tokenizer is None:
+            return None
+        put_in_front: list[int] = self.tokenizer.encode("").ids
+        return put_in_front[0] if put_in_front else self.tokenizer.token_to_id(START)
 
 
 def held_out_text() -> str:
