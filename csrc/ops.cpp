@@ -4,17 +4,19 @@
 STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
   // base [T,V], delta [P,T,r], basis [G,r,V], tokens [T,K], group [P], scale [P,T], clean_lse [T]
   // -> lse [P,T], logits of `tokens` [P,T,K], E_clean[logits - base] [P,T] (empty without clean_lse); all fp64.
-  // A token outside [0, V) is not in this slice of the vocabulary: its logit is 0.
+  // A token outside [0, V) is not in this slice of the vocabulary: its logit is 0. With cap, logits x are
+  // cap * tanh(x / cap), those of the clean run too; base is given without it.
   m.def(
       "sweep_nll(Tensor base, Tensor delta, Tensor basis, Tensor tokens, Tensor group, Tensor? scale, "
-      "Tensor? clean_lse, str precision) -> (Tensor, Tensor, Tensor)");
+      "Tensor? clean_lse, str precision, float? cap=None) -> (Tensor, Tensor, Tensor)");
   // left [N,r,d], right [M,d,s], before [M] -> ||left[i] @ right[j]||_F [N,M] in left's dtype (fp32 for bfloat16).
   // Pairs with i >= before[j] are 0 and cost nothing. `gram`: as <left[i]^T left[i], right[j] right[j]^T>^(1/2).
   m.def("pair_norms(Tensor left, Tensor right, Tensor? before, str precision, bool gram) -> Tensor");
   // factors [N,d,r] -> upper R [N,r,r] in fp64 with R^T R = W^T W, and whether W^T W was regular [N]; if not, R is 0.
   m.def("triangles(Tensor factors) -> (Tensor, Tensor)");
   // A [N,r], B [r,M], shift [N] -> the k best entries of A @ B - shift[:,None], best first, equal ones by row, then
-  // column: values in A's dtype (fp32 for bfloat16), rows, columns; [k], or [N,k] `per_row`. screen: "auto", "none", "bf16".
+  // column: values in A's dtype (fp32 for bfloat16), rows, columns; [k], or [N,k] `per_row`. screen: "auto", "none",
+  // "bf16".
   m.def(
       "factored_topk(Tensor A, Tensor B, int k, bool largest, bool per_row, Tensor? shift, str screen) "
       "-> (Tensor, Tensor, Tensor)");
