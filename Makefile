@@ -27,12 +27,12 @@ test: build
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
 
-# Against TransformerLens, before and after its version 4, and its own tests of FactoredMatrix with ours in its place. Each
+# Against Hugging Face models and TransformerLens, before and after its version 4, and its own tests of FactoredMatrix with ours in its place. Each
 # version has an environment of its own, which shares torch and ours with the first.
 lens: $(LENS:%=lens-%)
 
 lens-%: .venv-lens-%/ready
-	$(LENS_BIN)/python -m pytest tests/integrations
+	$(LENS_BIN)/python -m pytest tests/integrations tests/adapters
 	cd .venv-lens-$*/theirs/transformer_lens-$* && PYTHONPATH=$(CURDIR)/tests/integrations \
 	../../bin/python -m pytest -q -c /dev/null -p ours_in_place tests/unit/factored_matrix
 

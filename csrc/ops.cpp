@@ -4,10 +4,11 @@
 STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
   // base [T,V], delta [P,T,r], basis [G,r,V], tokens [T,K], group [P], scale [P,T], clean_lse [T]
   // -> lse [P,T], logits of `tokens` [P,T,K], E_clean[logits - base] [P,T] (empty without clean_lse); all fp64.
-  // A token outside [0, V) is not in this slice of the vocabulary: its logit is 0.
+  // A token outside [0, V) is not in this slice of the vocabulary: its logit is 0. With cap, logits x are
+  // cap * tanh(x / cap), those of the clean run too; base is given without it.
   m.def(
       "sweep_nll(Tensor base, Tensor delta, Tensor basis, Tensor tokens, Tensor group, Tensor? scale, "
-      "Tensor? clean_lse, str precision) -> (Tensor, Tensor, Tensor)");
+      "Tensor? clean_lse, str precision, float? cap=None) -> (Tensor, Tensor, Tensor)");
   // left [N,r,d], right [M,d,s], before [M] -> ||left[i] @ right[j]||_F [N,M] in left's dtype (fp32 for bfloat16).
   // Pairs with i >= before[j] are 0 and cost nothing.
   m.def("pair_norms(Tensor left, Tensor right, Tensor? before, str precision) -> Tensor");

@@ -17,8 +17,9 @@ struct SweepSizes {
 
 inline SweepSizes check_sweep(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& tokens,
                               const Tensor& group, const std::optional<Tensor>& scale,
-                              const std::optional<Tensor>& clean_lse) {
+                              const std::optional<Tensor>& clean_lse, std::optional<double> cap) {
   using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(!cap.has_value() || *cap > 0, "cap is ", cap.value_or(0), ", expected a positive number");
   STD_TORCH_CHECK(base.dim() == 2, "base has shape ", shape_of(base), ", expected [T, V]");
   STD_TORCH_CHECK(delta.dim() == 3, "delta has shape ", shape_of(delta), ", expected [P, T, r]");
   STD_TORCH_CHECK(basis.dim() == 3, "basis has shape ", shape_of(basis), ", expected [G, r, V]");

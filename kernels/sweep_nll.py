@@ -46,6 +46,23 @@ def _rows(order, group, pairs, positions, groups, block, BLOCK_P: tl.constexpr, 
 
 
 @triton.jit
+def _capped(x, CAP: tl.constexpr):
+    """CAP * tanh(x / CAP); near zero, where 1 - 2 / (e^2x + 1) cancels, by Cephes' polynomial or rational."""
+    x = x / CAP
+    z = x * x
+    if x.dtype == tl.float64:
+        p = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
+        q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+        near = x * (z * p / q) + x
+    else:
+        p = ((z * -5.70498872745e-3 + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+        near = (p * z - 3.33332819422e-1) * z * x + x
+    far = 1 - 2 / (tl.exp2(tl.minimum(tl.abs(x), 40.0) * (2 * LOG2E)) + 1)
+    out = tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+    return CAP * tl.where(x == x, out, x)
+
+
+@triton.jit
 def _logits(
     base,  # [M] pointers
     scale,  # [M] or None
@@ -59,6 +76,7 @@ def _logits(
     RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """The ablated logits [M, N]; -inf in columns from `end` on."""
     # Added to the base afterwards: a sum that starts from a large logit would round at every step.
@@ -66,6 +84,8 @@ def _logits(
     logits = product + tl.load(base[:, None] + columns[None, :], (columns < end)[None, :], float("-inf"))
     if scale is not None:
         logits = tl.where((columns < end)[None, :], logits * scale[:, None], float("-inf"))
+    if CAP is not None:
+        logits = tl.where((columns < end)[None, :], _capped(logits, CAP), float("-inf"))
     return logits
 
 
@@ -92,6 +112,7 @@ def sweep_nll_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Sums of exponentials of one block of rows over one split of the vocabulary."""
     T: tl.constexpr = tl.float64 if base.dtype.element_ty == tl.float64 else tl.float32
@@ -127,6 +148,7 @@ def sweep_nll_kernel(
                 RANK,
                 BLOCK_K,
                 PRECISION,
+                CAP,
             )
             tallest = tl.maximum(highest, tl.max(logits, 1))
             reference = _reference(tallest)
@@ -164,6 +186,7 @@ def sweep_nll_tokens_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Logits of the tokens, and the expected change, of one block of rows.
 
@@ -203,6 +226,7 @@ def sweep_nll_tokens_kernel(
                 RANK,
                 BLOCK_K,
                 PRECISION,
+                CAP,
             )
             value = tl.sum(tl.where(own & there[None, :], logits, 0.0), 1)
             tl.store(picked + out * choices + k, value.to(tl.float64) + poison, here)
@@ -228,13 +252,19 @@ def sweep_nll_triton(
     scale: Tensor | None,  # [P, T]
     clean_lse: Tensor | None,  # [T]
     precision: str,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch.ops.pyfastcircuits.sweep_nll by Triton: the same arguments and results, and precision "tf32" as well.
 
     Raises:
         ValueError: shapes that do not fit, or a precision that the dtype does not have.
+        RuntimeError: clean_lse with a cap: the expected change is then not linear in the basis.
     """
     _check(base, delta, basis, tokens, group, scale, clean_lse, precision)
+    if cap is not None and clean_lse is not None:
+        raise RuntimeError(
+            f"the triton backend has no divergence of capped logits (cap is {cap}): take backend='cuda', or no kl"
+        )
     lse, picked, change = _outputs(base, delta, basis, tokens, group, scale, clean_lse, precision)
     (pairs, positions, rank), vocabulary = delta.shape, base.shape[1]
     if lse.numel() == 0:
@@ -276,6 +306,7 @@ def sweep_nll_triton(
             triton.cdiv(triton.cdiv(vocabulary, config.blocks["BLOCK_V"]), config.splits),
             RANK=rank,
             PRECISION=precision,
+            CAP=cap,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **config.blocks,
@@ -300,6 +331,7 @@ def sweep_nll_triton(
             basis.shape[2],
             RANK=rank,
             PRECISION=precision,
+            CAP=cap,
             num_warps=config.num_warps,
             **TOKENS_OPTIONS,
             **rows,
@@ -340,6 +372,7 @@ def _outputs(
     scale: Tensor | None,
     clean_lse: Tensor | None,
     precision: str,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pairs, positions, _ = delta.shape
     shapes = ((pairs, positions), (pairs, positions, tokens.shape[1]), (0 if clean_lse is None else pairs, positions))

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ except ImportError as error:
 from pyfastcircuits import (
     bigrams,
     build_info,
+    center,
     composed_eigenvalues,
     composition_baseline,
     composition_scores,
@@ -33,11 +34,16 @@ from pyfastcircuits import (
     top_entries,
     top_per_row,
 )
+from pyfastcircuits.adapters.folder import is_folder, model_in
 from pyfastcircuits.composition import Kind
 from pyfastcircuits.sweep import limit_seconds, run_sweep, worst_tokens
 from pyfastcircuits.weights import CircuitWeights
 
+MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"
 Dtype = Literal["float32", "float64", "bfloat16"]
+
+PATTERNS = 4 << 30  # bytes of attention patterns that a sweep keeps, unless it is told how many sequences to run
+SEQUENCES = "256, or as many as have 4 GiB of attention patterns"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -57,13 +63,16 @@ def info() -> None:
 
 @app.command()
 def sweep(
-    model: Annotated[str, typer.Argument(help="a bundled model, or a safetensors file or folder")] = "induction-2l",
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL, show_default="induction-2l")] = None,
+    option: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="the same, by name")] = None,
     text_file: Annotated[Path | None, typer.Option("--text", help="a text to run over")] = None,
     tokens_file: Annotated[Path | None, typer.Option("--tokens", help="token ids: .npy, or text, a row a line")] = None,
     scope: Annotated[str, typer.Option(help="what a pair's ablation takes out: path")] = "path",
     top: Annotated[int, typer.Option(min=0, help="pairs to show")] = 10,
     out: Annotated[Path, typer.Option(help="folder of sweep.parquet, orders.parquet and pairs.png")] = Path("out"),
-    sequences: Annotated[int, typer.Option(min=1, help="at most so many sequences of the text")] = 256,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="at most so many sequences of the text", show_default=SEQUENCES)
+    ] = None,
     length: Annotated[int, typer.Option(min=2, help="tokens a sequence; at most the model's positions")] = 512,
     backend: Annotated[ops.Backend, typer.Option(help="which kernels run")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "float32",
@@ -75,13 +84,17 @@ def sweep(
         if text_file and tokens_file:
             raise ValueError("--text and --tokens: give one of them")
         _check_folder(out)
-        weights = _place(load_weights(model), dtype, backend)
+        model = _named(name, option)
+        run = _model(model, dtype, backend)
+        weights = run if isinstance(run, CircuitWeights) else CircuitWeights.from_model(run)
         shown = text.TokenText(model)
         if tokens_file:
             tokens = text.read_tokens(tokens_file)
         else:
             content = text_file.read_text(encoding="utf-8", errors="replace") if text_file else text.held_out_text()
-            tokens = text.sequences_of(shown, content, min(length, weights.n_ctx or length), sequences)
+            length = min(length, _positions(run, weights) or length)
+            most = sequences or max(1, min(256, PATTERNS // _pattern_bytes(weights, length)))
+            tokens = text.sequences_of(shown, content, length, most)
         rows, count = tokens.shape[0] * (tokens.shape[1] - 1), _pairs(weights)
         console.print(
             f"{model}: {weights.n_layers} layers, {weights.n_heads} heads, {weights.d_vocab} tokens; "
@@ -92,7 +105,7 @@ def sweep(
         with _progress() as progress:
             task = progress.add_task("", total=count)
             result = run_sweep(
-                weights,
+                run,
                 tokens.to(weights.device),
                 scope=scope,
                 low_memory=low_memory,
@@ -120,7 +133,8 @@ def sweep(
 
 @app.command()
 def composition(
-    model: Annotated[str, typer.Argument(help="a bundled model, or a safetensors file or folder")] = "induction-2l",
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL, show_default="induction-2l")] = None,
+    option: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="the same, by name")] = None,
     kind: Annotated[Kind, typer.Option(help="what of the destination reads: queries, keys or values")] = "K",
     top: Annotated[int, typer.Option(min=0, help="pairs to show")] = 10,
     out: Annotated[Path, typer.Option(help="folder of composition-K.parquet and composition-K.png")] = Path("out"),
@@ -128,10 +142,15 @@ def composition(
     dtype: Annotated[Dtype, typer.Option(help="of the weights")] = "float32",
     precision: Annotated[ops.Precision, typer.Option(help="of the multiply-adds")] = "ieee",
 ) -> None:
-    """Composition scores of every pair of heads, against a random rotation, with the spectra that go with them."""
+    """Composition scores of every pair of heads, against a random rotation, with the spectra that go with them.
+
+    Norm gains are in the weights; with layernorms, what is written is centred first.
+    """
     with _errors():
         _check_folder(out)
+        model = _named(name, option)
         weights = _place(load_weights(model), dtype, backend)
+        weights = center(weights) if weights.norm == "layernorm" else weights
         count = _pairs(weights)
         if not count:
             raise ValueError(f"{model} has {weights.n_layers} layers: composition needs two heads in different layers")
@@ -247,11 +266,39 @@ def _pairs(weights: CircuitWeights) -> int:
     return weights.n_layers * (weights.n_layers - 1) // 2 * weights.n_heads**2
 
 
-def _place(weights: CircuitWeights, dtype: str, backend: str) -> CircuitWeights:
+def _named(name: str | None, option: str | None) -> str:
+    if name and option:
+        raise ValueError(f"model is given twice, as {name!r} and --model {option!r}: give one of them")
+    return name or option or "induction-2l"
+
+
+def _model(name: str, dtype: str, backend: str) -> Any:
+    """What a sweep runs: CircuitWeights, or the model of a Hugging Face folder."""
+    path = Path(name)
+    if not (path.is_dir() and is_folder(path)):
+        return _place(load_weights(name), dtype, backend)
+    return model_in(path, getattr(torch, dtype)).to(_device(backend))
+
+
+def _positions(model: Any, weights: CircuitWeights) -> int | None:
+    """Positions the model has, None where nothing says."""
+    return weights.n_ctx or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def _pattern_bytes(weights: CircuitWeights, length: int) -> int:
+    """Attention patterns of one sequence."""
+    return max(1, weights.n_layers) * weights.n_heads * length**2 * weights.compute_dtype.itemsize
+
+
+def _device(backend: str) -> str:
     on_gpu = backend in ("triton", "cuda") or (backend == "auto" and torch.cuda.is_available())
     if on_gpu and not torch.cuda.is_available():
         ops.resolve_backend(backend, torch.device("cuda"))  # says what is missing
-    return weights.to(getattr(torch, dtype)).to("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+    return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+
+
+def _place(weights: CircuitWeights, dtype: str, backend: str) -> CircuitWeights:
+    return weights.to(getattr(torch, dtype)).to(_device(backend))
 
 
 def _check_folder(folder: Path) -> None:

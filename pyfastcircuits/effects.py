@@ -127,6 +127,7 @@ def _merged(
             clean_lse,
             options.precision,
             options.backend,
+            clean.weights.logit_cap,
         )
         if total is None:
             total = statistics

@@ -14,6 +14,7 @@ def sweep_nll(
     group: Tensor,  # [P]
     scale: Tensor | None = None,  # [P, T]
     clean_lse: Tensor | None = None,  # [T]
+    cap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logsumexp [P,T], logits of `tokens` [P,T,K] and expected change under the clean run [P,T] (or [0,T])."""
@@ -21,6 +22,8 @@ def sweep_nll(
     logits = base + delta @ basis[group]
     if scale is not None:
         logits = logits * scale.to(dtype)[..., None]
+    if cap is not None:
+        logits, base = (cap * (x / cap).tanh() for x in (logits, base))
     here = (tokens >= 0) & (tokens < base.shape[1])
     index = torch.where(here, tokens, 0).expand(len(delta), -1, -1)
     picked = torch.where(here, logits.gather(-1, index), 0.0)

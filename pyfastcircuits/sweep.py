@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Sweep:
 
 
 def run_sweep(
-    weights: CircuitWeights,
+    model: Any,
     tokens: Tensor,
     *,
     scope: str = "path",
@@ -40,18 +41,20 @@ def run_sweep(
 ) -> Sweep:
     """Orders, layer marginals and every pair of heads: a function of its arguments alone.
 
+    `model` is CircuitWeights or a model of another library, as for trace.
+
     Raises:
         ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses and pair_ablation.
     """
-    run = trace(weights, tokens)
+    run = trace(model, tokens)
     orders = order_losses(run, backend=backend)
     marginals = layer_marginals(run, backend=backend)
     start = time.perf_counter()
     pairs = pair_ablation(
         run, scope, kl=True, low_memory=low_memory, precision=precision, backend=backend, progress=progress
     )
-    if weights.device.type == "cuda":
-        torch.cuda.synchronize(weights.device)
+    if tokens.device.type == "cuda":
+        torch.cuda.synchronize(tokens.device)
     return Sweep(run, orders, marginals, pairs, time.perf_counter() - start)
 
 

@@ -55,8 +55,8 @@ class TokenText:
             ValueError: the model has no tokenizer.
         """
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer.json, so it reads token ids and no text")
-        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts)]
+            raise ValueError("this model has no tokenizer.json, so it reads token ids and no text; pass --tokens")
+        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def token(self, text: str) -> int:
         """The one token that a text is; "\\n" and "\\t" stand for a line break and a tab. An id without a tokenizer.
@@ -76,8 +76,11 @@ class TokenText:
 
     @property
     def start(self) -> int | None:
-        """The [START] token every sequence begins with, None where the tokenizer has none."""
-        return None if self.tokenizer is None else self.tokenizer.token_to_id(START)
+        """The token every sequence begins with: [START], or what the tokenizer puts in front; None if there is none."""
+        if self.tokenizer is None:
+            return None
+        put_in_front: list[int] = self.tokenizer.encode("").ids
+        return put_in_front[0] if put_in_front else self.tokenizer.token_to_id(START)
 
 
 def held_out_text() -> str:

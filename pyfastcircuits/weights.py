@@ -21,7 +21,7 @@ POSITIONAL = ("none", "standard", "shortformer", "rotary")
 NORMS = ("layernorm", "rmsnorm")
 BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
 _METADATA = "pyfastcircuits"
-_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,34 +347,54 @@ def model_folder(name_or_path: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def load_weights(name_or_path: str | Path) -> CircuitWeights:
-    """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
+def open_safetensors(file: Path) -> Any:
+    """A safetensors file, memory-mapped.
 
     Raises:
-        FileNotFoundError: no such model.
-        ValueError: a pickle (never opened: loading one runs code), a corrupt file, tensors that are missing, extra or
-            do not fit.
+        ValueError: it is not readable.
         ImportError: the safetensors package is missing.
     """
-    folder = model_folder(name_or_path)
-    path = Path(name_or_path)
-    file = path if path.is_file() else folder / "model.safetensors"
-    if file.suffix in _PICKLES:
-        raise ValueError(f"{file} is a pickle by its name, and loading one runs code; convert it to safetensors")
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing")
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError("loading weights needs safetensors: pip install 'pyfastcircuits[cli]'") from error
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def load_weights(name_or_path: str | Path) -> CircuitWeights:
+    """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
+
+    A folder is one that CircuitWeights.save has written to, or one of a Hugging Face model: config.json and safetensors
+    files, which stay memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: a pickle (never opened: loading one runs code), a corrupt file, tensors that are missing, extra or
+            do not fit; a Hugging Face family that is not supported.
+        ImportError: the safetensors package is missing.
+    """
+    folder = model_folder(name_or_path)
+    path = Path(name_or_path)
+    from pyfastcircuits.adapters.folder import is_folder, weights_in
+
+    if path.is_dir() and is_folder(folder):
+        return weights_in(folder)
+    file = path if path.is_file() else folder / "model.safetensors"
+    if file.suffix in PICKLES:
+        raise ValueError(f"{file} is a pickle by its name, and loading one runs code; convert it to safetensors")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing")
+    opened = open_safetensors(file)
+    metadata = opened.metadata() or {}
+    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     if _METADATA not in metadata:
-        raise ValueError(f"{file} holds no '{_METADATA}' metadata: it was not written by CircuitWeights.save")
+        raise ValueError(
+            f"{file} holds no '{_METADATA}' metadata: it was not written by CircuitWeights.save (a Hugging Face model "
+            "is loaded by its folder)"
+        )
     try:
         return CircuitWeights(**tensors, **json.loads(metadata[_METADATA]))
     except (TypeError, json.JSONDecodeError) as error:

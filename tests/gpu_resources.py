@@ -161,7 +161,7 @@ def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
     types = {"base": element, "delta": factor, "basis": factor, "mean_base": work, "mean_basis": work}
     types |= {"references": work, "totals": work, "scale": "*fp64", "picked": "*fp64", "change": "*fp64"}
     types |= dict.fromkeys(("tokens", "order", "group"), "*i64")
-    constants = {"RANK": rank, "PRECISION": precision, **config.blocks}
+    constants = {"RANK": rank, "PRECISION": precision, "CAP": None, **config.blocks}
     if not whole:
         constants |= dict.fromkeys(("scale", "mean_base", "mean_basis"))
     options = {"num_stages": config.num_stages} if name == "sweep_nll" else TOKENS_OPTIONS

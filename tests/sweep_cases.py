@@ -33,8 +33,9 @@ def make(
     dtype: torch.dtype = torch.float32,
     size: float = 3.0,
     device: str = "cpu",
+    cap: float | None = None,
 ) -> Sweep:
-    """Random inputs; logits of about `size`."""
+    """Random inputs; logits of about `size`. `cap`: what will be asked for with them."""
     generator = torch.Generator().manual_seed(P + 10 * T + 100 * V + 1000 * r)
 
     def normal(*shape: int) -> Tensor:
@@ -48,9 +49,13 @@ def make(
         tokens=torch.randint(0, max(V, 1), (T, K), generator=generator),
         group=torch.randint(0, G, (P,), generator=generator),
         scale=(0.5 + torch.rand(P, T, generator=generator, dtype=torch.float64)) if scale else None,
-        clean_lse=base.double().logsumexp(-1) if clean else None,
+        clean_lse=capped(base.double(), cap).logsumexp(-1) if clean else None,
     )
     return Sweep(*(None if x is None else x.to(device) for x in sweep))
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * (x / cap).tanh()
 
 
 def not_finite(device: str = "cpu") -> Sweep:
@@ -65,12 +70,12 @@ def not_finite(device: str = "cpu") -> Sweep:
     return sweep._replace(clean_lse=sweep.base.double().logsumexp(-1))
 
 
-def eager(sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
+def eager(sweep: Sweep, cap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """What a user would write, in the inputs' dtype (bfloat16 accumulates in fp32)."""
     work = torch.promote_types(sweep.base.dtype, torch.float32)
-    return reference.sweep_nll(*sweep, dtype=work)
+    return reference.sweep_nll(*sweep, cap, dtype=work)
 
 
-def exact(sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
+def exact(sweep: Sweep, cap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The reference, in fp64."""
-    return reference.sweep_nll(*sweep)
+    return reference.sweep_nll(*sweep, cap)

@@ -46,7 +46,7 @@ def test_path_logits(path):
 def test_final_norm_with_parameters_and_cap():
     g = torch.Generator().manual_seed(1)
     extra = {name: torch.randn(6, generator=g, dtype=torch.float64) for name in ("ln_final_w", "ln_final_b")}
-    weights = replace(small(norm="layernorm"), **extra)
+    weights = replace(small(norm="layernorm"), logit_cap=2.0, **extra)
     names = ("W_U", "b_U", "ln_final_w", "ln_final_b", "W_O")
     assert differentiable(lambda w: fc.order_losses(fc.trace(w, TOKENS)), weights, names)
 

@@ -28,15 +28,15 @@ def inputs(P=7, T=13, V=1001, r=37, G=3, K=2, **options) -> Sweep:
     return make(P, T, V, r, G, K, **options)
 
 
-def check(sweep: Sweep, precision="ieee") -> None:
+def check(sweep: Sweep, precision="ieee", cap=None) -> None:
     """bf16's stated error is the rounding of its factors: the rest must be as exact as ever."""
-    ours = torch.ops.pyfastcircuits.sweep_nll(*sweep, precision)
+    ours = torch.ops.pyfastcircuits.sweep_nll(*sweep, precision, cap)
     if precision == "bf16":
         sweep = sweep._replace(
             delta=sweep.delta.bfloat16().to(sweep.delta), basis=sweep.basis.bfloat16().to(sweep.basis)
         )
     tiny = 1e-6 if sweep.base.dtype != torch.float64 else 1e-13  # one rounding of a sum of exponentials near 1
-    for mine, theirs, truth in zip(ours, eager(sweep), exact(sweep), strict=True):
+    for mine, theirs, truth in zip(ours, eager(sweep, cap), exact(sweep, cap), strict=True):
         assert_as_accurate(mine, theirs, truth, tiny)
 
 
@@ -46,6 +46,21 @@ def check(sweep: Sweep, precision="ieee") -> None:
 @pytest.mark.parametrize("clean", [False, True])
 def test_against_fp64(tier, dtype, rank, scale, clean):
     check(inputs(r=rank, dtype=dtype, scale=scale, clean=clean))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cap", [0.5, 3.0, 30.0, 1e6])
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_soft_cap(tier, dtype, cap, scale, clean):
+    check(inputs(dtype=dtype, scale=scale, clean=clean, cap=cap), cap=cap)
+
+
+@pytest.mark.parametrize("edge", ["huge logits", "a column of -inf", "one +inf", "a NaN", "equal", "descending"])
+def test_a_soft_cap_of_edge_values(tier, edge):
+    sweep = inputs()
+    EDGES[edge](sweep.base)
+    check(sweep, cap=30.0)
 
 
 @pytest.mark.skipif(BEST != "avx512_bf16", reason="this CPU has no bfloat16 dot products")
@@ -191,6 +206,15 @@ def test_public_form_returns_what_is_asked_for():
     torch.testing.assert_close(kl.double(), (clean.exp() * (clean - logits)).sum(-1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(difference.double(), expected[..., 0] - expected[..., 1], rtol=1e-5, atol=1e-5)
     assert fc.ops.sweep_nll(*call, group=a.group, backend="reference").dtype == torch.float32
+    capped, capped_kl = fc.ops.sweep_nll(*call, group=a.group, cap=2.0, kl=True)
+    p, q = (
+        (2 * (x / 2).tanh()).log_softmax(-1)
+        for x in (a.base.double(), a.base.double() + (a.delta @ a.basis[a.group]).double())
+    )
+    torch.testing.assert_close(
+        capped.double(), -q.gather(-1, targets[:, None].expand(7, -1, -1))[..., 0], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(capped_kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_changed_is_the_clean_loss_with_no_divergence():
@@ -229,6 +253,7 @@ BAD = {
     "precision": (lambda a: a | {"precision": "fp8"}, ValueError, "precision is 'fp8', expected one of ieee"),
     "tf32 on the CPU": (lambda a: a | {"precision": "tf32"}, RuntimeError, "precision is 'tf32', expected 'ieee' or"),
     "scale": (lambda a: a | {"scale": torch.ones(3)}, ValueError, r"scale has shape \[3\], expected \[7, 13\]"),
+    "cap": (lambda a: a | {"cap": 0.0}, ValueError, "cap is 0.0, expected a positive number"),
     "vocabulary": (lambda a: a | {"base": a["base"][:, :0], "basis": a["basis"][..., :0]}, ValueError, "empty vocab"),
 }
 
@@ -258,6 +283,7 @@ class TestTorchIntegration:
         for more in ({}, {"scale": True, "clean": True}):
             sweep = make(2, 3, 60, 4, 2, 2, **more)
             torch.library.opcheck(torch.ops.pyfastcircuits.sweep_nll.default, (*sweep, "ieee"))
+            torch.library.opcheck(torch.ops.pyfastcircuits.sweep_nll.default, (*sweep, "ieee", 2.0))
 
     def test_compiles_whole(self):
         a = make(2, 3, 60, 4, 2, 1)

@@ -14,6 +14,7 @@ struct SweepArguments {
   const int64_t* order;           // [P]: ablations sorted by group
   const double* scale;            // [P,T] or null
   const double* clean_lse;        // [T] or null
+  double cap;                     // logits x become cap * tanh(x / cap); 0: they do not
   double *lse, *picked, *change;  // [P,T], [P,T,K], [P,T] or null
   int64_t pairs, positions, vocabulary, rank, choices;
 };
@@ -162,8 +163,16 @@ struct Sweep {
     }
   }
 
+  Vec<T> capped(Vec<T> x) const {
+    const T cap = static_cast<T>(s.cap);
+    return cap * hyperbolic_tangent<T>(x / cap);
+  }
+
   void pack_probabilities(int64_t row, int64_t here) {
-    const T* logits = base.data + row * kW;
+    const T* uncapped = base.data + row * kW;
+    T logits[kW];
+    for (int j = 0; j < kVectors; ++j)
+      store(logits + j * kL, s.cap > 0 ? capped(load(uncapped + j * kL)) : load(uncapped + j * kL));
     T* out = clean.data + row * kW;
     const double lse = s.clean_lse[block.first_position + row % window];
     const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
@@ -182,7 +191,8 @@ struct Sweep {
 
   // Row i of a tile: adds the clean logits, then the exponentials to the row's sum. The products become logits in place
   // where something else has to read them.
-  // kPlain: whole panels, no scale, no change asked for. Inlined: a call would spill the accumulators it runs beside.
+  // kPlain: whole panels, no scale, no cap, no change asked for. Inlined: a call would spill the accumulators it runs
+  // beside.
   template <bool kPlain>
   [[gnu::always_inline]] void consume(const Tile& tile, int i) {
     const int64_t index = tile.block * kRows + i, here = tile.here;
@@ -199,6 +209,11 @@ struct Sweep {
       for (int j = 0; j < kVectors; ++j) {
         x[j] *= row.scale;
         moved[j] = x[j] - load(start + j * kL);
+      }
+    if (!kPlain && s.cap > 0)
+      for (int j = 0; j < kVectors; ++j) {
+        x[j] = capped(x[j]);
+        if (s.clean_lse != nullptr) moved[j] = x[j] - capped(load(start + j * kL));
       }
     if (!kPlain && here < kW) {
       for (int j = 0; j < kVectors; ++j) store(products + j * kL, x[j]);
@@ -262,7 +277,7 @@ struct Sweep {
       const int64_t mine = ((end - o) * window + kRows - 1) / kRows;
       for (int64_t panel = 0; panel * kW < columns; ++panel) {
         const int64_t here = columns - panel * kW < kW ? columns - panel * kW : kW;
-        const bool plain = s.scale == nullptr && s.clean_lse == nullptr && columns % kW == 0;
+        const bool plain = s.scale == nullptr && s.clean_lse == nullptr && s.cap == 0 && columns % kW == 0;
         for (int64_t b = done; b < done + mine; ++b) {
           next_base.fetch(4);
           next_basis.fetch(2);
@@ -378,8 +393,8 @@ Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
                                              const Tensor& tokens, const Tensor& group,
                                              const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
-                                             const std::string& precision) {
-  const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse);
+                                             const std::string& precision, std::optional<double> cap) {
+  const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse, cap);
   const SweepTask task = pick_sweep_nll(kind_of("base", base.scalar_type(), precision));
   check_instructions(task != nullptr, "precision");
 
@@ -411,6 +426,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
       .order = order.data(),
       .scale = scale_c.has_value() ? static_cast<const double*>(scale_c->data_ptr()) : nullptr,
       .clean_lse = clean_c.has_value() ? static_cast<const double*>(clean_c->data_ptr()) : nullptr,
+      .cap = cap.value_or(0),
       .lse = static_cast<double*>(lse.data_ptr()),
       .picked = static_cast<double*>(picked.data_ptr()),
       .change = clean_c.has_value() ? static_cast<double*>(change.data_ptr()) : nullptr,

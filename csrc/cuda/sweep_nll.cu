@@ -40,9 +40,9 @@ void launch(SweepArguments s, const Tensor& like, Tensor& lse, Tensor& change) {
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
                                              const Tensor& tokens, const Tensor& group,
                                              const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
-                                             const std::string& precision) {
+                                             const std::string& precision, std::optional<double> cap) {
   check_device();
-  const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse);
+  const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse, cap);
   STD_TORCH_CHECK(precision == "ieee", "precision is '", precision, "', expected 'ieee' on the CUDA backend");
   const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
 
@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
                          .group = static_cast<const int64_t*>(group_c.data_ptr()),
                          .scale = scale_c.has_value() ? static_cast<const double*>(scale_c->data_ptr()) : nullptr,
                          .clean_lse = clean_c.has_value() ? static_cast<const double*>(clean_c->data_ptr()) : nullptr,
+                         .cap = cap.value_or(0),
                          .lse = nullptr,
                          .change = nullptr,
                          .picked = static_cast<double*>(picked.data_ptr()),

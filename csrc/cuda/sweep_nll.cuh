@@ -13,6 +13,7 @@ struct SweepArguments {
   const int64_t* group;              // [P]
   const double* scale;               // [P,T] or null
   const double* clean_lse;           // [T] or null
+  double cap;                        // logits x become cap * tanh(x / cap); 0: they do not
   double *lse, *change;              // partial, [S,P,T]; change may be null
   double* picked;                    // [P,T,K], zero
   int64_t pairs, positions, vocabulary, rank, groups, choices;
@@ -47,6 +48,11 @@ struct SweepEpilogue {
     return total == 0 ? T(0) : total * exp_2(reference(highest) - reference(tallest));
   }
 
+  __device__ T capped(T x) const {
+    const T cap = static_cast<T>(s.cap);
+    return cap > 0 ? cap * tanh(x / cap) : x;
+  }
+
   __device__ void operator()(typename Core::Micro& product, int64_t first_column) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -64,13 +70,14 @@ struct SweepEpilogue {
       const bool inside = first_column + Core::column(j) < end_column;
       const T start = inside ? static_cast<T>(base[Core::column(j)]) : T(0);
       const T product = x[j];
-      x[j] = inside ? (start + product) * scale : T(-CUDART_INF);
+      x[j] = inside ? capped((start + product) * scale) : T(-CUDART_INF);
       tallest = max(tallest, x[j]);
       if (s.clean_lse == nullptr) continue;
       const double lse = s.clean_lse[t];
       const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
-      const T probability = exp_2(((start - high) - low) * kLog2e);
-      const T change = s.scale ? x[j] - start : product;
+      const T clean = capped(start);
+      const T probability = exp_2(((clean - high) - low) * kLog2e);
+      const T change = s.scale || s.cap > 0 ? x[j] - clean : product;
       if (inside && probability > 0) moved[i] += probability * change;
     }
     T sum = rescaled(total[i], highest[i], tallest);

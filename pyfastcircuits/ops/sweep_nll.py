@@ -19,23 +19,27 @@ def sweep_statistics(
     clean_lse: Tensor | None = None,  # [T]
     precision: Precision = "ieee",
     backend: Backend = "auto",
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a slice of the vocabulary adds to a sweep: the raw op, whose results of several slices can be merged.
 
-    Logits are `scale[p, t] * (base[t] + delta[p, t] @ basis[group[p]])`. Returns, in fp64, their logsumexp [P, T]; the
+    Logits are `scale[p, t] * (base[t] + delta[p, t] @ basis[group[p]])`, and where there is a `cap` then cap * tanh(. /
+    cap), the clean ones too. Returns, in fp64, their logsumexp [P, T]; the
     logits of `tokens` [P, T, K], 0 for a token outside the slice; and, with `clean_lse` (logsumexp of the clean logits
-    over the whole vocabulary), E[logits - base] under the clean run's probabilities [P, T], else [0, T].
+    over the whole vocabulary), E[logits - clean logits] under the clean run's probabilities [P, T], else [0, T].
     """
     chosen = resolve_backend(backend, base.device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"cap is {cap}, expected a positive number")
     if chosen == "reference":
-        return reference.sweep_nll(base, delta, basis, tokens, group, scale, clean_lse)
+        return reference.sweep_nll(base, delta, basis, tokens, group, scale, clean_lse, cap)
     if chosen == "triton":
         from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton as kernel
     else:
         kernel = torch.ops.pyfastcircuits.sweep_nll
-    lse, picked, change = kernel(base, delta, basis, tokens, group, scale, clean_lse, precision)
+    lse, picked, change = kernel(base, delta, basis, tokens, group, scale, clean_lse, precision, cap)
     return lse, picked, change
 
 
@@ -49,6 +53,7 @@ def sweep_nll_fake(
     scale: Tensor | None,
     clean_lse: Tensor | None,
     precision: str,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes alone, for torch.compile."""
     pairs, positions, _ = delta.shape
@@ -66,6 +71,7 @@ def sweep_nll(
     *,
     group: Tensor | None = None,
     scale: Tensor | None = None,
+    cap: float | None = None,
     kl: Literal[False] = False,
     logit_difference: None = None,
     precision: Precision = "ieee",
@@ -80,6 +86,7 @@ def sweep_nll(
     *,
     group: Tensor | None = None,
     scale: Tensor | None = None,
+    cap: float | None = None,
     kl: bool = False,
     logit_difference: tuple[Tensor, Tensor] | None = None,
     precision: Precision = "ieee",
@@ -93,6 +100,7 @@ def sweep_nll(
     *,
     group: Tensor | None = None,
     scale: Tensor | None = None,
+    cap: float | None = None,
     kl: bool = False,
     logit_difference: tuple[Tensor, Tensor] | None = None,
     precision: Precision = "ieee",
@@ -111,6 +119,7 @@ def sweep_nll(
         targets: [T] integer tokens.
         group: [P] integers below G, which basis each ablation writes through; None where G is 1.
         scale: [P, T], positive.
+        cap: logits x, scaled ones too, become cap * tanh(x / cap) (a soft cap); `base` is given without it.
         kl: also return KL(clean || ablated) [P, T] in nats.
         logit_difference: two [T] tensors of tokens; also return logit(first) - logit(second) [P, T].
         precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds each product's factors to 2^-8 relative.
@@ -121,7 +130,8 @@ def sweep_nll(
         what was asked for, in that order.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, named with both values.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, named with both values; a cap that is not
+            positive.
         IndexError: a token outside [0, V) or a group outside [0, G). CUDA tensors are not read to check this.
         RuntimeError: a backend or precision that is not there.
 
@@ -136,8 +146,8 @@ def sweep_nll(
     if kl:
         nothing = (base.new_empty(1, len(base), 0), base.new_empty(1, 0, base.shape[1]))
         zero = torch.zeros(1, dtype=torch.long, device=base.device)
-        clean_lse = sweep_statistics(base, *nothing, tokens[:, :0], zero, None, None, precision, backend)[0][0]
-    lse, picked, change = sweep_statistics(base, delta, basis, tokens, group, scale, clean_lse, precision, backend)
+        clean_lse = sweep_statistics(base, *nothing, tokens[:, :0], zero, None, None, precision, backend, cap)[0][0]
+    lse, picked, change = sweep_statistics(base, delta, basis, tokens, group, scale, clean_lse, precision, backend, cap)
     out = [lse - picked[..., 0]]
     if clean_lse is not None:
         out.append(lse - clean_lse - change)

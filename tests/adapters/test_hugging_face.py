@@ -138,24 +138,21 @@ def test_padding(name, padding):
     assert_exact(ours[real], theirs[real])
     nll = -theirs[:, :-1].log_softmax(-1).gather(-1, tokens(3)[:, 1:, None])[..., 0]
     here = real[:, :-1] & real[:, 1:]
-    if run.weights.logit_cap is None:
-        assert run.token_losses.isnan().eq(~here).all()
-        torch.testing.assert_close(run.token_losses[here], nll[here])
-        torch.testing.assert_close(run.loss, nll[here].mean())
+    assert run.token_losses.isnan().eq(~here).all()
+    torch.testing.assert_close(run.token_losses[here], nll[here])
+    torch.testing.assert_close(run.loss, nll[here].mean())
     for layer in range(run.weights.n_layers):
         attended = run.pattern(layer).movedim(1, -1)[real]  # [positions, T, H]
         assert float(attended.masked_fill(real[real.nonzero()[:, 0]][..., None], 0).abs().max()) < 1e-30
 
 
-@every_family
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma2, caps that bite"])
 def test_losses_and_ablations_are_those_of_materialised_logits(name):
     model = build(name)
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[0, :3] = 0
     with nothing_in_fp32(model):
         run = fc.trace(model, tokens(), mask)
-    if run.weights.logit_cap is not None:
-        pytest.skip("caps: see test_caps")
     here = run.predicting
 
     def loss(logits):
@@ -164,9 +161,9 @@ def test_losses_and_ablations_are_those_of_materialised_logits(name):
     clean = run.logits()
     torch.testing.assert_close(run.loss, loss(clean))
     streams = order_streams(run, 3).cumsum(0)
-    torch.testing.assert_close(fc.order_losses(run), torch.stack([loss(run.unembed(s)) for s in streams]))
+    torch.testing.assert_close(fc.order_losses(run), torch.stack([loss(capped(run, run.unembed(s))) for s in streams]))
     paths = [(), ((0, 1),), ((0, 2), (1, 1)), ((0, 0), (1, 2), (2, 1)), ((1, 0), (2, 0))]
-    expected = [clean - fc.path_logits(run, path) for path in paths]
+    expected = [capped(run, run.unembed(run.final) - fc.path_logits(run, path)) for path in paths]
     result = fc.path_ablation(run, paths, kl=True)
     torch.testing.assert_close(result.loss, torch.stack([loss(x) for x in expected]))
     torch.testing.assert_close(result.baseline, loss(clean))
@@ -184,8 +181,6 @@ def test_a_head_without_which(name):
     """Head ablation: the model's own forward pass with a head's output taken out, all else held."""
     model = build(name)
     run = fc.trace(model, tokens())
-    if run.weights.logit_cap is not None:
-        pytest.skip("caps: see test_caps")
     result = fc.head_ablation(run)
     last = run.weights.n_layers - 1  # nothing reads it but the logits
     for head in range(run.weights.n_heads):
@@ -195,7 +190,7 @@ def test_a_head_without_which(name):
         bias = run.weights.head_biases(last)[head]
         without = run.final - run.post(z @ run.weights.head("W_O", last, head) + bias, last)
         expected = torch.nn.functional.cross_entropy(
-            run.unembed(without)[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()
+            capped(run, run.unembed(without))[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()
         )
         torch.testing.assert_close(result.loss[last, head], expected)
 

@@ -49,6 +49,16 @@ def test_dtypes(backend: str, precision: str, dtype: torch.dtype) -> None:
     check(sweep, backend, precision, tiny=1e-13 if dtype == torch.float64 else 2e-6)
 
 
+@pytest.mark.parametrize(("backend", "clean"), [("triton", False), ("cuda", False), ("cuda", True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_soft_cap(backend: str, clean: bool, dtype: torch.dtype) -> None:
+    sweep = make(P=5, T=40, V=1000, r=64, G=2, K=2, scale=True, clean=clean, dtype=dtype, device="cuda", cap=30.0)
+    ours = ops.sweep_statistics(*sweep, backend=backend, cap=30.0)
+    tiny = 1e-13 if dtype == torch.float64 else 2e-6
+    for mine, other, truth in zip(ours, eager(sweep, 30.0), exact(sweep, 30.0), strict=True):
+        assert_as_accurate(mine, other, truth, tiny)
+
+
 @pytest.mark.parametrize(("backend", "precision"), FORMS)
 def test_huge_logits(backend: str, precision: str) -> None:
     check(make(P=3, T=17, V=2000, r=64, K=2, clean=True, size=1e4, device="cuda"), backend, precision)

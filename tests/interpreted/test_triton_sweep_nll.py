@@ -17,9 +17,9 @@ from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def check(sweep: Sweep, precision: str = "ieee", tiny: float = 1e-6) -> None:
-    ours = sweep_nll_triton(*sweep, precision)
-    for mine, theirs, truth in zip(ours, eager(sweep), exact(sweep), strict=True):
+def check(sweep: Sweep, precision: str = "ieee", tiny: float = 1e-6, cap: float | None = None) -> None:
+    ours = sweep_nll_triton(*sweep, precision, cap)
+    for mine, theirs, truth in zip(ours, eager(sweep, cap), exact(sweep, cap), strict=True):
         assert mine.dtype == torch.float64
         assert_as_accurate(mine, theirs, truth, tiny)
 
@@ -47,6 +47,15 @@ def test_dtypes(dtype: torch.dtype) -> None:
         make(P=5, T=9, V=130, r=21, G=2, K=2, scale=True, clean=True, dtype=dtype),
         tiny=1e-6 if dtype.itemsize < 8 else 1e-14,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cap", [0.3, 30.0])
+def test_a_soft_cap(dtype: torch.dtype, cap: float) -> None:
+    sweep = make(P=5, T=9, V=130, r=21, G=2, K=2, scale=True, dtype=dtype)
+    check(sweep, tiny=1e-6 if dtype.itemsize < 8 else 1e-14, cap=cap)
+    with pytest.raises(RuntimeError, match=r"no divergence of capped logits \(cap is"):
+        sweep_nll_triton(*sweep._replace(clean_lse=sweep.base.double().logsumexp(-1)), "ieee", cap)
 
 
 def test_rounded_factors() -> None:

@@ -1,0 +1,200 @@
+"""Local Hugging Face folders: memory-mapped weights without transformers, and the command."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
+
+import pyarrow.parquet as pq  # noqa: E402
+from configurations import CONFIGURATIONS, build, tokens  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import pyfastcircuits as fc  # noqa: E402
+from pyfastcircuits.cli import app  # noqa: E402
+from pyfastcircuits.layers import stacked  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FAMILIES = ("gpt2", "pythia", "llama 3, grouped", "mistral, window", "qwen2", "qwen3", "gemma2")
+
+
+def saved(folder: Path, name: str, dtype=torch.float64, **options) -> Path:
+    build(name, dtype).save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_folder_holds_what_the_model_does(tmp_path, name):
+    ours = fc.load_weights(saved(tmp_path, name))
+    theirs = fc.CircuitWeights.from_model(build(name))
+    assert dict(ours.tensors()).keys() == dict(theirs.tensors()).keys()
+    for key, tensor in theirs.tensors():
+        assert torch.equal(stacked(dict(ours.tensors())[key]), stacked(tensor)), key
+    for option in (
+        "eps",
+        "norm",
+        "positional",
+        "rotary_dim",
+        "rotary_base",
+        "attention_scale",
+        "embed_scale",
+        "logit_cap",
+    ):
+        assert getattr(ours, option) == getattr(theirs, option), option
+
+
+def test_shards_older_names_and_older_configurations(tmp_path):
+    """As on the hub: no prefix, masks kept as tensors, rotary options of their own, what is a default left out."""
+    whole = fc.load_weights(saved(tmp_path / "whole", "gpt2"))
+    shards = saved(tmp_path / "shards", "gpt2", max_shard_size="8KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    assert torch.equal(stacked(fc.load_weights(shards).W_O), stacked(whole.W_O))
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "whole" / "model.safetensors")
+    assert torch.equal(stacked(fc.load_weights(tmp_path / "whole").W_V), stacked(whole.W_V))
+    old = saved(tmp_path / "old", "pythia")
+    config = json.loads((old / "config.json").read_text())
+    del config["rope_parameters"], config["attention_bias"], config["tie_word_embeddings"]
+    (old / "config.json").write_text(json.dumps(config | {"rotary_emb_base": 10000, "rotary_pct": 0.25}))
+    assert fc.load_weights(old).rotary_dim == 2
+
+
+def test_float16_is_read_exactly_as_float32(tmp_path):
+    folder = saved(tmp_path, "pythia", torch.float16)
+    assert fc.load_weights(folder).W_E.dtype == torch.float32
+    assert torch.equal(fc.load_weights(folder).W_E, build("pythia", torch.float16).gpt_neox.embed_in.weight.float())
+
+
+def test_weights_stay_in_the_file_and_transformers_is_not_imported(tmp_path):
+    """A process of its own: what it adds to its memory is file pages, and no module of transformers."""
+    folder = saved(tmp_path, "llama", torch.float32)
+    big = load_file(folder / "model.safetensors")
+    big["model.layers.0.mlp.up_proj.weight"] = torch.zeros(20_000_000)  # 80 MB that circuits do not use
+    big["model.embed_tokens.weight"] = torch.zeros(1_000_000, 24)  # 96 MB that they do
+    big["lm_head.weight"] = torch.zeros(1_000_000, 24)
+    save_file(big, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1_000_000}))
+    code = f"""
+import sys, torch, pyfastcircuits as fc
+def memory(field):
+    return int(next(x for x in open("/proc/self/status") if x.startswith(field)).split()[1]) / 1024
+fc.load_weights("induction-2l")
+anonymous, pages = memory("RssAnon"), memory("RssFile")
+w = fc.load_weights({str(folder)!r})
+assert not [m for m in sys.modules if m.split(".")[0] in ("transformers", "transformer_lens")]
+print(memory("RssAnon") - anonymous, memory("RssFile") - pages)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    anonymous, pages = map(float, out.stdout.split())
+    assert anonymous < 8
+    assert pages < 215  # of 290
+
+
+def edited(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v != "gone"}))
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+def without(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+
+
+BAD = {
+    "family": (lambda f: edited(f, model_type="mamba"), ValueError, "model_type 'mamba' is not supported, only gemma2, gpt2"),
+    "no family": (lambda f: edited(f, model_type="gone"), ValueError, "model_type None is not supported"),
+    "pickle": (pickled, ValueError, r"weights in a pickle \(pytorch_model.bin\), and loading one runs code"),
+    "nothing": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors is missing"),
+    "missing": (lambda f: without(f, "model.norm.weight"), ValueError, "has no tensor 'model.norm.weight', which its configuration asks for"),
+    "shape": (lambda f: edited(f, num_attention_heads=3, head_dim=6), ValueError, r"tensor 'model.layers.0.self_attn.q_proj.weight' has shape \[24, 24\], but its configuration says \[18, 24\]"),
+    "layers": (lambda f: edited(f, num_hidden_layers=4), ValueError, "has no tensor 'model.layers.3.self_attn.q_proj.weight'"),
+    "no layers": (lambda f: edited(f, num_hidden_layers=0), ValueError, "has no layers"),
+    "option": (lambda f: edited(f, hidden_size="gone"), ValueError, "has no 'hidden_size'"),
+    "config": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not readable JSON"),
+    "corrupt": (lambda f: (f / "model.safetensors").write_bytes(b"no"), ValueError, "not a readable safetensors file"),
+    "quantized": (lambda f: edited(f, quantization_config={"bits": 4}), ValueError, "quantized weights are not supported"),
+    "shard": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'), FileNotFoundError, "gone.safetensors is missing"),
+    "outside": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'), ValueError, "names '../a.safetensors', which is not a file of the folder"),
+    "index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), ValueError, "holds a list, expected an object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_folders(tmp_path, what):
+    spoil, error, message = BAD[what]
+    spoil(saved(tmp_path, "llama"))
+    with pytest.raises(error, match=message):
+        fc.load_weights(tmp_path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
+
+
+def tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    made = Tokenizer(models.WordLevel({"[BOS]": 0, "?": 1} | {f"w{i}": i for i in range(2, 89)}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 0)])
+    made.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sweep(tmp_path, name):
+    folder = saved(tmp_path / "model", name, torch.float32)
+    tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{2 + i * i % 87}" for i in range(40)))
+    result = run("sweep", "--model", folder, "--text", text, "--length", 11, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    ids = torch.tensor([2 + i * i % 87 for i in range(40)]).view(4, 10)
+    rows = torch.cat((torch.zeros(4, 1, dtype=torch.long), ids), 1)
+    trace = fc.trace(build(name, torch.float32), rows)
+    expected = fc.pair_ablation(trace)
+    found = pq.read_table(tmp_path / "sweep.parquet")
+    torch.testing.assert_close(torch.tensor(found["nll"].to_pylist()), expected.loss, rtol=1e-5, atol=1e-5)
+    orders = pq.read_table(tmp_path / "orders.parquet").to_pydict()["loss"]
+    torch.testing.assert_close(torch.tensor(orders[1:-1]), fc.order_losses(trace), rtol=1e-5, atol=1e-5)
+    assert orders[-1] == pytest.approx(float(trace.loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_composition(tmp_path, name):
+    folder = saved(tmp_path / "model", name, torch.float32)
+    result = run("composition", "--model", folder, "--kind", "V", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    weights = fc.CircuitWeights.from_model(build(name, torch.float32))
+    weights = fc.center(weights) if weights.norm == "layernorm" else weights
+    scores = fc.composition_scores(weights, "V")
+    found = pq.read_table(tmp_path / "composition-V.parquet").to_pydict()
+    row = [found[n][5] for n in ("source_layer", "source_head", "dest_layer", "dest_head")]
+    assert found["score"][5] == pytest.approx(float(scores[tuple(row)]), rel=1e-5)
+
+
+def test_the_command_names_what_is_wrong(tmp_path):
+    folder = saved(tmp_path / "model", "llama", torch.float32)
+    assert "model is given twice" in run("sweep", folder, "--model", folder, "--out", tmp_path).output
+    assert "has no tokenizer.json; pass --tokens" in run("sweep", "--model", folder, "--out", tmp_path).output
+    without(folder, "model.layers.1.mlp.up_proj.weight")
+    ids = tmp_path / "ids.txt"
+    ids.write_text(" ".join(map(str, tokens(1)[0].tolist())))
+    result = run("sweep", "--model", folder, "--tokens", ids, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "has no tensor 'model.layers.1.mlp.up_proj.weight', which its configuration asks for" in " ".join(
+        result.output.split()
+    )
