@@ -31,3 +31,31 @@ def test_at_most_128_mib(function, dtype, low_memory):
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     clean_logits = 0 if low_memory else 200 * 50257 * 4
     assert int(out) - clean_logits <= 128 << 20
+
+
+SEARCHED = """
+import sys
+sys.path[:0] = {paths}
+import torch
+from measure import peak_bytes
+from pyfastcircuits import ops
+
+A, B = torch.randn(50257, 64), torch.randn(64, 50257)
+ops.{call}
+print(peak_bytes(lambda: ops.{call}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "results"),
+    [
+        ("factored_topk(A, B, 100)", 0),
+        ("factored_topk(A, B, 100, screen='none')", 0),
+        ("factored_topk(A, B, 10, per_row=True)", 50257 * 10 * 20),
+        ("diagonal_ranks(A, B)", 50257 * 8),
+    ],
+)
+def test_searching_a_vocabulary_takes_at_most_64_mib(call, results):
+    code = SEARCHED.format(paths=[str(Path(__file__).parents[1] / "bench")], call=call)
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(out) - results <= 64 << 20

@@ -63,9 +63,6 @@ struct TopkKernels {
 namespace fc::cpu::FC_TIER {
 namespace {
 
-float next_below(float x) { return __builtin_nextafterf(x, -__builtin_inff()); }
-double next_below(double x) { return __builtin_nextafter(x, -__builtin_inf()); }
-
 // A threshold as the hot loop compares with it: x > at_least wherever x >= the threshold. NaN lets everything pass.
 template <class T>
 struct Bar {
@@ -73,9 +70,11 @@ struct Bar {
   int64_t place;
 
   explicit Bar(const Entry& threshold) : above(static_cast<T>(threshold.value)), place(threshold.place) {
-    constexpr T tiny = sizeof(T) == 4 ? T(FLT_MIN) : T(DBL_MIN);
-    at_least = above == -static_cast<T>(__builtin_inf()) ? static_cast<T>(__builtin_nan("")) : next_below(above);
-    if (at_least > -tiny && at_least < tiny) at_least = -tiny;  // also where denormals count as zero
+    // One unit in the last place or two; beyond denormals, which may count as zero.
+    constexpr T unit = sizeof(T) == 4 ? T(FLT_EPSILON) : T(DBL_EPSILON),
+                tiny = sizeof(T) == 4 ? T(FLT_MIN) : T(DBL_MIN);
+    at_least = above - ((above < 0 ? -above : above) * unit + tiny);
+    if (above == -static_cast<T>(__builtin_inf())) at_least = static_cast<T>(__builtin_nan(""));
   }
 };
 
@@ -204,7 +203,7 @@ struct Search {
     }
     // Rows that fill the last block hold nothing.
     for (int64_t i = 0; i < (each ? blocks * kRows : 1); ++i)
-      bars.data[i] = Bar<T>(i < end_row - first_row ? candidates[i].threshold : Entry{__builtin_inf(), 0});
+      bars.data[i] = Bar<T>(i < end_row - first_row ? candidates[i].threshold : Entry{FLT_MAX, 0});
   }
 
   void make_room(int64_t i) {
@@ -369,6 +368,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kTileRow = 48;                // entries collected at a time, at most
+constexpr int64_t kInserted = 64;               // k of a row up to which candidates are inserted one by one
 constexpr int64_t kRowsBytes = 16 << 20;        // of all candidates of a per-row task
 constexpr int64_t kScreenedEntriesAWin = 4096;  // a screen pays where fewer than one entry in so many is wanted
 constexpr Entry kNone{std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<int64_t>::max()};
@@ -382,10 +382,24 @@ int64_t keep_best(Entry* entries, int64_t count, int64_t k) {
   return k;
 }
 
+// As keep_best(), in order. What was in order already costs next to nothing, so that a small k can take every candidate
+// in at once and have the closest threshold.
+int64_t insert_best(Entry* entries, int64_t count, int64_t k) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Entry entry = entries[i];
+    if (kept == k && !better(entry, entries[k - 1])) continue;
+    int64_t j = kept < k ? kept++ : k - 1;
+    for (; j > 0 && better(entry, entries[j - 1]); --j) entries[j] = entries[j - 1];
+    entries[j] = entry;
+  }
+  return kept;
+}
+
 // make_room() of the candidates of one row.
 void keep_in_row(void* context, Candidates& found) {
   const int64_t k = *static_cast<const int64_t*>(context);
-  found.count = keep_best(found.entries, found.count, k);
+  found.count = (k <= kInserted ? insert_best : keep_best)(found.entries, found.count, k);
   if (found.count == k) found.threshold = found.entries[k - 1];
 }
 
@@ -463,7 +477,7 @@ template <class T>
 void search_rows(TopkArguments& s, const TopkKernels& kernels, int64_t k, const Results<T>& results) {
   const Product& p = s.product;
   const int64_t nothing_new = 0;
-  s.capacity = std::min(2 * k, p.columns) + kTileRow;
+  s.capacity = std::min(k <= kInserted ? k : 2 * k, p.columns) + kTileRow;
   s.make_room = keep_in_row;
   s.context = &k;
   s.news = &nothing_new;
