@@ -55,4 +55,25 @@ static inline Vec<T> exponential(Vec<T> x) {
   return (Vec<T>)((I)p + ((I)shifted << C::kMantissa));
 }
 
+// tanh of a vector, right to a few units in the last place near 0 too; NaN stays NaN. By expm1, whose polynomial is
+// that of exp without its last term.
+template <class T>
+static inline Vec<T> hyperbolic_tangent(Vec<T> x) {
+  using C = ExpTraits<T>;
+  using I = typename Simd<T>::I;
+  const Vec<T> bound = broadcast<T>(20);  // tanh is 1 from there on
+  x = -at_least(-at_least(x, -bound), -bound) * T(2);
+  const Vec<T> shifted = x * C::kLog2e + C::kRound;
+  const Vec<T> n = shifted - C::kRound;
+  Vec<T> f = x - n * C::kLn2High;
+  f = f - n * C::kLn2Low;
+  Vec<T> p = broadcast<T>(C::kPolynomial[0]);
+  constexpr int terms = static_cast<int>(sizeof(C::kPolynomial) / sizeof(T));
+#pragma GCC unroll 16
+  for (int i = 1; i < terms - 1; ++i) p = p * f + C::kPolynomial[i];
+  const Vec<T> power = (Vec<T>)((I)broadcast<T>(1) + ((I)shifted << C::kMantissa));
+  const Vec<T> less_one = p * f * power + (power - T(1));
+  return less_one / (less_one + T(2));
+}
+
 }  // namespace fc::cpu::FC_TIER
