@@ -119,26 +119,31 @@ struct Attention {
     }
   }
 
+  // Column c of the values of all streams, at a source.
+  const Source* value(int64_t c, int64_t source, int64_t head) const {
+    return static_cast<const Source*>(a.values) + c / a.width * a.value_stride[0] + task.batch * a.value_stride[1] +
+           head * a.value_stride[2] + source * a.value_stride[3] + c % a.width * a.value_stride[4];
+  }
+
+  // The values of a chunk, [group][step][kRows]; zeros for hidden sources, whatever stands there.
   void pack_values(int64_t chunk, int64_t head) {
-    const Source* start =
-        static_cast<const Source*>(a.values) + task.batch * a.value_stride[1] + head * a.value_stride[2];
-    const auto column = [&](int64_t c) {
-      return start + c / a.width * a.value_stride[0] + c % a.width * a.value_stride[4] + chunk * a.value_stride[3];
-    };
+    static constexpr Source kNone[kRows] = {};
     for (int64_t group = 0; group < groups; ++group) {
       Left* out = values.data + group * kSteps * kRows;
-      const int64_t first = group * kRows, last = first + kRows - 1;
-      const Source* row = column(first);
-      const bool adjacent = a.value_stride[4] == 1 && last < columns && first / a.width == last / a.width;
+      const Source* from[kRows];
+      for (int64_t i = 0; i < kRows; ++i) from[i] = value(smaller(group * kRows + i, columns - 1), chunk, head);
+      bool adjacent = true;
+      for (int i = 1; i < kRows; ++i) adjacent &= from[i] == from[0] + i;
       for (int64_t j = 0; j < kChunk; out += kRows) {
-        T scaled[Scheme::kDepth][kRows] = {};
+        T scaled[Scheme::kDepth][kRows];
         for (int64_t d = 0; d < Scheme::kDepth; ++d, ++j) {
-          if (sources.hidden[j]) continue;
-          if (adjacent)
-            for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(row[j * a.value_stride[3] + i]) * sources.factor[j];
-          else
-            for (int i = 0; i < smaller(kRows, columns - first); ++i)
-              scaled[d][i] = widen(column(first + i)[j * a.value_stride[3]]) * sources.factor[j];
+          const int64_t offset = j * a.value_stride[3];
+          if (adjacent || sources.hidden[j]) {
+            const Source* row = sources.hidden[j] ? kNone : from[0] + offset;
+            for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(row[i]) * sources.factor[j];
+          } else {
+            for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(from[i][offset]) * sources.factor[j];
+          }
         }
         for (int i = 0; i < kRows; ++i) out[i] = Scheme::left(scaled[0] + i, kRows, Scheme::kDepth);
       }
@@ -166,7 +171,7 @@ struct Attention {
   }
 
   // Replaces what a panel's destinations do not see of a block of sources.
-  void hide(T* tile, int64_t panel, int64_t source, int64_t chunk, T by) const {
+  [[gnu::noinline]] void hide(T* tile, int64_t panel, int64_t source, int64_t chunk, T by) const {
     const int64_t first = task.first + panel * kW;
     for (int64_t j = source; j < source + kRows; ++j, tile += kW) {
       const bool hidden = sources.hidden[j - chunk];
@@ -177,7 +182,7 @@ struct Attention {
     }
   }
 
-  T* score(const Left* keys, int64_t panel, int64_t source, int64_t chunk) {
+  [[gnu::noinline]] T* score(const Left* keys, int64_t panel, int64_t source, int64_t chunk) {
     T* tile = weights.data + (source - chunk) * kW;
     multiply<Scheme>(tile, keys + source * depth, queries.data + panel * kW * depth, depth);
     finish_scores(tile);
@@ -248,6 +253,33 @@ struct Attention {
     }
   }
 
+  // Fetches a panel's share of the next chunk's values into the L2 cache, while this one is worked on: rows of one
+  // group lie apart, which no hardware prefetcher follows.
+  void fetch_ahead(int64_t group, int64_t panel, int64_t chunk, int64_t head) const {
+    const Source* from = value(group * kRows, 0, head);
+    const int64_t end = smaller(task.end, chunk + kChunk * (panel + 1) / panels);
+    for (int64_t j = chunk + kChunk * panel / panels; j < end; ++j)
+      __builtin_prefetch(from + j * a.value_stride[3], 0, 2);
+  }
+
+  // Weights of sources first..end of a chunk times their values, added to one panel's results. Not inlined: the
+  // accumulators need every register.
+  [[gnu::noinline]] void accumulate(int64_t panel, int64_t first, int64_t end, int64_t chunk, int64_t head) {
+    const Right* right;
+    if constexpr (Scheme::kDepth == 1) {
+      right = weights.data + first * kW;
+    } else {
+      pack_right<Scheme>(rounded.data, weights.data + first * kW, end - first, kW, kW, 1);
+      right = rounded.data;
+    }
+    const Left* left = values.data + first / Scheme::kDepth * kRows;
+    T* sums = results.data + panel * groups * kRows * kW;
+    for (int64_t group = 0; group < groups; ++group, left += kSteps * kRows, sums += kRows * kW) {
+      fetch_ahead(group, panel, chunk + kChunk, head);
+      multiply<Scheme>(sums, left, right, (end - first) / Scheme::kDepth, [&](int row) { return sums + row * kW; });
+    }
+  }
+
   void add_values(const Left* keys, int64_t head) {
     for (int64_t chunk = first_chunk(); chunk < task.end; chunk += kChunk) {
       read_sources(chunk, head);
@@ -260,27 +292,14 @@ struct Attention {
           weigh(tile, panel, source - chunk);
           hide(tile, panel, source, chunk, T(0));
         }
-        const int64_t count = range.end - range.first;
-        const T* exact = weights.data + (range.first - chunk) * kW;
-        const Right* right;
-        if constexpr (Scheme::kDepth == 1) {
-          right = exact;
-        } else {
-          pack_right<Scheme>(rounded.data, exact, count, kW, kW, 1);
-          right = rounded.data;
-        }
-        for (int64_t group = 0; group < groups; ++group) {
-          T* sums = results.data + (panel * groups + group) * kRows * kW;
-          multiply<Scheme>(sums, values.data + (group * kSteps + (range.first - chunk) / Scheme::kDepth) * kRows, right,
-                           count / Scheme::kDepth, [&](int row) { return sums + row * kW; });
-        }
+        accumulate(panel, range.first - chunk, range.end - chunk, chunk, head);
       }
     }
   }
 
   // Results of destination t, or what stands for them where there are none: a query without a key, a key that is not
   // there, a query whose scores are not finite.
-  void write(int64_t t) {
+  [[gnu::noinline]] void write(int64_t t) {
     const int64_t row = task.batch * a.positions + place(t), panel = (t - task.first) / kW,
                   lane = (t - task.first) % kW;
     const double lse = a.transposed ? 0 : a.lse[(task.batch * a.heads_to + task.head) * a.positions + t];
@@ -381,7 +400,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kPanels = 4;  // of a task at most: their results and a chunk's values fit the L2 cache
+constexpr int64_t kResultBytes = 512 << 10;  // of a task at most: they and a chunk's values fit an L2 cache of 1 MiB
 
 AttentionKind kind_of(ScalarType dtype, const std::string& precision) {
   const bool rounded = precision == "bf16";
@@ -442,11 +461,13 @@ void attend(const AttentionArguments& a, const AttentionKernels& kernels) {
   const Shared packed(a.batches * a.heads_from * kernels.packed_bytes(a));
   run_tasks(a.batches * a.heads_from, [&](int64_t head, int64_t) { kernels.pack(a, packed.data(), head); });
   const int64_t heads = a.batches * a.heads_to, all = ceil_div(a.positions, kernels.panel);
-  const int64_t wanted = 4 * torch::stable::get_num_threads();
-  const int64_t panels = std::clamp<int64_t>(heads * all / wanted, 1, kPanels);
+  // As many panels to a task as its results have room for, since each packs the values anew, but tasks enough to share.
+  const int64_t fitting = kResultBytes / std::max<int64_t>(kernels.panel * a.streams * a.width * 4, 1);
+  const int64_t panels =
+      std::clamp<int64_t>(heads * all / (8 * torch::stable::get_num_threads()), 1, std::clamp<int64_t>(fitting, 1, 16));
   const int64_t blocks = ceil_div(all, panels), rows = panels * kernels.panel;
   run_tasks(heads * blocks, [&](int64_t i, int64_t) {  // the last destinations first: they see the most sources
-    const int64_t head = i % heads, first = (blocks - 1 - i / heads) * rows;
+    const int64_t head = i / blocks, first = (blocks - 1 - i % blocks) * rows;
     kernels.attend(a, packed.data(),
                    {head / a.heads_to, head % a.heads_to, first, std::min(first + rows, a.positions)});
   });
