@@ -31,6 +31,8 @@ struct AttentionKernels {
   void (*attend)(const AttentionArguments&, const void* packed, const AttentionTask&);
 };
 
+constexpr int64_t kMostPanels = 16;  // of a task
+
 enum class AttentionKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
 
 }  // namespace fc::cpu
@@ -46,7 +48,7 @@ enum class AttentionKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 }
 namespace fc::cpu::FC_TIER {
 namespace {
 
-// Sources whose weights wait in the L1 cache for the values of all streams: 18 KiB of them for one panel.
+// Sources whose weights wait for the values of all streams: 18 KiB of them for one panel, which fit the L1 cache.
 constexpr int64_t kChunk = 96;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -71,10 +73,10 @@ struct Attention {
   const int64_t columns = a.streams * a.width, groups = blocks_of(columns);  // of values; of kRows columns
   Buffer<Right> queries{panels * kW * depth};
   Buffer<T> high{panels * kW}, low{panels * kW};  // logsumexp of the destinations, in two parts
-  Buffer<T> weights{kChunk * kW};
-  Buffer<Right> rounded{Scheme::kDepth > 1 ? kSteps * kW : 0};
-  Buffer<Left> values{groups * kSteps * kRows};
-  Buffer<T> results{panels * groups * kRows * kW};  // [panel][group][kRows][kW]
+  Buffer<T> weights{panels * kChunk * kW};
+  Buffer<Right> rounded{Scheme::kDepth > 1 ? panels * kSteps * kW : 0};
+  Buffer<Left> values{kSteps * kRows};              // of one group
+  Buffer<T> results{panels * groups * kRows * kW};  // [group][panel][kRows][kW]
 
   struct Sources {  // of a chunk
     T factor[kChunk], high[kChunk], low[kChunk];
@@ -112,9 +114,9 @@ struct Attention {
     for (int64_t j = 0; j < kChunk; ++j) {
       const bool here = chunk + j < a.positions;
       const int64_t t = here ? place(chunk + j) : 0, row = task.batch * a.positions + t;
-      sources.factor[j] = here && a.before != nullptr ? static_cast<T>(a.before[row]) : T(1);
       sources.hidden[j] = !here || (a.transposed ? lse[t] == -std::numeric_limits<double>::infinity()
                                                  : a.mask != nullptr && !a.mask[row]);
+      sources.factor[j] = a.before == nullptr ? T(1) : sources.hidden[j] ? T(0) : static_cast<T>(a.before[row]);
       if (a.transposed) split(here ? lse[t] : 0.0, sources.high[j], sources.low[j]);
     }
   }
@@ -125,28 +127,29 @@ struct Attention {
            head * a.value_stride[2] + source * a.value_stride[3] + c % a.width * a.value_stride[4];
   }
 
-  // The values of a chunk, [group][step][kRows]; zeros for hidden sources, whatever stands there.
-  void pack_values(int64_t chunk, int64_t head) {
+  // A group of columns of a chunk's values, [step][kRows]; zeros for hidden sources, whatever stands there. Fetches the
+  // next group, whose rows lie apart, which no hardware prefetcher follows.
+  void pack_values(int64_t group, int64_t chunk, int64_t head) {
     static constexpr Source kNone[kRows] = {};
-    for (int64_t group = 0; group < groups; ++group) {
-      Left* out = values.data + group * kSteps * kRows;
-      const Source* from[kRows];
-      for (int64_t i = 0; i < kRows; ++i) from[i] = value(smaller(group * kRows + i, columns - 1), chunk, head);
-      bool adjacent = true;
-      for (int i = 1; i < kRows; ++i) adjacent &= from[i] == from[0] + i;
-      for (int64_t j = 0; j < kChunk; out += kRows) {
-        T scaled[Scheme::kDepth][kRows];
-        for (int64_t d = 0; d < Scheme::kDepth; ++d, ++j) {
-          const int64_t offset = j * a.value_stride[3];
-          if (adjacent || sources.hidden[j]) {
-            const Source* row = sources.hidden[j] ? kNone : from[0] + offset;
-            for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(row[i]) * sources.factor[j];
-          } else {
-            for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(from[i][offset]) * sources.factor[j];
-          }
+    const Source* from[kRows];
+    for (int64_t i = 0; i < kRows; ++i) from[i] = value(smaller(group * kRows + i, columns - 1), chunk, head);
+    const Source* next = value(smaller((group + 1) * kRows, columns - 1), chunk, head);
+    bool adjacent = true;
+    for (int i = 1; i < kRows; ++i) adjacent &= from[i] == from[0] + i;
+    Left* out = values.data;
+    for (int64_t j = 0; j < kChunk; out += kRows) {
+      T scaled[Scheme::kDepth][kRows];
+      for (int64_t d = 0; d < Scheme::kDepth; ++d, ++j) {
+        const int64_t offset = j * a.value_stride[3];
+        if (adjacent || sources.hidden[j]) {
+          const Source* row = sources.hidden[j] ? kNone : from[0] + offset;
+          for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(row[i]) * sources.factor[j];
+        } else {
+          for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(from[i][offset]) * sources.factor[j];
         }
-        for (int i = 0; i < kRows; ++i) out[i] = Scheme::left(scaled[0] + i, kRows, Scheme::kDepth);
+        if (!sources.hidden[j]) __builtin_prefetch(next + offset, 0, 2);
       }
+      for (int i = 0; i < kRows; ++i) out[i] = Scheme::left(scaled[0] + i, kRows, Scheme::kDepth);
     }
   }
 
@@ -171,7 +174,7 @@ struct Attention {
   }
 
   // Replaces what a panel's destinations do not see of a block of sources.
-  [[gnu::noinline]] void hide(T* tile, int64_t panel, int64_t source, int64_t chunk, T by) const {
+  void hide(T* tile, int64_t panel, int64_t source, int64_t chunk, T by) const {
     const int64_t first = task.first + panel * kW;
     for (int64_t j = source; j < source + kRows; ++j, tile += kW) {
       const bool hidden = sources.hidden[j - chunk];
@@ -182,15 +185,16 @@ struct Attention {
     }
   }
 
+  // Not inlined: the accumulators need every register.
   [[gnu::noinline]] T* score(const Left* keys, int64_t panel, int64_t source, int64_t chunk) {
-    T* tile = weights.data + (source - chunk) * kW;
+    T* tile = weights.data + (panel * kChunk + source - chunk) * kW;
     multiply<Scheme>(tile, keys + source * depth, queries.data + panel * kW * depth, depth);
     finish_scores(tile);
     return tile;
   }
 
   // Scores become weights.
-  [[gnu::noinline]] void weigh(T* tile, int64_t panel, int64_t j) const {
+  void weigh(T* tile, int64_t panel, int64_t j) const {
     for (int i = 0; i < kRows; ++i, ++j)
       for (int v = 0; v < kVectors; ++v, tile += kL) {
         const int64_t at = panel * kW + v * kL;
@@ -241,65 +245,69 @@ struct Attention {
           T* tile = score(keys, panel, source, chunk);
           hide(tile, panel, source, chunk, -kInfinity);
         }
-        add_chunk(totals, weights.data + (range.first - chunk) * kW, range.end - range.first);
+        add_chunk(totals, weights.data + (panel * kChunk + range.first - chunk) * kW, range.end - range.first);
       }
       double* lse = a.lse + (task.batch * a.heads_to + task.head) * a.positions + task.first + panel * kW;
       for (int64_t i = 0; i < smaller(kW, task.end - task.first - panel * kW); ++i) {
         const auto highest = static_cast<double>(totals.highest[i]);
         lse[i] = highest + std::log(totals.total[i]);
-        if (!std::isfinite(highest)) lse[i] = highest;                                 // NaN or +inf
         if (totals.total[i] < 0.5) lse[i] = -std::numeric_limits<double>::infinity();  // the maximum alone counts 1
+        if (!std::isfinite(highest)) lse[i] = highest;                                 // NaN or +inf
       }
     }
   }
 
-  // Fetches a panel's share of the next chunk's values into the L2 cache, while this one is worked on: rows of one
-  // group lie apart, which no hardware prefetcher follows.
-  void fetch_ahead(int64_t group, int64_t panel, int64_t chunk, int64_t head) const {
-    const Source* from = value(group * kRows, 0, head);
-    const int64_t end = smaller(task.end, chunk + kChunk * (panel + 1) / panels);
-    for (int64_t j = chunk + kChunk * panel / panels; j < end; ++j)
-      __builtin_prefetch(from + j * a.value_stride[3], 0, 2);
-  }
-
-  // Weights of sources first..end of a chunk times their values, added to one panel's results. Not inlined: the
-  // accumulators need every register.
-  [[gnu::noinline]] void accumulate(int64_t panel, int64_t first, int64_t end, int64_t chunk, int64_t head) {
-    const Right* right;
+  // The weights of a panel, as a right factor.
+  const Right* factor_of(int64_t panel, const Range& range, int64_t chunk) {
+    const T* exact = weights.data + (panel * kChunk + range.first - chunk) * kW;
     if constexpr (Scheme::kDepth == 1) {
-      right = weights.data + first * kW;
+      return exact;
     } else {
-      pack_right<Scheme>(rounded.data, weights.data + first * kW, end - first, kW, kW, 1);
-      right = rounded.data;
-    }
-    const Left* left = values.data + first / Scheme::kDepth * kRows;
-    T* sums = results.data + panel * groups * kRows * kW;
-    for (int64_t group = 0; group < groups; ++group, left += kSteps * kRows, sums += kRows * kW) {
-      fetch_ahead(group, panel, chunk + kChunk, head);
-      multiply<Scheme>(sums, left, right, (end - first) / Scheme::kDepth, [&](int row) { return sums + row * kW; });
+      Right* out = rounded.data + panel * kSteps * kW;
+      pack_right<Scheme>(out, exact, range.end - range.first, kW, kW, 1);
+      return out;
     }
   }
 
+  // Not inlined: the accumulators need every register.
+  [[gnu::noinline]] void accumulate(T* sums, const Left* left, const Right* right, int64_t count) const {
+    multiply<Scheme>(sums, left, right, count, [&](int row) { return sums + row * kW; });
+  }
+
+  // Weights of a chunk for all panels first; then each group of columns of its values serves all of them from the L1
+  // cache.
   void add_values(const Left* keys, int64_t head) {
+    struct {
+      Range range;
+      const Right* right;
+    } seen_by[kMostPanels];
     for (int64_t chunk = first_chunk(); chunk < task.end; chunk += kChunk) {
       read_sources(chunk, head);
-      pack_values(chunk, head);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const Range range = seen(panel, chunk);
-        if (range.first >= range.end) continue;
         for (int64_t source = range.first; source < range.end; source += kRows) {
           T* tile = score(keys, panel, source, chunk);
           weigh(tile, panel, source - chunk);
           hide(tile, panel, source, chunk, T(0));
         }
-        accumulate(panel, range.first - chunk, range.end - chunk, chunk, head);
+        seen_by[panel] = {range, factor_of(panel, range, chunk)};
+      }
+      for (int64_t group = 0; group < groups; ++group) {
+        pack_values(group, chunk, head);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const auto& [range, right] = seen_by[panel];
+          if (range.first < range.end)
+            accumulate(results.data + (group * panels + panel) * kRows * kW,
+                       values.data + (range.first - chunk) / Scheme::kDepth * kRows, right,
+                       (range.end - range.first) / Scheme::kDepth);
+        }
       }
     }
   }
 
   // Results of destination t, or what stands for them where there are none: a query without a key, a key that is not
   // there, a query whose scores are not finite.
-  [[gnu::noinline]] void write(int64_t t) {
+  void write(int64_t t) {
     const int64_t row = task.batch * a.positions + place(t), panel = (t - task.first) / kW,
                   lane = (t - task.first) % kW;
     const double lse = a.transposed ? 0 : a.lse[(task.batch * a.heads_to + task.head) * a.positions + t];
@@ -308,10 +316,10 @@ struct Attention {
     const T factor = a.after == nullptr ? T(1) : static_cast<T>(a.after[row]);
     T* start =
         static_cast<T*>(a.out) + task.batch * a.out_stride[1] + task.head * a.out_stride[2] + t * a.out_stride[3];
-    const T* from = results.data + panel * groups * kRows * kW + lane;
-    for (int64_t stream = 0; stream < a.streams; ++stream) {
-      T* __restrict out = start + stream * a.out_stride[0];
-      for (int64_t c = 0; c < a.width; ++c, from += kW) out[c] = *from * factor;
+    for (int64_t c = 0; c < columns;) {
+      T* out = start + c / a.width * a.out_stride[0];
+      for (int64_t e = 0; e < a.width; ++e, ++c)
+        out[e] = results.data[((c / kRows * panels + panel) * kRows + c % kRows) * kW + lane] * factor;
       if (empty || !std::isfinite(lse))
         for (int64_t c = 0; c < a.width; ++c) out[c] = empty ? T(0) : std::numeric_limits<T>::quiet_NaN();
     }
@@ -400,7 +408,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kResultBytes = 512 << 10;  // of a task at most: they and a chunk's values fit an L2 cache of 1 MiB
+constexpr int64_t kResultBytes = 512 << 10;  // of a task at most: they and a chunk's weights fit an L2 cache of 1 MiB
 
 AttentionKind kind_of(ScalarType dtype, const std::string& precision) {
   const bool rounded = precision == "bf16";
@@ -463,8 +471,8 @@ void attend(const AttentionArguments& a, const AttentionKernels& kernels) {
   const int64_t heads = a.batches * a.heads_to, all = ceil_div(a.positions, kernels.panel);
   // As many panels to a task as its results have room for, since each packs the values anew, but tasks enough to share.
   const int64_t fitting = kResultBytes / std::max<int64_t>(kernels.panel * a.streams * a.width * 4, 1);
-  const int64_t panels =
-      std::clamp<int64_t>(heads * all / (8 * torch::stable::get_num_threads()), 1, std::clamp<int64_t>(fitting, 1, 16));
+  const int64_t panels = std::clamp<int64_t>(heads * all / (8 * torch::stable::get_num_threads()), 1,
+                                             std::clamp<int64_t>(fitting, 1, kMostPanels));
   const int64_t blocks = ceil_div(all, panels), rows = panels * kernels.panel;
   run_tasks(heads * blocks, [&](int64_t i, int64_t) {  // the last destinations first: they see the most sources
     const int64_t head = i / blocks, first = (blocks - 1 - i % blocks) * rows;
