@@ -28,6 +28,13 @@ STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
       "-> (Tensor, Tensor, Tensor)");
   // A [N,r], B [r,M], columns [N] -> entries of row i of A @ B greater than entry (i, columns[i]): int64 [N].
   m.def("diagonal_ranks(Tensor A, Tensor B, Tensor columns) -> Tensor");
+  // q [B,H,T,r], k [B,Hkv,T,r], values [S,B,Hkv,T,s], lse [B,H,T], pre, post [B,T], mask [B,T] of the keys that are
+  // there
+  // -> post * softmax(q k) (pre * values) [S,B,H,T,s] in q's dtype (fp32 for bfloat16), and lse in fp64 (empty if
+  // given). transposed: values [S,B,H,T,s] -> pre * softmax(q k)^T (post * values) [S,B,Hkv,T,s]; needs lse.
+  m.def(
+      "frozen_attention(Tensor q, Tensor k, Tensor values, Tensor? lse, Tensor? pre, Tensor? post, Tensor? mask, "
+      "float scale, int? window, float? softcap, bool transposed, str precision) -> (Tensor, Tensor)");
   // Operations a second of one instruction mix on all threads: "fma", "bf16" (both in FLOP/s) or "exp".
   m.def("cpu_rate(str kind, float seconds) -> float");
 }

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["diagonal_ranks", "factored_topk", "pair_norms", "pair_norms_gradients", "sweep_nll"]
+__all__ = ["diagonal_ranks", "factored_topk", "frozen_attention", "pair_norms", "pair_norms_gradients", "sweep_nll"]
 
 
 def sweep_nll(
@@ -82,3 +82,39 @@ def diagonal_ranks(A: Tensor, B: Tensor, columns: Tensor) -> Tensor:
     """Entries of row i of A @ B greater than entry (i, columns[i]), [N]."""
     product = A.double() @ B.double()
     return (product > product.gather(1, columns[:, None])).sum(1)
+
+
+def frozen_attention(
+    q: Tensor,  # [B, H, T, r]
+    k: Tensor,  # [B, Hkv, T, r]
+    values: Tensor,  # [S, B, Hkv, T, s]; transposed [S, B, H, T, s]
+    lse: Tensor | None,  # [B, H, T]
+    pre: Tensor | None,  # [B, T]
+    post: Tensor | None,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    transposed: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """post * A (pre * values) [S,B,H,T,s], or transposed pre * A.T (post * values) [S,B,Hkv,T,s]; and lse [B,H,T]."""
+    q, k, values = q.to(dtype), k.to(dtype), values.to(dtype)
+    group, positions = q.shape[1] // max(k.shape[1], 1), q.shape[2]
+    scores = q @ k.repeat_interleave(group, 1).mT * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    distance = torch.arange(positions, device=q.device)[:, None] - torch.arange(positions, device=q.device)
+    seen = (distance >= 0) & (distance < (positions if window is None else window))
+    there = q.new_ones(len(q), positions, dtype=torch.bool) if mask is None else mask
+    scores = scores.masked_fill(~(seen & there[:, None, None, :]), -torch.inf)
+    lse = scores.logsumexp(-1) if lse is None else lse.to(dtype)
+    pattern = torch.where(lse[..., None] == -torch.inf, 0.0, (scores - lse[..., None]).exp())
+    if pre is not None:
+        pattern = pattern * torch.where(there, pre.to(dtype), 0.0)[:, None, None, :]
+    if post is not None:
+        pattern = pattern * post.to(dtype)[:, None, :, None]
+    if transposed:
+        return (pattern.mT @ values).unflatten(2, (k.shape[1], group)).sum(3), lse
+    values = torch.where(there[None, :, None, :, None], values, 0.0)
+    return pattern @ values.repeat_interleave(group, 2), lse

@@ -55,30 +55,25 @@ static inline Vec<T> exponential(Vec<T> x) {
   return (Vec<T>)((I)p + ((I)shifted << C::kMantissa));
 }
 
-// tanh within 2.5e-7 (fp32) or 5e-16 (fp64) relative, 1 for infinity and NaN for NaN. Near zero, where 1 - 2 / (e^2x +
-// 1) cancels, Cephes' odd polynomial (fp32) or rational (fp64).
-static inline Vec<float> small_tanh(Vec<float> x) {
-  const Vec<float> z = x * x;
-  Vec<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  return p * z * x + x;
-}
-static inline Vec<double> small_tanh(Vec<double> x) {
-  const Vec<double> z = x * x;
-  const Vec<double> p = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
-  const Vec<double> q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
-  return x * (z * p / q) + x;
-}
-
+// tanh of a vector, right to a few units in the last place near 0 too; NaN stays NaN. By expm1, whose polynomial is
+// that of exp without its last term.
 template <class T>
 static inline Vec<T> hyperbolic_tangent(Vec<T> x) {
-  const Vec<T> size = at_least(x, -x);
-  const Vec<T> doubled = -at_least(size * T(-2), broadcast<T>(-80));  // e^80 is nothing beside 1, and below exp's limit
-  const Vec<T> far = 1 - 2 / (exponential<T>(doubled) + 1);
-  const Vec<T> out = size < T(0.625) ? small_tanh(x) : (x < 0 ? -far : far);
-  return x == x ? out : x;
+  using C = ExpTraits<T>;
+  using I = typename Simd<T>::I;
+  const Vec<T> bound = broadcast<T>(20);  // tanh is 1 from there on
+  x = -at_least(-at_least(x, -bound), -bound) * T(2);
+  const Vec<T> shifted = x * C::kLog2e + C::kRound;
+  const Vec<T> n = shifted - C::kRound;
+  Vec<T> f = x - n * C::kLn2High;
+  f = f - n * C::kLn2Low;
+  Vec<T> p = broadcast<T>(C::kPolynomial[0]);
+  constexpr int terms = static_cast<int>(sizeof(C::kPolynomial) / sizeof(T));
+#pragma GCC unroll 16
+  for (int i = 1; i < terms - 1; ++i) p = p * f + C::kPolynomial[i];
+  const Vec<T> power = (Vec<T>)((I)broadcast<T>(1) + ((I)shifted << C::kMantissa));
+  const Vec<T> less_one = p * f * power + (power - T(1));
+  return less_one / (less_one + T(2));
 }
 
 }  // namespace fc::cpu::FC_TIER

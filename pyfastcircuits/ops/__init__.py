@@ -8,6 +8,7 @@ inputs accumulate in fp32), "tf32" (Triton) or "bf16" (factors rounded to bfloat
 from pyfastcircuits.ops.backend import Backend, Precision, check_range, resolve_backend
 from pyfastcircuits.ops.diagonal_ranks import diagonal_ranks
 from pyfastcircuits.ops.factored_topk import TopEntries, factored_topk
+from pyfastcircuits.ops.frozen_attention import attention_lse, frozen_attention
 from pyfastcircuits.ops.pair_norms import PairStatistics, Route, pair_norms, pair_statistics
 from pyfastcircuits.ops.sweep_nll import sweep_nll, sweep_statistics
 
@@ -17,9 +18,11 @@ __all__ = [
     "Precision",
     "Route",
     "TopEntries",
+    "attention_lse",
     "check_range",
     "diagonal_ranks",
     "factored_topk",
+    "frozen_attention",
     "pair_norms",
     "pair_statistics",
     "resolve_backend",
