@@ -185,7 +185,8 @@ def composition(
 
 @app.command()
 def tables(
-    model: Annotated[str, typer.Argument(help="a bundled model, or a safetensors file or folder")] = "induction-2l",
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL, show_default="induction-2l")] = None,
+    option: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="the same, by name")] = None,
     head: Annotated[str | None, typer.Option(help="skip-trigrams of this head, as LAYER.HEAD")] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="only of this token (\\n: a line break); may be given again")
@@ -207,6 +208,7 @@ def tables(
             raise ValueError("--source goes with --head, or alone")
         if all_heads:
             _check_folder(out)
+        model = _named(name, option)
         weights, shown = _place(load_weights(model), dtype, backend), text.TokenText(model)
         sources = [shown.token(piece) for piece in source] if source else None
         if check:

@@ -71,8 +71,9 @@ class FrozenTrace:
 
         Value biases are not in it: they are among the `sources`.
         """
-        values = torch.einsum("...btd,hdr->...bhtr", self.normed(stream, layer), self.weights.heads("W_V", layer))
-        mixed = self.patterns[layer] @ values
+        values = torch.einsum("...btd,hdr->...bhtr", self.normed(stream, layer), self.weights.layer("W_V", layer))
+        shared = self.weights.n_heads // values.shape[-3]
+        mixed = self.patterns[layer] @ (values if shared == 1 else values.repeat_interleave(shared, -3))
         return self.post(torch.einsum("...bhtr,hrd->...btd", mixed, self.weights.heads("W_O", layer)), layer)
 
     def sources_before(self, layer: int) -> Tensor:

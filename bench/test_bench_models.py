@@ -1,0 +1,108 @@
+"""Real models: GPT-2 small's shape with random weights. Pairs against hooks, memory, and the cost of a trace."""
+
+import statistics
+
+import pytest
+import torch
+from measure import cpu_rate, interleaved, peak_bytes, ratio
+
+import pyfastcircuits as fc
+
+LAYERS, HEADS, D, R, V, T = 12, 12, 768, 64, 50257, 256
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, V, (1, T), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def lens():
+    """GPT-2 small in TransformerLens, layernorms with parameters, as it is before any folding."""
+    library = pytest.importorskip("transformer_lens", reason="pip install 'pyfastcircuits[transformer-lens]'")
+    config = library.HookedTransformerConfig(
+        n_layers=LAYERS, d_model=D, n_ctx=1024, d_head=R, n_heads=HEADS, d_vocab=V, d_mlp=4 * D, act_fn="gelu_new",
+        normalization_type="LN", device="cpu", seed=0, default_prepend_bos=False,
+    )  # fmt: skip
+    return library.HookedTransformer(config).eval().requires_grad_(False)
+
+
+def hooked_pairs(model, tokens):
+    """(source, destination) -> loss without that path: a forward pass, everything after the destination head held."""
+    _, cache = model.run_with_cache(tokens)
+
+    def loss(source, destination):
+        (first, i), (last, j) = source, destination
+        written = cache["z", first][:, :, i] @ model.W_O[first, i]
+        norm = model.blocks[last].ln1
+        read = (written - written.mean(-1, keepdim=True)) / cache[f"blocks.{last}.ln1.hook_scale"] * norm.w
+        change = read @ model.blocks[last].attn.W_V[j]
+
+        def without(v, hook):
+            v[:, :, j] -= change
+            return v
+
+        def held(_, hook):
+            return cache[hook.name]
+
+        names = [f"blocks.{layer}.hook_mlp_out" for layer in range(last, LAYERS)]
+        names += [f"blocks.{layer}.hook_attn_out" for layer in range(last + 1, LAYERS)]
+        hooks = [(f"blocks.{last}.attn.hook_v", without), *((name, held) for name in (*names, "ln_final.hook_scale"))]
+        return model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="loss")
+
+    return loss
+
+
+def test_pairs_against_hooks(lens, tokens, found):
+    """Ours over every twelfth pair, which has all layers and heads alike; hooks over a sample of those."""
+    run, hooked = fc.trace(lens, tokens), hooked_pairs(lens, tokens)
+    pairs = fc.enumerate_paths(LAYERS, HEADS, 2)[5::12]
+    sample = [0, len(pairs) // 2, len(pairs) - 1]
+    times = interleaved(
+        {
+            "hooks": lambda: [hooked(*pairs[i]) for i in sample],
+            "ours": lambda: fc.path_ablation(run, pairs),
+        },
+        rounds=3,
+    )
+    losses = fc.path_ablation(run, pairs).loss
+    worst = max(abs(float(hooked(*pairs[i]) - losses[i])) for i in sample)
+    each = statistics.median(times["ours"]) / len(pairs)
+    found(f"GPT-2 small shape, T={T}: TransformerLens hooks / ours, a pair",
+          f"{ratio(times, 'hooks', 'ours') * len(pairs) / len(sample):.1f}", ">= 50")  # fmt: skip
+    found("  hooks", f"{statistics.median(times['hooks']) / len(sample) * 1e3:.0f} ms a pair (sample of {len(sample)}); "
+          f"largest difference of a loss {worst:.1e} nats")  # fmt: skip
+    limit = (T - 1) * V * (2 * R / cpu_rate("fma") + 1 / cpu_rate("exp"))
+    found("  ours", f"{each * 1e3:.2f} ms a pair over {len(pairs)} pairs, {limit / each:.0%} of the limit")
+
+
+def test_the_whole_sweep(lens, tokens, found):
+    peak = peak_bytes(lambda: fc.pair_ablation(fc.trace(lens, tokens), kl=True))
+    found(
+        "all 9,504 pairs with kl, trace included: peak memory beyond the weights", f"{peak / 2**30:.2f} GiB", "<= 2 GB"
+    )
+
+
+SHAPES = {
+    "GPT2": {},
+    "Llama": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+              "num_key_value_heads": 4, "vocab_size": 32000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(("batch", "length"), [(1, 256), (1, 512)])
+def test_the_cost_of_a_trace(family, batch, length, found):
+    transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
+    kind = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
+    config = getattr(transformers, f"{family}Config")(**SHAPES[family])
+    model = kind._from_config(config, attn_implementation="eager").eval()
+    tokens = torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+    def forward():
+        with torch.no_grad():
+            model(tokens)
+
+    times = interleaved({"forward": forward, "trace": lambda: fc.trace(model, tokens)}, rounds=5)
+    found(f"trace / one eager forward pass, {family} {config.num_hidden_layers} layers, {batch} x {length}",
+          f"{1 / ratio(times, 'forward', 'trace'):.2f}", "<= 1.3")  # fmt: skip
