@@ -27,7 +27,8 @@ test: build
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
 
-# Against Hugging Face models and TransformerLens, before and after its version 4, and its own tests of FactoredMatrix with ours in its place. Each
+# Against Hugging Face models and TransformerLens before and after its version 4, and the latter's own tests of
+# FactoredMatrix with ours in the place of theirs. Each
 # version has an environment of its own, which shares torch and ours with the first.
 lens: $(LENS:%=lens-%)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyfastcircuits.effects import Change, Losses, Options, change_losses, unembed_columns
 from pyfastcircuits.ops import Backend, Precision
 from pyfastcircuits.paths import Path, checked_path, enumerate_paths, path_values
+from pyfastcircuits.patterns import mixed, of_head
 from pyfastcircuits.trace import FrozenTrace, toward_logits
 
 __all__ = ["AblationResult", "head_ablation", "pair_ablation", "path_ablation"]
@@ -218,7 +219,8 @@ def _head_effects(trace: FrozenTrace, heads: Sequence[tuple[int, int]]) -> Tenso
         for i, (own, head) in enumerate(heads):
             if own == layer:
                 read = trace.normed(residual, layer) @ weights.head("W_V", layer, head)
-                written = trace.patterns[layer][:, head] @ read @ weights.head("W_O", layer, head)
+                seen = mixed(of_head(trace.patterns[layer], head), read[None, :, None])[0, :, 0]
+                written = seen @ weights.head("W_O", layer, head)
                 effects[i] = trace.post(written + weights.head_biases(layer)[head], layer)
         residual = residual + trace.attend(residual, layer) + trace.sources[layer]
     return effects

@@ -357,7 +357,7 @@ def virtual_head(trace: FrozenTrace, source: Sequence[int], destination: Sequenc
     """
     weights = trace.weights
     first, second = checked_path(weights, (source, destination))
-    pattern = trace.patterns[second[0]][:, second[1]] @ trace.patterns[first[0]][:, first[1]]
+    pattern = trace.pattern(second[0])[:, second[1]] @ trace.pattern(first[0])[:, first[1]]
     through = weights.head("W_O", *first) @ weights.head("W_V", *second)
     OV = FactoredMatrix(weights.head("W_V", *first), through @ weights.head("W_O", *second))
     return VirtualHead(pattern, OV)

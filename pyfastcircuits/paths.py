@@ -10,6 +10,7 @@ from torch import Tensor
 from pyfastcircuits import _library
 from pyfastcircuits.effects import BLOCK, stream_losses
 from pyfastcircuits.ops import Backend
+from pyfastcircuits.patterns import mixed, of_head
 from pyfastcircuits.trace import FrozenTrace, centered
 from pyfastcircuits.weights import CircuitWeights
 
@@ -81,7 +82,7 @@ def path_values(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
                 values[inner] = (carried @ passed) * trace.scales[layer][..., None]
             else:
                 values[inner] = trace.normed(trace.sources_before(layer), layer) @ W_V
-        out[members] = trace.post(_mixed(trace.patterns[layer][:, head], values), layer)
+        out[members] = trace.post(mixed(of_head(trace.patterns[layer], head), values[:, :, None])[:, :, 0], layer)
     return out
 
 
@@ -100,14 +101,6 @@ def _grouped(items: Sequence[Path], key: Callable[[Path], Key]) -> Iterator[tupl
     for i, item in enumerate(items):
         groups.setdefault(key(item), []).append(i)
     return iter(groups.items())
-
-
-def _mixed(pattern: Tensor, values: Tensor) -> Tensor:
-    """One pattern [B, T, T] applied to values [P, B, T, r], as one matrix product a sequence."""
-    pairs, _, _, r = values.shape
-    flat = values.permute(1, 2, 0, 3).flatten(2)
-    mixed: Tensor = (pattern @ flat).unflatten(-1, (pairs, r))
-    return mixed.permute(2, 0, 1, 3)
 
 
 def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:

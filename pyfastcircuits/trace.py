@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import check_range
+from pyfastcircuits.patterns import Pattern, QKPattern, mixed, of_sequences, whole
 from pyfastcircuits.weights import CircuitWeights
 
 __all__ = ["FrozenTrace", "trace"]
@@ -23,7 +24,8 @@ class FrozenTrace:
     Attributes:
         weights: the model's.
         tokens: [B, T].
-        patterns: L tensors [B, H, T, T]; rows are destinations, columns sources, causal, rows sum to 1.
+        patterns: of each layer: [B, H, T, T], rows are destinations, columns sources, causal, rows sum to 1; or, with
+            `store="qk"`, the queries and keys they are made again from.
         scales: [L + 1, B, T]: what each layer's norm, and the final one, multiplies by; ones without a norm.
         embedded: [B, T, d], the residual stream before layer 0.
         sources: L tensors [B, T, d], or [d] if it is the same everywhere: what each layer adds that is no attention
@@ -35,7 +37,7 @@ class FrozenTrace:
 
     weights: CircuitWeights
     tokens: Tensor
-    patterns: tuple[Tensor, ...]
+    patterns: tuple[Pattern, ...]
     scales: Tensor
     embedded: Tensor
     sources: tuple[Tensor, ...]
@@ -51,7 +53,7 @@ class FrozenTrace:
         """
         if not 0 <= layer < len(self.patterns):
             raise IndexError(f"layer is {layer}, expected 0 to {len(self.patterns) - 1}")
-        return self.patterns[layer]
+        return whole(self.patterns[layer])
 
     def normed(self, stream: Tensor, layer: int) -> Tensor:
         """The frozen norm in front of `layer` (L: the final one) applied to any stream [..., B, T, d]: linear.
@@ -71,10 +73,11 @@ class FrozenTrace:
 
         Value biases are not in it: they are among the `sources`.
         """
-        values = torch.einsum("...btd,hdr->...bhtr", self.normed(stream, layer), self.weights.layer("W_V", layer))
-        shared = self.weights.n_heads // values.shape[-3]
-        mixed = self.patterns[layer] @ (values if shared == 1 else values.repeat_interleave(shared, -3))
-        return self.post(torch.einsum("...bhtr,hrd->...btd", mixed, self.weights.heads("W_O", layer)), layer)
+        read = self.normed(stream, layer).reshape(-1, *stream.shape[-3:])
+        values = torch.einsum("sbtd,hdr->sbhtr", read, self.weights.layer("W_V", layer))
+        heads = mixed(self.patterns[layer], values)
+        written = torch.einsum("sbhtr,hrd->sbtd", heads, self.weights.heads("W_O", layer))
+        return self.post(written.view(stream.shape), layer)
 
     def sources_before(self, layer: int) -> Tensor:
         """Everything that is no attention head and is written before `layer` reads, [B, T, d]."""
@@ -123,7 +126,7 @@ class FrozenTrace:
         return replace(
             self,
             tokens=self.tokens[sequences],
-            patterns=tuple(p[sequences] for p in self.patterns),
+            patterns=tuple(of_sequences(p, sequences) for p in self.patterns),
             scales=self.scales[:, sequences],
             embedded=self.embedded[sequences],
             sources=tuple(s if s.dim() == 1 else s[sequences] for s in self.sources),
@@ -144,7 +147,9 @@ def toward_logits(stream: Tensor, weights: CircuitWeights) -> Tensor:
     return linear if weights.ln_final_w is None else linear * weights.ln_final_w.to(linear.dtype)
 
 
-def trace(model: Any, tokens: Tensor, mask: Tensor | None = None) -> FrozenTrace:
+def trace(
+    model: Any, tokens: Tensor, mask: Tensor | None = None, *, store: Literal["patterns", "qk"] = "patterns"
+) -> FrozenTrace:
     """Run the model once and freeze it.
 
     A model of another library (see `pyfastcircuits.adapters`) runs its own forward pass, in evaluation mode and with
@@ -161,6 +166,8 @@ def trace(model: Any, tokens: Tensor, mask: Tensor | None = None) -> FrozenTrace
         mask: like tokens, nonzero where a token is real and zero where it is padding, left or right. Nothing attends
             to padding and no loss is averaged over it. Positions are those that the model itself gives when it is
             called with this mask; CircuitWeights count them from the start of the row.
+        store: "patterns" keeps every [T, T]; "qk" keeps queries, keys and logsumexps, and makes patterns again tile by
+            tile where they are applied (`ops.frozen_attention`): for long contexts. CircuitWeights only; constants.
 
     Raises:
         TypeError: a model or tokens of another type.
@@ -169,7 +176,11 @@ def trace(model: Any, tokens: Tensor, mask: Tensor | None = None) -> FrozenTrace
         IndexError: a token outside [0, V).
         RuntimeError: a model whose attention is not what its weights say: it has been changed.
     """
+    if store not in ("patterns", "qk"):
+        raise ValueError(f"store is {store!r}, expected 'patterns' or 'qk'")
     if not isinstance(model, CircuitWeights):
+        if store == "qk":
+            raise ValueError(f"store='qk' takes CircuitWeights, not a {type(model).__name__}")
         from pyfastcircuits.adapters import trace_of
 
         return trace_of(model, tokens, mask)
@@ -185,16 +196,23 @@ def trace(model: Any, tokens: Tensor, mask: Tensor | None = None) -> FrozenTrace
     positions = None if weights.W_pos is None else weights.W_pos[:length].to(weights.compute_dtype)
     if weights.positional == "standard" and positions is not None:
         residual = residual + positions
-    embedded, patterns, scales, sources = residual, [], [], []
+    embedded, scales, sources = residual, [], []
+    patterns: list[Pattern] = []
+    scale = 1 / (weights.attention_scale or weights.d_head**0.5)
     for layer in range(weights.n_layers):
         scales.append(norm_scale(residual, weights))
         normed = centered(residual, weights) * scales[-1][..., None]
         addressed = normed
         if weights.positional == "shortformer" and positions is not None:
             addressed = normed + positions
-        patterns.append(_pattern(addressed, layer, weights, mask))
-        values = normed[:, None] @ weights.heads("W_V", layer)
-        written = (patterns[-1] @ values).transpose(1, 2).flatten(2) @ weights.heads("W_O", layer).flatten(0, 1)
+        q, k = _queries_and_keys(addressed, layer, weights)
+        if store == "qk":
+            patterns.append(QKPattern.of(q, k, scale, mask))
+        else:
+            patterns.append(whole(QKPattern(q, k, q.new_empty(0), scale, mask)))
+        values = normed[:, None] @ weights.layer("W_V", layer)
+        heads = mixed(patterns[-1], values[None])[0]
+        written = heads.transpose(1, 2).flatten(2) @ weights.heads("W_O", layer).flatten(0, 1)
         sources.append(weights.written_bias(layer))
         residual = residual + written + sources[-1]
     scales.append(norm_scale(residual, weights))
@@ -244,23 +262,17 @@ def norm_scale(residual: Tensor, weights: CircuitWeights) -> Tensor:
     return (centered(residual, weights).square().mean(-1) + weights.eps).rsqrt()
 
 
-def _pattern(stream: Tensor, layer: int, weights: CircuitWeights, mask: Tensor | None) -> Tensor:
-    """Causal softmax of the attention scores, [B, H, T, T]; padding attends to itself alone."""
-    q, k = (stream[:, None] @ weights.heads(name, layer) for name in ("W_Q", "W_K"))
+def _queries_and_keys(stream: Tensor, layer: int, weights: CircuitWeights) -> tuple[Tensor, Tensor]:
+    """What a layer's scores are made of, [B, H, T, r] and [B, Hkv, T, r]."""
+    q, k = (stream[:, None] @ weights.layer(name, layer) for name in ("W_Q", "W_K"))
     if (bias := weights.bias("Q", layer)) is not None:
         q = q + bias[:, None]
     if (bias := weights.bias("K", layer)) is not None:
-        k = k + bias.repeat_interleave(weights.n_heads // len(bias), 0)[:, None]
+        k = k + bias[:, None]
     if weights.positional == "rotary":
         places = torch.arange(stream.shape[-2], device=stream.device)
         q, k = rotate(q, weights, places), rotate(k, weights, places)
-    scale = weights.attention_scale or weights.d_head**0.5
-    scores = q @ k.transpose(-1, -2) / scale
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    if mask is not None:
-        own = torch.eye(len(hidden), dtype=torch.bool, device=scores.device)
-        hidden = hidden | ~(mask[:, None, None] | own)
-    return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+    return q, k
 
 
 def rotate(x: Tensor, weights: CircuitWeights, positions: Tensor) -> Tensor:

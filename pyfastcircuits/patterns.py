@@ -1,0 +1,70 @@
+"""Attention patterns of a frozen run: stored, or as the queries and keys that they are made again from."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.ops import attention_lse, frozen_attention
+
+__all__ = ["Pattern", "QKPattern", "mixed", "of_head", "of_sequences", "whole"]
+
+
+@dataclass(frozen=True, eq=False)
+class QKPattern:
+    """A layer's patterns softmax(scale * q k.T), causal, in memory that grows with T and not with T squared."""
+
+    q: Tensor  # [B, H, T, r]
+    k: Tensor  # [B, Hkv, T, r]
+    lse: Tensor  # [B, H, T]
+    scale: float
+    mask: Tensor | None  # [B, T]: which sources are real
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> "QKPattern":
+        """With the logsumexp found."""
+        return QKPattern(q, k, attention_lse(q, k, scale=scale, mask=mask), scale, mask)
+
+
+Pattern = Tensor | QKPattern  # a tensor is [B, H, T, T]
+
+
+def mixed(pattern: Pattern, values: Tensor) -> Tensor:
+    """A layer's patterns applied to S streams of values [S, B, Hkv, T, s], shared by H / Hkv heads each: [S, B, H, T, s]."""
+    if isinstance(pattern, QKPattern):
+        return frozen_attention(pattern.q, pattern.k, values, pattern.lse, scale=pattern.scale, mask=pattern.mask)
+    streams, batch, kv, length, width = values.shape
+    side_by_side = values.permute(1, 2, 3, 0, 4).flatten(3)
+    out = pattern.reshape(batch, kv, -1, length) @ side_by_side
+    heads: Tensor = out.view(batch, pattern.shape[1], length, streams, width)
+    return heads.permute(3, 0, 1, 2, 4)
+
+
+def of_head(pattern: Pattern, head: int) -> Pattern:
+    """One query head's, as a layer of one head."""
+    if isinstance(pattern, Tensor):
+        return pattern[:, head : head + 1]
+    kv = head // (pattern.q.shape[1] // pattern.k.shape[1])
+    q, lse = (x[:, head : head + 1] for x in (pattern.q, pattern.lse))
+    return replace(pattern, q=q, k=pattern.k[:, kv : kv + 1], lse=lse)
+
+
+def of_sequences(pattern: Pattern, sequences: slice) -> Pattern:
+    """Those of some of the sequences: views."""
+    if isinstance(pattern, Tensor):
+        return pattern[sequences]
+    q, k, lse = (x[sequences] for x in (pattern.q, pattern.k, pattern.lse))
+    return replace(pattern, q=q, k=k, lse=lse, mask=None if pattern.mask is None else pattern.mask[sequences])
+
+
+def whole(pattern: Pattern) -> Tensor:
+    """[B, H, T, T]: rows are destinations, columns sources; padding attends to itself alone."""
+    if isinstance(pattern, Tensor):
+        return pattern
+    k = pattern.k.repeat_interleave(pattern.q.shape[1] // pattern.k.shape[1], 1)
+    scores = pattern.scale * (pattern.q @ k.mT)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    if pattern.mask is not None:
+        own = torch.eye(len(hidden), dtype=torch.bool, device=scores.device)
+        hidden = hidden | ~(pattern.mask[:, None, None] | own)
+    return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
