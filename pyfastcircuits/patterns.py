@@ -30,7 +30,7 @@ Pattern = Tensor | QKPattern  # a tensor is [B, H, T, T]
 
 
 def mixed(pattern: Pattern, values: Tensor) -> Tensor:
-    """A layer's patterns applied to S streams of values [S, B, Hkv, T, s], shared by H / Hkv heads each: [S, B, H, T, s]."""
+    """The patterns on S streams of values [S, B, Hkv, T, s], each shared by H / Hkv heads: [S, B, H, T, s]."""
     if isinstance(pattern, QKPattern):
         return frozen_attention(pattern.q, pattern.k, values, pattern.lse, scale=pattern.scale, mask=pattern.mask)
     streams, batch, kv, length, width = values.shape
