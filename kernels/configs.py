@@ -32,7 +32,7 @@ def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
     Raises:
         ValueError: an unknown op.
     """
-    ops = {"sweep_nll": _sweep_nll, "pair_norms": _pair_norms}
+    ops = {"sweep_nll": _sweep_nll, "pair_norms": _pair_norms, "frozen_attention": _frozen_attention}
     if op not in ops:
         raise ValueError(f"op is {op!r}, expected one of {', '.join(ops)}")
     return ops[op](shape, dtype, arch)
@@ -68,6 +68,20 @@ def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
     sizes = (size // block_r, block_r, size // block_s, block_s, block_k)
     names = ("BLOCK_N", "BLOCK_R", "BLOCK_M", "BLOCK_S", "BLOCK_K")
     return Config(dict(zip(names, sizes, strict=True)), 1, warps, stages)
+
+
+def _frozen_attention(shape: dict[str, int], dtype: str, arch: int) -> Config:
+    block_m, block_n, widest, deepest, warps, stages = {
+        "bf16": (128, 32, 128, 128, 8, 2),
+        "tf32": (128, 32, 128, 64, 8, 2),
+        "fp32": (64, 32, 64, 32, 4, 2),
+        "fp64": (32, 32, 32, 16, 8, 2),
+    }[dtype]
+    rank = max(shape["r"], 16)
+    block_k = _power_above(rank) if rank <= deepest else min(deepest, 64)
+    block_c = min(widest, _power_above(max(shape["C"], 16)))
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": block_k}
+    return Config(blocks, 1, warps, stages)
 
 
 def _part(rank: int, heads: int, size: int) -> int:

@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import pyfastcircuits
 from pyfastcircuits.kernels.configs import arithmetic, choose
+from pyfastcircuits.kernels.frozen_attention import OPTIONS as ATTENTION_OPTIONS
+from pyfastcircuits.kernels.frozen_attention import attention_lse_kernel, frozen_attention_kernel, launch
 from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
 from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 
@@ -24,6 +27,11 @@ ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # shared memory a bloc
 CUDA_LIBRARY = Path(pyfastcircuits.__file__).parent / "_cuda.so"
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16"}
 KERNELS = {"sweep_nll": sweep_nll_kernel, "sweep_nll_tokens": sweep_nll_tokens_kernel}
+ATTENTION_KERNELS = {
+    "attention_lse": attention_lse_kernel,
+    "frozen_attention": frozen_attention_kernel,
+    "frozen_attention_transposed": frozen_attention_kernel,
+}
 OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "FFMA", "FFMA2", "LDGSTS")
 
 
@@ -46,6 +54,17 @@ class PairVariant(NamedTuple):
     rank: int
     depth: int
     bounded: bool  # with before
+    arch: int
+
+
+class AttentionVariant(NamedTuple):
+    """One specialisation of one of frozen_attention's kernels."""
+
+    kernel: str
+    dtype: str
+    precision: str
+    rank: int
+    whole: bool  # with pre, post, mask and a soft cap
     arch: int
 
 
@@ -78,6 +97,34 @@ def pair_variants() -> Iterator[PairVariant]:
     for dtype, precision in kinds:
         yield PairVariant(dtype, precision, 80, 1280, True, 90)
         yield PairVariant(dtype, precision, 8, 16, False, 90)
+
+
+def attention_variants() -> Iterator[AttentionVariant]:
+    """Heads of GPT-2 small in each arithmetic on each architecture; on one, wider ones with all there is."""
+    for kernel in ATTENTION_KERNELS:
+        for dtype, precision in [
+            *(("float32", x) for x in ("ieee", "tf32", "bf16")),
+            ("float64", "ieee"),
+            ("bfloat16", "ieee"),
+        ]:
+            for arch in ARCHITECTURES:
+                yield AttentionVariant(kernel, dtype, precision, 64, False, arch)
+            yield AttentionVariant(kernel, dtype, precision, 128, True, 90)
+
+
+def compile_attention(variant: AttentionVariant) -> tuple[bytes, int]:
+    """The cubin and its dynamic shared memory, compiled as the launcher would for 12 heads and 7 streams."""
+    name, dtype, precision, rank, whole, arch = variant
+    config, kind = launch(torch.Size([7, 1, 12, 2048, rank]), rank, dtype, precision, arch)
+    factor, work = "*bf16" if kind == "bf16" else POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
+    types = dict.fromkeys(("q", "k", "to", "sources", "values"), factor)
+    types |= dict.fromkeys(("high", "low", "before", "after", "mask", "out", "highest", "totals"), work)
+    constants = {"DEPTH": rank, "WIDTH": rank, "SCALE": 0.125, "SOFTCAP": 50.0 if whole else 0.0}
+    constants |= {"TRANSPOSED": name.endswith("transposed"), "PRECISION": precision, **config.blocks}
+    if not whole:
+        constants |= dict.fromkeys(("before", "after", "mask"))
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **ATTENTION_OPTIONS}
+    return _compiled(ATTENTION_KERNELS[name], types, constants, {"positions", "window"}, options, arch)
 
 
 def compile_pairs(variant: PairVariant) -> tuple[bytes, int]:
@@ -181,6 +228,11 @@ def main() -> None:
         print(
             f"{name:58} sm_{pair.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True
         )
+    for v in attention_variants():
+        cubin, shared = compile_attention(v)
+        name = f"triton {v.kernel} {v.dtype} {v.precision} r={v.rank}{' whole' if v.whole else ''}"
+        [(_, _, used)] = resources(cubin)
+        print(f"{name:58} sm_{v.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True)
     for arch, name, used in resources(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else []:
         print(f"{'cuda ' + name:58} {arch:6} {used.registers:>9} {used.shared:>7} {used.stack:>5}")
 

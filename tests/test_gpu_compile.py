@@ -18,8 +18,11 @@ pytest.importorskip("triton")
 from gpu_resources import (
     ARCHITECTURES,
     CUDA_LIBRARY,
+    AttentionVariant,
     PairVariant,
     Variant,
+    attention_variants,
+    compile_attention,
     compile_pairs,
     compile_sweep,
     cuobjdump,
@@ -42,7 +45,12 @@ def test_triton_pair_norms(variant: PairVariant) -> None:
     check(variant, *compile_pairs(variant))
 
 
-def check(variant: Variant | PairVariant, cubin: bytes, shared: int) -> None:
+@pytest.mark.parametrize("variant", attention_variants(), ids=str)
+def test_triton_frozen_attention(variant: AttentionVariant) -> None:
+    check(variant, *compile_attention(variant))
+
+
+def check(variant: Variant | PairVariant | AttentionVariant, cubin: bytes, shared: int) -> None:
     """It fits, nothing spills, and tensor cores multiply where they may."""
     [(_, _, used)] = resources(cubin)
     assert shared <= ARCHITECTURES[variant.arch]
