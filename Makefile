@@ -28,6 +28,7 @@ bench: build
 	$(BIN)/pip install -q "transformer-lens==3.9.0"
 	$(BIN)/pytest bench/test_bench_sweep.py bench/test_bench_sweep_nll.py -W default
 	$(BIN)/pytest bench/test_bench_composition.py -W default
+	$(BIN)/pytest bench/test_bench_frozen_attention.py -W default
 
 lint: build
 	$(BIN)/ruff check .

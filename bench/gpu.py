@@ -22,8 +22,10 @@ Row = dict[str, str]
 
 P, T, V, r = 72, 1024, 50257, 64  # GPT-2 small, the ablations of one group
 L, H, d = 12, 12, 768
+S, LONG = 13, 8192  # the streams of a graded pass of GPT-2 small, over a long context
 CAPTIONS = {
     "sweep": f"`sweep_nll`, fp32, P={P}, T={T}, V={V:,}, r={r}, one group.",
+    "attention": f"`frozen_attention`, fp32, H={H}, T={LONG:,}, r={r}, {S} streams; one layer.",
     "pairs": f"`pair_norms`, fp32, the composition scores of {L}x{H} heads of one kind, d={d}, r={r}; relative errors.",
 }
 
@@ -112,6 +114,38 @@ def pairs() -> Iterator[Row]:
         yield measured(f"triton {precision}", our_form(precision), error, limit, flops, "pairs/s", count)
 
 
+def attention() -> Iterator[Row]:
+    """frozen_attention beside torch's attention, a stream at a time: its fast kernels want values as wide as keys."""
+    from pyfastcircuits import ops
+
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, H, LONG, r, device="cuda")
+    values = torch.randn(S, 1, H, LONG, r, device="cuda")
+    rows = slice(0, 1024)
+    exact = ops.frozen_attention(q[..., rows, :].double(), k[..., rows, :].double(), values[..., rows, :].double())
+    entries = H * LONG * (LONG + 1) / 2
+    flops = 2 * entries * r * (1 + S)
+
+    def torch_form(dtype: torch.dtype) -> Callable[[], Tensor]:
+        cast = [x.to(dtype) for x in (q, k, values)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return lambda: torch.stack([attend(cast[0], cast[1], v, is_causal=True) for v in cast[2]])
+
+    def our_form(precision: str) -> Callable[[], Tensor]:
+        lse = ops.attention_lse(q, k, precision=precision)
+        return lambda: ops.frozen_attention(q, k, values, lse, precision=precision)
+
+    def error(out: Tensor) -> Tensor:
+        return (out[..., rows, :].double() - exact).abs().max()
+
+    exps = entries / exp_rate()
+    yield measured("torch: attention, bfloat16", torch_form(torch.bfloat16), error, 0.0, flops, "streams/s", S)
+    yield measured("torch: attention, float32", torch_form(torch.float32), error, 0.0, flops, "streams/s", S)
+    for precision in ("bf16", "tf32", "ieee"):
+        limit = flops / matmul_rate(precision) + exps
+        yield measured(f"triton {precision}", our_form(precision), error, limit, flops, "streams/s", S)
+
+
 def measured(
     name: str,
     form: Callable[[], Tensor],
@@ -189,7 +223,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA GPU here; nothing was built or measured")
         return 2
-    sections = {"build": 160, "tests": 165, "sweep": 110, "pairs": 40}  # seconds each may take: one call has 480
+    sections = {
+        "build": 160,
+        "tests": 165,
+        "sweep": 110,
+        "pairs": 40,
+        "attention": 60,
+    }  # seconds each may take: one call has 480
     failed: list[str] = []
     tables: dict[str, list[Row]] = {}
     for name, limit in sections.items():
@@ -214,7 +254,7 @@ def main() -> int:
 def run_section(name: str) -> None:
     """In a section's own process: run it and leave its rows, as many as there are, for main."""
     rows: list[Row] = []
-    for row in {"build": build, "tests": tests, "sweep": sweep, "pairs": pairs}[name]() or ():
+    for row in {"build": build, "tests": tests, "sweep": sweep, "pairs": pairs, "attention": attention}[name]() or ():
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
         Path(os.environ["FC_TABLE"]).write_text(json.dumps(rows))
