@@ -28,8 +28,8 @@ test: build
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
 
 # Against Hugging Face models and TransformerLens before and after its version 4, and the latter's own tests of
-# FactoredMatrix with ours in the place of theirs. Each
-# version has an environment of its own, which shares torch and ours with the first.
+# FactoredMatrix with ours in the place of theirs. Each version has an environment of its own, which shares torch and this
+# library with the first.
 lens: $(LENS:%=lens-%)
 
 lens-%: .venv-lens-%/ready
@@ -52,6 +52,7 @@ bench: build
 	$(BIN)/pytest bench/test_bench_sweep.py bench/test_bench_sweep_nll.py -W default
 	$(BIN)/pytest bench/test_bench_composition.py -W default
 	$(BIN)/pytest bench/test_bench_factored_topk.py bench/test_bench_diagonal_ranks.py -W default
+	$(BIN)/pytest bench/test_bench_frozen_attention.py -W default
 
 lint: build
 	$(BIN)/ruff check .

@@ -24,8 +24,10 @@ Row = dict[str, str]
 P, T, V, r = 72, 1024, 50257, 64  # GPT-2 small, the ablations of one group
 L, H, d = 12, 12, 768
 BEST, ROW_BEST, CHUNK = 100, 10, 4096  # entries of a whole matrix, of a row; rows that torch multiplies at once
+S, LONG = 13, 8192  # the streams of a graded pass of GPT-2 small, over a long context
 CAPTIONS = {
     "sweep": f"`sweep_nll`, fp32, P={P}, T={T}, V={V:,}, r={r}, one group.",
+    "attention": f"`frozen_attention`, fp32, H={H}, T={LONG:,}, r={r}, {S} streams; one layer.",
     "pairs": f"`pair_norms`, fp32, the composition scores of {L}x{H} heads of one kind, d={d}, r={r}; relative errors.",
     "entries": f"`factored_topk` and `diagonal_ranks`, fp32, one head's circuit: {V:,} x {V:,}, r={r}; the best {BEST} of "
     f"all, the best {ROW_BEST} of each row, ranks of the diagonal (the error is in ranks).",
@@ -151,6 +153,38 @@ def entries() -> Iterator[Row]:
         yield row(f"ranks: {backend}", partial(ops.diagonal_ranks, A, B, backend=backend), exact, limits["none"])
 
 
+def attention() -> Iterator[Row]:
+    """frozen_attention beside torch's attention, a stream at a time: its fast kernels want values as wide as keys."""
+    from pyfastcircuits import ops
+
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, H, LONG, r, device="cuda")
+    values = torch.randn(S, 1, H, LONG, r, device="cuda")
+    rows = slice(0, 1024)
+    exact = ops.frozen_attention(q[..., rows, :].double(), k[..., rows, :].double(), values[..., rows, :].double())
+    entries = H * LONG * (LONG + 1) / 2
+    flops = 2 * entries * r * (1 + S)
+
+    def torch_form(dtype: torch.dtype) -> Callable[[], Tensor]:
+        cast = [x.to(dtype) for x in (q, k, values)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return lambda: torch.stack([attend(cast[0], cast[1], v, is_causal=True) for v in cast[2]])
+
+    def our_form(precision: str) -> Callable[[], Tensor]:
+        lse = ops.attention_lse(q, k, precision=precision)
+        return lambda: ops.frozen_attention(q, k, values, lse, precision=precision)
+
+    def error(out: Tensor) -> Tensor:
+        return (out[..., rows, :].double() - exact).abs().max()
+
+    exps = entries / exp_rate()
+    yield measured("torch: attention, bfloat16", torch_form(torch.bfloat16), error, 0.0, flops, "streams/s", S)
+    yield measured("torch: attention, float32", torch_form(torch.float32), error, 0.0, flops, "streams/s", S)
+    for precision in ("bf16", "tf32", "ieee"):
+        limit = flops / matmul_rate(precision) + exps
+        yield measured(f"triton {precision}", our_form(precision), error, limit, flops, "streams/s", S)
+
+
 def measured(
     name: str,
     form: Callable[[], Tensor],
@@ -223,12 +257,13 @@ def exp_rate() -> float:
     return count * SIZE * REPEATS / seconds(lambda: exp_kernel[(count,)](out, num_warps=triton.cdiv(SIZE, 256)))
 
 
-SECTIONS: dict[str, tuple[Callable[[], Iterator[Row] | None], int]] = {  # seconds each may take: one call has 480
+SECTIONS: dict[str, tuple[Callable[[], Iterator[Row] | None], int]] = {  # seconds each may take: one call has 500
     "build": (build, 120),
     "tests": (tests, 170),
-    "sweep": (sweep, 90),
-    "pairs": (pairs, 35),
-    "entries": (entries, 60),
+    "sweep": (sweep, 85),
+    "pairs": (pairs, 30),
+    "entries": (entries, 50),
+    "attention": (attention, 40),
 }
 
 

@@ -37,6 +37,7 @@ def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
         "pair_norms": _pair_norms,
         "factored_topk": _factored_topk,
         "diagonal_ranks": _diagonal_ranks,
+        "frozen_attention": _frozen_attention,
     }
     if op not in ops:
         raise ValueError(f"op is {op!r}, expected one of {', '.join(ops)}")
@@ -99,6 +100,20 @@ def _splits(row_blocks: int, column_blocks: int, arch: int) -> int:
     """Parts of the columns, so that there is work for the whole GPU."""
     wanted = WAVES * MULTIPROCESSORS.get(arch, 132)
     return max(1, min(_blocks(wanted, row_blocks), column_blocks))
+
+
+def _frozen_attention(shape: dict[str, int], dtype: str, arch: int) -> Config:
+    block_m, block_n, widest, deepest, warps, stages = {
+        "bf16": (128, 32, 128, 128, 8, 2),
+        "tf32": (128, 32, 128, 64, 8, 2),
+        "fp32": (64, 32, 64, 32, 4, 2),
+        "fp64": (32, 32, 32, 16, 8, 2),
+    }[dtype]
+    rank = max(shape["r"], 16)
+    block_k = _power_above(rank) if rank <= deepest else min(deepest, 64)
+    block_c = min(widest, _power_above(max(shape["C"], 16)))
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": block_k}
+    return Config(blocks, 1, warps, stages)
 
 
 def _part(rank: int, heads: int, size: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -23,6 +24,8 @@ from pyfastcircuits.kernels.factored_topk import (
     factored_topk_screen_kernel,
     factored_topk_segments_kernel,
 )
+from pyfastcircuits.kernels.frozen_attention import OPTIONS as ATTENTION_OPTIONS
+from pyfastcircuits.kernels.frozen_attention import attention_lse_kernel, frozen_attention_kernel, launch
 from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
 from pyfastcircuits.kernels.sweep_nll import ALIGNMENT, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 
@@ -35,6 +38,11 @@ PRODUCTS = {
     "factored_topk_segments": factored_topk_segments_kernel,
     "factored_topk_entries": factored_topk_entries_kernel,
     "diagonal_ranks": diagonal_ranks_kernel,
+}
+ATTENTION_KERNELS = {
+    "attention_lse": attention_lse_kernel,
+    "frozen_attention": frozen_attention_kernel,
+    "frozen_attention_transposed": frozen_attention_kernel,
 }
 OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "FFMA", "FFMA2", "LDGSTS")
 
@@ -70,6 +78,17 @@ class ProductVariant(NamedTuple):
     rank: int
     segment: int
     whole: bool  # with shift, and bounds from a screen
+    arch: int
+
+
+class AttentionVariant(NamedTuple):
+    """One specialisation of one of frozen_attention's kernels."""
+
+    kernel: str
+    dtype: str
+    precision: str
+    rank: int
+    whole: bool  # with pre, post, mask and a soft cap
     arch: int
 
 
@@ -133,6 +152,34 @@ def compile_product(variant: ProductVariant, ones: bool = False) -> tuple[bytes,
             constants |= {"upper": None, "floor": None}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return _compiled(PRODUCTS[name], types, constants, {"stride"}, options, arch, ones)
+
+
+def attention_variants() -> Iterator[AttentionVariant]:
+    """Heads of GPT-2 small in each arithmetic on each architecture; on one, wider ones with all there is."""
+    for kernel in ATTENTION_KERNELS:
+        for dtype, precision in [
+            *(("float32", x) for x in ("ieee", "tf32", "bf16")),
+            ("float64", "ieee"),
+            ("bfloat16", "ieee"),
+        ]:
+            for arch in ARCHITECTURES:
+                yield AttentionVariant(kernel, dtype, precision, 64, False, arch)
+            yield AttentionVariant(kernel, dtype, precision, 128, True, 90)
+
+
+def compile_attention(variant: AttentionVariant, ones: bool = False) -> tuple[bytes, int]:
+    """The cubin and its dynamic shared memory, compiled as the launcher would for 12 heads and 7 streams."""
+    name, dtype, precision, rank, whole, arch = variant
+    config, kind = launch(torch.Size([7, 1, 12, 2048, rank]), rank, dtype, precision, arch)
+    factor, work = "*bf16" if kind == "bf16" else POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
+    types = dict.fromkeys(("q", "k", "to", "sources", "values"), factor)
+    types |= dict.fromkeys(("high", "low", "before", "after", "mask", "out", "highest", "totals"), work)
+    constants = {"DEPTH": rank, "WIDTH": rank, "SCALE": 0.125, "SOFTCAP": 50.0 if whole else 0.0}
+    constants |= {"TRANSPOSED": name.endswith("transposed"), "PRECISION": precision, **config.blocks}
+    if not whole:
+        constants |= dict.fromkeys(("before", "after", "mask"))
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **ATTENTION_OPTIONS}
+    return _compiled(ATTENTION_KERNELS[name], types, constants, {"positions", "window"}, options, arch, ones)
 
 
 def compile_pairs(variant: PairVariant, ones: bool = False) -> tuple[bytes, int]:
@@ -257,6 +304,11 @@ def main() -> None:
             f"{name:58} sm_{product.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}",
             flush=True,
         )
+    for v in attention_variants():
+        cubin, shared = compile_attention(v)
+        name = f"triton {v.kernel} {v.dtype} {v.precision} r={v.rank}{' whole' if v.whole else ''}"
+        [(_, _, used)] = resources(cubin)
+        print(f"{name:58} sm_{v.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True)
     for arch, name, used in resources(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else []:
         print(f"{'cuda ' + name:58} {arch:6} {used.registers:>9} {used.shared:>7} {used.stack:>5}")
 

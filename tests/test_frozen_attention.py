@@ -164,7 +164,7 @@ def test_a_value_that_is_nan_reaches_no_row_before_its_panel(tier):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_bf16_dot_products(dtype, transposed):
-    """Exact for rounded q, k and values, but for the rounding of the weights: 2^-9 of a mean of values."""
+    """Exact for rounded q, k and values, but for the rounding of the weights, to 2^-8."""
     call = make(T=300, r=37, s=20, dtype=dtype, transposed=transposed)
     rounded = call._replace(q=call.q.bfloat16(), k=call.k.bfloat16(), values=call.values.bfloat16(), lse=None)
     lse = bare(forward(rounded), "bf16")[1]

@@ -20,9 +20,12 @@ pytest.importorskip("triton")
 from gpu_resources import (
     ARCHITECTURES,
     CUDA_LIBRARY,
+    AttentionVariant,
     PairVariant,
     ProductVariant,
     Variant,
+    attention_variants,
+    compile_attention,
     compile_pairs,
     compile_product,
     compile_sweep,
@@ -71,7 +74,12 @@ def test_sizes_of_one(compiled: Callable[..., object], variant: object) -> None:
     compiled(variant, ones=True)
 
 
-def check(variant: Variant | PairVariant | ProductVariant, cubin: bytes, shared: int) -> None:
+@pytest.mark.parametrize("variant", attention_variants(), ids=str)
+def test_triton_frozen_attention(variant: AttentionVariant) -> None:
+    check(variant, *compile_attention(variant))
+
+
+def check(variant: Variant | PairVariant | ProductVariant | AttentionVariant, cubin: bytes, shared: int) -> None:
     """It fits, nothing spills, and tensor cores multiply where they may."""
     [(_, _, used)] = resources(cubin)
     assert shared <= ARCHITECTURES[variant.arch]
