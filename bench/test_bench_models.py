@@ -28,12 +28,17 @@ def lens():
 
 
 def hooked_pairs(model, tokens):
-    """(source, destination) -> loss without that path: a forward pass, everything after the destination head held."""
+    """(source, destination) -> loss without that path: a forward pass, everything after the destination head held.
+
+    The source is in layer 0: a later one also writes what earlier heads wrote, which belongs to other paths.
+    """
     _, cache = model.run_with_cache(tokens)
 
     def loss(source, destination):
         (first, i), (last, j) = source, destination
-        written = cache["z", first][:, :, i] @ model.W_O[first, i]
+        attention = model.blocks[first].attn
+        bias = attention.b_V[i] + model.blocks[first].ln1.b @ attention.W_V[i]  # a source of its own
+        written = (cache["z", first][:, :, i] - bias) @ attention.W_O[i]
         norm = model.blocks[last].ln1
         read = (written - written.mean(-1, keepdim=True)) / cache[f"blocks.{last}.ln1.hook_scale"] * norm.w
         change = read @ model.blocks[last].attn.W_V[j]
@@ -57,7 +62,8 @@ def test_pairs_against_hooks(lens, tokens, found):
     """Ours over every twelfth pair, which has all layers and heads alike; hooks over a sample of those."""
     run, hooked = fc.trace(lens, tokens), hooked_pairs(lens, tokens)
     pairs = fc.enumerate_paths(LAYERS, HEADS, 2)[5::12]
-    sample = [0, len(pairs) // 2, len(pairs) - 1]
+    first = [i for i, (source, _) in enumerate(pairs) if source[0] == 0]
+    sample = [first[0], first[len(first) // 2], first[-1]]
     times = interleaved(
         {
             "hooks": lambda: [hooked(*pairs[i]) for i in sample],
