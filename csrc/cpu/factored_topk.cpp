@@ -382,11 +382,10 @@ int64_t keep_best(Entry* entries, int64_t count, int64_t k) {
   return k;
 }
 
-// As keep_best(), in order. What was in order already costs next to nothing, so that a small k can take every candidate
-// in at once and have the closest threshold.
-int64_t insert_best(Entry* entries, int64_t count, int64_t k) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
+// As keep_best(), in order; the first `kept` are already. A small k takes every candidate in at once this way and has
+// the closest threshold.
+int64_t insert_best(Entry* entries, int64_t kept, int64_t count, int64_t k) {
+  for (int64_t i = kept; i < count; ++i) {
     const Entry entry = entries[i];
     if (kept == k && !better(entry, entries[k - 1])) continue;
     int64_t j = kept < k ? kept++ : k - 1;
@@ -399,7 +398,9 @@ int64_t insert_best(Entry* entries, int64_t count, int64_t k) {
 // make_room() of the candidates of one row.
 void keep_in_row(void* context, Candidates& found) {
   const int64_t k = *static_cast<const int64_t*>(context);
-  found.count = (k <= kInserted ? insert_best : keep_best)(found.entries, found.count, k);
+  const int64_t ordered = found.threshold.place == kNone.place ? 0 : k;
+  found.count =
+      k <= kInserted ? insert_best(found.entries, ordered, found.count, k) : keep_best(found.entries, found.count, k);
   if (found.count == k) found.threshold = found.entries[k - 1];
 }
 
