@@ -28,7 +28,8 @@ struct AttentionKernels {
   int64_t panel;                                                        // destinations that share a tile
   int64_t (*packed_bytes)(const AttentionArguments&);                   // of one head of sources
   void (*pack)(const AttentionArguments&, void* packed, int64_t head);  // head of B * Hf
-  void (*attend)(const AttentionArguments&, const void* packed, const AttentionTask&);
+  int64_t (*scratch_bytes)(const AttentionArguments&, int64_t panels);  // of a task
+  void (*attend)(const AttentionArguments&, const void* packed, const AttentionTask&, void* scratch);
 };
 
 constexpr int64_t kMostPanels = 16;  // of a task
@@ -68,15 +69,33 @@ struct Attention {
   const AttentionArguments& a;
   const void* packed;
   const AttentionTask& task;
+  char* next;  // of the scratch
   const int64_t panels = (task.end - task.first + kW - 1) / kW;
   const int64_t depth = steps<Scheme>(a.rank);
   const int64_t columns = a.streams * a.width, groups = blocks_of(columns);  // of values; of kRows columns
-  Buffer<Right> queries{panels * kW * depth};
-  Buffer<T> high{panels * kW}, low{panels * kW};  // logsumexp of the destinations, in two parts
-  Buffer<T> weights{panels * kChunk * kW};
-  Buffer<Right> rounded{Scheme::kDepth > 1 ? panels * kSteps * kW : 0};
-  Buffer<Left> values{kSteps * kRows};              // of one group
-  Buffer<T> results{panels * groups * kRows * kW};  // [group][panel][kRows][kW]
+  Right* const queries = take<Right>(panels * kW * depth);
+  T *const high = take<T>(panels * kW), *const low =
+                                            take<T>(panels * kW);  // logsumexp of the destinations, in two parts
+  T* const weights = take<T>(panels * kChunk * kW);
+  Right* const rounded = take<Right>(Scheme::kDepth > 1 ? panels * kSteps * kW : 0);
+  Left* const values = take<Left>(kSteps * kRows);           // of one group
+  T* const results = take<T>(panels * groups * kRows * kW);  // [group][panel][kRows][kW]
+
+  template <class U>
+  U* take(int64_t count) {
+    U* out = reinterpret_cast<U*>(next);
+    next += (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+    return out;
+  }
+
+  // What a task of `panels` takes at most.
+  static int64_t scratch_bytes(const AttentionArguments& a, int64_t panels) {
+    const int64_t groups = blocks_of(a.streams * a.width);
+    const auto size = [](int64_t count, size_t each) { return count * static_cast<int64_t>(each) + 64; };
+    return size(panels * kW * steps<Scheme>(a.rank), sizeof(Right)) + 2 * size(panels * kW, sizeof(T)) +
+           size(panels * kChunk * kW, sizeof(T)) + size(panels * kSteps * kW, sizeof(Right)) +
+           size(kSteps * kRows, sizeof(Left)) + size(panels * groups * kRows * kW, sizeof(T));
+  }
 
   struct Sources {  // of a chunk
     T factor[kChunk], high[kChunk], low[kChunk];
@@ -136,7 +155,7 @@ struct Attention {
     const Source* next = value(smaller((group + 1) * kRows, columns - 1), chunk, head);
     bool adjacent = true;
     for (int i = 1; i < kRows; ++i) adjacent &= from[i] == from[0] + i;
-    Left* out = values.data;
+    Left* out = values;
     for (int64_t j = 0; j < kChunk; out += kRows) {
       T scaled[Scheme::kDepth][kRows];
       for (int64_t d = 0; d < Scheme::kDepth; ++d, ++j) {
@@ -187,8 +206,8 @@ struct Attention {
 
   // Not inlined: the accumulators need every register.
   [[gnu::noinline]] T* score(const Left* keys, int64_t panel, int64_t source, int64_t chunk) {
-    T* tile = weights.data + (panel * kChunk + source - chunk) * kW;
-    multiply<Scheme>(tile, keys + source * depth, queries.data + panel * kW * depth, depth);
+    T* tile = weights + (panel * kChunk + source - chunk) * kW;
+    multiply<Scheme>(tile, keys + source * depth, queries + panel * kW * depth, depth);
     finish_scores(tile);
     return tile;
   }
@@ -198,8 +217,8 @@ struct Attention {
     for (int i = 0; i < kRows; ++i, ++j)
       for (int v = 0; v < kVectors; ++v, tile += kL) {
         const int64_t at = panel * kW + v * kL;
-        const Vec<T> above = a.transposed ? broadcast(sources.high[j]) : load(high.data + at);
-        const Vec<T> rest = a.transposed ? broadcast(sources.low[j]) : load(low.data + at);
+        const Vec<T> above = a.transposed ? broadcast(sources.high[j]) : load(high + at);
+        const Vec<T> rest = a.transposed ? broadcast(sources.low[j]) : load(low + at);
         store(tile, exponential<T>(load(tile) - above - rest));
       }
   }
@@ -245,7 +264,7 @@ struct Attention {
           T* tile = score(keys, panel, source, chunk);
           hide(tile, panel, source, chunk, -kInfinity);
         }
-        add_chunk(totals, weights.data + (panel * kChunk + range.first - chunk) * kW, range.end - range.first);
+        add_chunk(totals, weights + (panel * kChunk + range.first - chunk) * kW, range.end - range.first);
       }
       double* lse = a.lse + (task.batch * a.heads_to + task.head) * a.positions + task.first + panel * kW;
       for (int64_t i = 0; i < smaller(kW, task.end - task.first - panel * kW); ++i) {
@@ -259,11 +278,11 @@ struct Attention {
 
   // The weights of a panel, as a right factor.
   const Right* factor_of(int64_t panel, const Range& range, int64_t chunk) {
-    const T* exact = weights.data + (panel * kChunk + range.first - chunk) * kW;
+    const T* exact = weights + (panel * kChunk + range.first - chunk) * kW;
     if constexpr (Scheme::kDepth == 1) {
       return exact;
     } else {
-      Right* out = rounded.data + panel * kSteps * kW;
+      Right* out = rounded + panel * kSteps * kW;
       pack_right<Scheme>(out, exact, range.end - range.first, kW, kW, 1);
       return out;
     }
@@ -297,8 +316,8 @@ struct Attention {
         for (int64_t panel = 0; panel < panels; ++panel) {
           const auto& [range, right] = seen_by[panel];
           if (range.first < range.end)
-            accumulate(results.data + (group * panels + panel) * kRows * kW,
-                       values.data + (range.first - chunk) / Scheme::kDepth * kRows, right,
+            accumulate(results + (group * panels + panel) * kRows * kW,
+                       values + (range.first - chunk) / Scheme::kDepth * kRows, right,
                        (range.end - range.first) / Scheme::kDepth);
         }
       }
@@ -319,7 +338,7 @@ struct Attention {
     for (int64_t c = 0; c < columns;) {
       T* out = start + c / a.width * a.out_stride[0];
       for (int64_t e = 0; e < a.width; ++e, ++c)
-        out[e] = results.data[((c / kRows * panels + panel) * kRows + c % kRows) * kW + lane] * factor;
+        out[e] = results[((c / kRows * panels + panel) * kRows + c % kRows) * kW + lane] * factor;
       if (empty || !std::isfinite(lse))
         for (int64_t c = 0; c < a.width; ++c) out[c] = empty ? T(0) : std::numeric_limits<T>::quiet_NaN();
     }
@@ -329,7 +348,7 @@ struct Attention {
 
   void run() {
     const Source* to = static_cast<const Source*>(a.to) + task.batch * a.to_stride[0] + task.head * a.to_stride[1];
-    pack_right<Scheme>(queries.data, to + task.first * a.to_stride[2], a.rank, task.end - task.first, a.to_stride[3],
+    pack_right<Scheme>(queries, to + task.first * a.to_stride[2], a.rank, task.end - task.first, a.to_stride[3],
                        a.to_stride[2]);
     const int64_t first = task.head * a.heads_from / a.heads_to, count = larger(1, a.heads_from / a.heads_to);
     const auto keys = [&](int64_t head) {
@@ -340,9 +359,9 @@ struct Attention {
     const double* lse = a.lse + (task.batch * a.heads_to + task.head) * a.positions;
     for (int64_t i = 0; i < panels * kW; ++i) {
       const bool here = !a.transposed && task.first + i < task.end;
-      split(here ? lse[task.first + i] : 0.0, high.data[i], low.data[i]);
+      split(here ? lse[task.first + i] : 0.0, high[i], low[i]);
     }
-    std::memset(static_cast<void*>(results.data), 0, results.bytes());
+    std::memset(results, 0, static_cast<size_t>(panels * groups * kRows * kW) * sizeof(T));
     for (int64_t head = first; head < first + count; ++head) add_values(keys(head), head);
     for (int64_t t = task.first; t < task.end; ++t) write(t);
   }
@@ -351,9 +370,9 @@ struct Attention {
 template <class Scheme, class Source>
 const AttentionKernels* kernels() {
   using A = Attention<Scheme, Source>;
-  static constexpr AttentionKernels table{
-      A::kW, A::packed_bytes, A::pack,
-      [](const AttentionArguments& a, const void* packed, const AttentionTask& task) { A{a, packed, task}.run(); }};
+  static constexpr AttentionKernels table{A::kW, A::packed_bytes, A::pack, A::scratch_bytes,
+                                          [](const AttentionArguments& a, const void* packed, const AttentionTask& task,
+                                             void* scratch) { A{a, packed, task, static_cast<char*>(scratch)}.run(); }};
   return &table;
 }
 
@@ -408,7 +427,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kResultBytes = 512 << 10;  // of a task at most: they and a chunk's weights fit an L2 cache of 1 MiB
+constexpr int64_t kResultBytes = 320 << 10;  // of a task at most: they and a chunk's weights fit an L2 cache of 1 MiB
 
 AttentionKind kind_of(ScalarType dtype, const std::string& precision) {
   const bool rounded = precision == "bf16";
@@ -474,10 +493,12 @@ void attend(const AttentionArguments& a, const AttentionKernels& kernels) {
   const int64_t panels = std::clamp<int64_t>(heads * all / (8 * torch::stable::get_num_threads()), 1,
                                              std::clamp<int64_t>(fitting, 1, kMostPanels));
   const int64_t blocks = ceil_div(all, panels), rows = panels * kernels.panel;
-  run_tasks(heads * blocks, [&](int64_t i, int64_t) {  // the last destinations first: they see the most sources
+  const int64_t scratch = (kernels.scratch_bytes(a, panels) + 63) / 64 * 64;
+  const Shared scratches(scratch * torch::stable::get_num_threads());
+  run_tasks(heads * blocks, [&](int64_t i, int64_t slot) {  // the last destinations first: they see the most sources
     const int64_t head = i / blocks, first = (blocks - 1 - i % blocks) * rows;
-    kernels.attend(a, packed.data(),
-                   {head / a.heads_to, head % a.heads_to, first, std::min(first + rows, a.positions)});
+    kernels.attend(a, packed.data(), {head / a.heads_to, head % a.heads_to, first, std::min(first + rows, a.positions)},
+                   static_cast<char*>(scratches.data()) + slot * scratch);
   });
 }
 
