@@ -294,6 +294,8 @@ def test_tables_without_a_tokenizer_show_ids(model):
     result = run("tables", model, "--head", "0.0", "--source", "5", "-k", 2)
     assert result.exit_code == 0, result.output
     assert f"'{int(fc.skip_trigrams(fc.load_weights(model), (0, 0), [5], 2).outputs[0, 0])}'" in result.output
+    named = run("tables", "--model", model, "--head", "0.0", "--source", "5", "-k", 2)
+    assert named.output == result.output
 
 
 def test_tables_of_rotary_positions_at_an_offset(tmp_path):
