@@ -106,7 +106,7 @@ def _frozen_attention(shape: dict[str, int], dtype: str, arch: int) -> Config:
     block_m, block_n, widest, deepest, warps, stages = {
         "bf16": (128, 32, 128, 128, 8, 2),
         "tf32": (128, 32, 128, 64, 8, 2),
-        "fp32": (64, 32, 64, 32, 4, 2),
+        "fp32": (64, 32, 64, 32, 8, 2),
         "fp64": (32, 32, 32, 16, 8, 2),
     }[dtype]
     rank = max(shape["r"], 16)
