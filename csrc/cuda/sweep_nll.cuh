@@ -50,7 +50,7 @@ struct SweepEpilogue {
 
   __device__ T capped(T x) const {
     const T cap = static_cast<T>(s.cap);
-    return cap > 0 ? cap * tanh(x / cap) : x;
+    return cap > 0 ? cap * tanh(x * (1 / cap)) : x;
   }
 
   __device__ void operator()(typename Core::Micro& product, int64_t first_column) {
