@@ -67,7 +67,7 @@ def test_triton_products(variant: ProductVariant) -> None:
         *((compile_pairs, v) for v in pair_variants() if v.arch == 90 and v.precision == "tf32"),
         *((compile_product, v) for v in product_variants() if v.arch == 90 and v.dtype == "float32"),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_sizes_of_one(compiled: Callable[..., object], variant: object) -> None:
     """The launcher makes constants of integers that are 1, and constants have no methods."""
