@@ -217,7 +217,7 @@ def composition_scores(
     """Composition scores of all pairs of heads: ||OV1 @ M2|| / (||OV1|| ||M2||), exact zeros where layer1 >= layer2.
 
     Args:
-        weights: the model. Grouped key/value heads are not expanded.
+        weights: the model. Grouped key/value heads are not expanded, but where bfloat16 or Triton multiplies.
         kind: "Q" (M2 = QK, what queries read), "K" (QK transposed, what keys read) or "V" (OV).
         sources, destinations: only these heads, (layer, head) each; None for all.
         precision, backend: of ops.pair_norms.

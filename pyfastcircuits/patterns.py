@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyfastcircuits.ops import attention_lse, frozen_attention
 
-__all__ = ["Pattern", "QKPattern", "mixed", "of_head", "of_sequences", "whole"]
+__all__ = ["Pattern", "QKPattern", "mixed", "of_head", "of_sequences", "softmax_pattern", "whole"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,14 @@ def whole(pattern: Pattern) -> Tensor:
     """[B, H, T, T]: rows are destinations, columns sources; padding attends to itself alone."""
     if isinstance(pattern, Tensor):
         return pattern
-    k = pattern.k.repeat_interleave(pattern.q.shape[1] // pattern.k.shape[1], 1)
-    scores = pattern.scale * (pattern.q @ k.mT)
+    return softmax_pattern(pattern.q, pattern.k, pattern.scale, pattern.mask)
+
+
+def softmax_pattern(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Causal softmax of scale * q k.T, [B, H, T, T]; padding attends to itself alone."""
+    scores = scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    if pattern.mask is not None:
+    if mask is not None:
         own = torch.eye(len(hidden), dtype=torch.bool, device=scores.device)
-        hidden = hidden | ~(pattern.mask[:, None, None] | own)
+        hidden = hidden | ~(mask[:, None, None] | own)
     return scores.masked_fill_(hidden, -torch.inf).softmax(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import check_range
-from pyfastcircuits.patterns import Pattern, QKPattern, mixed, of_sequences, whole
+from pyfastcircuits.patterns import Pattern, QKPattern, mixed, of_sequences, softmax_pattern, whole
 from pyfastcircuits.weights import CircuitWeights
 
 __all__ = ["FrozenTrace", "trace"]
@@ -206,10 +206,8 @@ def trace(
         if weights.positional == "shortformer" and positions is not None:
             addressed = normed + positions
         q, k = _queries_and_keys(addressed, layer, weights)
-        if store == "qk":
-            patterns.append(QKPattern.of(q, k, scale, mask))
-        else:
-            patterns.append(whole(QKPattern(q, k, q.new_empty(0), scale, mask)))
+        made = QKPattern.of if store == "qk" else softmax_pattern
+        patterns.append(made(q, k, scale, mask))
         values = normed[:, None] @ weights.layer("W_V", layer)
         heads = mixed(patterns[-1], values[None])[0]
         written = heads.transpose(1, 2).flatten(2) @ weights.heads("W_O", layer).flatten(0, 1)

@@ -3,6 +3,8 @@
 // threads or on how the work is cut.
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace fc::cpu {
 
 // Destinations take from sources: queries from keys, or, transposed, keys from queries. Transposed, time runs backwards
@@ -33,8 +35,6 @@ struct AttentionKernels {
 };
 
 constexpr int64_t kMostPanels = 16;  // of a task
-
-enum class AttentionKind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
 
 }  // namespace fc::cpu
 
@@ -379,18 +379,18 @@ const AttentionKernels* kernels() {
 }  // namespace
 
 // Null where this tier has no such instruction.
-const AttentionKernels* attention_kernels(AttentionKind kind) {
+const AttentionKernels* attention_kernels(Kind kind) {
   switch (kind) {
-    case AttentionKind::fp32:
+    case Kind::fp32:
       return kernels<Ieee<float>, float>();
-    case AttentionKind::fp64:
+    case Kind::fp64:
       return kernels<Ieee<double>, double>();
-    case AttentionKind::bf16_inputs:
+    case Kind::bf16_inputs:
       return kernels<Ieee<float>, BFloat16>();
 #if defined(__AVX512BF16__)
-    case AttentionKind::fp32_by_bf16:
+    case Kind::fp32_by_bf16:
       return kernels<Bf16Dot, float>();
-    case AttentionKind::bf16_by_bf16:
+    case Kind::bf16_by_bf16:
       return kernels<Bf16Dot, BFloat16>();
 #endif
     default:
@@ -411,57 +411,16 @@ const AttentionKernels* attention_kernels(AttentionKind kind) {
 
 #include "../check.h"
 #include "../plan.h"
-#include "isa.h"
-#include "tasks.h"
 
 namespace fc::cpu {
 
-#define FC_DECLARE(tier)                                    \
-  namespace tier {                                          \
-  const AttentionKernels* attention_kernels(AttentionKind); \
-  }
-FC_FOR_EACH_TIER(FC_DECLARE)
-#undef FC_DECLARE
+FC_TIERS(const AttentionKernels*, attention_kernels, Kind)
 
 namespace {
 
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kResultBytes = 320 << 10;  // of a task at most: they and a chunk's weights fit an L2 cache of 1 MiB
-
-AttentionKind kind_of(ScalarType dtype, const std::string& precision) {
-  const bool rounded = precision == "bf16";
-  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
-                  "', expected 'ieee' or 'bf16' on the CPU");
-  switch (dtype) {
-    case ScalarType::Float:
-      return rounded ? AttentionKind::fp32_by_bf16 : AttentionKind::fp32;
-    case ScalarType::BFloat16:
-      return rounded ? AttentionKind::bf16_by_bf16 : AttentionKind::bf16_inputs;
-    case ScalarType::Double:
-      STD_TORCH_CHECK(!rounded, "precision is 'bf16' but q is float64; pass float32 or bfloat16");
-      return AttentionKind::fp64;
-    default:
-      STD_TORCH_CHECK(false, "q has an unsupported dtype; expected float32, float64 or bfloat16");
-  }
-}
-
-const AttentionKernels& kernels_of(ScalarType dtype, const std::string& precision) {
-  const AttentionKind kind = kind_of(dtype, precision);
-  const AttentionKernels* found = nullptr;
-  switch (current_tier()) {
-#define FC_CASE(tier)                      \
-  case Tier::tier:                         \
-    found = tier::attention_kernels(kind); \
-    break;
-    FC_FOR_EACH_TIER(FC_CASE)
-#undef FC_CASE
-  }
-  STD_TORCH_CHECK(found != nullptr,
-                  "precision='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
-                  kTierNames[static_cast<int>(current_tier())]);
-  return *found;
-}
 
 // The tensor's strides, and its first element; with time, the axis before the last, running backwards if asked to.
 void* view(const Tensor& x, bool backwards, int64_t* stride) {
@@ -527,7 +486,9 @@ std::tuple<Tensor, Tensor> frozen_attention(const Tensor& q, const Tensor& k, co
   STD_TORCH_CHECK(!softcap.has_value() || *softcap > 0, "softcap is ", *softcap, ", expected more than 0");
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && values.scalar_type() == q.scalar_type(),
                   "q, k and values differ in dtype");
-  const AttentionKernels& kernels = kernels_of(q.scalar_type(), precision);
+  const AttentionKernels* picked = pick_attention_kernels(kind_of("q", q.scalar_type(), precision));
+  check_instructions(picked != nullptr, "precision");
+  const AttentionKernels& kernels = *picked;
 
   const auto double_of = [](const std::optional<Tensor>& x) { return contiguous_as(x, ScalarType::Double); };
   const std::optional<Tensor> given = double_of(lse), before = double_of(transposed ? post : pre),
