@@ -194,7 +194,7 @@ def head_ablation(
         sets = [_checked_set(trace, entry) for entry in heads]
         what = [heads if len(heads) == 1 else frozenset(heads) for heads in sets]
     shape = (weights.n_layers, weights.n_heads) if heads is None else (len(sets),)
-    changes = _direct_changes(trace, sets, swap) if effect == "direct" else _set_changes(sets, swap, attention)
+    changes = _direct_changes(sets, swap) if effect == "direct" else _set_changes(sets, swap, attention)
     measured = measure(trace, changes, options)
     return measured.result(what, shape, options.score, mode=mode, attention=attention, effect=effect)
 
@@ -265,7 +265,7 @@ def _path_changes(trace: FrozenTrace, sets: Sequence[Sequence[Path]], swap: Repl
             chosen = [sets[indices[i]][0] for i in members]
             return swap.removed(lambda run: path_values(run, chosen), part, sequences, ("paths", *chosen))
 
-        return Change(indices, removed, weights.head("W_O", *head))
+        return Change(indices, removed, [head])
 
     def several(direct: bool, indices: list[int]) -> Change:
         def removed(part: FrozenTrace, sequences: slice, members: Sequence[int]) -> Tensor:
@@ -294,22 +294,17 @@ def _set_changes(sets: Sequence[tuple[Head, ...]], swap: Replacement, attention:
     return [Change(range(len(sets)), removed)] if sets else []
 
 
-def _direct_changes(trace: FrozenTrace, sets: Sequence[tuple[Head, ...]], swap: Replacement) -> list[Change]:
-    """What heads write themselves: single heads through their W_O @ W_U."""
+def _direct_changes(sets: Sequence[tuple[Head, ...]], swap: Replacement) -> list[Change]:
+    """What single heads write themselves."""
     if any(len(heads) != 1 for heads in sets):
         raise ValueError("heads holds a set of several, but effect is 'direct': give single heads")
-    groups: dict[Head, list[int]] = {}
-    for i, (head,) in enumerate(sets):
-        groups.setdefault(head, []).append(i)
 
-    def through(head: Head, indices: list[int]) -> Change:
-        def removed(part: FrozenTrace, sequences: slice, members: Sequence[int]) -> Tensor:
-            gone = removed_z(part, sequences, head[0], swap)[head[1]]
-            return part.post(gone, head[0]).expand(len(members), *gone.shape)
+    def removed(part: FrozenTrace, sequences: slice, members: Sequence[int]) -> Tensor:
+        chosen = [sets[i][0] for i in members]
+        gone = {layer: part.post(removed_z(part, sequences, layer, swap), layer) for layer in {at for at, _ in chosen}}
+        return torch.stack([gone[layer][h] for layer, h in chosen])
 
-        return Change(indices, removed, trace.weights.head("W_O", *head))
-
-    return [through(head, indices) for head, indices in groups.items()]
+    return [Change(range(len(sets)), removed, [head for (head,) in sets])] if sets else []
 
 
 def _joint_changes(
@@ -354,6 +349,6 @@ def _frozen_hop_changes(trace: FrozenTrace, pairs: Sequence[Path], swap: Replace
                 gone = gone + part.attend(gone, layer)
             return gone
 
-        return Change(indices, removed, W_O if straight else None)
+        return Change(indices, removed, [head] if straight else [])
 
     return [through(head, indices) for head, indices in groups.items()]

@@ -38,7 +38,7 @@ BLOCK = 11 << 20  # bytes: one block of deltas; a vocabulary slice takes two
 CLEAN_LOGITS = 512 << 20  # bytes of clean logits held at a time, at least one sequence's
 PART_ROWS = 4096  # positions worked on at a time, at least one sequence's
 FinalNorm = Literal["frozen", "recomputed"]
-Basis = Callable[[slice | Tensor], Tensor]  # columns of the vocabulary -> [r, columns]
+Basis = Callable[[slice | Tensor], Tensor]  # columns of the vocabulary -> [1 or P, r, columns]
 
 
 class Measuring(TypedDict, total=False):
@@ -106,12 +106,12 @@ def options_of(
 
 @dataclass(frozen=True)
 class Change:
-    """Experiments that take something away from the final residual stream through the same rank-r map.
+    """Experiments that take something away from the final residual stream, through W_O of heads or as it is.
 
     Attributes:
         indices: which results these experiments are.
-        removed: (trace of some sequences, which they are, positions in `indices`) -> [P, B, T, r].
-        out: [r, d], what is removed goes to the residual stream through it; None: it is there already, r is d.
+        removed: (trace of some sequences, which they are, positions in `indices`) -> [P, B, T, r], or [P, B, T, d].
+        through: what is removed goes through W_O of this head, or of each experiment's own; empty: it is of size d.
         bias: whether the unembedding bias is taken away too.
         pairs: each experiment takes away two things together, which share few: `removed` is asked for all of these,
             [S, B, T, r], and these are positions among them. See `can_share`.
@@ -120,10 +120,20 @@ class Change:
 
     indices: Sequence[int]
     removed: Callable[[FrozenTrace, slice, Sequence[int]], Tensor]
-    out: Tensor | None = None
+    through: Sequence[tuple[int, int]] = ()
     bias: bool = False
     pairs: Sequence[tuple[int, int]] | None = None
     scratch: int = 0
+
+    @property
+    def own(self) -> bool:
+        """Whether each experiment has a head of its own."""
+        return len(self.through) > 1
+
+    def W_O(self, weights: CircuitWeights, members: Sequence[int]) -> Tensor:
+        """Of the heads of some experiments: [P, r, d], or [1, r, d] where it is one for all."""
+        heads = [self.through[i] for i in members] if self.own else self.through
+        return torch.stack([weights.head("W_O", *head) for head in heads])
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,18 @@ def can_share(options: Options, weights: CircuitWeights) -> bool:
 
 
 def _nothing(like: Tensor, columns: slice | Tensor) -> Tensor:
-    return like.new_empty(0, len(columns) if isinstance(columns, Tensor) else columns.stop - columns.start)
+    return like.new_empty(1, 0, len(columns) if isinstance(columns, Tensor) else columns.stop - columns.start)
+
+
+def _times(removed: Tensor, W_O: Tensor) -> Tensor:
+    """[P, N, r] times [1 or P, r, d]."""
+    product: Tensor = removed @ (W_O[0] if len(W_O) == 1 else W_O)
+    return product
+
+
+def _groups(delta: Tensor, basis: Tensor) -> Tensor:
+    """Which basis each experiment goes through: the one there is, or its own."""
+    return torch.arange(len(delta), device=delta.device) % len(basis)
 
 
 def _merged(
@@ -209,11 +230,11 @@ def _merged(
     pairs: Tensor | None = None,  # [P, 2] where delta is [S, N, r]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, target logit and expected change over the whole vocabulary, fp64 [P, N]."""
-    group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
     cap = clean.weights.logit_cap
     total: tuple[Tensor, Tensor, Tensor] | None = None
     for part in columns:
-        base, through, tokens = clean(part), basis(part)[None], (targets - part.start)[:, None]
+        base, through, tokens = clean(part), basis(part), (targets - part.start)[:, None]
+        group = _groups(delta, through)
         if pairs is None:
             statistics = sweep_statistics(
                 base, delta, through, tokens, group, ratio, clean_lse, precision, backend, cap
@@ -251,36 +272,50 @@ class _Part:
             )[0][0]
         self.baselines = {name: x[0] for name, x in self.measure(nothing, none, columns).items()}
 
-    def delta(self, change: Change, members: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """What the clean logits change by, through `basis` [P, N, r], and what they are multiplied by then [P, N]."""
+    def narrow(self, change: Change) -> bool:
+        """Whether W_O @ W_U is less work than what is removed times W_O, and that times W_U."""
+        r, d = self.weights.d_head, self.weights.d_model
+        products = len(change.indices) * len(self.rows)
+        return bool(change.through) and len(change.through) * r * d <= products * (d - r)
+
+    def delta(self, change: Change, members: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the clean logits change by, through `basis` [P, N, width]; what they are multiplied by then [P, N]; the
+        W_O [1 or P, r, d] that the basis has to bring, if any.
+        """
         removed = self.score.rows(change.removed(self.trace, self.sequences, members))
+        W_O = change.W_O(self.weights, members) if change.through else None
+        if W_O is not None and not self.narrow(change):
+            removed, W_O = _times(removed, W_O), None
         ratio: Tensor | None = None
         bias = torch.full_like(self.scale, -1) if change.bias else None
         if self.options.final_norm == "frozen" or self.weights.norm is None:
-            linear = toward_logits(removed, self.weights) if change.out is None else removed
+            linear = toward_logits(removed, self.weights) if W_O is None else removed
             delta = linear * -self.scale
         else:
-            left = self.final - (removed if change.out is None else removed @ change.out)
+            left = self.final - (removed if W_O is None else _times(removed, W_O))
             scale = norm_scale(left, self.weights)[..., None]
-            if change.out is None:
+            if W_O is None:
                 delta = toward_logits(left, self.weights) * scale - self.rows
             else:
                 delta, ratio = removed * -self.scale, (scale / self.scale)[..., 0]
                 bias = None if self.weights.unembed_bias is None else self.scale / scale - 1
         if bias is not None and self.weights.unembed_bias is not None:
             delta = torch.cat((delta, bias.expand(*delta.shape[:-1], 1)), -1)
-        return delta, ratio
+        return delta, ratio, W_O
 
-    def basis(self, change: Change, width: int) -> Basis:
-        """Columns -> [width, columns]; the unembedding bias is the last row where there is one more."""
-        out = None if change.out is None else toward_logits(change.out, self.weights)
-        rank = self.weights.d_model if out is None else len(out)
+    def basis(self, W_O: Tensor | None, width: int) -> Basis:
+        """Columns -> [1 or P, width, columns]; the unembedding bias is the last row where there is one more."""
+        maps = None if W_O is None else toward_logits(W_O, self.weights)
+        rank = self.weights.d_model if maps is None else maps.shape[1]
 
         def basis(columns: slice | Tensor) -> Tensor:
             block = unembed_columns(self.weights, columns)
-            block = block if out is None else out @ block
+            block = block if maps is None else maps.flatten(0, 1) @ block
+            block = block.unflatten(0, (-1, rank))
             bias = self.weights.unembed_bias
-            return block if width == rank or bias is None else torch.cat((block, bias[None, columns]))
+            if width > rank and bias is not None:
+                block = torch.cat((block, bias[columns].expand(len(block), 1, -1)), 1)
+            return block
 
         return basis
 
@@ -323,7 +358,7 @@ class _Part:
 
     def _picked(self, delta: Tensor, basis: Basis, tokens: Tensor, ratio: Tensor | None) -> Tensor:
         """The logits of one token of each row, fp64 [P, N]."""
-        logits = self.clean.of(tokens) + torch.einsum("pnr,rn->pn", delta.double(), basis(tokens).double())
+        logits = self.clean.of(tokens) + torch.einsum("pnr,prn->pn", delta.double(), basis(tokens).double())
         logits = logits if ratio is None else logits * ratio
         cap = self.weights.logit_cap
         return logits if cap is None else cap * (logits / cap).tanh()
@@ -331,12 +366,12 @@ class _Part:
     def _ranks(self, delta: Tensor, basis: Basis, columns: list[slice]) -> Tensor:
         """How many logits are larger than the target's, fp64 [P, N]: scales and caps are monotonic, and left out."""
         tokens = self.tokens[:, 0]
-        own = self.clean.of(tokens) + torch.einsum("pnr,rn->pn", delta.double(), basis(tokens).double())
-        group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
+        own = self.clean.of(tokens) + torch.einsum("pnr,prn->pn", delta.double(), basis(tokens).double())
         options, total = self.options, torch.zeros_like(own)
         for part in columns:
+            through = basis(part)
             total += rank_statistics(
-                self.clean(part), delta, basis(part)[None], tokens - part.start, group, own,
+                self.clean(part), delta, through, tokens - part.start, _groups(delta, through), own,
                 options.precision, options.backend,
             )  # fmt: skip
         return total
@@ -362,7 +397,7 @@ def _measure(trace: FrozenTrace, changes: Sequence[Change], options: Options) ->
         clean[name] = torch.full(places if options.per_token else (), 0.0, dtype=torch.float64, device=device)
     total = score.count
 
-    rank = max((max(c.scratch, weights.d_model if c.out is None else len(c.out)) for c in changes), default=1)
+    rank = max((max(c.scratch, weights.d_head if c.through else weights.d_model) for c in changes), default=1)
     for part in _slices(sequences, _sequences_at_once(weights, length, rank, options.low_memory)):
         scored = score[part]
         share = scored.count / total
@@ -376,10 +411,11 @@ def _measure(trace: FrozenTrace, changes: Sequence[Change], options: Options) ->
         for change in changes:
             basis: Basis | None = None
             for members, formed, pairs in _chunks(change, work):
-                delta, ratio = work.delta(change, formed)
-                if basis is None:
-                    columns = _columns(weights, delta.shape[-1] + work.depth)
-                    basis = work.basis(change, delta.shape[-1])
+                delta, ratio, W_O = work.delta(change, formed)
+                if basis is None or change.own:
+                    depth = delta.shape[-1] * (1 if W_O is None else len(W_O))
+                    columns = _columns(weights, depth + work.depth)
+                    basis = work.basis(W_O, delta.shape[-1])
                     if len(columns) == 1 and {"nll", "kl", "probability"}.issuperset(score.names):
                         basis = partial(_always, basis(columns[0]))
                 where = torch.tensor([change.indices[i] for i in members], device=device)
@@ -402,8 +438,10 @@ def _chunks(change: Change, work: _Part) -> Iterator[tuple[range, range, Tensor 
                 torch.tensor(change.pairs, device=weights.device),
             )
         return
-    wide = weights.d_model if change.out is None or work.options.final_norm == "recomputed" else len(change.out)
+    wide = weights.d_head if work.narrow(change) and work.options.final_norm == "frozen" else weights.d_model
     at_once = max(1, BLOCK // (len(work.rows) * max(wide, 8) * work.rows.element_size()))
+    if change.own and work.narrow(change):  # a basis no deeper than the unembedding
+        at_once = min(at_once, max(1, weights.d_model // weights.d_head))
     for chunk in _slices(count, at_once):
         yield range(count)[chunk], range(count)[chunk], None
 

@@ -218,6 +218,6 @@ def hop_changes(
             return part.final - final
 
         scratch = len(reads[layer]) * weights.n_heads * weights.d_head
-        return Change(indices, removed, None if head is None else weights.head("W_O", layer, head), scratch=scratch)
+        return Change(indices, removed, [] if head is None else [(layer, head)], scratch=scratch)
 
     return [into(*key, indices) for key, indices in sorted(groups.items(), key=lambda x: (x[0][0], x[0][1] or 0))]

@@ -84,17 +84,26 @@ def test_heads_and_sets_of_heads(attention, mode, with_reference, over):
 
 
 @kinds
-def test_direct_effects(norm, positional):
-    w, given = model(norm=norm, positional=positional), tokens()
+@pytest.mark.parametrize(("batch", "length"), [(3, 7), (1, 4)], ids=["through W_O @ W_U", "few positions"])
+def test_direct_effects(norm, positional, batch, length):
+    w, given = model(norm=norm, positional=positional), tokens(batch, length)
     clean, run = Hooked(w, given), fc.trace(w, given)
-    found = fc.head_ablation(run, effect="direct", final_norm="recomputed")
-    frozen = fc.head_ablation(run, effect="direct")
-    for layer, h in itertools.product(range(3), range(4)):
-        final = clean.final - clean.z[layer, h] @ w.W_O[layer, h]
-        for result, scale in ((found, None), (frozen, clean.scales["final"])):
-            normed, _ = naive.norm(final, w, scale)
-            logits = normed @ w.W_U + w.b_U
-            assert_same(result.values[layer, h], measures(clean.logits, logits, given, AGAINST)["nll"].mean())
+    for final_norm, scale in (("recomputed", None), ("frozen", clean.scales["final"])):
+        found = {
+            metric: fc.head_ablation(
+                run,
+                effect="direct",
+                final_norm=final_norm,
+                metric=metric,
+                against=AGAINST if metric == "logit_difference" else None,
+            ).values  # fmt: skip
+            for metric in METRICS
+        }
+        for layer, h in itertools.product(range(3), range(4)):
+            normed, _ = naive.norm(clean.final - clean.z[layer, h] @ w.W_O[layer, h], w, scale)
+            expected = measures(clean.logits, normed @ w.W_U + w.b_U, given, AGAINST)
+            for metric in METRICS:
+                assert_same(found[metric][layer, h], expected[metric].mean())
 
 
 class Hop:
