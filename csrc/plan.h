@@ -19,11 +19,12 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Even blocks: the fewest that are no longer than `longest`.
 inline int64_t even_block(int64_t size, int64_t longest) { return ceil_div(size, ceil_div(size, longest)); }
 
-// The packed left rows of a task fill half an L2 cache (512 KiB); blocks shrink until every thread has two tasks.
+// The packed left rows of a task fill an L2 cache (1 MiB), and enough of them share a position's base and a group's
+// basis; blocks shrink until every thread has two tasks.
 inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads) {
   if (pairs == 0 || positions == 0) return {1, 1, 0};
-  const int64_t rows = std::clamp<int64_t>((512 << 10) / std::max<int64_t>(depth_bytes, 1), 64, 4096);
-  TilePlan plan{0, even_block(positions, std::min<int64_t>(64, rows)), 0};
+  const int64_t rows = std::clamp<int64_t>((1 << 20) / std::max<int64_t>(depth_bytes, 1), 64, 4096);
+  TilePlan plan{0, even_block(positions, std::min<int64_t>(128, rows)), 0};
   plan.pair_block = even_block(pairs, std::max<int64_t>(1, rows / plan.position_block));
   const auto tasks = [&] { return ceil_div(pairs, plan.pair_block) * ceil_div(positions, plan.position_block); };
   while (tasks() < 2 * threads && plan.position_block > 16) plan.position_block = ceil_div(plan.position_block, 2);

@@ -155,10 +155,10 @@ def _slices(size: int, width: int) -> Iterator[slice]:
     return (slice(first, min(first + width, size)) for first in range(0, size, width))
 
 
-def _columns(weights: CircuitWeights, depth: int) -> list[slice]:
-    """Slices of the vocabulary: a [depth, columns] block, with a converted slice of W_U, stays within two BLOCKs."""
-    converted = weights.d_model if weights.W_U.dtype != weights.compute_dtype else 0
-    width = 2 * BLOCK // (weights.compute_dtype.itemsize * max(depth + converted, 1))
+def _columns(weights: CircuitWeights, depth: int, copies: int = 0) -> list[slice]:
+    """Slices of the vocabulary: a [depth, columns] block and copies of the slice of W_U stay within two BLOCKs."""
+    copies += weights.W_U.dtype != weights.compute_dtype
+    width = 2 * BLOCK // (weights.compute_dtype.itemsize * max(depth + copies * weights.d_model, 1))
     return list(_slices(weights.d_vocab, max(384, width // 384 * 384)))
 
 
@@ -173,12 +173,14 @@ class _CleanLogits:
     def __init__(self, rows: Tensor, weights: CircuitWeights, held: bool) -> None:
         self.rows, self.weights = rows, weights
         self.held: Tensor | None = None
-        if held:
+        if held and weights.W_U.dtype == weights.compute_dtype:
+            self.held = rows @ weights.W_U
+        elif held:
             self.held = rows.new_empty(len(rows), weights.d_vocab)
             for columns in _columns(weights, 1):
                 self.held[:, columns] = rows @ unembed_columns(weights, columns)
-                if weights.unembed_bias is not None:
-                    self.held[:, columns] += weights.unembed_bias[columns]
+        if self.held is not None and weights.unembed_bias is not None:
+            self.held += weights.unembed_bias
 
     def __call__(self, columns: slice) -> Tensor:
         if self.held is not None:
@@ -414,7 +416,8 @@ def _measure(trace: FrozenTrace, changes: Sequence[Change], options: Options) ->
                 delta, ratio, W_O = work.delta(change, formed)
                 if basis is None or change.own:
                     depth = delta.shape[-1] * (1 if W_O is None else len(W_O))
-                    columns = _columns(weights, depth + work.depth)
+                    copies = 2 if change.own and W_O is not None else 0  # for its products with many W_O: see products
+                    columns = _columns(weights, depth + work.depth, copies)
                     basis = work.basis(W_O, delta.shape[-1])
                     if len(columns) == 1 and {"nll", "kl", "probability"}.issuperset(score.names):
                         basis = partial(_always, basis(columns[0]))
@@ -440,8 +443,8 @@ def _chunks(change: Change, work: _Part) -> Iterator[tuple[range, range, Tensor 
         return
     wide = weights.d_head if work.narrow(change) and work.options.final_norm == "frozen" else weights.d_model
     at_once = max(1, BLOCK // (len(work.rows) * max(wide, 8) * work.rows.element_size()))
-    if change.own and work.narrow(change):  # a basis no deeper than the unembedding
-        at_once = min(at_once, max(1, weights.d_model // weights.d_head))
+    if change.own and work.narrow(change):  # deep enough to hide what it costs to copy a slice of W_U
+        at_once = min(at_once, max(1, 4 * weights.d_model // weights.d_head))
     for chunk in _slices(count, at_once):
         yield range(count)[chunk], range(count)[chunk], None
 

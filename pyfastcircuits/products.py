@@ -34,12 +34,13 @@ class FastProducts(TorchDispatchMode):
 
 
 def _worthwhile(left: Tensor, right: Tensor) -> bool:
-    """oneDNN has kernels for matrices without gaps alone; for slices of one it would take its slow reference."""
     fitting = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
-    fitting = fitting and left.is_contiguous() and (right.is_contiguous() or right.mT.is_contiguous())
     return fitting and len(left) * right.numel() >= SMALLEST and torch.backends.mkldnn.is_available()
 
 
 def _linear(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.mT, bias, "none", [], "")
+    """oneDNN has kernels for matrices without gaps alone (else its slow reference): copies of others cost less."""
+    if not right.mT.is_contiguous():
+        right = right.contiguous()
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(left.contiguous(), right.mT, bias, "none", [], "")
     return out

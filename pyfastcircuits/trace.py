@@ -94,7 +94,8 @@ class FrozenTrace:
         """What each head of a layer has mixed in the clean run, value biases included, before its W_O: [H, B, T, r]."""
         found = self._z.get(layer)
         if found is None:
-            values = self.normed(self.streams[layer], layer)[:, None] @ self.weights.layer("W_V", layer)
+            read = self.normed(self.streams[layer], layer)
+            values = torch.einsum("btd,hdr->bhtr", read, self.weights.layer("W_V", layer))
             bias = self.weights.bias("V", layer)
             values = values if bias is None else values + bias[:, None]
             found = self._z[layer] = mixed(self.patterns[layer], values[None])[0].transpose(0, 1)

@@ -96,7 +96,7 @@ def test_direct_effects(norm, positional, batch, length):
                 final_norm=final_norm,
                 metric=metric,
                 against=AGAINST if metric == "logit_difference" else None,
-            ).values  # fmt: skip
+            ).values
             for metric in METRICS
         }
         for layer, h in itertools.product(range(3), range(4)):

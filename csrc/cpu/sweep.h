@@ -29,15 +29,17 @@ namespace fc::cpu::FC_TIER {
 
 inline constexpr int64_t kPanelsAStripe = 4;  // packed together: long reads of base and basis
 
-// Fetches the next stripe of a matrix into the L2 cache a few lines at a time, while this one is worked on: its rows
-// lie pages apart, which no hardware prefetcher follows.
+// Fetches a stripe of a matrix that is needed next into the L2 cache a few lines at a time, while another is worked on:
+// its rows lie pages apart, which no hardware prefetcher follows.
 struct Ahead {
   const char* row;
   int64_t stride, width, rows;  // bytes, bytes, count
+  int64_t times;                // it is fetched in
   int64_t done = 0;
+  int64_t each = (rows * ((width + 63) / 64) + times - 1) / times;
 
-  void fetch(int64_t lines) {
-    for (; lines > 0 && rows > 0; --lines) {
+  void fetch() {
+    for (int64_t lines = each; lines > 0 && rows > 0; --lines) {
       __builtin_prefetch(row + done, 0, 2);
       done += 64;
       if (done < width) continue;
@@ -146,12 +148,19 @@ struct Sweep {
                      });
   }
 
-  // The stripe of `columns` columns from `first` on of a matrix whose rows lie `stride` apart; none past the
-  // vocabulary.
-  Ahead ahead(const Source* matrix, int64_t stride, int64_t count, int64_t first) const {
+  // The stripe from column `first` on of a matrix with such strides; nothing past the vocabulary.
+  Ahead ahead(const Source* matrix, const int64_t* strides, int64_t count, int64_t first, int64_t times) const {
     const auto size = static_cast<int64_t>(sizeof(Source));
     const int64_t columns = s.vocabulary - first < kPanelsAStripe * kW ? s.vocabulary - first : kPanelsAStripe * kW;
-    return {reinterpret_cast<const char*>(matrix + first), stride * size, columns * size, columns > 0 ? count : 0};
+    return {.row = reinterpret_cast<const char*>(matrix + first),
+            .stride = strides[0] * size,
+            .width = columns * size,
+            .rows = columns > 0 && strides[1] == 1 ? count : 0,
+            .times = times};
+  }
+
+  const Source* basis_of(int64_t o) const {
+    return static_cast<const Source*>(s.basis) + s.group[s.order[o]] * s.basis_stride[0];
   }
 
   template <class Op>
@@ -159,21 +168,23 @@ struct Sweep {
     alignas(64) T tiles[2][kRows * kW];
     Tile waiting{tiles[1], -1, 0, 0, 0};
     const auto* clean_rows = static_cast<const Source*>(s.base) + block.first_position * s.base_stride[0];
-    Ahead next_base = ahead(clean_rows, s.base_stride[0], s.base_stride[1] == 1 ? window : 0, first + columns);
+    const int64_t across = (columns + kW - 1) / kW;
+    Ahead next_base = ahead(clean_rows, s.base_stride, window, first + columns, blocks * across);
     const bool plain = op.plain(columns);
     int64_t done = 0;  // blocks of the groups before this one
     for (int64_t o = block.first_pair, end; o < block.end_pair; o = end) {
       end = group_end(o);
-      const auto* basis = static_cast<const Source*>(s.basis) + s.group[s.order[o]] * s.basis_stride[0];
-      pack_right<Scheme>(panels.data, basis + first * s.basis_stride[2], s.rank, columns, s.basis_stride[1],
+      pack_right<Scheme>(panels.data, basis_of(o) + first * s.basis_stride[2], s.rank, columns, s.basis_stride[1],
                          s.basis_stride[2]);
-      Ahead next_basis = ahead(basis, s.basis_stride[1], s.basis_stride[2] == 1 ? s.rank : 0, first + columns);
       const int64_t mine = ((end - o) * window + kRows - 1) / kRows;
+      const bool last = end == block.end_pair;
+      Ahead next_basis = ahead(basis_of(last ? block.first_pair : end), s.basis_stride + 1, s.rank,
+                               last ? first + columns : first, mine * across);
       for (int64_t panel = 0; panel * kW < columns; ++panel) {
         const int64_t here = columns - panel * kW < kW ? columns - panel * kW : kW;
         for (int64_t b = done; b < done + mine; ++b) {
-          next_base.fetch(4);
-          next_basis.fetch(2);
+          next_base.fetch();
+          next_basis.fetch();
           T* products = op.place(waiting.products == tiles[0] ? tiles[1] : tiles[0], b, panel);
           if (plain)
             advance<true>(op, waiting, products, b, panel);
