@@ -5,10 +5,11 @@ STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
   // base [T,V], delta [P,T,r], basis [G,r,V], tokens [T,K], group [P], scale [P,T], clean_lse [T]
   // -> lse [P,T], logits of `tokens` [P,T,K], E_clean[logits - base] [P,T] (empty without clean_lse); all fp64.
   // A token outside [0, V) is not in this slice of the vocabulary: its logit is 0. With cap, logits x are
-  // cap * tanh(x / cap), those of the clean run too; base is given without it.
+  // cap * tanh(x / cap), those of the clean run too; base is given without it. With outer [G,r,d], the bases are outer
+  // @ basis [1,d,V], made a stripe at a time by the CPU kernel; CUDA has none.
   m.def(
       "sweep_nll(Tensor base, Tensor delta, Tensor basis, Tensor tokens, Tensor group, Tensor? scale, "
-      "Tensor? clean_lse, str precision, float? cap=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor? clean_lse, str precision, float? cap=None, Tensor? outer=None) -> (Tensor, Tensor, Tensor)");
   // The same of pairs [P,2] of ablations, without a scale: logits are base + C[first] + C[second], C = delta [S,T,r] @
   // basis[group].
   m.def(

@@ -33,4 +33,13 @@ inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes
   return plan;
 }
 
+// Tasks of whole experiments, for those that make bases of their own: others would make them again. Their packed rows
+// fill half an L2 cache, beside what makes a basis; every thread has two tasks where there are as many experiments.
+inline TilePlan plan_pairs(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads) {
+  if (pairs == 0 || positions == 0) return {1, 1, 0};
+  const int64_t longest = std::max<int64_t>(1, (512 << 10) / std::max<int64_t>(positions * depth_bytes, 1));
+  const int64_t block = even_block(pairs, std::min(longest, ceil_div(pairs, 2 * threads)));
+  return {block, positions, ceil_div(pairs, block)};
+}
+
 }  // namespace fc

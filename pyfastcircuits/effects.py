@@ -7,7 +7,6 @@ none with `low_memory`) the scratch is a few blocks of at most `BLOCK` bytes, wh
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -38,7 +37,7 @@ BLOCK = 11 << 20  # bytes: one block of deltas; a vocabulary slice takes two
 CLEAN_LOGITS = 512 << 20  # bytes of clean logits held at a time, at least one sequence's
 PART_ROWS = 4096  # positions worked on at a time, at least one sequence's
 FinalNorm = Literal["frozen", "recomputed"]
-Basis = Callable[[slice | Tensor], Tensor]  # columns of the vocabulary -> [1 or P, r, columns]
+Columns = slice | Tensor  # of the vocabulary
 
 
 class Measuring(TypedDict, total=False):
@@ -162,7 +161,7 @@ def _columns(weights: CircuitWeights, depth: int, copies: int = 0) -> list[slice
     return list(_slices(weights.d_vocab, max(384, width // 384 * 384)))
 
 
-def unembed_columns(weights: CircuitWeights, columns: slice | Tensor) -> Tensor:
+def unembed_columns(weights: CircuitWeights, columns: Columns) -> Tensor:
     """W_U[:, columns] in the computing dtype."""
     return weights.W_U[:, columns].to(weights.compute_dtype)
 
@@ -204,8 +203,40 @@ def can_share(options: Options, weights: CircuitWeights) -> bool:
     )
 
 
-def _nothing(like: Tensor, columns: slice | Tensor) -> Tensor:
-    return like.new_empty(1, 0, len(columns) if isinstance(columns, Tensor) else columns.stop - columns.start)
+class _Basis:
+    """What changes of the logits go through: W_U, or W_O [1 or P, r, d] of heads times it; nothing where width is 0.
+
+    Where `fused`, the kernel multiplies W_O and W_U, a stripe of the vocabulary at a time.
+    """
+
+    def __init__(self, weights: CircuitWeights, W_O: Tensor | None, width: int, fused: bool = False) -> None:
+        self.weights, self.width = weights, width
+        self.outer = None if W_O is None else toward_logits(W_O, weights)
+        self.rank = min(width, weights.d_model if W_O is None else W_O.shape[1])
+        self.fused = fused and width == self.rank
+        self.depth = 0 if self.fused else width * (1 if W_O is None else len(W_O))
+        self.kept: Tensor | None = None
+
+    def __call__(self, columns: Columns) -> Tensor:
+        """[1 or P, width, columns]; the unembedding bias is the last row where width is more than the rank."""
+        if self.kept is not None:
+            return self.kept
+        block = unembed_columns(self.weights, columns)
+        block = block[None, : self.rank] if self.outer is None else _through(self.outer, block)
+        bias = self.weights.unembed_bias
+        if self.width > self.rank and bias is not None:
+            block = torch.cat((block, bias[columns].expand(len(block), 1, -1)), 1)
+        return block
+
+    def factors(self, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """Basis and outer of `sweep_statistics`."""
+        return (unembed_columns(self.weights, columns)[None], self.outer) if self.fused else (self(columns), None)
+
+
+def _through(W_O: Tensor, block: Tensor) -> Tensor:
+    """[P, r, d] times [d, columns], as one product."""
+    products: Tensor = (W_O.flatten(0, 1) @ block).unflatten(0, W_O.shape[:2])
+    return products
 
 
 def _times(removed: Tensor, W_O: Tensor) -> Tensor:
@@ -222,7 +253,7 @@ def _groups(delta: Tensor, basis: Tensor) -> Tensor:
 def _merged(
     clean: _CleanLogits,
     delta: Tensor,  # [P, N, r]
-    basis: Basis,
+    basis: _Basis,
     columns: list[slice],
     targets: Tensor,  # [N]
     ratio: Tensor | None,  # [P, N]
@@ -235,11 +266,11 @@ def _merged(
     cap = clean.weights.logit_cap
     total: tuple[Tensor, Tensor, Tensor] | None = None
     for part in columns:
-        base, through, tokens = clean(part), basis(part), (targets - part.start)[:, None]
-        group = _groups(delta, through)
+        base, (through, outer), tokens = clean(part), basis.factors(part), (targets - part.start)[:, None]
+        group = _groups(delta, through if outer is None else outer)
         if pairs is None:
             statistics = sweep_statistics(
-                base, delta, through, tokens, group, ratio, clean_lse, precision, backend, cap
+                base, delta, through, tokens, group, ratio, clean_lse, precision, backend, cap, outer
             )
         else:
             statistics = joint_statistics(
@@ -266,7 +297,7 @@ class _Part:
         self.clean = _CleanLogits(self.rows, self.weights, held=not options.low_memory)
         self.depth = len(self.rows) if options.low_memory else 0
         self.clean_lse: Tensor | None = None
-        nothing, none = self.rows.new_empty(1, len(self.rows), 0), partial(_nothing, self.rows)
+        nothing, none = self.rows.new_empty(1, len(self.rows), 0), _Basis(self.weights, None, 0)
         columns = _columns(self.weights, self.depth + 1)
         if "kl" in score.names:
             self.clean_lse = _merged(
@@ -305,26 +336,21 @@ class _Part:
             delta = torch.cat((delta, bias.expand(*delta.shape[:-1], 1)), -1)
         return delta, ratio, W_O
 
-    def basis(self, W_O: Tensor | None, width: int) -> Basis:
-        """Columns -> [1 or P, width, columns]; the unembedding bias is the last row where there is one more."""
-        maps = None if W_O is None else toward_logits(W_O, self.weights)
-        rank = self.weights.d_model if maps is None else maps.shape[1]
-
-        def basis(columns: slice | Tensor) -> Tensor:
-            block = unembed_columns(self.weights, columns)
-            block = block if maps is None else maps.flatten(0, 1) @ block
-            block = block.unflatten(0, (-1, rank))
-            bias = self.weights.unembed_bias
-            if width > rank and bias is not None:
-                block = torch.cat((block, bias[columns].expand(len(block), 1, -1)), 1)
-            return block
-
-        return basis
+    def basis(self, change: Change, W_O: Tensor | None, width: int) -> tuple[_Basis, list[slice]]:
+        """And the slices of the vocabulary in which it is made."""
+        cpu = self.options.backend in ("auto", "cpu") and self.rows.device.type == "cpu"
+        fused = cpu and change.own and len(change.through) >= torch.get_num_threads()
+        basis = _Basis(self.weights, W_O, width, fused and not {"rank", "top1"} & set(self.score.names))
+        copies = 2 if change.own and not basis.fused else 0  # of W_U's slice, see products
+        columns = _columns(self.weights, self.depth + basis.depth, copies)
+        if len(columns) == 1 and {"nll", "kl", "probability"}.issuperset(self.score.names) and not basis.fused:
+            basis.kept = basis(columns[0])
+        return basis, columns
 
     def measure(
         self,
         delta: Tensor,  # [P, N, r]
-        basis: Basis,
+        basis: _Basis,
         columns: list[slice],
         ratio: Tensor | None = None,  # [P, N]
         pairs: Tensor | None = None,  # [P, 2] where delta is [S, N, r]
@@ -358,14 +384,14 @@ class _Part:
             out["top1"] = (out["rank"] == 0).double()
         return {name: out[name] for name in names}
 
-    def _picked(self, delta: Tensor, basis: Basis, tokens: Tensor, ratio: Tensor | None) -> Tensor:
+    def _picked(self, delta: Tensor, basis: _Basis, tokens: Tensor, ratio: Tensor | None) -> Tensor:
         """The logits of one token of each row, fp64 [P, N]."""
         logits = self.clean.of(tokens) + torch.einsum("pnr,prn->pn", delta.double(), basis(tokens).double())
         logits = logits if ratio is None else logits * ratio
         cap = self.weights.logit_cap
         return logits if cap is None else cap * (logits / cap).tanh()
 
-    def _ranks(self, delta: Tensor, basis: Basis, columns: list[slice]) -> Tensor:
+    def _ranks(self, delta: Tensor, basis: _Basis, columns: list[slice]) -> Tensor:
         """How many logits are larger than the target's, fp64 [P, N]: scales and caps are monotonic, and left out."""
         tokens = self.tokens[:, 0]
         own = self.clean.of(tokens) + torch.einsum("pnr,prn->pn", delta.double(), basis(tokens).double())
@@ -411,16 +437,11 @@ def _measure(trace: FrozenTrace, changes: Sequence[Change], options: Options) ->
         for name, x in work.baselines.items():
             _put(clean[name], (), part, scored, x, share)
         for change in changes:
-            basis: Basis | None = None
+            basis: _Basis | None = None
             for members, formed, pairs in _chunks(change, work):
                 delta, ratio, W_O = work.delta(change, formed)
                 if basis is None or change.own:
-                    depth = delta.shape[-1] * (1 if W_O is None else len(W_O))
-                    copies = 2 if change.own and W_O is not None else 0  # for its products with many W_O: see products
-                    columns = _columns(weights, depth + work.depth, copies)
-                    basis = work.basis(W_O, delta.shape[-1])
-                    if len(columns) == 1 and {"nll", "kl", "probability"}.issuperset(score.names):
-                        basis = partial(_always, basis(columns[0]))
+                    basis, columns = work.basis(change, W_O, delta.shape[-1])
                 where = torch.tensor([change.indices[i] for i in members], device=device)
                 for name, x in work.measure(delta, basis, columns, ratio, pairs).items():
                     _put(values[name], where, part, scored, x, share)
@@ -447,10 +468,6 @@ def _chunks(change: Change, work: _Part) -> Iterator[tuple[range, range, Tensor 
         at_once = min(at_once, max(1, 4 * weights.d_model // weights.d_head))
     for chunk in _slices(count, at_once):
         yield range(count)[chunk], range(count)[chunk], None
-
-
-def _always(block: Tensor, columns: slice | Tensor) -> Tensor:
-    return block
 
 
 def _sequences_at_once(weights: CircuitWeights, length: int, rank: int, low_memory: bool) -> int:
@@ -505,7 +522,7 @@ class _RowLosses(torch.autograd.Function):
             clean = _CleanLogits(rows[part], weights, held=False)
             columns = _columns(weights, len(rows[part]))
             empty = rows.new_empty(1, len(rows[part]), 0)
-            nothing = partial(_nothing, rows)
+            nothing = _Basis(weights, None, 0)
             lse, target, _ = _merged(clean, empty, nothing, columns, targets[part], None, None, "ieee", backend)
             out[part] = (lse - target)[0].to(out.dtype)
         return out

@@ -9,10 +9,11 @@ namespace fc::cpu {
 
 struct Changes {
   const void *base, *delta, *basis;  // [T,V], [P,T,r], [G,r,V] of one type, any strides
-  int64_t base_stride[2], delta_stride[3], basis_stride[3];
-  const int64_t* group;  // [P]
-  const int64_t* order;  // [P]: ablations sorted by group
-  int64_t pairs, positions, vocabulary, rank;
+  const void* outer;                 // [G,r,d], or null; basis is [1,d,V] then, and those of groups are outer @ basis
+  int64_t base_stride[2], delta_stride[3], basis_stride[3], outer_stride[3];
+  const int64_t* group;                               // [P]
+  const int64_t* order;                               // [P]: ablations sorted by group
+  int64_t pairs, positions, vocabulary, rank, depth;  // depth: d, or the rank
 };
 
 struct Block {
@@ -28,6 +29,7 @@ struct Block {
 namespace fc::cpu::FC_TIER {
 
 inline constexpr int64_t kPanelsAStripe = 4;  // packed together: long reads of base and basis
+inline constexpr int64_t kStepsAPass = 192;   // of a product that makes a basis: what they read stays in the L1 cache
 
 // Fetches a stripe of a matrix that is needed next into the L2 cache a few lines at a time, while another is worked on:
 // its rows lie pages apart, which no hardware prefetcher follows.
@@ -76,6 +78,7 @@ struct Sweep {
   using T = typename Scheme::Accumulator;
   using Tile = SweepTile<T>;
   static constexpr int64_t kW = kWidth<Scheme>;
+  static_assert(kW == kWidth<Ieee<T>>, "the panels of a basis are made in the accumulator's precision");
 
   const Changes& s;
   const Block& block;
@@ -85,12 +88,22 @@ struct Sweep {
   Buffer<typename Scheme::Left> left{blocks * kRows * depth};
   Buffer<typename Scheme::Right> panels{kPanelsAStripe * kW * depth};
   Buffer<T> base{kPanelsAStripe * kW * window};  // of a stripe, [panel][position][kW]
+  const int64_t rows_of_outer = s.outer == nullptr ? 0 : (s.rank + kRows - 1) / kRows * kRows;
+  Buffer<T> outers{count_groups() * rows_of_outer * s.depth};
+  Buffer<T> wide{rows_of_outer == 0 ? 0 : kPanelsAStripe * kW * s.depth};  // a stripe of what outers multiply
+  Buffer<T> made{rows_of_outer * kW};
 
   // Ablations first..end of `order` that share a group.
   int64_t group_end(int64_t first) const {
     int64_t end = first;
     while (end < block.end_pair && s.group[s.order[end]] == s.group[s.order[first]]) ++end;
     return end;
+  }
+
+  int64_t count_groups() const {
+    int64_t total = 0;
+    for (int64_t i = block.first_pair; i < block.end_pair; i = group_end(i)) ++total;
+    return total;
   }
 
   int64_t count_blocks() const {
@@ -119,6 +132,40 @@ struct Sweep {
         }
       }
       for (; i % kRows != 0; ++i) op.row(i, -1, block.first_position);
+    }
+  }
+
+  void pack_outers() {
+    if (s.outer == nullptr) return;
+    std::memset(static_cast<void*>(outers.data), 0, outers.bytes());
+    T* out = outers.data;
+    for (int64_t o = block.first_pair; o < block.end_pair; o = group_end(o), out += rows_of_outer * s.depth) {
+      const auto* outer = static_cast<const Source*>(s.outer) + s.group[s.order[o]] * s.outer_stride[0];
+      for (int64_t row = 0; row < s.rank; ++row)
+        pack_left<Ieee<T>>(out + row / kRows * kRows * s.depth, static_cast<int>(row % kRows),
+                           outer + row * s.outer_stride[1], s.depth, s.outer_stride[2]);
+    }
+  }
+
+  // The panels of a stripe's basis: packed, or made of the stripe in `wide` and the packed outer of a group.
+  void pack_basis(const Source* basis, int64_t group, int64_t first, int64_t columns) {
+    if (s.outer == nullptr) {
+      pack_right<Scheme>(panels.data, basis + first * s.basis_stride[2], s.rank, columns, s.basis_stride[1],
+                         s.basis_stride[2]);
+      return;
+    }
+    const T* outer = outers.data + group * rows_of_outer * s.depth;
+    for (int64_t panel = 0; panel * kW < columns; ++panel) {
+      for (int64_t k = 0; k < s.depth; k += kStepsAPass) {
+        const int64_t steps = s.depth - k < kStepsAPass ? s.depth - k : kStepsAPass;
+        for (int64_t row = 0; row < rows_of_outer; row += kRows) {
+          T* tile = made.data + row * kW;
+          multiply<Ieee<T>>(tile, outer + row * s.depth + k * kRows, wide.data + (panel * s.depth + k) * kW, steps,
+                            [&](int i) { return k == 0 ? nullptr : tile + i * kW; });
+        }
+      }
+      pack_right<Scheme>(panels.data + panel * kW * depth, made.data, s.rank,
+                         columns - panel * kW < kW ? columns - panel * kW : kW, kW, 1);
     }
   }
 
@@ -160,7 +207,8 @@ struct Sweep {
   }
 
   const Source* basis_of(int64_t o) const {
-    return static_cast<const Source*>(s.basis) + s.group[s.order[o]] * s.basis_stride[0];
+    const int64_t group = s.outer == nullptr ? s.group[s.order[o]] : 0;
+    return static_cast<const Source*>(s.basis) + group * s.basis_stride[0];
   }
 
   template <class Op>
@@ -171,15 +219,17 @@ struct Sweep {
     const int64_t across = (columns + kW - 1) / kW;
     Ahead next_base = ahead(clean_rows, s.base_stride, window, first + columns, blocks * across);
     const bool plain = op.plain(columns);
-    int64_t done = 0;  // blocks of the groups before this one
-    for (int64_t o = block.first_pair, end; o < block.end_pair; o = end) {
+    if (rows_of_outer > 0)
+      pack_right<Ieee<T>>(wide.data, basis_of(0) + first * s.basis_stride[2], s.depth, columns, s.basis_stride[1],
+                          s.basis_stride[2]);
+    int64_t done = 0, group = 0;  // blocks of the groups before this one, and how many these are
+    for (int64_t o = block.first_pair, end; o < block.end_pair; o = end, ++group) {
       end = group_end(o);
-      pack_right<Scheme>(panels.data, basis_of(o) + first * s.basis_stride[2], s.rank, columns, s.basis_stride[1],
-                         s.basis_stride[2]);
+      pack_basis(basis_of(o), group, first, columns);
       const int64_t mine = ((end - o) * window + kRows - 1) / kRows;
       const bool last = end == block.end_pair;
-      Ahead next_basis = ahead(basis_of(last ? block.first_pair : end), s.basis_stride + 1, s.rank,
-                               last ? first + columns : first, mine * across);
+      Ahead next_basis = ahead(basis_of(last ? block.first_pair : end), s.basis_stride + 1,
+                               s.outer == nullptr ? s.rank : 0, last ? first + columns : first, mine * across);
       for (int64_t panel = 0; panel * kW < columns; ++panel) {
         const int64_t here = columns - panel * kW < kW ? columns - panel * kW : kW;
         for (int64_t b = done; b < done + mine; ++b) {
@@ -202,6 +252,7 @@ struct Sweep {
   template <class Op>
   void run(Op& op) {
     pack_rows(op);
+    pack_outers();
     const int64_t width = kPanelsAStripe * kW;
     for (int64_t first = 0; first < s.vocabulary; first += width) {
       const int64_t columns = s.vocabulary - first < width ? s.vocabulary - first : width;
@@ -238,8 +289,9 @@ struct OwnedChanges {
   Changes view;
 };
 
-inline OwnedChanges changes_of(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& group) {
-  const int64_t P = delta.size(0), G = basis.size(0);
+inline OwnedChanges changes_of(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& group,
+                               const Tensor* outer = nullptr) {
+  const int64_t P = delta.size(0), G = outer == nullptr ? basis.size(0) : outer->size(0);
   OwnedChanges out{torch::stable::contiguous(group), std::vector<int64_t>(static_cast<size_t>(P)), {}};
   const auto* groups = static_cast<const int64_t*>(out.group.data_ptr());
   for (int64_t p = 0; p < P; ++p)
@@ -249,15 +301,19 @@ inline OwnedChanges changes_of(const Tensor& base, const Tensor& delta, const Te
   out.view = {.base = base.data_ptr(),
               .delta = delta.data_ptr(),
               .basis = basis.data_ptr(),
+              .outer = outer == nullptr ? nullptr : outer->data_ptr(),
               .base_stride = {base.stride(0), base.stride(1)},
               .delta_stride = {delta.stride(0), delta.stride(1), delta.stride(2)},
               .basis_stride = {basis.stride(0), basis.stride(1), basis.stride(2)},
+              .outer_stride = {outer == nullptr ? 0 : outer->stride(0), outer == nullptr ? 0 : outer->stride(1),
+                               outer == nullptr ? 0 : outer->stride(2)},
               .group = groups,
               .order = out.order.data(),
               .pairs = P,
               .positions = base.size(0),
               .vocabulary = base.size(1),
-              .rank = delta.size(2)};
+              .rank = delta.size(2),
+              .depth = basis.size(1)};
   return out;
 }
 

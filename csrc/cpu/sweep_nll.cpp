@@ -182,8 +182,9 @@ using torch::headeronly::ScalarType;
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
                                              const Tensor& tokens, const Tensor& group,
                                              const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
-                                             const std::string& precision, std::optional<double> cap) {
-  const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse, cap);
+                                             const std::string& precision, std::optional<double> cap,
+                                             const std::optional<Tensor>& outer) {
+  const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse, cap, outer);
   const SweepTask task = pick_sweep_nll(kind_of("base", base.scalar_type(), precision));
   check_instructions(task != nullptr, "precision");
 
@@ -195,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
   std::optional<Tensor> scale_c, clean_c;
   if (scale.has_value()) scale_c = contiguous_as(*scale, ScalarType::Double);
   if (clean_lse.has_value()) clean_c = contiguous_as(*clean_lse, ScalarType::Double);
-  const OwnedChanges changes = changes_of(base, delta, basis, group);
+  const OwnedChanges changes = changes_of(base, delta, basis, group, outer.has_value() ? &*outer : nullptr);
   const SweepArguments arguments{
       .changes = changes.view,
       .tokens = static_cast<const int64_t*>(tokens_c.data_ptr()),
@@ -207,7 +208,8 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
       .change = clean_c.has_value() ? static_cast<double*>(change.data_ptr()) : nullptr,
       .choices = K};
   const int64_t depth_bytes = r * static_cast<int64_t>(base.element_size());
-  run_blocks(arguments.changes, plan_tiles(P, T, depth_bytes, torch::stable::get_num_threads()),
+  const int64_t threads = torch::stable::get_num_threads();
+  run_blocks(arguments.changes, outer.has_value() ? plan_pairs(P, T, depth_bytes, threads) : plan_tiles(P, T, depth_bytes, threads),
              [&](const Block& block) { task(arguments, block); });
   return {lse, picked, change};
 }

@@ -40,8 +40,10 @@ void launch(SweepArguments s, const Tensor& like, Tensor& lse, Tensor& change) {
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
                                              const Tensor& tokens, const Tensor& group,
                                              const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
-                                             const std::string& precision, std::optional<double> cap) {
+                                             const std::string& precision, std::optional<double> cap,
+                                             const std::optional<Tensor>& outer) {
   check_device();
+  STD_TORCH_CHECK(!outer.has_value(), "outer is given, but the CUDA kernel has none: multiply it out");
   const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse, cap);
   STD_TORCH_CHECK(precision == "ieee", "precision is '", precision, "', expected 'ieee' on the CUDA backend");
   const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());

@@ -28,6 +28,7 @@ def sweep_statistics(
     precision: Precision = "ieee",
     backend: Backend = "auto",
     cap: float | None = None,
+    outer: Tensor | None = None,  # [G, r, d] where basis is [1, d, V]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a slice of the vocabulary adds to a sweep: the raw op, whose results of several slices can be merged.
 
@@ -35,17 +36,24 @@ def sweep_statistics(
     cap), the clean ones too. Returns, in fp64, their logsumexp [P, T]; the
     logits of `tokens` [P, T, K], 0 for a token outside the slice; and, with `clean_lse` (logsumexp of the clean logits
     over the whole vocabulary), E[logits - clean logits] under the clean run's probabilities [P, T], else [0, T].
+
+    With `outer` the bases are outer @ basis[0]; the CPU kernel makes them a stripe of the vocabulary at a time and
+    stores none.
     """
     chosen = resolve_backend(backend, base.device)
+    if outer is not None and chosen != "cpu":
+        basis, outer = (outer.flatten(0, 1) @ basis[0]).unflatten(0, outer.shape[:2]), None
     check_precision(precision)
     check_cap(cap)
     if chosen == "reference":
         return reference.sweep_nll(base, delta, basis, tokens, group, scale, clean_lse, cap)
+    arguments = base, delta, basis, tokens, group, scale, clean_lse, precision, cap
     if chosen == "triton":
-        from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton as kernel
+        from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton
+
+        lse, picked, change = sweep_nll_triton(*arguments)
     else:
-        kernel = torch.ops.pyfastcircuits.sweep_nll
-    lse, picked, change = kernel(base, delta, basis, tokens, group, scale, clean_lse, precision, cap)
+        lse, picked, change = torch.ops.pyfastcircuits.sweep_nll(*arguments, outer)
     return lse, picked, change
 
 
@@ -60,6 +68,7 @@ def sweep_nll_fake(
     clean_lse: Tensor | None,
     precision: str,
     cap: float | None = None,
+    outer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes alone, for torch.compile."""
     pairs, positions, _ = delta.shape
