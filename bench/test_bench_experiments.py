@@ -47,7 +47,7 @@ def test_frozen_heads(lens, tokens, found):  # noqa: F811
             "bf16": lambda: fc.head_ablation(run, heads=HEADS_OUT, precision="bf16"),
             "direct": lambda: fc.head_ablation(run, heads=HEADS_OUT, effect="direct"),
         },
-        rounds=2,
+        rounds=3,
     )
     losses = fc.head_ablation(run, heads=SAMPLE).values
     coarse = fc.head_ablation(run, heads=SAMPLE, precision="bf16").values

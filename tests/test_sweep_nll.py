@@ -63,6 +63,88 @@ def test_a_soft_cap_of_edge_values(tier, edge):
     check(sweep, cap=30.0)
 
 
+def with_outer(rank, depth, **options) -> tuple[Sweep, Tensor]:
+    """Inputs with `basis` [1, d, V] and an outer [G, r, d] for it."""
+    sweep = inputs(r=rank, V=401, **options)
+    wide = make(1, 1, 401, depth, dtype=sweep.base.dtype).basis
+    outer = make(1, 1, depth, rank, 3, dtype=sweep.base.dtype).basis / depth**0.5
+    return sweep._replace(basis=wide), outer
+
+
+def multiplied_out(sweep: Sweep, outer: Tensor, dtype=None) -> Sweep:
+    """In fp64 unless another dtype is asked for, as are the other tensors."""
+    dtype = dtype or torch.float64
+    wide = sweep._replace(base=sweep.base.to(dtype), delta=sweep.delta.to(dtype))
+    return wide._replace(basis=outer.to(dtype) @ sweep.basis[0].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rank", "depth"), [(0, 5), (1, 1), (9, 4), (37, 200), (64, 401)])
+@pytest.mark.parametrize("more", [{}, {"scale": True, "clean": True, "K": 3}], ids=["plain", "scaled, with KL"])
+def test_bases_made_of_an_outer(tier, dtype, rank, depth, more):
+    sweep, outer = with_outer(rank, depth, dtype=dtype, **more)
+    ours = torch.ops.pyfastcircuits.sweep_nll(*sweep, "ieee", None, outer)
+    theirs = eager(multiplied_out(sweep, outer, torch.promote_types(dtype, torch.float32)))
+    tiny = 1e-6 if dtype != torch.float64 else 1e-13
+    for mine, other, truth in zip(ours, theirs, exact(multiplied_out(sweep, outer)), strict=True):
+        assert_as_accurate(mine, other, truth, tiny)
+
+
+@pytest.mark.skipif(BEST != "avx512_bf16", reason="this CPU has no bfloat16 dot products")
+def test_an_outer_with_bf16_dot_products():
+    """The basis is rounded once it is made: as wrong as one given in fp32, no more."""
+    sweep, outer = with_outer(64, 300)
+    stored = multiplied_out(sweep, outer, torch.float32)
+    truth = exact(multiplied_out(sweep, outer))[0]
+    error, allowed = (
+        (torch.ops.pyfastcircuits.sweep_nll(*x, "bf16", None, given)[0] - truth).abs().max()
+        for x, given in ((sweep, outer), (stored, None))
+    )
+    assert 0 < error <= 1.1 * allowed
+
+
+def test_an_outer_does_not_depend_on_threads_strides_or_the_other_rows(tier):
+    sweep, outer = with_outer(20, 50, P=40, T=70)
+    threads, outcomes = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outcomes.append(torch.ops.pyfastcircuits.sweep_nll(*sweep, "ieee", None, outer))
+    torch.set_num_threads(threads)
+    strided = sweep._replace(basis=sweep.basis.mT.contiguous().mT)
+    outcomes.append(torch.ops.pyfastcircuits.sweep_nll(*strided, "ieee", None, outer.mT.contiguous().mT))
+    for other in outcomes[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(outcomes[0], other, strict=True))
+    some = sweep._replace(delta=sweep.delta[11:14], group=sweep.group[11:14])
+    alone = torch.ops.pyfastcircuits.sweep_nll(*some, "ieee", None, outer)
+    assert all(torch.equal(x, y[11:14]) for x, y in zip(alone[:2], outcomes[0][:2], strict=True))
+
+
+def test_an_outer_elsewhere_is_multiplied_out():
+    sweep, outer = with_outer(8, 20, dtype=torch.float64)
+    for mine, truth in zip(
+        fc.ops.sweep_statistics(*sweep, backend="reference", outer=outer),
+        exact(multiplied_out(sweep, outer)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("outer", "message"),
+    [
+        (torch.ones(3, 8, 21), r"outer has shape \[3, 8, 21\], expected \[3, 8, 20\]"),
+        (torch.ones(3, 7, 20), r"outer has shape \[3, 7, 20\], expected \[3, 8, 20\]"),
+        (torch.ones(8, 20), r"outer has shape \[8, 20\], expected \[G, r, d\]"),
+        (torch.ones(3, 8, 20).double(), "outer and base differ in dtype"),
+        (torch.ones(2, 8, 20), r"group\[\d+\] is 2, expected 0 to 1"),
+    ],
+)
+def test_a_bad_outer_is_named(outer, message):
+    sweep, _ = with_outer(8, 20)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.pyfastcircuits.sweep_nll(*sweep, "ieee", None, outer)
+
+
 @pytest.mark.skipif(BEST != "avx512_bf16", reason="this CPU has no bfloat16 dot products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 37, 64])
@@ -284,6 +366,8 @@ class TestTorchIntegration:
             sweep = make(2, 3, 60, 4, 2, 2, **more)
             torch.library.opcheck(torch.ops.pyfastcircuits.sweep_nll.default, (*sweep, "ieee"))
             torch.library.opcheck(torch.ops.pyfastcircuits.sweep_nll.default, (*sweep, "ieee", 2.0))
+        sweep, outer = with_outer(4, 6)
+        torch.library.opcheck(torch.ops.pyfastcircuits.sweep_nll.default, (*sweep, "ieee", None, outer))
 
     def test_compiles_whole(self):
         a = make(2, 3, 60, 4, 2, 1)
