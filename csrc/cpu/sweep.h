@@ -31,25 +31,6 @@ namespace fc::cpu::FC_TIER {
 inline constexpr int64_t kPanelsAStripe = 4;  // packed together: long reads of base and basis
 inline constexpr int64_t kStepsAPass = 192;   // of a product that makes a basis: what they read stays in the L1 cache
 
-// Fetches a stripe of a matrix that is needed next into the L2 cache a few lines at a time, while another is worked on:
-// its rows lie pages apart, which no hardware prefetcher follows.
-struct Ahead {
-  const char* row;
-  int64_t stride, width, rows;  // bytes, bytes, count
-  int64_t times;                // it is fetched in
-  int64_t done = 0;
-  int64_t each = (rows * ((width + 63) / 64) + times - 1) / times;
-
-  void fetch() {
-    for (int64_t lines = each; lines > 0 && rows > 0; --lines) {
-      __builtin_prefetch(row + done, 0, 2);
-      done += 64;
-      if (done < width) continue;
-      done = 0, row += stride, --rows;
-    }
-  }
-};
-
 // A tile of products that waits to be consumed, and where it lies.
 template <class T>
 struct SweepTile {

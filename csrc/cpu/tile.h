@@ -107,6 +107,25 @@ static int64_t steps(int64_t depth) {
   return (depth + Scheme::kDepth - 1) / Scheme::kDepth;
 }
 
+// Fetches a part of a matrix that is needed next into the L2 cache a few lines at a time, while another is worked on:
+// hardware follows no rows that lie pages apart, and starts anew after each pause.
+struct Ahead {
+  const char* row;
+  int64_t stride, width, rows;  // bytes, bytes, count
+  int64_t times;                // it is fetched in
+  int64_t done = 0;
+  int64_t each = (rows * ((width + 63) / 64) + times - 1) / times;
+
+  void fetch() {
+    for (int64_t lines = each; lines > 0 && rows > 0; --lines) {
+      __builtin_prefetch(row + done, 0, 2);
+      done += 64;
+      if (done < width) continue;
+      done = 0, row += stride, --rows;
+    }
+  }
+};
+
 // Packs one row of the left factor (elements `stride` apart) as row `lane` of a block.
 template <class Scheme, class Source>
 static void pack_left(typename Scheme::Left* block, int lane, const Source* row, int64_t depth, int64_t stride) {

@@ -10,7 +10,7 @@ namespace fc::cpu {
 struct TriangleArguments {
   const void* factors;  // [N,d,r], any strides
   int64_t stride[3];
-  int64_t depth, rank;
+  int64_t count, depth, rank;
   double* triangles;  // [N,r,r], upper
   bool* regular;      // [N]
 };
@@ -56,16 +56,32 @@ void run(const TriangleArguments& s, int64_t factor) {
   static_assert(width % kRows == 0, "a block of rows lies within one panel");
   Buffer<double> packed{panels * width * kStepsAChunk}, gram{panels * width * panels * width};
   double* out = s.triangles + factor * r * r;
+  const int64_t tiles = (r + kRows - 1) / kRows * (panels + 1) / 2;  // of a chunk, about
+  const bool along = s.stride[1] < s.stride[2];                      // whether a column lies in one piece
+  const auto ahead = [&](int64_t k) {  // what is packed next: the chunk from k on, or the next factor's first
+    const Source* from = k < s.depth ? w + k * s.stride[1] : w + s.stride[0];
+    const int64_t left = k < s.depth ? s.depth - k : factor + 1 < s.count ? s.depth : 0;
+    const int64_t count = left < kStepsAChunk ? left : kStepsAChunk, size = sizeof(Source);
+    return Ahead{.row = reinterpret_cast<const char*>(from),
+                 .stride = s.stride[along ? 2 : 1] * size,
+                 .width = (along ? count : r) * size,
+                 .rows = count == 0 ? 0
+                         : along    ? r
+                                    : count,
+                 .times = tiles};
+  };
   const auto tile = [&](int64_t row, int64_t panel) { return gram.data + (row * panels + panel * kRows) * width; };
   for (int64_t k = 0; k < s.depth; k += kStepsAChunk) {
     const int64_t count = s.depth - k < kStepsAChunk ? s.depth - k : kStepsAChunk;
     pack_right<Scheme>(packed.data, w + k * s.stride[1], count, r, s.stride[1], s.stride[2]);
+    Ahead next = ahead(k + kStepsAChunk);
     for (int64_t first = 0; first < r; first += kRows)
       for (int64_t panel = first / width; panel < panels; ++panel) {
         const double* block = packed.data + first / width * width * count + first % width;
         const int64_t left = panel == first / width ? first % width / lanes * lanes : 0;
         const int64_t right = r - panel * width < width ? r - panel * width : width;
         double* sums = tile(first, panel) + left;
+        next.fetch();
         with_across((right - left + lanes - 1) / lanes, [&](auto across) {
           multiply<Scheme, width, across>(sums, block, packed.data + panel * width * count + left, count,
                                           [&](int row) { return k == 0 ? nullptr : sums + row * width; });
@@ -124,6 +140,7 @@ std::tuple<Tensor, Tensor> triangles(const Tensor& factors) {
   Tensor regular = torch::stable::new_empty(factors, {N}, ScalarType::Bool);
   const TriangleArguments arguments{.factors = factors.data_ptr(),
                                     .stride = {factors.stride(0), factors.stride(1), factors.stride(2)},
+                                    .count = N,
                                     .depth = d,
                                     .rank = r,
                                     .triangles = static_cast<double*>(out.data_ptr()),
