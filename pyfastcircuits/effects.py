@@ -154,9 +154,11 @@ def _slices(size: int, width: int) -> Iterator[slice]:
     return (slice(first, min(first + width, size)) for first in range(0, size, width))
 
 
-def _columns(weights: CircuitWeights, depth: int, copies: int = 0) -> list[slice]:
-    """Slices of the vocabulary: a [depth, columns] block and copies of the slice of W_U stay within two BLOCKs."""
-    copies += weights.W_U.dtype != weights.compute_dtype
+def _columns(weights: CircuitWeights, depth: int, multiplied: bool) -> list[slice]:
+    """Slices of the vocabulary: a [depth, columns] block stays within two BLOCKs, and with it the copies of W_U's slice
+    that a product with it makes, see products, and converting it.
+    """
+    copies = 2 * multiplied + (weights.W_U.dtype != weights.compute_dtype)
     width = 2 * BLOCK // (weights.compute_dtype.itemsize * max(depth + copies * weights.d_model, 1))
     return list(_slices(weights.d_vocab, max(384, width // 384 * 384)))
 
@@ -176,7 +178,7 @@ class _CleanLogits:
             self.held = rows @ weights.W_U
         elif held:
             self.held = rows.new_empty(len(rows), weights.d_vocab)
-            for columns in _columns(weights, 1):
+            for columns in _columns(weights, 1, multiplied=True):
                 self.held[:, columns] = rows @ unembed_columns(weights, columns)
         if self.held is not None and weights.unembed_bias is not None:
             self.held += weights.unembed_bias
@@ -298,7 +300,7 @@ class _Part:
         self.depth = len(self.rows) if options.low_memory else 0
         self.clean_lse: Tensor | None = None
         nothing, none = self.rows.new_empty(1, len(self.rows), 0), _Basis(self.weights, None, 0)
-        columns = _columns(self.weights, self.depth + 1)
+        columns = _columns(self.weights, self.depth + 1, options.low_memory)
         if "kl" in score.names:
             self.clean_lse = _merged(
                 self.clean, nothing, none, columns, self.tokens[:, 0], None, None, options.precision, options.backend
@@ -341,8 +343,8 @@ class _Part:
         cpu = self.options.backend in ("auto", "cpu") and self.rows.device.type == "cpu"
         fused = cpu and change.own and len(change.through) >= torch.get_num_threads()
         basis = _Basis(self.weights, W_O, width, fused and not {"rank", "top1"} & set(self.score.names))
-        copies = 2 if change.own and not basis.fused else 0  # of W_U's slice, see products
-        columns = _columns(self.weights, self.depth + basis.depth, copies)
+        multiplied = self.options.low_memory or (change.own and not basis.fused)
+        columns = _columns(self.weights, self.depth + basis.depth, multiplied)
         if len(columns) == 1 and {"nll", "kl", "probability"}.issuperset(self.score.names) and not basis.fused:
             basis.kept = basis(columns[0])
         return basis, columns
@@ -520,7 +522,7 @@ class _RowLosses(torch.autograd.Function):
         out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
         for part in _slices(len(rows), PART_ROWS):
             clean = _CleanLogits(rows[part], weights, held=False)
-            columns = _columns(weights, len(rows[part]))
+            columns = _columns(weights, len(rows[part]), multiplied=True)
             empty = rows.new_empty(1, len(rows[part]), 0)
             nothing = _Basis(weights, None, 0)
             lse, target, _ = _merged(clean, empty, nothing, columns, targets[part], None, None, "ieee", backend)
