@@ -209,7 +209,8 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
       .choices = K};
   const int64_t depth_bytes = r * static_cast<int64_t>(base.element_size());
   const int64_t threads = torch::stable::get_num_threads();
-  run_blocks(arguments.changes, outer.has_value() ? plan_pairs(P, T, depth_bytes, threads) : plan_tiles(P, T, depth_bytes, threads),
+  run_blocks(arguments.changes,
+             outer.has_value() ? plan_pairs(P, T, depth_bytes, threads) : plan_tiles(P, T, depth_bytes, threads),
              [&](const Block& block) { task(arguments, block); });
   return {lse, picked, change};
 }
