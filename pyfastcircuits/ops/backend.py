@@ -62,4 +62,4 @@ def check_range(name: str, values: Tensor, end: int) -> None:
     bad = (values < 0) | (values >= end)
     if bad.any():
         place = bad.nonzero()[0].tolist()
-        raise IndexError(f"{name}{place} is {int(values[tuple(place)])}, expected 0 to {end - 1}")
+        raise IndexError(f"{name}{place or ''} is {int(values[tuple(place)])}, expected 0 to {end - 1}")
