@@ -215,7 +215,7 @@ class _Basis:
         self.weights, self.width = weights, width
         self.outer = None if W_O is None else toward_logits(W_O, weights)
         self.rank = min(width, weights.d_model if W_O is None else W_O.shape[1])
-        self.fused = fused and width == self.rank
+        self.fused = fused and W_O is not None and width == self.rank
         self.depth = 0 if self.fused else width * (1 if W_O is None else len(W_O))
         self.kept: Tensor | None = None
 
@@ -343,7 +343,7 @@ class _Part:
         cpu = self.options.backend in ("auto", "cpu") and self.rows.device.type == "cpu"
         fused = cpu and change.own and len(change.through) >= torch.get_num_threads()
         basis = _Basis(self.weights, W_O, width, fused and not {"rank", "top1"} & set(self.score.names))
-        multiplied = self.options.low_memory or (change.own and not basis.fused)
+        multiplied = self.options.low_memory or (change.own and W_O is not None and not basis.fused)
         columns = _columns(self.weights, self.depth + basis.depth, multiplied)
         if len(columns) == 1 and {"nll", "kl", "probability"}.issuperset(self.score.names) and not basis.fused:
             basis.kept = basis(columns[0])

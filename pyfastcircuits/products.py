@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["FastProducts"]
 
 SMALLEST = 1 << 21  # multiply-adds: below, finding out costs more than it brings
+COPIED = 32 << 20  # bytes: of larger matrices with gaps no copy is made for oneDNN, and torch multiplies them
 _MM, _ADDMM, _BMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default
 
 
@@ -35,6 +36,8 @@ class FastProducts(TorchDispatchMode):
 
 def _worthwhile(left: Tensor, right: Tensor) -> bool:
     fitting = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
+    fitting = fitting and (left.is_contiguous() or 4 * left.numel() <= COPIED)
+    fitting = fitting and (right.is_contiguous() or right.mT.is_contiguous() or 4 * right.numel() <= COPIED)
     return fitting and len(left) * right.numel() >= SMALLEST and torch.backends.mkldnn.is_available()
 
 

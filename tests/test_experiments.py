@@ -106,6 +106,21 @@ def test_direct_effects(norm, positional, batch, length):
                 assert_same(found[metric][layer, h], expected[metric].mean())
 
 
+@pytest.mark.parametrize(("length", "fused"), [(7, True), (3, False)])
+def test_direct_effects_store_no_basis(length, fused, monkeypatch):
+    """The kernel makes them; few positions need none."""
+    given = []
+
+    def spy(*arguments):
+        given.append(arguments[-1])
+        return sweep(*arguments)
+
+    sweep = effects.sweep_statistics
+    monkeypatch.setattr(effects, "sweep_statistics", spy)
+    fc.head_ablation(fc.trace(model(), tokens(2, length)), effect="direct", backend="cpu")
+    assert any(outer is not None for outer in given) == fused
+
+
 class Hop:
     """The destination reads some inputs without what the source wrote less its replacement; with `direct`, all else
     keeps what it wrote."""

@@ -40,6 +40,16 @@ def test_products(layout, monkeypatch):
         assert all(x.is_contiguous() or x.mT.is_contiguous() for x in seen.factors)
 
 
+def test_no_large_copies(monkeypatch):
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    monkeypatch.setattr(products, "COPIED", 4 * 130 * 497 - 1)
+    left, right = matrices("a slice")
+    with Seen() as seen, products.FastProducts():
+        ours = left @ right
+    assert torch.equal(ours, left @ right)
+    assert not hasattr(seen, "factors")
+
+
 def test_biases_and_gradients(monkeypatch):
     monkeypatch.setattr(products, "SMALLEST", 1)
     left, right = (x.requires_grad_() for x in matrices("rows"))

@@ -251,6 +251,7 @@ struct Sweep {
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "../plan.h"
@@ -271,8 +272,8 @@ struct OwnedChanges {
 };
 
 inline OwnedChanges changes_of(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& group,
-                               const Tensor* outer = nullptr) {
-  const int64_t P = delta.size(0), G = outer == nullptr ? basis.size(0) : outer->size(0);
+                               const std::optional<Tensor>& outer = std::nullopt) {
+  const int64_t P = delta.size(0), G = (outer.has_value() ? *outer : basis).size(0);
   OwnedChanges out{torch::stable::contiguous(group), std::vector<int64_t>(static_cast<size_t>(P)), {}};
   const auto* groups = static_cast<const int64_t*>(out.group.data_ptr());
   for (int64_t p = 0; p < P; ++p)
@@ -282,12 +283,11 @@ inline OwnedChanges changes_of(const Tensor& base, const Tensor& delta, const Te
   out.view = {.base = base.data_ptr(),
               .delta = delta.data_ptr(),
               .basis = basis.data_ptr(),
-              .outer = outer == nullptr ? nullptr : outer->data_ptr(),
+              .outer = nullptr,
               .base_stride = {base.stride(0), base.stride(1)},
               .delta_stride = {delta.stride(0), delta.stride(1), delta.stride(2)},
               .basis_stride = {basis.stride(0), basis.stride(1), basis.stride(2)},
-              .outer_stride = {outer == nullptr ? 0 : outer->stride(0), outer == nullptr ? 0 : outer->stride(1),
-                               outer == nullptr ? 0 : outer->stride(2)},
+              .outer_stride = {},
               .group = groups,
               .order = out.order.data(),
               .pairs = P,
@@ -295,6 +295,10 @@ inline OwnedChanges changes_of(const Tensor& base, const Tensor& delta, const Te
               .vocabulary = base.size(1),
               .rank = delta.size(2),
               .depth = basis.size(1)};
+  if (outer.has_value()) {
+    out.view.outer = outer->data_ptr();
+    for (int i = 0; i < 3; ++i) out.view.outer_stride[i] = outer->stride(i);
+  }
   return out;
 }
 

@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
   std::optional<Tensor> scale_c, clean_c;
   if (scale.has_value()) scale_c = contiguous_as(*scale, ScalarType::Double);
   if (clean_lse.has_value()) clean_c = contiguous_as(*clean_lse, ScalarType::Double);
-  const OwnedChanges changes = changes_of(base, delta, basis, group, outer.has_value() ? &*outer : nullptr);
+  const OwnedChanges changes = changes_of(base, delta, basis, group, outer);
   const SweepArguments arguments{
       .changes = changes.view,
       .tokens = static_cast<const int64_t*>(tokens_c.data_ptr()),
