@@ -82,9 +82,10 @@ class _Side:
         weight = self.weights.layer(name, layer)
         return weight.mT if name == "W_O" else weight
 
-    def _index(self, name: str, heads: Sequence[int]) -> Tensor:
-        shared = self.weights.n_heads // int(getattr(self.weights, name).shape[1])
-        return torch.tensor(heads, device=self.weights.device) // shared
+    def _of(self, heads: Sequence[int], matrices: Tensor) -> Tensor:
+        """Those of a layer's matrices, one for each head or for each key/value head, that some heads have."""
+        shared = self.weights.n_heads // len(matrices)
+        return matrices[torch.tensor(heads, device=self.weights.device) // shared]
 
     def _view(self, name: Weight, layers: Sequence[int]) -> Tensor | None:
         """Layers of a weight as they lie in memory, [layers, heads, d, r], if they do so one after the other."""
@@ -95,25 +96,32 @@ class _Side:
         some: Tensor = weight[layers[0] : layers[-1] + 1].to(self.norms.dtype)
         return some.mT if name == "W_O" else some
 
-    def _make_triangles(self, layers: Sequence[int]) -> None:
+    def _triangles(self, layers: Sequence[int]) -> Tensor:
+        """Triangles of layers' `outer`, [layers, heads, r, r]."""
         missing = [layer for layer in layers if layer not in self.triangles]
         together = self._view(self.outer, missing) if missing else None
         made = [triangle(self._tall(self.outer, x)) for x in missing] if together is None else triangle(together)
         self.triangles.update(zip(missing, made, strict=True))
+        if isinstance(made, Tensor) and len(missing) == len(layers):
+            return made
+        return torch.stack([self.triangles[layer] for layer in layers])
 
     def given(self, part: slice) -> tuple[Tensor, Tensor]:
         """`outer` [N, r, r] and `inner` [N, r, d] of some of the heads; of whole layers a view, [kv heads, r, d]."""
         heads = self.heads[part]
         layers = [(layer, [head for _, head in group]) for layer, group in groupby(heads, key=itemgetter(0))]
         numbers, everything = [layer for layer, _ in layers], list(range(self.weights.n_heads))
-        self._make_triangles(numbers)
-        outer = torch.cat([self.triangles[layer][self._index(self.outer, mine)] for layer, mine in layers])
+        triangles = self._triangles(numbers)
         whole = all(mine == everything for _, mine in layers)
+        if whole and triangles.shape[1] == len(everything):
+            outer = triangles.flatten(0, 1)
+        else:
+            outer = torch.cat([self._of(mine, x) for (_, mine), x in zip(layers, triangles, strict=True)])
         together = self._view(self.inner, numbers) if whole else None
         if together is not None:
             return outer, together.mT.flatten(0, 1)
-        tall = [(self._tall(self.inner, layer).mT, mine) for layer, mine in layers]
-        return outer, torch.cat([x if whole else x[self._index(self.inner, mine)] for x, mine in tall])
+        inner = [(mine, self._tall(self.inner, layer).mT) for layer, mine in layers]
+        return outer, torch.cat([x if whole else self._of(mine, x) for mine, x in inner])
 
     def factors(self, part: slice) -> Tensor:
         """outer @ inner of some of the heads, [N, r, d]."""

@@ -411,6 +411,7 @@ const AttentionKernels* attention_kernels(Kind kind) {
 
 #include "../check.h"
 #include "../plan.h"
+#include "scratch.h"
 
 namespace fc::cpu {
 

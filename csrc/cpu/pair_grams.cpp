@@ -1,6 +1,6 @@
 // pair_grams on the CPU: ||X_i Y_j||^2 as the inner product of the Gram matrices X_i^T X_i and Y_j Y_j^T. Both are
 // symmetric [d,d], so for d < r s it is less work than the product; their tiles are made and consumed where they are
-// needed, never stored whole. Only entries on and below the diagonal are made.
+// needed, never stored whole. Of the squares they are cut into, those on and below the diagonal are made.
 // Sums run in an order that depends on the shapes alone: results do not depend on threads.
 #include <cstdint>
 
@@ -26,20 +26,20 @@ struct GramArguments {
   const bool* wanted;  // [N,M]: the pairs to compute
 };
 
-// Grams are cut into units, one strip of rows against one panel of columns: units first..end.
+// Grams are cut into square units, a panel of rows against one of columns: units first..end.
 struct GramUnits {
   int64_t first, end;
 };
 
-// What a group of units brings, in fp64: inner products [N,M], where they are wanted; traces and squared norms of the
-// Gram matrices of both sides, [N+M][2].
+// What a group of units brings, in fp64: inner products [N,M], where they are wanted, and squared norms of the Gram
+// matrices of both sides, [N+M].
 struct GramSums {
-  double *inner, *moments;
+  double *inner, *squares;
 };
 
 struct GramKernels {
   int64_t (*packed_bytes)(const GramSide&);
-  void (*pack)(const GramSide&, void* packed, int64_t factor);
+  double (*pack)(const GramSide&, void* packed, int64_t factor);  // returns ||X||^2
   int64_t (*units)(const GramArguments&);
   int64_t (*scratch_bytes)(const GramArguments&);
   void (*grams)(const GramArguments&, const void* left, const void* right, const GramUnits&, const GramSums&,
@@ -55,9 +55,8 @@ struct GramKernels {
 namespace fc::cpu::FC_TIER {
 namespace {
 
-// Making tiles reads every factor from beyond the L2 cache, so that a panel of columns meets many row blocks; consuming
-// them runs over fewer at a time, which for kRows left factors fit in L1, and over rights that fit in L2.
-constexpr int64_t kBlocksAUnit = 6;
+// Inner products run over a few rows of a tile at a time: of kRows left factors these fit in L1, and of a group of
+// right factors in L2.
 constexpr int64_t kBlocksAChunk = 2;
 constexpr int64_t kRightsAGroup = 132;
 
@@ -69,8 +68,9 @@ struct Grams {
   using Scheme = Ieee<T>;
   static constexpr int64_t kW = kWidth<Scheme>;
   static constexpr int64_t kTile = kRows * kW;
-  static constexpr int64_t kEntries = kBlocksAUnit * kTile;
   static_assert(kW % kRows == 0, "a block of rows lies within one panel");
+  static constexpr int64_t kBlocks = kW / kRows;  // of a unit
+  static constexpr int64_t kEntries = kBlocks * kTile;
 
   static int64_t panels_of(const GramSide& s) { return (s.depth + kW - 1) / kW; }
   static int64_t panel_size(const GramSide& s) { return blocks_of(s.rank) * kRows * kW; }
@@ -91,7 +91,7 @@ struct Grams {
 
   // Packs X_i as panels [panel][factor][row][kW], since the same panel of all factors is read in turn; rows past the
   // last and entries past the depth are zero.
-  static void pack(const GramSide& s, void* packed, int64_t i) {
+  static double pack(const GramSide& s, void* packed, int64_t i) {
     T* out = static_cast<T*>(packed) + i * panel_size(s);
     const GramFactors* f = s.parts;
     for (; i >= f->count; ++f) i -= f->count;
@@ -99,6 +99,7 @@ struct Grams {
     const int64_t rows = blocks_of(s.rank) * kRows;
     Buffer<T> panel{f->outer == nullptr ? 0 : f->inner * kW}, blocks{f->outer == nullptr ? 0 : rows * f->inner};
     bool triangle = false;
+    double total = 0;
     if (f->outer != nullptr) {
       std::memset(static_cast<void*>(blocks.data), 0, blocks.bytes());
       const auto* outer = static_cast<const Source*>(f->outer) + i * f->outer_stride[0];
@@ -120,61 +121,37 @@ struct Grams {
       } else {
         for (int64_t e = s.rank * kW; e < rows * kW; ++e) out[e] = 0;
       }
-    }
-  }
-
-  // Units of a panel start at the row block that begins on its diagonal.
-  static int64_t blocks_below(const GramSide& s, int64_t panel) { return blocks_of(s.depth) - panel * (kW / kRows); }
-  static int64_t units_of_panel(const GramSide& s, int64_t panel) {
-    return (blocks_below(s, panel) + kBlocksAUnit - 1) / kBlocksAUnit;
-  }
-  static int64_t units(const GramArguments& g) {
-    int64_t units = 0;
-    for (int64_t panel = 0; panel < panels_of(g.left); ++panel) units += units_of_panel(g.left, panel);
-    return units;
-  }
-
-  // How much of its mirror image's part an entry stands for, by where it lies: all left of the diagonal, half on it,
-  // none right of it. A row whose diagonal is entry e starts at of + kW - e.
-  struct Shares {
-    T of[2 * kW];
-    constexpr Shares() : of{} {
-      for (int64_t c = 0; c < kW; ++c) of[c] = 1;
-      of[kW] = T{1} / 2;
-    }
-  };
-  static constexpr Shares kShares{};
-
-  // Tiles of one unit for every factor, [factor][entry]; the entries above the diagonal are 0 and, where `halved`,
-  // those on it count half, so that twice the sum over tiles is the sum over the whole matrix.
-  template <bool halved>
-  static void tiles(const GramSide& s, const void* packed, int64_t panel, int64_t first, int64_t blocks, T* out,
-                    double* moments) {
-    const int64_t some = panel_size(s) / kW;  // of the next factor's entries: as many steps as a panel has columns
-    for (int64_t i = 0; i < s.count; ++i) {
-      const auto* x = static_cast<const T*>(packed) + i * panel_size(s);
       Vec<T> square{};
-      for (int64_t b = first; b < first + blocks; ++b) {
-        T* tile = out + i * kEntries + (b - first) * kTile;
-        const int64_t row = b * kRows;
-        const T* rows = x + row / kW * s.count * panel_size(s);
-        const T* columns = x + panel * s.count * panel_size(s);
-        const int64_t next = panel_size(s) + row % kW * some;
-        // Always inlined: as a function, GCC finds it pure and drops its calls.
+      for (int64_t row = 0; row < rows; row += kRows) square += squares(out + row * kW);
+      total += static_cast<double>(sum<T>(square));
+    }
+    return total;
+  }
+
+  static int64_t units(const GramArguments& g) { return panels_of(g.left) * (panels_of(g.left) + 1) / 2; }
+
+  // The unit of two panels for factors first..end, [factor][entry], and its part of their squared norms.
+  static void tiles(const GramSide& s, const void* packed, int64_t down, int64_t across, int64_t first, int64_t end,
+                    T* out, double* squares_of) {
+    const int64_t size = panel_size(s), some = size / kW;  // entries fetched at each of a unit's kW steps
+    const T* x = static_cast<const T*>(packed) + first * size;
+    const T *rows = x + down * s.count * size, *columns = x + across * s.count * size;
+    for (int64_t i = first; i < end; ++i, rows += size, columns += size) {
+      Vec<T> square{};
+      for (int64_t b = 0; b < kBlocks; ++b, out += kTile) {
+        // The next factor's panels, and the next tile. Always inlined: as a function, GCC finds it pure and drops its
+        // calls.
         const auto fetch = [&](int step) __attribute__((always_inline)) {
-          for (int64_t e = next + step * some; e < next + (step + 1) * some; e += 64 / static_cast<int>(sizeof(T))) {
+          for (int64_t e = size + (b * kRows + step) * some, last = e + some; e < last; e += 64 / sizeof(T)) {
             __builtin_prefetch(rows + e, 0, 2);
             __builtin_prefetch(columns + e, 0, 2);
           }
-          for (int j = 0; j < kVectors; ++j) __builtin_prefetch(tile + kTile + step * kW + j * kLanes<T>, 1, 3);
+          for (int j = 0; j < kVectors; ++j) __builtin_prefetch(out + kTile + step * kW + j * kLanes<T>, 1, 3);
         };
-        const int64_t below = row - panel * kW;  // entries left of the diagonal in the first row
-        with_across((below + kRows + kLanes<T> - 1) / kLanes<T>, [&](auto across) __attribute__((always_inline)) {
-          multiply<Scheme, static_cast<int>(kW), across>(tile, rows + row % kW, columns, s.rank, FromZero{}, fetch);
-        });
-        square += below < kW ? mask<halved>(tile, below, moments[2 * i]) : squares(tile);
+        multiply<Scheme, static_cast<int>(kW)>(out, rows + b * kRows, columns, s.rank, FromZero{}, fetch);
+        square += squares(out);
       }
-      moments[2 * i + 1] += 2 * static_cast<double>(sum<T>(square));
+      squares_of[i] += (down == across ? 1 : 2) * static_cast<double>(sum<T>(square));
     }
   }
 
@@ -189,27 +166,10 @@ struct Grams {
     return total[0];
   }
 
-  // A tile that the diagonal crosses: masks it, adds its diagonal to the trace, returns its share of the squares.
-  template <bool halved>
-  static Vec<T> mask(T* tile, int64_t below, double& trace) {
-    Vec<T> square{};
-    for (int64_t row = 0; row < kRows; ++row, tile += kW) {
-      const int64_t diagonal = below + row;
-      trace += static_cast<double>(tile[diagonal]);
-      for (int j = 0; j < kVectors; ++j) {
-        const Vec<T> share = load(kShares.of + kW - diagonal + j * kLanes<T>);
-        Vec<T> x = load(tile + j * kLanes<T>);
-        x = share > 0 ? x : Vec<T>{};
-        square += x * x * share;
-        store(tile + j * kLanes<T>, halved ? x * share : x);
-      }
-    }
-    return square;
-  }
-
-  // sums[i][j] += left row i . right row j, rows kEntries apart. Tiles come out of multiply() with the entries of one
-  // factor side by side; feeding them to it again would take a transposition that costs as much as it saves.
-  [[gnu::noinline]] static void add_dots(const T* left, const T* right, int64_t count, double* sums) {
+  // sums[i][j] += weight * (left row i . right row j), rows kEntries apart. Tiles come out of multiply() with the
+  // entries of one factor side by side; feeding them to it again would take a transposition that costs as much as it
+  // saves.
+  [[gnu::noinline]] static void add_dots(const T* left, const T* right, int64_t count, double weight, double* sums) {
     Vec<T> c[kRows][kVectors] = {};
     for (int64_t k = 0; k < count; k += kLanes<T>) {
       Vec<T> b[kVectors];
@@ -223,18 +183,23 @@ struct Grams {
         for (int j = 0; j < kVectors; ++j) c[i][j] += a * b[j];
       }
     }
-    constexpr int lanes = kLanes<T>, count_of = kRows * kVectors;
-#pragma GCC unroll 3
-    for (int first = 0; first < count_of; first += lanes) {
-      Vec<T> some[lanes] = {};
-#pragma GCC unroll 16
-      for (int n = 0; n < lanes; ++n)
-        if (first + n < count_of) some[n] = c[(first + n) / kVectors][(first + n) % kVectors];
+    add_sums<0>(&c[0][0], weight, sums);
+  }
+
+  // sums[n] += weight * the sum over the lanes of c[n], n from kFirst on.
+  template <int kFirst>
+  static inline void add_sums(const Vec<T>* c, double weight, double* sums) {
+    constexpr int lanes = kLanes<T>, left = kRows * kVectors - kFirst;
+    if constexpr (left > 0) {
+      constexpr int some = left < lanes ? largest_power(left) : lanes;
       alignas(64) T total[lanes];
-      store(total, fc::cpu::FC_TIER::sums<T>(some));
-      for (int n = 0; n < lanes && first + n < count_of; ++n) sums[first + n] += static_cast<double>(total[n]);
+      store(total, fc::cpu::FC_TIER::sums<T, some>(c + kFirst));
+#pragma GCC unroll 16
+      for (int n = 0; n < some; ++n) sums[kFirst + n] += weight * static_cast<double>(total[n]);
+      add_sums<kFirst + some>(c, weight, sums);
     }
   }
+  static constexpr int largest_power(int n) { return n < 2 ? 1 : 2 * largest_power(n / 2); }
 
   static bool any_wanted(const GramArguments& g, int64_t i, int64_t j) {
     for (int64_t row = i; row < smaller(i + kRows, g.left.count); ++row)
@@ -245,8 +210,7 @@ struct Grams {
 
   static int64_t blocks_across(int64_t rights) { return (rights + kVectors - 1) / kVectors; }
   static int64_t scratch_bytes(const GramArguments& g) {  // for the tiles of a unit
-    const int64_t factors = blocks_of(g.left.count) * kRows + blocks_across(g.right.count) * kVectors;
-    return factors * kEntries * static_cast<int64_t>(sizeof(T));
+    return (blocks_of(g.left.count) * kRows + kRightsAGroup) * kEntries * static_cast<int64_t>(sizeof(T));
   }
 
   static void grams(const GramArguments& g, const void* left, const void* right, const GramUnits& units,
@@ -254,8 +218,12 @@ struct Grams {
     const int64_t N = g.left.count, M = g.right.count, down = blocks_of(N), across = blocks_across(M);
     T* left_tiles = static_cast<T*>(scratch);
     T* right_tiles = left_tiles + down * kRows * kEntries;
-    for (T* e = left_tiles + N * kEntries; e < right_tiles; ++e) *e = 0;
-    for (T* e = right_tiles + M * kEntries; e < right_tiles + across * kVectors * kEntries; ++e) *e = 0;
+    const auto clear = [](T* tiles, int64_t first, int64_t end) {  // in the place of factors past the last
+      std::memset(static_cast<void*>(tiles + first * kEntries), 0,
+                  static_cast<size_t>((end - first) * kEntries) * sizeof(T));
+    };
+    clear(left_tiles, N, down * kRows);
+    clear(right_tiles, M % kRightsAGroup, blocks_across(M % kRightsAGroup) * kVectors);
     Buffer<bool> wanted{down * across};
     Buffer<double> sums{down * across * kRows * kVectors};
     std::memset(static_cast<void*>(sums.data), 0, sums.bytes());
@@ -264,33 +232,27 @@ struct Grams {
 
     int64_t unit = 0;
     for (int64_t panel = 0; panel < panels_of(g.left); ++panel)
-      for (int64_t u = 0; u < units_of_panel(g.left, panel); ++u, ++unit) {
+      for (int64_t rows = panel; rows < panels_of(g.left); ++rows, ++unit) {
         if (unit < units.first || unit >= units.end) continue;
-        const int64_t first = panel * (kW / kRows) + u * kBlocksAUnit;
-        const int64_t blocks = smaller(kBlocksAUnit, blocks_of(g.left.depth) - first);
-        tiles<true>(g.left, left, panel, first, blocks, left_tiles, out.moments);
-        tiles<false>(g.right, right, panel, first, blocks, right_tiles, out.moments + 2 * N);
-        for (int64_t chunk = 0; chunk < blocks; chunk += kBlocksAChunk)
-          for (int64_t group = 0; group < across; group += kRightsAGroup / kVectors)
-            for (int64_t i = 0; i < down; ++i) {
-              const T* here = left_tiles + i * kRows * kEntries + chunk * kTile;
-              const int64_t count = smaller(kBlocksAChunk, blocks - chunk) * kTile;
-              int64_t ahead = 0;  // of the next rows' entries, as many as the rows hold
-              for (int64_t j = group; j < smaller(group + kRightsAGroup / kVectors, across); ++j) {
-                if (!wanted.data[i * across + j]) continue;
-                for (const int64_t end = smaller(ahead + 2 * count / kRows, kRows * count); ahead < end;
-                     ahead += 64 / static_cast<int64_t>(sizeof(T)))
-                  __builtin_prefetch(here + (kRows + ahead / count) * kEntries + ahead % count, 0, 2);
-                add_dots(here, right_tiles + j * kVectors * kEntries + chunk * kTile, count,
-                         sums.data + (i * across + j) * kRows * kVectors);
-              }
-            }
+        tiles(g.left, left, rows, panel, 0, N, left_tiles, out.squares);
+        for (int64_t group = 0; group < M; group += kRightsAGroup) {
+          const int64_t end = smaller(group + kRightsAGroup, M);
+          tiles(g.right, right, rows, panel, group, end, right_tiles, out.squares + N);
+          for (int64_t chunk = 0; chunk < kBlocks; chunk += kBlocksAChunk)
+            for (int64_t i = 0; i < down; ++i)
+              for (int64_t j = group / kVectors; j < blocks_across(end); ++j)
+                if (wanted.data[i * across + j])
+                  add_dots(left_tiles + i * kRows * kEntries + chunk * kTile,
+                           right_tiles + (j * kVectors - group) * kEntries + chunk * kTile,
+                           smaller(kBlocksAChunk, kBlocks - chunk) * kTile, rows == panel ? 1 : 2,
+                           sums.data + (i * across + j) * kRows * kVectors);
+        }
       }
     for (int64_t i = 0; i < N; ++i)
       for (int64_t j = 0; j < M; ++j) {
         if (!g.wanted[i * M + j]) continue;
         const int64_t block = i / kRows * across + j / kVectors;
-        out.inner[i * M + j] = 2 * sums.data[block * kRows * kVectors + i % kRows * kVectors + j % kVectors];
+        out.inner[i * M + j] = sums.data[block * kRows * kVectors + i % kRows * kVectors + j % kVectors];
       }
   }
 };
@@ -328,6 +290,7 @@ const GramKernels* gram_kernels(Kind kind) {
 
 #include "../check.h"
 #include "../plan.h"
+#include "scratch.h"
 
 namespace fc::cpu {
 
@@ -411,18 +374,21 @@ std::tuple<Tensor, Tensor, Tensor> pair_grams(const Tensor& left, const std::vec
   const auto fp64 = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return torch::stable::new_zeros(left, size, ScalarType::Double);
   };
-  Tensor inner = fp64({N, M}), moments[2] = {fp64({N, 2}), fp64({M, 2})};
+  Tensor inner = fp64({N, M}), left_moments = fp64({N, 2}), right_moments = fp64({M, 2});
   if (N * M * lefts.rank * rights.rank * lefts.depth > 0) {
+    const auto moments = [&](int64_t i) {
+      return static_cast<double*>(i < N ? left_moments.data_ptr() : right_moments.data_ptr()) + 2 * (i < N ? i : i - N);
+    };
     const Shared packed_left(kernels.packed_bytes(g.left)), packed_right(kernels.packed_bytes(g.right));
     run_tasks(N + M, [&](int64_t i) {
-      if (i < N)
-        kernels.pack(g.left, packed_left.data(), i);
-      else
-        kernels.pack(g.right, packed_right.data(), i - N);
+      moments(i)[0] =
+          i < N ? kernels.pack(g.left, packed_left.data(), i) : kernels.pack(g.right, packed_right.data(), i - N);
     });
-    // As many partial sums as fit in 64 MiB, at most 32, added in order.
-    const int64_t units = kernels.units(g), size = N * M + 2 * (N + M);
+    // As many partial sums as fit in 64 MiB, at most 32, added in order. The first groups are the largest, so that
+    // threads finish together.
+    const int64_t units = kernels.units(g), size = N * M + N + M;
     const int64_t groups = std::clamp<int64_t>((int64_t{8} << 20) / size, 1, std::min<int64_t>(32, units));
+    const auto first_unit = [&](int64_t i) { return units * i * (2 * groups - i) / (groups * groups); };
     const Shared partials(groups * size * static_cast<int64_t>(sizeof(double)));
     auto* const partial = static_cast<double*>(partials.data());
     const int64_t scratch = (kernels.scratch_bytes(g) + 63) / 64 * 64;
@@ -430,23 +396,19 @@ std::tuple<Tensor, Tensor, Tensor> pair_grams(const Tensor& left, const std::vec
     run_tasks(groups, [&](int64_t i, int64_t slot) {
       double* sums = partial + i * size;
       std::fill(sums, sums + size, 0.0);
-      kernels.grams(g, packed_left.data(), packed_right.data(), {units * i / groups, units * (i + 1) / groups},
+      kernels.grams(g, packed_left.data(), packed_right.data(), {first_unit(i), first_unit(i + 1)},
                     {sums, sums + N * M}, static_cast<char*>(scratches.data()) + slot * scratch);
     });
-    const auto add = [&](Tensor& out, int64_t offset) {
-      auto* to = static_cast<double*>(out.data_ptr());
-      constexpr int64_t some = 4096;
-      run_tasks(ceil_div(out.numel(), some), [&](int64_t task) {
-        for (int64_t group = 0; group < groups; ++group)
-          for (int64_t n = task * some; n < std::min(out.numel(), (task + 1) * some); ++n)
-            to[n] += partial[group * size + offset + n];
-      });
-    };
-    add(inner, 0);
-    add(moments[0], N * M);
-    add(moments[1], N * M + 2 * N);
+    auto* const to = static_cast<double*>(inner.data_ptr());
+    constexpr int64_t some = 4096;
+    run_tasks(ceil_div(N * M, some), [&](int64_t task) {
+      for (int64_t group = 0; group < groups; ++group)
+        for (int64_t n = task * some; n < std::min(N * M, (task + 1) * some); ++n) to[n] += partial[group * size + n];
+    });
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t i = 0; i < N + M; ++i) moments(i)[1] += partial[group * size + N * M + i];
   }
-  return {inner, moments[0], moments[1]};
+  return {inner, left_moments, right_moments};
 }
 
 }  // namespace

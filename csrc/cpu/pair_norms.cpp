@@ -179,6 +179,7 @@ const PairKernels* pair_kernels(Kind kind) {
 
 #include "../check.h"
 #include "../plan.h"
+#include "scratch.h"
 
 namespace fc::cpu {
 

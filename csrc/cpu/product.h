@@ -51,6 +51,7 @@ static void pack_panels(const Product& p, const Stripe& stripe, typename Scheme:
 
 #include "../plan.h"
 #include "dispatch.h"
+#include "scratch.h"
 
 namespace fc::cpu {
 

@@ -106,19 +106,27 @@ static inline void transpose(Vec<T> (&v)[kLanes<T>]) {
     for (int i = 0; i < n; ++i) v[i] = next[i];
   }
 }
-// The sums of as many vectors as there are lanes.
-template <class T>
-static inline Vec<T> sums(Vec<T> (&v)[kLanes<T>]) {
+// Lanes of a where bit kBit of the lane's number is clear and of b where it is set, each with the lane across that bit.
+template <class T, int kBit, int... I>
+static inline Vec<T> add_across(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   constexpr int n = kLanes<T>;
-#pragma GCC unroll 4
-  for (int half = n / 2; half > 0; half /= 2)
+  return __builtin_shufflevector(a, b, (I & kBit ? I + n : I)...) +
+         __builtin_shufflevector(a, b, (I & kBit ? (I ^ kBit) + n : I ^ kBit)...);
+}
+// The sums of kCount vectors, a power of two of at most as many as there are lanes, in the first lanes.
+template <class T, int kCount, int kBit = 1>
+static inline Vec<T> sums(const Vec<T>* v) {
+  constexpr int half = kCount / kBit / 2;
+  if constexpr (kBit == kLanes<T>) {
+    return v[0];
+  } else {
+    Vec<T> folded[half > 0 ? half : 1];
 #pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) {
-      Vec<T> low, high;
-      interleave<T>(v[i], v[i + half], low, high, std::make_integer_sequence<int, n>{});
-      v[i] = low + high;
-    }
-  return v[0];
+    for (int i = 0; i < (half > 0 ? half : 1); ++i)
+      folded[i] =
+          add_across<T, kBit>(v[2 * i], v[half > 0 ? 2 * i + 1 : 0], std::make_integer_sequence<int, kLanes<T>>{});
+    return sums<T, kCount, 2 * kBit>(folded);
+  }
 }
 
 // The larger of the two; x where either is NaN.

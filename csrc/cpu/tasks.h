@@ -1,18 +1,11 @@
-// Work shared among torch's threads, and the scratch they share. For the torch-facing halves.
+// Work shared among torch's threads. For the torch-facing halves.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <type_traits>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fc::cpu {
 
@@ -31,27 +24,5 @@ void run_tasks(int64_t tasks, const Task& task) {
                                 }
                               });
 }
-
-// Aligned for vectors; in huge pages where it is large, since taking tens of megabytes in small ones costs
-// milliseconds.
-struct Shared {
-  explicit Shared(int64_t bytes) {
-    constexpr size_t huge = 2 << 20;
-    const size_t alignment = static_cast<size_t>(bytes) < 2 * huge ? 64 : huge;
-    const size_t size = (static_cast<size_t>(bytes) + alignment) / alignment * alignment;
-    storage.reset(std::aligned_alloc(alignment, size));
-    if (storage == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == huge) madvise(storage.get(), size, MADV_HUGEPAGE);
-#endif
-  }
-  void* data() const { return storage.get(); }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> storage;
-};
 
 }  // namespace fc::cpu

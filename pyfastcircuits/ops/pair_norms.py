@@ -205,8 +205,8 @@ def pair_grams_fake(
 @torch.library.register_fake("pyfastcircuits::triangles")  # type: ignore[untyped-decorator]
 def triangles_fake(factors: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes alone, for torch.compile."""
-    rank = factors.shape[2]
-    triangles = factors.new_empty(len(factors), rank, rank, dtype=torch.float64)
+    rank, dtype = factors.shape[2], torch.float64 if factors.dtype == torch.float64 else torch.float32
+    triangles = factors.new_empty(len(factors), rank, rank, dtype=dtype)
     return triangles, factors.new_empty(len(factors), dtype=torch.bool)
 
 
