@@ -1,4 +1,4 @@
-"""Scratch of a sweep stays bounded, whatever the number of ablations."""
+"""Scratch stays bounded: of a sweep, whatever the number of ablations, and what is kept between calls."""
 
 import subprocess
 import sys
@@ -59,3 +59,35 @@ def test_searching_a_vocabulary_takes_at_most_64_mib(call, results):
     code = SEARCHED.format(paths=[str(Path(__file__).parents[1] / "bench")], call=call)
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert int(out) - results <= 64 << 20
+
+
+KEPT = """
+import sys
+sys.path[:0] = {paths}
+from pathlib import Path
+import torch
+from measure import peak_bytes
+from pyfastcircuits import ops
+
+def kept():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(x.split()[1]) << 10 for x in lines if x.startswith("LazyFree"))
+
+calls = []
+for heads in (8, 500, 900, 300, 700):
+    factors = torch.randn(heads, 64, 768)
+    call = lambda: ops.pair_norms(factors, factors.mT, route="gram")
+    calls.append(([call() for _ in range(2)], call))
+assert all(torch.equal(*results) for results, _ in calls)
+again = peak_bytes(calls[-1][1])
+print(kept(), again)
+"""
+
+
+def test_scratch_is_kept_within_bounds_and_counted():
+    code = KEPT.format(paths=[str(Path(__file__).parents[1] / "bench")])
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    kept, again = map(int, out.split())
+    packed = 2 * 700 * 64 * 768 * 4  # of the last call, taken again
+    assert kept <= 256 << 20
+    assert again >= packed
