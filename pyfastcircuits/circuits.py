@@ -15,6 +15,7 @@ from torch import Tensor
 from pyfastcircuits.composition import KINDS, Head, Kind, checked_head
 from pyfastcircuits.factored import FactoredMatrix, computable
 from pyfastcircuits.paths import checked_path
+from pyfastcircuits.products import FastProducts
 from pyfastcircuits.rerun import centered, norm_scale, rotate
 from pyfastcircuits.trace import FrozenTrace
 from pyfastcircuits.weights import CircuitWeights, Weight
@@ -183,7 +184,8 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
 
 def _unembed_embed(weights: CircuitWeights) -> Tensor:
     """W_U @ W_E, [d, d]."""
-    product = weights.W_U.to(weights.compute_dtype) @ weights.W_E.to(weights.compute_dtype)
+    with FastProducts():
+        product = weights.W_U.to(weights.compute_dtype) @ weights.W_E.to(weights.compute_dtype)
     return _to_logits(weights, product.mT).mT * weights.embed_scale
 
 

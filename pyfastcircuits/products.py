@@ -22,6 +22,11 @@ class FastProducts(TorchDispatchMode):
     Full fp32 precision, as torch.mm; sums are taken in another order.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch keeps torch.compile out of modes by importing it whole, which takes a second; nothing compiles here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See the class."""
         kwargs = kwargs or {}

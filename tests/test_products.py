@@ -1,5 +1,8 @@
 """Large fp32 products by oneDNN are torch's own to rounding, whatever their layout, and never its slow reference."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from accuracy import assert_as_accurate
@@ -59,3 +62,13 @@ def test_biases_and_gradients(monkeypatch):
     theirs = torch.autograd.grad(torch.addmm(bias, left, right).square().sum(), (bias, left, right))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
+
+
+def test_the_compiler_is_not_imported():
+    """Torch would import it at the first product, which takes a second."""
+    code = (
+        "import sys, torch; from pyfastcircuits.products import FastProducts\n"
+        "with FastProducts(): torch.ones(2048, 1024) @ torch.ones(1024, 1024)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
