@@ -112,19 +112,23 @@ struct Grams {
       T* given = f->outer == nullptr ? out : panel.data;
       pack_right<Scheme>(given, factor + first * f->stride[2], f->inner, smaller(kW, s.depth - first), f->stride[1],
                          f->stride[2]);
-      if (f->outer != nullptr) {
+      Vec<T> square{};
+      if (f->outer == nullptr) {
+        for (int64_t e = s.rank * kW; e < rows * kW; ++e) out[e] = 0;
+        for (int64_t row = 0; row < rows; row += kRows) square += squares(out + row * kW);
+      } else {
         for (int64_t row = 0; row < rows; row += kRows) {
           const int64_t zeros = triangle ? row : 0;
-          multiply<Scheme>(out + row * kW, blocks.data + row * f->inner + zeros * kRows, panel.data + zeros * kW,
+          alignas(kVectorBytes) T tile[kTile];
+          multiply<Scheme>(tile, blocks.data + row * f->inner + zeros * kRows, panel.data + zeros * kW,
                            f->inner - zeros);
+          square += squares(tile);
+          for (int64_t e = 0; e < kTile; e += kLanes<T>) stream(out + row * kW + e, load(tile + e));
         }
-      } else {
-        for (int64_t e = s.rank * kW; e < rows * kW; ++e) out[e] = 0;
       }
-      Vec<T> square{};
-      for (int64_t row = 0; row < rows; row += kRows) square += squares(out + row * kW);
       total += static_cast<double>(sum<T>(square));
     }
+    drain();
     return total;
   }
 

@@ -56,6 +56,22 @@ template <class T>
 static inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
+// Stores past the caches what is not read soon; p is aligned. drain() before another thread reads it.
+template <class T>
+static inline void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+static inline void drain() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 template <class T>
 static inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
