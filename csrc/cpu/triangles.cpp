@@ -30,18 +30,20 @@ namespace {
 
 constexpr int64_t kStepsAChunk = 64;  // of the depth: all columns of a chunk stay in the L1 cache
 
-// R in the place of A (its upper half): R^T R = A. False where A is not positive definite.
+// R in the place of A (its upper half): R^T R = A. False where A is not positive definite. Rows are worked on from the
+// vector that holds their first entry; what lies left of that entry is cleared when its row's turn comes.
 bool cholesky(double* a, int64_t n) {
+  const auto from = [](int64_t k) { return k / kLanes<double> * kLanes<double>; };
   for (int64_t j = 0; j < n; ++j) {
     double* row = a + j * n;
     for (int64_t k = 0; k < j; ++k) row[k] = 0;
     if (!(row[j] > 0)) return false;
     const double scale = 1 / std::sqrt(row[j]);
-    for (int64_t k = j; k < n; ++k) row[k] *= scale;
+    for (int64_t k = from(j); k < n; ++k) row[k] *= scale;
     for (int64_t i = j + 1; i < n; ++i) {
-      double* below = a + i * n;
+      double* __restrict below = a + i * n;
       const double factor = row[i];
-      for (int64_t k = i; k < n; ++k) below[k] -= factor * row[k];
+      for (int64_t k = from(i); k < n; ++k) below[k] -= factor * row[k];
     }
   }
   return true;
