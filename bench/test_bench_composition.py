@@ -118,11 +118,16 @@ def test_copying_scores(gpt2, benchmark, found):
                 values = (model.W_E @ model.blocks[layer].attn.OV[head] @ model.W_U).eigenvalues
                 _ = values.sum().real / values.abs().sum()
 
+    seconds = []
+
+    def ours():
+        seconds.extend(timed(lambda: fc.copying_scores(gpt2)) for _ in range(5))
+
     with torch.no_grad():
-        times = interleaved({"ours": lambda: fc.copying_scores(gpt2), "loop": loop}, rounds=1)
-    ours = statistics.median(timed(lambda: fc.copying_scores(gpt2)) for _ in range(5))
-    found("copying scores, 144 heads: time", f"{ours:.2f} s")
-    found("copying scores, 144 heads: TransformerLens' loop / ours", f"{times['loop'][0] / ours:.1f}", ">= 25")
+        times = interleaved({"before": ours, "loop": loop, "after": ours}, rounds=1)
+    median = statistics.median(seconds[10:])  # less the round that is not counted
+    found("copying scores, 144 heads: time", f"{median:.2f} s")
+    found("copying scores, 144 heads: TransformerLens' loop / ours", f"{times['loop'][0] / median:.1f}", ">= 25")
     benchmark.pedantic(lambda: fc.copying_scores(gpt2), rounds=1)
 
 
