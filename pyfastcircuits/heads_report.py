@@ -12,10 +12,10 @@ EVIDENCE = ("k_composition", "matching", "copying")
 
 def head_table(scores: Result, found: Result | None, top: int) -> Table:
     """Heads by induction score, of head_scores; with what their weights say, of induction_heads."""
-    table = Table(title="Heads by induction score, on random tokens that come again")
+    table = Table(title="Heads by induction score, on random tokens that come again", collapse_padding=True)
     evidence = () if found is None else ("after", "K-comp. z", "matching", "OV copies")
     for name in ("head", *(name.replace("_", " ") for name in SCORES), *evidence):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # in a narrow window, of names rather than figures
     table.caption = "copying: share of what a head raises that is for the tokens it attends to; -1: none, 1: all."
     pairs = [] if found is None else found.pairs.tolist()
     places = {tuple(destination): i for i, (_, destination) in enumerate(pairs)}

@@ -199,10 +199,11 @@ class Composition:
 
 def composition_table(found: Composition, top: int) -> Table:
     """The pairs that stand out most from a random rotation, by z-score."""
-    table = Table(title=f"{found.kind}-composition: pairs that stand out most from a random rotation")
+    title = f"{found.kind}-composition: pairs that stand out most from a random rotation"
+    table = Table(title=title, collapse_padding=True)
     names = ["source", "dest", "score", "random", "z", "source copies", "dest copies"]
     for name in [*names, *(["composed QK", "largest"] if len(found.eigenvalues) else [])]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # in a narrow window, of names rather than figures
     for i in found.z.argsort(descending=True)[:top].tolist():
         (a, b), (c, d) = found.pairs[i]
         row = [f"{a}.{b}", f"{c}.{d}", *(f"{float(x[i]):.4f}" for x in (found.score, found.baseline))]
@@ -210,12 +211,14 @@ def composition_table(found: Composition, top: int) -> Table:
         if len(found.eigenvalues):
             spectrum = found.eigenvalues[i]
             largest = complex(spectrum[spectrum.abs().argmax()])
-            row += [f"{float(positivity(spectrum)):+.2f}", f"{largest:.3g}"]
+            row += [f"{float(positivity(spectrum)):+.2f}", f"{largest.real:.1e}"]
         table.add_row(*row)
-    table.caption = (
-        "random: mean score under a random rotation; z: score**2 against it. copies: eigenvalue copying score.\n"
-        "composed QK: eigenvalue positivity of the K-composed QK circuit, and its largest eigenvalue."
-    )
+    caption = ["random: mean score under a random rotation; z: score**2 against it. copies: eigenvalue copying score."]
+    if len(found.eigenvalues):
+        caption += [
+            "composed QK: positivity of the K-composed QK circuit's eigenvalues; largest: real part of the largest."
+        ]
+    table.caption = "\n".join(caption)
     return table
 
 

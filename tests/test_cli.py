@@ -241,6 +241,13 @@ def test_composition_of_the_bundled_induction_model(tmp_path):
     assert "1.00" in result.output
 
 
+@pytest.mark.parametrize("command", ["composition", "heads", "sweep --sequences 1 --length 32"])
+def test_no_figure_is_cut_short_in_80_columns(command, tmp_path):
+    result = CliRunner().invoke(app, [*command.split(), "--out", str(tmp_path)], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.output
+
+
 def test_composition_of_bad_input(tmp_path, model):
     random_weights(1, dtype=torch.float32).save(tmp_path / "one.safetensors")
     for arguments, message in (
