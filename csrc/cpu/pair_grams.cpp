@@ -59,6 +59,7 @@ namespace {
 // right factors in L2.
 constexpr int64_t kBlocksAChunk = 2;
 constexpr int64_t kRightsAGroup = 132;
+static_assert(kRightsAGroup % kVectors == 0);
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
