@@ -354,6 +354,7 @@ const TopkKernels* topk_kernels(Kind kind) {
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <tuple>

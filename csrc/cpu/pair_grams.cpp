@@ -289,6 +289,8 @@ const GramKernels* gram_kernels(Kind kind) {
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>

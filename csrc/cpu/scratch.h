@@ -34,6 +34,8 @@ class Shared {
   struct Kept {
     std::mutex mutex;
     std::vector<Block> blocks;  // the longest unused first
+
+    Kept() { blocks.reserve(kKept / kLarge + 1); }  // as many as there can be: giving one back does not throw
   };
   static Kept& kept() {
     static auto* const kept = new Kept;  // never destroyed: threads may outlive static objects

@@ -132,15 +132,15 @@ static inline Vec<T> add_across(Vec<T> a, Vec<T> b, std::integer_sequence<int, I
 // The sums of kCount vectors, a power of two of at most as many as there are lanes, in the first lanes.
 template <class T, int kCount, int kBit = 1>
 static inline Vec<T> sums(const Vec<T>* v) {
-  constexpr int half = kCount / kBit / 2;
+  constexpr bool paired = kBit < kCount;  // else one vector is left, its lanes alike but for the higher bits
+  constexpr int count = paired ? kCount / kBit / 2 : 1;
   if constexpr (kBit == kLanes<T>) {
     return v[0];
   } else {
-    Vec<T> folded[half > 0 ? half : 1];
+    Vec<T> folded[count];
 #pragma GCC unroll 8
-    for (int i = 0; i < (half > 0 ? half : 1); ++i)
-      folded[i] =
-          add_across<T, kBit>(v[2 * i], v[half > 0 ? 2 * i + 1 : 0], std::make_integer_sequence<int, kLanes<T>>{});
+    for (int i = 0; i < count; ++i)
+      folded[i] = add_across<T, kBit>(v[2 * i], v[2 * i + paired], std::make_integer_sequence<int, kLanes<T>>{});
     return sums<T, kCount, 2 * kBit>(folded);
   }
 }
