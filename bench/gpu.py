@@ -135,7 +135,8 @@ def joint() -> Iterator[Row]:
 
 def pairs() -> Iterator[Row]:
     """pair_norms beside a matrix product over all pairs, of which composition wants those with layer1 < layer2."""
-    from pyfastcircuits import ops, reference
+    from pyfastcircuits import ops
+    from pyfastcircuits.ops import reference
 
     torch.manual_seed(0)
     heads = (L - 1) * H  # the last layer is no source, the first no destination

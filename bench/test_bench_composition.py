@@ -9,7 +9,7 @@ from measure import cpu_rate, interleaved, peak_bytes, ratio
 
 import pyfastcircuits as fc
 from pyfastcircuits import ops
-from pyfastcircuits.composition import BLOCK
+from pyfastcircuits.circuits.composition import BLOCK
 
 KINDS = ("Q", "K", "V")
 
@@ -96,7 +96,7 @@ def test_composition_scores(gpt2, benchmark, found):
         found(f"  pair_norms, {name}", f"{statistics.median(times[name]) * 1e3:.0f} ms, {rate:.0f} GFLOP/s")
     found("  torch GEMM, layer by layer / ours (auto)", f"{ratio(times, 'torch', 'gram'):.1f}")
     few = (left[:24], right[:24])
-    exact = fc.reference.pair_norms(*few)
+    exact = fc.ops.reference.pair_norms(*few)
     theirs = torch.stack([(few[0] @ r).norm(dim=(1, 2)) for r in few[1]], 1)
     for name, values in (("torch", theirs), *((r, ops.pair_norms(*few, route=r)) for r in ("products", "gram"))):
         found(f"  relative error against fp64, {name}", f"{float((values / exact - 1).abs().max()):.1e}")

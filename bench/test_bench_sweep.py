@@ -7,7 +7,7 @@ import torch
 from measure import interleaved, peak_bytes, ratio
 
 import pyfastcircuits as fc
-from pyfastcircuits.paths import order_streams
+from pyfastcircuits.run.paths import order_streams
 
 LAYERS, HEADS, D, R, V, T = 2, 12, 768, 64, 50257, 512
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyfastcircuits.kernels.configs import arithmetic, choose
 from pyfastcircuits.kernels.tile import load_left, multiply
-from pyfastcircuits.reference import pair_norms_gradients
+from pyfastcircuits.ops.reference import pair_norms_gradients
 
 __all__ = ["pair_norms_triton"]
 

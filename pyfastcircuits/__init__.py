@@ -1,11 +1,27 @@
 """Transformer-circuit analysis as fused kernels ("A Mathematical Framework for Transformer Circuits", 2021)."""
 
 from pyfastcircuits import ops
-from pyfastcircuits._library import build_info
-from pyfastcircuits.ablation import head_ablation, layer_ablation, pair_ablation, path_ablation
-from pyfastcircuits.attention_scores import qk_terms
-from pyfastcircuits.attribution import direct_logit_attribution, logit_lens, project
-from pyfastcircuits.circuits import (
+from pyfastcircuits.circuits.composition import (
+    ComponentScores,
+    CompositionBaseline,
+    component_scores,
+    composition_baseline,
+    composition_scores,
+    composition_z_scores,
+)
+from pyfastcircuits.circuits.positions import OVTables, QKTables, ov_tables, qk_tables
+from pyfastcircuits.circuits.subspaces import subspaces
+from pyfastcircuits.circuits.tables import (
+    CopyingAccuracy,
+    SkipTrigram,
+    SkipTrigrams,
+    copying_accuracy,
+    diagonal_ranks,
+    skip_trigrams,
+    top_entries,
+    top_per_row,
+)
+from pyfastcircuits.circuits.vocabulary import (
     DiagonalStatistics,
     VirtualHead,
     bigrams,
@@ -23,19 +39,22 @@ from pyfastcircuits.circuits import (
     virtual_head,
     virtual_weights,
 )
-from pyfastcircuits.composition import (
-    ComponentScores,
-    CompositionBaseline,
-    component_scores,
-    composition_baseline,
-    composition_scores,
-    composition_z_scores,
+from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation, path_ablation
+from pyfastcircuits.experiments.attention_scores import qk_terms
+from pyfastcircuits.experiments.attribution import direct_logit_attribution, logit_lens, project
+from pyfastcircuits.experiments.heads import head_scores, induction_heads
+from pyfastcircuits.experiments.patching import (
+    activation_patching,
+    composition_ablation,
+    edge_attribution,
+    path_patching,
 )
-from pyfastcircuits.factored import FactoredMatrix
-from pyfastcircuits.folding import center, fold_norm, fold_value_biases
-from pyfastcircuits.heads import head_scores, induction_heads
-from pyfastcircuits.patching import activation_patching, composition_ablation, edge_attribution, path_patching
-from pyfastcircuits.paths import (
+from pyfastcircuits.model.factored import FactoredMatrix
+from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
+from pyfastcircuits.model.weights import CircuitWeights, load_weights
+from pyfastcircuits.ops.library import build_info
+from pyfastcircuits.result import Result
+from pyfastcircuits.run.paths import (
     LayerMarginals,
     count_paths,
     enumerate_paths,
@@ -43,21 +62,7 @@ from pyfastcircuits.paths import (
     order_losses,
     path_logits,
 )
-from pyfastcircuits.positions import OVTables, QKTables, ov_tables, qk_tables
-from pyfastcircuits.result import Result
-from pyfastcircuits.subspaces import subspaces
-from pyfastcircuits.tables import (
-    CopyingAccuracy,
-    SkipTrigram,
-    SkipTrigrams,
-    copying_accuracy,
-    diagonal_ranks,
-    skip_trigrams,
-    top_entries,
-    top_per_row,
-)
-from pyfastcircuits.trace import FrozenTrace, trace
-from pyfastcircuits.weights import CircuitWeights, load_weights
+from pyfastcircuits.run.trace import FrozenTrace, trace
 
 __version__ = "0.1.0"
 __all__ = [

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from pyfastcircuits.weights import NORMS, POSITIONAL, CircuitWeights
+from pyfastcircuits.model.weights import NORMS, POSITIONAL, CircuitWeights
 
 KINDS = list(itertools.product((None, *NORMS), POSITIONAL))
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits import reference
+from pyfastcircuits.ops import reference
 
 
 class Sweep(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits import effects
+from pyfastcircuits.experiments import measure as effects
 
 
 def divergence(clean, ablated):
@@ -76,7 +76,7 @@ def test_cutting_changes_nothing(monkeypatch, low_memory):
     monkeypatch.setattr(effects, "BLOCK", 1 << 13)
     monkeypatch.setattr(effects, "CLEAN_LOGITS", 1 << 17)
     monkeypatch.setattr(effects, "PART_ROWS", 16)
-    monkeypatch.setattr("pyfastcircuits.paths.BLOCK", 1 << 13)
+    monkeypatch.setattr("pyfastcircuits.run.paths.BLOCK", 1 << 13)
     for name, function in functions.items():
         cut = function(low_memory=low_memory)
         for field in ("loss", "kl", "baseline"):

@@ -98,7 +98,7 @@ def test_chunks_of_paths_change_nothing(monkeypatch):
     run = fc.trace(random_weights(3, norm="layernorm"), random_tokens())
     paths = [path for k in range(4) for path in fc.enumerate_paths(3, 4, k)]
     whole = fc.direct_logit_attribution(run, "path", paths=paths)
-    monkeypatch.setattr("pyfastcircuits.attribution.BLOCK", 4000)
+    monkeypatch.setattr("pyfastcircuits.experiments.attribution.BLOCK", 4000)
     exact(fc.direct_logit_attribution(run, "path", paths=paths).values, whole.values)
 
 
@@ -155,7 +155,7 @@ def test_a_lens_on_no_layers_and_in_parts(monkeypatch):
     exact(fc.logit_lens(run).values, run.loss[None])
     run = fc.trace(random_weights(3, norm="layernorm"), random_tokens(5))
     whole = fc.logit_lens(run)
-    monkeypatch.setattr("pyfastcircuits.effects.BLOCK", 1 << 10)
+    monkeypatch.setattr("pyfastcircuits.experiments.measure.BLOCK", 1 << 10)
     exact(fc.logit_lens(run, low_memory=True).values, whole.values)
 
 

@@ -89,7 +89,7 @@ def test_gradients_of_a_whole_block_of_rows_and_of_blocks_are_the_same(monkeypat
     weights = small()
     gradients = []
     for block in (12 << 20, 8 * 11):
-        monkeypatch.setattr("pyfastcircuits.effects.BLOCK", block)
+        monkeypatch.setattr("pyfastcircuits.experiments.measure.BLOCK", block)
         W_U = weights.W_U.clone().requires_grad_()
         fc.trace(replace(weights, W_U=W_U), TOKENS).loss.backward()
         gradients.append(W_U.grad)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pyfastcircuits as fc
-from pyfastcircuits import _library
+from pyfastcircuits.ops import library
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def test_build_facts():
     assert facts["cpu_tier"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     if shutil.which("nvcc"):
         assert facts["cuda_architectures"] == "sm_80 sm_90a sm_100"
-        assert _library._CUDA_LIBRARY.exists()
+        assert library._CUDA_LIBRARY.exists()
 
 
 def test_ci_has_nvcc():
@@ -78,7 +78,7 @@ def test_a_build_without_torch_says_what_to_run(tmp_path):
 
 @pytest.mark.parametrize(("pairs", "positions", "depth", "threads"), [(0, 9, 4, 2), (1, 1, 0, 64), (144, 511, 256, 2)])
 def test_plans_cover_the_work(pairs, positions, depth, threads):
-    pair_block, position_block, tasks = _library.host.plan_tiles(pairs, positions, depth, threads)
+    pair_block, position_block, tasks = library.host.plan_tiles(pairs, positions, depth, threads)
     assert pair_block >= 1
     assert position_block >= 1
     assert tasks == (-(-pairs // pair_block) * -(-positions // position_block) if pairs and positions else 0)

@@ -7,7 +7,7 @@ import torch
 from models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits import circuits
+from pyfastcircuits.circuits import vocabulary as circuits
 
 WEIGHTS = random_weights(layers=3, norm=None, positional="none", biases=False)
 HEADS = [(0, 0), (1, 3), (2, 2)]

@@ -8,7 +8,7 @@ from models import random_tokens, random_weights
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc
-from pyfastcircuits.cli import app
+from pyfastcircuits.command.cli import app
 
 
 @pytest.fixture
@@ -436,7 +436,7 @@ def test_heads_of_bad_input(model, tmp_path):
 
 def test_check_of_the_bundled_models(monkeypatch):
     """The check itself, over the held-out text: a tenth of the work."""
-    from pyfastcircuits import text, truth_report
+    from pyfastcircuits.command import text, truth_report
 
     monkeypatch.setattr(truth_report, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
     monkeypatch.setattr(truth_report, "SEEN", 60)

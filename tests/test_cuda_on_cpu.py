@@ -9,7 +9,7 @@ import pytest
 import torch
 from topk_cases import Entries, assert_best, close_calls, normal, whole_numbers
 
-from pyfastcircuits import reference
+from pyfastcircuits.ops import reference
 
 SOURCE = Path(__file__).parent / "cuda_on_cpu" / "kernels.cpp"
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyfastcircuits as fc
-from pyfastcircuits import reference
-from pyfastcircuits.ops import diagonal_ranks
+from pyfastcircuits.ops import diagonal_ranks, reference
 
 TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
 HERE = TIERS[: TIERS.index(fc.build_info()["best_cpu_tier"]) + 1]

@@ -9,8 +9,10 @@ from hooked import Hooked, measures
 from models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits import effects, replacement
-from pyfastcircuits.metrics import METRICS
+from pyfastcircuits.experiments import ablation_value as replacement
+from pyfastcircuits.experiments import measure as effects
+from pyfastcircuits.experiments.metrics import METRICS
+from pyfastcircuits.run.paths import path_values
 
 AGAINST = 5
 SOME = [(None, "shortformer"), ("layernorm", "rotary"), ("rmsnorm", "standard")]
@@ -298,7 +300,7 @@ def written(run, path):
     """What a path writes to the final residual stream."""
     if not path:
         return run.sources_before(run.weights.n_layers)
-    return fc.paths.path_values(run, [path])[0] @ run.weights.head("W_O", *path[-1])
+    return path_values(run, [path])[0] @ run.weights.head("W_O", *path[-1])
 
 
 def test_the_last_position_with_given_targets():
@@ -359,7 +361,7 @@ def test_cutting_changes_nothing(monkeypatch):
     for name, value in (("BLOCK", 1 << 12), ("CLEAN_LOGITS", 1 << 15), ("PART_ROWS", 8)):
         monkeypatch.setattr(effects, name, value)
     monkeypatch.setattr(replacement, "PART_ROWS", 8)
-    monkeypatch.setattr("pyfastcircuits.hops.SCORES", 1 << 10)
+    monkeypatch.setattr("pyfastcircuits.experiments.edges.SCORES", 1 << 10)
     for name, call in calls.items():
         cut = call()
         torch.testing.assert_close(cut.values, whole[name].values, rtol=1e-9, atol=1e-12, equal_nan=True)

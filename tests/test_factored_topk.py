@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyfastcircuits as fc
-from pyfastcircuits import reference
-from pyfastcircuits.ops import factored_topk
+from pyfastcircuits.ops import factored_topk, reference
 
 TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
 BEST = fc.build_info()["best_cpu_tier"]

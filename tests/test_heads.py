@@ -9,7 +9,7 @@ import torch
 from models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits import heads
+from pyfastcircuits.experiments import heads
 from pyfastcircuits.result import Result
 
 NAMES = ("previous_token", "induction", "prefix_matching", "duplicate_token", "copying")

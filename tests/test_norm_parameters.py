@@ -7,8 +7,8 @@ import torch
 from models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits.layers import LayerStack, stacked
-from pyfastcircuits.paths import order_streams
+from pyfastcircuits.model.layers import LayerStack, stacked
+from pyfastcircuits.run.paths import order_streams
 
 TOKENS = random_tokens()
 g = torch.Generator().manual_seed(1)

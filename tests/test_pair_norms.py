@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_cases import factors, torch_norms
 
-from pyfastcircuits import ops, reference
+from pyfastcircuits import ops
+from pyfastcircuits.ops import reference
 
 pytestmark = pytest.mark.sanitize
 TIERS = ["baseline", "avx2", "avx512", "avx512_bf16"]

@@ -8,7 +8,7 @@ import torch
 from accuracy import assert_as_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfastcircuits import products
+from pyfastcircuits.ops import onednn as products
 
 
 def matrices(layout):
@@ -67,7 +67,7 @@ def test_biases_and_gradients(monkeypatch):
 def test_the_compiler_is_not_imported():
     """Torch would import it at the first product, which takes a second."""
     code = (
-        "import sys, torch; from pyfastcircuits.products import FastProducts\n"
+        "import sys, torch; from pyfastcircuits.ops.onednn import FastProducts\n"
         "with FastProducts(): torch.ones(2048, 1024) @ torch.ones(1024, 1024)\n"
         "assert 'torch._dynamo' not in sys.modules"
     )

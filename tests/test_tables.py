@@ -7,7 +7,7 @@ import torch
 from models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits import tables
+from pyfastcircuits.circuits import tables
 
 WEIGHTS = random_weights(layers=3, norm="rmsnorm", positional="none")
 HEADS = [(0, 0), (1, 3), (2, 2)]

@@ -11,7 +11,7 @@ from sweep_cases import Sweep, make, not_finite, whole_numbers
 from torch import Tensor
 
 import pyfastcircuits as fc
-from pyfastcircuits import reference
+from pyfastcircuits.ops import reference
 
 TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
 BEST = fc.build_info()["best_cpu_tier"]

@@ -9,8 +9,8 @@ import torch
 from models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits import truth
-from pyfastcircuits.text import TokenText, corpus_tokens, held_out_text, sequences_of
+from pyfastcircuits.command import truth
+from pyfastcircuits.command.text import TokenText, corpus_tokens, held_out_text, sequences_of
 
 
 @pytest.mark.parametrize("norm", [None, "rmsnorm"])

@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyfastcircuits.trace import FrozenTrace, checked_mask, checked_tokens
-from pyfastcircuits.weights import CircuitWeights
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.trace import FrozenTrace, checked_mask, checked_tokens
 
 __all__ = ["trace_of", "weights_of"]
 
@@ -35,7 +35,7 @@ def weights_of(model: Any) -> CircuitWeights:
 
 
 def trace_of(model: Any, tokens: Tensor, mask: Tensor | None, store: str) -> FrozenTrace:
-    """See pyfastcircuits.trace."""
+    """See pyfastcircuits.run.trace."""
     from pyfastcircuits.adapters.recording import freeze
 
     library = _library(model)

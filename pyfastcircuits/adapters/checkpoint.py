@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.layers import Layers, LayerStack
+from pyfastcircuits.model.layers import Layers, LayerStack
 
 __all__ = ["Checkpoint", "by_head", "heads_in", "heads_out"]
 

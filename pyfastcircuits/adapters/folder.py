@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.hugging_face import family_of, read_checkpoint
-from pyfastcircuits.weights import PICKLES, CircuitWeights, open_safetensors
+from pyfastcircuits.model.weights import PICKLES, CircuitWeights, open_safetensors
 
 __all__ = ["is_folder", "model_in", "weights_in"]
 

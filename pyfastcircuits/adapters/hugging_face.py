@@ -15,8 +15,8 @@ from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family
 from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.adapters.rerun import Layer, ModelRerun, layers_of, watch
-from pyfastcircuits.patterns import Pattern, QKPattern, mixed, softmax_pattern
-from pyfastcircuits.weights import CircuitWeights
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.patterns import Pattern, QKPattern, mixed, softmax_pattern
 
 __all__ = ["FAMILIES", "HuggingFaceRerun", "family_of", "read_checkpoint", "record", "weights_of"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfastcircuits.patterns import Pattern
-from pyfastcircuits.rerun import Rerun, norm_scale
-from pyfastcircuits.trace import FrozenTrace
-from pyfastcircuits.weights import CircuitWeights
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.forward import Rerun, norm_scale
+from pyfastcircuits.run.patterns import Pattern
+from pyfastcircuits.run.trace import FrozenTrace
 
 __all__ = ["Call", "Hooks", "Recording", "freeze"]
 

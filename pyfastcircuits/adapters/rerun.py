@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfastcircuits.adapters.recording import Call, Hooks, Recording
-from pyfastcircuits.weights import CircuitWeights
+from pyfastcircuits.model.weights import CircuitWeights
 
 __all__ = ["Layer", "ModelRerun", "layers_of", "watch"]
 
@@ -50,7 +50,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class ModelRerun(ABC):
-    """See pyfastcircuits.rerun.Rerun. The N reruns of B sequences go through the model as a batch of N * B."""
+    """See pyfastcircuits.run.forward.Rerun. The N reruns of B sequences go through the model as a batch of N * B."""
 
     model: Any
     weights: CircuitWeights

@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.adapters.rerun import Layer, ModelRerun, layers_of, watch
-from pyfastcircuits.layers import LayerStack
-from pyfastcircuits.patterns import QKPattern
-from pyfastcircuits.rerun import centered, norm_scale
-from pyfastcircuits.weights import CircuitWeights
+from pyfastcircuits.model.layers import LayerStack
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.forward import centered, norm_scale
+from pyfastcircuits.run.patterns import QKPattern
 
 __all__ = ["TransformerLensRerun", "record", "weights_of"]
 

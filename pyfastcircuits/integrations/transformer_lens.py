@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.composition import triangle
-from pyfastcircuits.factored import FactoredMatrix, computable
+from pyfastcircuits.circuits.composition import triangle
+from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.ops import pair_norms
 
 __all__ = ["Acceleration", "accelerate"]

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyfastcircuits import _library
+from pyfastcircuits.ops import library
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "reference"]
 Precision = Literal["ieee", "tf32", "bf16"]
@@ -26,14 +26,14 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
         backend = "triton" if device.type == "cuda" else "cpu"
-    if backend == "triton" and not _library.has_triton():
+    if backend == "triton" and not library.has_triton():
         raise RuntimeError("backend='triton' needs the triton package, which is not installed")
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(backend, device.type)
     if wanted == "cuda" and not interpreted:
         if not torch.cuda.is_available():
             raise RuntimeError(f"backend={backend!r} needs a CUDA device, and torch sees none")
-        if backend == "cuda" and not _library._CUDA_LIBRARY.exists():
+        if backend == "cuda" and not library._CUDA_LIBRARY.exists():
             raise RuntimeError("backend='cuda': this build has no CUDA kernels; rebuild where nvcc is found")
     if device.type != wanted and not interpreted:
         raise ValueError(f"backend={backend!r} runs on {wanted} tensors, but they are on {device}")

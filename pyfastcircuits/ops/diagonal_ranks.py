@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyfastcircuits import reference
+from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, check_range, resolve_backend
 from pyfastcircuits.ops.factored_topk import check_finite, check_product
 

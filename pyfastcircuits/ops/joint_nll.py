@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pyfastcircuits import reference
+from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import (
     Backend,
     Precision,

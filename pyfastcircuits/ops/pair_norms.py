@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits import reference
+from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import DTYPES, Backend, Precision, check_precision, resolve_backend
 
 Route = Literal["auto", "products", "gram"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyfastcircuits import reference
+from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, check_precision, no_cuda_kernel, resolve_backend
 from pyfastcircuits.ops.sweep_nll import check_sweep, checked_group
 

@@ -3,8 +3,8 @@
 import torch
 
 import pyfastcircuits as fc
-from pyfastcircuits.patterns import QKPattern
-from pyfastcircuits.rerun import norm_scale, toward_logits
+from pyfastcircuits.run.forward import norm_scale, toward_logits
+from pyfastcircuits.run.patterns import QKPattern
 
 
 def assert_exact(ours, theirs):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
-from pyfastcircuits.cli import app  # noqa: E402
-from pyfastcircuits.layers import stacked  # noqa: E402
+from pyfastcircuits.command.cli import app  # noqa: E402
+from pyfastcircuits.model.layers import stacked  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = ("gpt2", "pythia", "llama 3, grouped", "mistral, window", "qwen2", "qwen3", "gemma2")

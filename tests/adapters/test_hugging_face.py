@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'pyfastci
 from configurations import CONFIGURATIONS, build, tokens  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
-from pyfastcircuits.paths import order_streams  # noqa: E402
+from pyfastcircuits.run.paths import order_streams  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = ("gpt2", "pythia", "llama 3, grouped", "mistral, window", "qwen2", "qwen3", "gemma2")

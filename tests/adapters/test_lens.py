@@ -8,7 +8,7 @@ lens = pytest.importorskip("transformer_lens", reason="pip install 'pyfastcircui
 from configurations import build, tokens  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
-from pyfastcircuits.paths import order_streams  # noqa: E402
+from pyfastcircuits.run.paths import order_streams  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {

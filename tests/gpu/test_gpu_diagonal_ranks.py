@@ -4,7 +4,8 @@ import pytest
 import torch
 from topk_cases import normal, torch_entries, whole_numbers
 
-from pyfastcircuits import ops, reference
+from pyfastcircuits import ops
+from pyfastcircuits.ops import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

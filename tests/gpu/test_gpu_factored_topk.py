@@ -4,7 +4,8 @@ import pytest
 import torch
 from topk_cases import assert_best, close_calls, normal, whole_numbers
 
-from pyfastcircuits import ops, reference
+from pyfastcircuits import ops
+from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.factored_topk import MOST, MOST_PER_ROW
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,8 +6,9 @@ from accuracy import assert_as_accurate
 from models import random_weights
 from pair_cases import factors, torch_norms
 
-from pyfastcircuits import composition_scores, ops, reference
-from pyfastcircuits.composition import triangle
+from pyfastcircuits import composition_scores, ops
+from pyfastcircuits.circuits.composition import triangle
+from pyfastcircuits.ops import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

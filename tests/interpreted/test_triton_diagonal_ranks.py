@@ -10,8 +10,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from topk_cases import normal, torch_entries, whole_numbers
 
-from pyfastcircuits import ops, reference
+from pyfastcircuits import ops
 from pyfastcircuits.kernels.diagonal_ranks import diagonal_ranks_triton
+from pyfastcircuits.ops import reference
 
 SHAPES = [(70, 200, 5), (1, 333, 20), (150, 1, 3), (131, 259, 70), (3, 5, 0), (1, 1, 1), (0, 4, 2)]
 

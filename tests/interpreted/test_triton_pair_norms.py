@@ -11,9 +11,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from accuracy import assert_as_accurate
 from pair_cases import factors, torch_norms
 
-from pyfastcircuits import ops, reference
+from pyfastcircuits import ops
 from pyfastcircuits.kernels.configs import choose
 from pyfastcircuits.kernels.pair_norms import pair_norms_triton
+from pyfastcircuits.ops import reference
 
 # numpy stands in for the GPU, and warns where infinities meet.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -10,8 +10,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from sweep_cases import Sweep, make, not_finite, whole_numbers
 
-from pyfastcircuits import ops, reference
+from pyfastcircuits import ops
 from pyfastcircuits.kernels.target_ranks import target_ranks_triton
+from pyfastcircuits.ops import reference
 
 # numpy stands in for the GPU, and warns where infinities meet.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,0 +1,1 @@
+"""What weights alone say: circuits over the vocabulary, composition, tables, subspaces."""

@@ -1,0 +1,1 @@
+"""A model as the article writes it: its weights, equivalent weights, factored matrices."""

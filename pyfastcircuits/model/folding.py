@@ -1,0 +1,101 @@
+"""Equivalent weights: what can be folded into others without changing what the model computes."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.model.layers import stacked
+from pyfastcircuits.model.weights import CircuitWeights
+
+__all__ = ["center", "fold_norm", "fold_value_biases"]
+
+
+@torch.no_grad()
+def fold_norm(
+    weights: CircuitWeights,
+    gain: Tensor,
+    final_gain: Tensor,
+    bias: Tensor | None = None,
+    final_bias: Tensor | None = None,
+) -> CircuitWeights:
+    """Weights whose parameter-free norms stand for norms followed by `* gain + bias`. Logits do not change.
+
+    CircuitWeights can hold such parameters too (`ln_w` and the like), and then nothing is copied.
+
+    Args:
+        weights: without parameters of their norms.
+        gain: [L, d], of the norm in front of each layer's heads.
+        final_gain: [d], of the norm in front of W_U.
+        bias, final_bias: likewise, of a layernorm.
+
+    Raises:
+        ValueError: weights without a norm, or with shortformer positions (added after the norm: a gain would scale
+            them too), or whose norms have parameters already; a parameter of the wrong shape.
+    """
+    if weights.norm is None:
+        raise ValueError("weights.norm is None: there is no norm whose parameters could be folded")
+    if weights.positional == "shortformer":
+        raise ValueError("weights.positional is 'shortformer': W_pos is added after the norm, and would be scaled too")
+    held = [name for name, _ in weights.tensors() if name.startswith("ln_")]
+    if held:
+        raise ValueError(f"weights.{held[0]} is given: its norms have parameters already")
+    layers, d = weights.n_layers, weights.d_model
+    for name, tensor, shape in (
+        ("gain", gain, (layers, d)),
+        ("final_gain", final_gain, (d,)),
+        ("bias", bias, (layers, d)),
+        ("final_bias", final_bias, (d,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    readers = {name: stacked(getattr(weights, f"W_{name}")) for name in ("Q", "K", "V")}
+    changed: dict[str, Any] = {f"W_{name}": weight * gain[:, None, :, None] for name, weight in readers.items()}
+    changed["W_U"] = weights.W_U * final_gain[:, None]
+    if bias is not None:
+        for name, weight in readers.items():
+            moved = torch.einsum("ld,lhdr->lhr", bias, weight)
+            changed[f"b_{name}"] = _added(getattr(weights, f"b_{name}"), moved)
+    if final_bias is not None:
+        changed["b_U"] = _added(weights.b_U, final_bias @ weights.W_U)
+    return replace(weights, **changed)
+
+
+@torch.no_grad()
+def center(weights: CircuitWeights) -> CircuitWeights:
+    """Weights that write nothing along the mean of the residual stream, which a layernorm takes out anyway.
+
+    Every layernorm is then an RMS norm, and the result says so: what its circuits read is all linear. Logits do not
+    change.
+
+    Raises:
+        ValueError: norm is not "layernorm": another norm sees the mean.
+    """
+    if weights.norm != "layernorm":
+        raise ValueError(
+            f"weights.norm is {weights.norm!r}: only a layernorm is blind to the mean, expected 'layernorm'"
+        )
+    names = ["W_E", "W_O", *(["b_O"] if weights.b_O is not None else [])]
+    if weights.positional == "standard":
+        names.append("W_pos")
+    changed: dict[str, Any] = {name: _centered(stacked(getattr(weights, name))) for name in names}
+    return replace(weights, norm="rmsnorm", **changed)
+
+
+@torch.no_grad()
+def fold_value_biases(weights: CircuitWeights) -> CircuitWeights:
+    """Weights without b_V: rows of an attention pattern sum to 1, so it reaches b_O whole. Logits do not change."""
+    if weights.b_V is None:
+        return weights
+    bare = replace(weights, ln_b=None, ln_post_w=None)  # what these do to b_V and b_O they do after this too
+    written = torch.stack([bare.written_bias(layer) for layer in range(weights.n_layers)])
+    return replace(weights, b_V=None, b_O=written.to(weights.W_O.dtype))
+
+
+def _added(bias: Tensor | None, more: Tensor) -> Tensor:
+    return more if bias is None else bias + more
+
+
+def _centered(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)

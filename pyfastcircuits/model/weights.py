@@ -1,0 +1,402 @@
+"""The weights of a transformer as the article writes them, and their files."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.model.layers import Layers, LayerStack, stacked
+
+__all__ = ["BUNDLED", "CircuitWeights", "load_weights", "model_folder"]
+
+Positional = Literal["none", "standard", "shortformer", "rotary"]
+Norm = Literal["layernorm", "rmsnorm"]
+Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
+POSITIONAL = ("none", "standard", "shortformer", "rotary")
+NORMS = ("layernorm", "rmsnorm")
+BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
+_METADATA = "pyfastcircuits"
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitWeights:
+    """What a transformer's circuits are made of, row-vector convention (`x @ W`), TransformerLens shapes.
+
+    L layers, H heads, Hkv key/value heads (query head h uses kv head h // (H // Hkv)), d d_model, r d_head,
+    V vocabulary. Views are kept, nothing is copied: what norms multiply by (`ln_w`, `ln_post_w`, `ln_final_w`) joins
+    the weights as they are read. Tensors share one dtype (float32, float64 or bfloat16; bfloat16 is computed in
+    float32) and one device. W_Q, W_K, W_V and W_O may be LayerStacks, for models that keep layers apart.
+
+    Args:
+        W_E: [V, d].
+        W_Q: [L, H, d, r].
+        W_K: [L, Hkv, d, r].
+        W_V: [L, Hkv, d, r].
+        W_O: [L, H, r, d].
+        W_U: [d, V].
+        W_pos: [n_ctx, d], for positional "standard" and "shortformer".
+        positional: "none"; "standard" (W_pos added to the residual stream); "shortformer" (W_pos added to the inputs
+            of W_Q and W_K only, after the norm); "rotary" (queries and keys rotated).
+        attention_scale: attention scores are divided by it; sqrt(r) if None.
+        norm: None, "layernorm" or "rmsnorm", before every layer's heads and before W_U.
+        eps: of the norm.
+        b_Q: [L, H, r]; b_K, b_V: [L, Hkv, r]; b_O: [L, d]; b_U: [V]: optional biases.
+        ln_w, ln_b: [L, d]: what the norm before each layer's heads multiplies by and adds; None where that is folded.
+        ln_final_w, ln_final_b: [d]: likewise of the norm before W_U.
+        ln_post_w: [L, d]: of a second RMS norm, of what all heads of a layer write together (Gemma 2).
+        embed_scale: embeddings are multiplied by it.
+        logit_cap: logits x become cap * tanh(x / cap), after everything that is linear.
+        attention_only: whether these weights are the whole model. If not (MLPs, or patterns made in a way of their
+            own), `trace` needs the model itself.
+        rotary_dim: how many of the r dimensions rotate (first half against second half); r if None.
+        rotary_base: the base of the rotary angles.
+
+    Raises:
+        ValueError: a shape that does not fit (named, with both values), a non-finite weight, an unknown scheme.
+        TypeError: a dtype that is not supported or differs.
+    """
+
+    W_E: Tensor
+    W_Q: Layers
+    W_K: Layers
+    W_V: Layers
+    W_O: Layers
+    W_U: Tensor
+    W_pos: Tensor | None = None
+    _: KW_ONLY
+    positional: Positional = "none"
+    attention_scale: float | None = None
+    norm: Norm | None = None
+    eps: float = 1e-5
+    b_Q: Tensor | None = None
+    b_K: Tensor | None = None
+    b_V: Tensor | None = None
+    b_O: Tensor | None = None
+    b_U: Tensor | None = None
+    rotary_dim: int | None = None
+    rotary_base: float = 10_000.0
+    ln_w: Tensor | None = None
+    ln_b: Tensor | None = None
+    ln_final_w: Tensor | None = None
+    ln_final_b: Tensor | None = None
+    ln_post_w: Tensor | None = None
+    embed_scale: float = 1.0
+    logit_cap: float | None = None
+    attention_only: bool = True
+
+    def __post_init__(self) -> None:
+        """Check everything, once."""
+        self._check_options()
+        self._check_shapes()
+        for name, weight in self.tensors():
+            if isinstance(weight, Tensor):
+                _check_values(name, weight, self.W_E)
+            else:
+                for layer, tensor in enumerate(weight):
+                    _check_values(f"{name}[{layer}]", tensor, self.W_E)
+
+    @classmethod
+    def from_model(cls, model: Any) -> "CircuitWeights":
+        """The circuits of a model of another library, listed in `pyfastcircuits.adapters`: views of its weights.
+
+        float16 weights are converted to float32, exactly.
+
+        Raises:
+            TypeError: something that is no model.
+            ValueError: a model of which a part is not supported; it says which.
+        """
+        from pyfastcircuits.adapters import weights_of
+
+        return weights_of(model)
+
+    def tensors(self) -> Iterator[tuple[str, Layers]]:
+        """Name and tensor of every weight there is."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, LayerStack)):
+                yield field.name, value
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return self.W_Q.shape[0]
+
+    @property
+    def n_heads(self) -> int:
+        """H."""
+        return self.W_Q.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        """d."""
+        return self.W_E.shape[1]
+
+    @property
+    def d_head(self) -> int:
+        """r."""
+        return self.W_Q.shape[3]
+
+    @property
+    def d_vocab(self) -> int:
+        """V."""
+        return self.W_E.shape[0]
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Positions the model has, None where there is no table of them."""
+        return None if self.W_pos is None else self.W_pos.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_E.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of results: float32 for bfloat16 weights, else the weights' own."""
+        return torch.float32 if self.W_E.dtype == torch.bfloat16 else self.W_E.dtype
+
+    def layer(self, name: Weight, layer: int) -> Tensor:
+        """One layer's weight as it is stored, with what norms multiply by, in the computing dtype: [H or Hkv, ...]."""
+        weight: Tensor = getattr(self, name)[layer].to(self.compute_dtype)
+        gain = self.gain(name, layer)
+        return weight if gain is None else weight * gain
+
+    def heads(self, name: Weight, layer: int) -> Tensor:
+        """One layer's weight for every query head, as `layer`: [H, d, r], or [H, r, d] for W_O."""
+        return self._repeated(self.layer(name, layer))
+
+    def head(self, name: Weight, layer: int, head: int) -> Tensor:
+        """The weight of one query head, as `layer`: [d, r], or [r, d] for W_O."""
+        stored: Layers = getattr(self, name)
+        weight = stored[layer, head // (self.n_heads // stored.shape[1])].to(self.compute_dtype)
+        gain = self.gain(name, layer)
+        return weight if gain is None else weight * gain
+
+    def bias(self, name: Literal["Q", "K", "V"], layer: int) -> Tensor | None:
+        """What is added to a layer's queries, keys or values, [H or Hkv, r]: the bias, and ln_b through the weight."""
+        own: Tensor | None = getattr(self, f"b_{name}")
+        total = None if own is None else own[layer].to(self.compute_dtype)
+        if self.ln_b is not None:
+            weight: Tensor = getattr(self, f"W_{name}")[layer].to(self.compute_dtype)
+            moved = torch.einsum("d,hdr->hr", self.ln_b[layer].to(self.compute_dtype), weight)
+            total = moved if total is None else total + moved
+        return total
+
+    def written_bias(self, layer: int) -> Tensor:
+        """What layer writes to every position whatever it attends to: b_O plus every head's value bias @ W_O, [d].
+
+        Rows of an attention pattern sum to 1, so a value bias reaches the residual stream whole (before the scale of
+        a norm after the heads).
+        """
+        total = self.head_biases(layer).sum(0)
+        if self.b_O is None:
+            return total
+        gain = self.gain("W_O", layer)
+        return total + (self.b_O[layer] if gain is None else self.b_O[layer] * gain)
+
+    def head_biases(self, layer: int) -> Tensor:
+        """Every head's value bias @ W_O, [H, d]; zeros without one."""
+        bias = self.bias("V", layer)
+        if bias is None:
+            return torch.zeros(self.n_heads, self.d_model, dtype=self.compute_dtype, device=self.device)
+        return torch.einsum("hr,hrd->hd", self._repeated(bias), self.heads("W_O", layer))
+
+    @cached_property
+    def unembed_bias(self) -> Tensor | None:
+        """`whole_unembed_bias`, kept; without gradients."""
+        with torch.no_grad():
+            return self.whole_unembed_bias()
+
+    def whole_unembed_bias(self) -> Tensor | None:
+        """What is added to the logits whatever the residual stream holds, [V]: b_U, and ln_final_b through W_U."""
+        total = None if self.b_U is None else self.b_U.to(self.compute_dtype)
+        if self.ln_final_b is not None:
+            bias = self.ln_final_b.to(self.compute_dtype)
+            moved = torch.cat([bias @ part.to(self.compute_dtype) for part in self.W_U.split(8192, 1)])
+            total = moved if total is None else total + moved
+        return total
+
+    def _repeated(self, stored: Tensor) -> Tensor:
+        """From [H or Hkv, ...] to query heads [H, ...]."""
+        return stored if len(stored) == self.n_heads else stored.repeat_interleave(self.n_heads // len(stored), 0)
+
+    def gain(self, name: str, layer: int) -> Tensor | None:
+        """What a norm multiplies the residual side of a weight by: [d, 1] of a reader, [d] of a writer."""
+        gains = self.ln_post_w if name == "W_O" else self.ln_w
+        if gains is None:
+            return None
+        gain = gains[layer].to(self.compute_dtype)
+        return gain if name == "W_O" else gain[:, None]
+
+    def to(self, target: torch.device | torch.dtype | str) -> "CircuitWeights":
+        """The same weights on another device or in another dtype."""
+        moved: dict[str, Any] = {name: tensor.to(target) for name, tensor in self.tensors()}
+        return replace(self, **moved)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that load_weights reads."""
+        from safetensors.torch import save_file
+
+        options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith(("W_", "b_", "ln_"))}
+        tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
+        save_file(tensors, path, metadata={_METADATA: json.dumps(options)})
+
+    def _check_options(self) -> None:
+        if self.positional not in POSITIONAL:
+            raise ValueError(f"positional is {self.positional!r}, expected one of {', '.join(POSITIONAL)}")
+        if self.norm is not None and self.norm not in NORMS:
+            raise ValueError(f"norm is {self.norm!r}, expected None or one of {', '.join(NORMS)}")
+        if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):
+            state = "missing" if self.W_pos is None else "given"
+            raise ValueError(f"W_pos is {state}, but positional is {self.positional!r}")
+        if self.attention_scale is not None and not self.attention_scale > 0:
+            raise ValueError(f"attention_scale is {self.attention_scale}, expected a positive number")
+        if not self.eps >= 0:
+            raise ValueError(f"eps is {self.eps}, expected a number of at least 0")
+        if self.logit_cap is not None and not self.logit_cap > 0:
+            raise ValueError(f"logit_cap is {self.logit_cap}, expected a positive number")
+        given = [name for name, _ in self.tensors() if name.startswith("ln_")]
+        if given and self.norm is None:
+            raise ValueError(f"{given[0]} is given, but norm is None")
+        held = self.ln_w is not None or self.ln_b is not None
+        if held and self.positional == "shortformer" and self.attention_only:
+            name = "ln_b" if self.ln_w is None else "ln_w"
+            raise ValueError(f"{name} is given, but positional is 'shortformer': W_pos, added after the norm, has none")
+        if self.ln_post_w is not None and (self.norm != "rmsnorm" or self.attention_only):
+            raise ValueError(
+                f"ln_post_w is given, but norm is {self.norm!r} and attention_only {self.attention_only}: "
+                "a norm after the heads is an RMS norm, and its scale comes from a run of the model"
+            )
+
+    def _check_shapes(self) -> None:
+        for name, rank in (("W_E", 2), ("W_Q", 4), ("W_K", 4)):
+            tensor = getattr(self, name)
+            if tensor.dim() != rank:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {rank} dimensions")
+        vocabulary, d = self.W_E.shape
+        layers, heads, _, r = self.W_Q.shape
+        kv = self.W_K.shape[1]
+        if vocabulary == 0 or d == 0 or heads == 0 or r == 0 or kv == 0 or heads % kv:
+            raise ValueError(
+                f"W_E is {list(self.W_E.shape)}, W_Q {list(self.W_Q.shape)} and W_K {list(self.W_K.shape)}: sizes must "
+                "not be zero, and W_Q's heads a multiple of W_K's"
+            )
+        shapes: dict[str, tuple[int, ...]] = {
+            "W_Q": (layers, heads, d, r),
+            "W_K": (layers, kv, d, r),
+            "W_V": (layers, kv, d, r),
+            "W_O": (layers, heads, r, d),
+            "W_U": (d, vocabulary),
+            "b_Q": (layers, heads, r),
+            "b_K": (layers, kv, r),
+            "b_V": (layers, kv, r),
+            "b_O": (layers, d),
+            "b_U": (vocabulary,),
+            "ln_w": (layers, d),
+            "ln_b": (layers, d),
+            "ln_final_w": (d,),
+            "ln_final_b": (d,),
+            "ln_post_w": (layers, d),
+        }
+        if self.W_pos is not None:
+            shapes["W_pos"] = (len(self.W_pos), d)
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}, expected {list(shape)} "
+                    f"(W_E is {list(self.W_E.shape)}, W_Q {list(self.W_Q.shape)}, W_K {list(self.W_K.shape)})"
+                )
+        if self.rotary_dim is not None and not (0 < self.rotary_dim <= r and self.rotary_dim % 2 == 0):
+            raise ValueError(f"rotary_dim is {self.rotary_dim}, expected an even number of at most d_head = {r}")
+        if self.positional == "rotary" and self.rotary_dim is None and r % 2:
+            raise ValueError(f"W_Q has d_head {r}; rotary positions need an even one, or rotary_dim")
+
+
+def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
+    supported = (torch.float32, torch.float64, torch.bfloat16)
+    if tensor.dtype not in supported:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, supported))}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, but W_E has {like.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, but W_E is on {like.device}")
+    in_memory = tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))  # 15 times faster
+    if tensor.numel() and not all(bound.isfinite() for bound in in_memory.aminmax()):
+        place = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name}{place} is {tensor[tuple(place)].item()}: weights must be finite")
+
+
+def model_folder(name_or_path: str | Path) -> Path:
+    """The folder of a bundled model, or of a model on disk: model.safetensors, tokenizer.json, README.md.
+
+    Raises:
+        FileNotFoundError: neither a bundled model nor a folder or file.
+    """
+    if str(name_or_path) in BUNDLED:
+        return Path(__file__).parents[1] / "models" / str(name_or_path)
+    path = Path(name_or_path)
+    if not path.exists():
+        raise FileNotFoundError(f"{name_or_path}: neither a file or folder nor a bundled model ({', '.join(BUNDLED)})")
+    return path if path.is_dir() else path.parent
+
+
+def open_safetensors(file: Path) -> Any:
+    """A safetensors file, memory-mapped.
+
+    Raises:
+        ValueError: it is not readable.
+        ImportError: the safetensors package is missing.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError("loading weights needs safetensors: pip install 'pyfastcircuits[cli]'") from error
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def load_weights(name_or_path: str | Path) -> CircuitWeights:
+    """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
+
+    A folder is one that CircuitWeights.save has written to, or one of a Hugging Face model: config.json and safetensors
+    files, which stay memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: a pickle (never opened: loading one runs code), a corrupt file, tensors that are missing, extra or
+            do not fit; a Hugging Face family that is not supported.
+        ImportError: the safetensors package is missing.
+    """
+    folder = model_folder(name_or_path)
+    path = Path(name_or_path)
+    from pyfastcircuits.adapters.folder import is_folder, weights_in
+
+    if path.is_dir() and is_folder(folder):
+        return weights_in(folder)
+    file = path if path.is_file() else folder / "model.safetensors"
+    if file.suffix in PICKLES:
+        raise ValueError(f"{file} is a pickle by its name, and loading one runs code; convert it to safetensors")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing")
+    opened = open_safetensors(file)
+    metadata = opened.metadata() or {}
+    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    if _METADATA not in metadata:
+        raise ValueError(
+            f"{file} holds no '{_METADATA}' metadata: it was not written by CircuitWeights.save (a Hugging Face model "
+            "is loaded by its folder)"
+        )
+    try:
+        return CircuitWeights(**tensors, **json.loads(metadata[_METADATA]))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} does not hold a CircuitWeights: {error}") from error

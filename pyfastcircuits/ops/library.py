@@ -1,0 +1,48 @@
+"""Loads the compiled parts and knows what this build and this machine can do."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).parents[1]
+
+__all__ = ["build_info", "has_triton", "host"]
+
+try:
+    import pyfastcircuits._host as host
+except ImportError as error:
+    raise ImportError(
+        "pyfastcircuits is not compiled for this Python: run `make build`, or `pip install --no-build-isolation -e .`"
+    ) from error
+
+torch.ops.load_library(str(_FOLDER / "_ops.so"))
+_CUDA_LIBRARY = _FOLDER / "_cuda.so"
+if _CUDA_LIBRARY.exists():
+    torch.ops.load_library(str(_CUDA_LIBRARY))
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def has_triton() -> bool:
+    """Whether the triton package is installed."""
+    return _HAS_TRITON
+
+
+def build_info() -> dict[str, Any]:
+    """Facts of this build and machine.
+
+    Keys: version, compiler, cuda_architectures (of the linked CUDA kernels, "" if none), cpu_tier (in force; the
+    environment variable PYFASTCIRCUITS_CPU_TIER sets it), best_cpu_tier, threads, torch, triton (installed), gpu (name
+    or None).
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    facts = dict(host.build_facts())
+    return facts | {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": has_triton(),
+        "gpu": gpu,
+    }

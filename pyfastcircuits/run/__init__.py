@@ -1,0 +1,1 @@
+"""One frozen run of a model: its trace, patterns, components, paths, and the losses of rows."""
