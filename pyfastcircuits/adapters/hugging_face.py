@@ -14,11 +14,11 @@ from torch import Tensor
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family
 from pyfastcircuits.adapters.recording import Hooks, Recording
-from pyfastcircuits.adapters.rerun import Layer, ModelRerun, layers_of, watch
+from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.run.patterns import Pattern, QKPattern, mixed, softmax_pattern
+from pyfastcircuits.run.patterns import Pattern, QKPattern, apply_pattern, softmax_pattern
 
-__all__ = ["FAMILIES", "HuggingFaceRerun", "family_of", "read_checkpoint", "record", "weights_of"]
+__all__ = ["FAMILIES", "HuggingFaceForward", "family_of", "read_checkpoint", "record", "weights_of"]
 
 FAMILIES = ("gemma2", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # config.model_type, a module each
 
@@ -79,7 +79,7 @@ def record(
         hooks.after(norm, lambda _, out: setattr(seen, "normed", out))
         body(input_ids=tokens, attention_mask=None if mask is None else mask.long(), use_cache=False)
     own = layers_of(seen, weights, list(zip(layers, attentions, norms, strict=True)), options)
-    seen.rerun = HuggingFaceRerun(model, weights, own, seen.streams[0].dtype, len(tokens), mask, store == "qk")
+    seen.forward = HuggingFaceForward(model, weights, own, seen.streams[0].dtype, len(tokens), mask, store == "qk")
     return seen
 
 
@@ -97,13 +97,13 @@ def _keep_post_norm(attended: Tensor, written: Tensor, seen: Recording) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class HuggingFaceRerun(ModelRerun):
-    """Rerun by transformers' attention interface: a function of ours stands where a model mixes its values."""
+class HuggingFaceForward(ModelForward):
+    """The Forward through transformers' attention interface: a function of ours stands where a model mixes its values."""
 
     tiled: bool  # whether the clean run kept no patterns
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See ModelRerun."""
+        """See ModelForward."""
         with _attending(layer.attention.config, _stop):
             try:
                 layer.attention_call(layer.attention, read)
@@ -112,12 +112,12 @@ class HuggingFaceRerun(ModelRerun):
         raise RuntimeError(f"{type(layer.attention).__name__} does not call transformers' attention interface")
 
     def mixed(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ModelRerun."""
+        """See ModelForward."""
         out: Tensor = self._attend(len(q))(layer.attention, q, k, v, **layer.options)[0]
         return out.transpose(1, 2)
 
     def run(self, layer: Layer, stream: Tensor) -> Tensor:
-        """See ModelRerun."""
+        """See ModelForward."""
         with _attending(layer.attention.config, self._attend(len(stream))):
             return super().run(layer, stream)
 
@@ -172,7 +172,7 @@ def _tiled(
         pattern = softmax_pattern(q, k, scaling, padding, sliding_window, softcap)
     else:
         pattern = QKPattern.of(q, k, scaling, padding, sliding_window, softcap)
-    return mixed(pattern, v[None])[0].transpose(1, 2).to(dtype), pattern
+    return apply_pattern(pattern, v[None])[0].transpose(1, 2).to(dtype), pattern
 
 
 @contextmanager

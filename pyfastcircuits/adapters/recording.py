@@ -1,16 +1,18 @@
-"""From what a model's own forward pass leaves to a frozen run."""
+"""An adapter records one forward pass of another library's model; here the record becomes a frozen run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyfastcircuits.model.norms import norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.run.forward import Rerun, norm_scale
+from pyfastcircuits.run.forward import Forward
+from pyfastcircuits.run.model_guard import ModelGuard
 from pyfastcircuits.run.patterns import Pattern
-from pyfastcircuits.run.trace import FrozenTrace
+from pyfastcircuits.run.trace import FrozenModel, FrozenTrace
 
 __all__ = ["Call", "Hooks", "Recording", "freeze"]
 
@@ -19,7 +21,7 @@ STREAMS = ("hidden_states", "query_input", "key_input", "value_input")  # names 
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was called with beside the stream that it reads: masks, positions."""
+    """The arguments of a module's call beside the stream that it reads: masks, positions."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -31,7 +33,7 @@ class Call:
 
 @dataclass
 class Recording:
-    """What an adapter reads off one forward pass, by reference, in the model's dtype."""
+    """The record of one forward pass, by reference, in the model's dtype."""
 
     streams: list[Tensor] = field(default_factory=list)  # L + 1, [B, T, d]: before each layer and the final norm
     patterns: list[Pattern] = field(default_factory=list)  # L
@@ -41,7 +43,7 @@ class Recording:
     attentions: list[Call] = field(default_factory=list)  # L: and its attention
     headed: dict[nn.Module, Tensor] = field(default_factory=dict)  # what norms of queries and of keys read
     normed: Tensor | None = None  # [B, T, d], what the final norm gives
-    rerun: Rerun | None = None
+    forward: Forward | None = None
 
 
 class Hooks:
@@ -92,61 +94,63 @@ class Hooks:
 
 
 def freeze(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, seen: Recording) -> FrozenTrace:
-    """The frozen run: every layer's sources are what it adds beyond its heads.
+    """The frozen run of a recorded forward pass: a layer's non-head writes are what it adds beyond its heads.
 
     Libraries compute norms and softmax in fp32 whatever the model's dtype, and what such rounding makes the heads
-    write is a source like any other; so the sum of all paths is the model's own logits, not nearly so. Anything beyond
-    rounding is an error: then the weights, read through the patterns, are not what the model computes.
+    write is a non-head write like any other; so the sum of all paths is the model's own logits, not nearly so. Anything
+    beyond rounding is an error: then the weights, read through the patterns, are not what the model computes.
 
     Raises:
         RuntimeError: what the heads write, or what the final norm gives, is not the model's, or not finite there.
     """
+    assert seen.forward is not None
     dtype = weights.compute_dtype
     streams = [stream.to(dtype) for stream in seen.streams]
-    run = FrozenTrace(
-        weights,
-        tokens,
-        tuple(pattern.to(dtype) if isinstance(pattern, Tensor) else pattern for pattern in seen.patterns),
-        torch.stack([norm_scale(stream, weights) for stream in streams]),
-        streams[0],
-        (),
-        streams[-1],
-        torch.stack([norm_scale(x.to(dtype), weights) for x in seen.attended]) if seen.attended else None,
-        mask,
-        seen.rerun,
+    model = FrozenModel(
+        guard=ModelGuard.of(weights, seen.forward),
+        patterns=tuple(pattern.to(dtype) if isinstance(pattern, Tensor) else pattern for pattern in seen.patterns),
+        scales=torch.stack([norm_scale(stream, weights) for stream in streams]),
+        post_scales=torch.stack([norm_scale(x.to(dtype), weights) for x in seen.attended]) if seen.attended else None,
     )
-    _check_embedding(run, seen.streams[0])
-    written = [run.attend(stream, layer) for layer, stream in enumerate(streams[:-1])]
+    _check_embedding(weights, tokens, seen.streams[0], mask)
+    written = [model.attend(stream, layer) for layer, stream in enumerate(streams[:-1])]
     for layer, mine in enumerate(written):
-        bias = run.post(weights.written_bias(layer).expand_as(mine), layer)
+        bias = model.apply_post_norm(weights.written_bias(layer).expand_as(mine), layer)
         _check(f"the heads of layer {layer} write", mine + bias, seen.written[layer], mask)
-    final = streams[-1] + _final_rounding(run, seen.streams[-1] if seen.normed is None else seen.normed)
+    final = streams[-1] + _final_rounding(model, streams[-1], seen, mask)
     ends = [*streams[1:-1], final][: len(written)]
-    sources = (after - before - mine for before, after, mine in zip(streams[:-1], ends, written, strict=True))
-    return replace(run, embedded=streams[0] if written else final, sources=tuple(sources), final=final)
+    non_heads = (after - before - mine for before, after, mine in zip(streams[:-1], ends, written, strict=True))
+    return FrozenTrace(
+        **vars(model),
+        tokens=tokens,
+        embedded=streams[0] if written else final,
+        non_head_writes=tuple(non_heads),
+        final=final,
+        mask=mask,
+        forward=seen.forward,
+    )
 
 
-def _final_rounding(run: FrozenTrace, normed: Tensor) -> Tensor:
-    """What the residual stream would have to hold besides for the final norm to give what it gave, [B, T, d]."""
-    weights = run.weights
-    mine = run.normed(run.final, weights.n_layers)
+def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, mask: Tensor | None) -> Tensor:
+    """What the final stream would have to hold besides for the final norm to give what it gave, [B, T, d]."""
+    weights, normed = model.weights, seen.streams[-1] if seen.normed is None else seen.normed
+    mine = model.normed(final, weights.n_layers)
     bias = 0 if weights.ln_final_b is None else weights.ln_final_b.to(mine.dtype)
-    _check("the final norm gives", mine + bias, normed, run.mask)
+    _check("the final norm gives", mine + bias, normed, mask)
     if weights.norm != "rmsnorm":  # torch's layernorm rounds as ours does
         return torch.zeros_like(mine)
     gain = torch.ones_like(mine[0, 0]) if weights.ln_final_w is None else weights.ln_final_w.to(mine.dtype)
-    read = run.scales[-1][..., None] * gain
-    return torch.where(read != 0, (normed.to(mine.dtype) - mine) / read, 0)
+    factor = model.scales[-1][..., None] * gain
+    return torch.where(factor != 0, (normed.to(mine.dtype) - mine) / factor, 0)
 
 
-def _check_embedding(run: FrozenTrace, theirs: Tensor) -> None:
-    weights = run.weights
-    embedded = weights.W_E[run.tokens].to(weights.compute_dtype) * weights.embed_scale
+def _check_embedding(weights: CircuitWeights, tokens: Tensor, theirs: Tensor, mask: Tensor | None) -> None:
+    embedded = weights.W_E[tokens].to(weights.compute_dtype) * weights.embed_scale
     if weights.positional == "standard" and weights.W_pos is not None:
-        if run.mask is not None:  # some models shift positions by the padding
+        if mask is not None:  # some models shift positions by the padding
             return
-        embedded = embedded + weights.W_pos[: run.tokens.shape[1]]
-    _check("the embedding gives", embedded, theirs, run.mask)
+        embedded = embedded + weights.W_pos[: tokens.shape[1]]
+    _check("the embedding gives", embedded, theirs, mask)
 
 
 def _check(what: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> None:

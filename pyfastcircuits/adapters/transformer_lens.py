@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyfastcircuits.adapters.recording import Hooks, Recording
-from pyfastcircuits.adapters.rerun import Layer, ModelRerun, layers_of, watch
+from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
 from pyfastcircuits.model.layers import LayerStack
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.run.forward import centered, norm_scale
+from pyfastcircuits.model.norms import normalized
 from pyfastcircuits.run.patterns import QKPattern
 
-__all__ = ["TransformerLensRerun", "record", "weights_of"]
+__all__ = ["TransformerLensForward", "record", "weights_of"]
 
 
 def weights_of(model: Any) -> CircuitWeights:
@@ -84,19 +84,19 @@ def record(
         model(tokens, return_type=None, **options)
     modules = [(block, block.attn, own) for block, own in zip(model.blocks, norms, strict=True)]
     layers = layers_of(seen, weights, modules, [{}] * len(modules))
-    rerun = TransformerLensRerun(model, weights, layers, seen.streams[0].dtype, len(tokens), mask)
+    forward = TransformerLensForward(model, weights, layers, seen.streams[0].dtype, len(tokens), mask)
     if store == "qk":
-        seen.patterns = [rerun.pattern(layer, seen.streams[layer]) for layer in range(len(layers))]
-    seen.rerun = rerun
+        seen.patterns = [forward.pattern(layer, seen.streams[layer]) for layer in range(len(layers))]
+    seen.forward = forward
     return seen
 
 
 @dataclass(frozen=True, eq=False)
-class TransformerLensRerun(ModelRerun):
-    """Rerun by TransformerLens' attention, whose scores and mixtures are its only products of two activations."""
+class TransformerLensForward(ModelForward):
+    """The Forward through TransformerLens' attention, whose scores and mixtures are its only products of two activations."""
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See ModelRerun."""
+        """See ModelForward."""
         values: list[Tensor] = []
         with Hooks(layer.attention) as hooks:
             hooks.after(_values(layer.attention), lambda _, out: values.append(out))
@@ -106,16 +106,16 @@ class TransformerLensRerun(ModelRerun):
         return q, keys.mT[:, :: heads // kv], v[:, :: v.shape[1] // kv]
 
     def mixed(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ModelRerun."""
+        """See ModelForward."""
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         read = q.new_zeros(*v.shape[:1], v.shape[2], self.weights.d_model, dtype=self.dtype)
         pattern, _ = self._until(_Scores(q, k.mT), layer, read)
         return pattern.to(v.dtype) @ v
 
-    def scale(self, layer: int) -> float:
-        """See Rerun."""
+    def score_scale(self, layer: int) -> float:
+        """See Forward."""
         own = getattr(self.layers[layer].attention, "attn_scale", None)
-        return super().scale(layer) if own is None else 1 / float(own)
+        return super().score_scale(layer) if own is None else 1 / float(own)
 
     def pattern(self, layer: int, stream: Tensor) -> QKPattern:
         """A layer's patterns in the clean run, whose residual stream [B, T, d] before it is given.
@@ -132,9 +132,8 @@ class TransformerLensRerun(ModelRerun):
             window = getattr(holder, "sliding_window", window)
         cap = getattr(native, "attn_logit_softcapping", getattr(cfg, "attn_scores_soft_cap", None))
         stream = stream.to(self.weights.compute_dtype)
-        normed = centered(stream, self.weights) * norm_scale(stream, self.weights)[..., None]
-        q, k, _ = self.project(layer, normed[None])
-        return QKPattern.of(q[0], k[0], self.scale(layer), self.mask, window, cap if cap and cap > 0 else None)
+        q, k, _ = self.qkv(layer, normalized(stream, self.weights)[None])
+        return QKPattern.of(q[0], k[0], self.score_scale(layer), self.mask, window, cap if cap and cap > 0 else None)
 
     def _until(self, products: "_Scores", layer: Layer, read: Tensor) -> tuple[Tensor, Tensor]:
         """An attention on [N * B, T, d] as far as the product that `products` stops at: its two factors."""

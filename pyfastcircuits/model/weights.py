@@ -111,7 +111,7 @@ class CircuitWeights:
             TypeError: something that is no model.
             ValueError: a model of which a part is not supported; it says which.
         """
-        from pyfastcircuits.adapters import weights_of
+        from pyfastcircuits.adapters.tracing import weights_of
 
         return weights_of(model)
 

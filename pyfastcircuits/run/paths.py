@@ -1,86 +1,69 @@
 """Path expansion: the model as a sum of paths through its attention heads (Elhage et al. 2021, "Path Expansion")."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import combinations, product
+from math import comb
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyfastcircuits.experiments.measure import BLOCK, stream_losses
-from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import Backend, library
-from pyfastcircuits.run.forward import centered
-from pyfastcircuits.run.patterns import mixed, of_head
+from pyfastcircuits.model.norms import centered
+from pyfastcircuits.ops import Backend
+from pyfastcircuits.run.losses import BLOCK_BYTES
+from pyfastcircuits.run.nodes import Head, Path, parse_path
+from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
 __all__ = [
     "LayerMarginals",
-    "Path",
-    "checked_pairs",
-    "checked_path",
+    "PathOutputs",
     "count_paths",
     "enumerate_paths",
     "layer_marginals",
     "order_losses",
     "order_streams",
     "path_logits",
-    "path_values",
+    "path_z",
 ]
 
-Path = tuple[tuple[int, int], ...]
 Key = TypeVar("Key", bound=Hashable)
 
 
 def count_paths(n_layers: int, n_heads: int) -> list[int]:
-    """Number of paths of each order 0..n_layers: C(n_layers, order) * n_heads**order."""
-    counts: list[int] = library.host.count_paths(n_layers, n_heads)
-    return counts
+    """The number of paths of each order 0..n_layers: C(n_layers, order) * n_heads**order."""
+    return [comb(n_layers, order) * n_heads**order for order in range(n_layers + 1)]
 
 
 def enumerate_paths(n_layers: int, n_heads: int, order: int) -> list[Path]:
-    """Every path through `order` heads, each a tuple of (layer, head) with increasing layers, sorted."""
-    return [tuple(path) for path in library.host.enumerate_paths(n_layers, n_heads, order)]
-
-
-def checked_path(weights: CircuitWeights, path: Iterable[Sequence[int]]) -> Path:
-    """The path as a tuple of pairs of ints.
+    """Every path through `order` heads, each a tuple of (layer, head) with increasing layers, sorted.
 
     Raises:
-        ValueError: something else than (layer, head) pairs, or layers that do not increase.
-        IndexError: a layer or head that the model does not have.
+        ValueError: a negative number.
     """
-    try:
-        out = tuple((int(layer), int(head)) for layer, head in path)
-    except (TypeError, ValueError):
-        raise ValueError(f"path is {path!r}, expected a tuple of (layer, head)") from None
-    for layer, head in out:
-        if not (0 <= layer < weights.n_layers and 0 <= head < weights.n_heads):
-            raise IndexError(
-                f"path {out} goes through head {layer}.{head}; the model has layers 0 to {weights.n_layers - 1} "
-                f"and heads 0 to {weights.n_heads - 1}"
-            )
-    if any(a[0] >= b[0] for a, b in pairwise(out)):
-        raise ValueError(f"path {out}: layers must increase from one head to the next")
-    return out
+    if min(n_layers, n_heads, order) < 0:
+        raise ValueError(f"n_layers is {n_layers}, n_heads {n_heads}, order {order}: expected no negative numbers")
+    heads = [[Head(layer, head) for head in range(n_heads)] for layer in range(n_layers)]
+    return sorted(path for layers in combinations(heads, order) for path in product(*layers))
 
 
-def checked_pairs(weights: CircuitWeights, pairs: Iterable[Sequence[Sequence[int]]] | None) -> list[Path]:
-    """Pairs of heads (source, destination) in two layers; None: all there are, sorted. Errors as checked_path."""
-    if pairs is None:
-        return enumerate_paths(weights.n_layers, weights.n_heads, 2)
-    chosen = [checked_path(weights, pair) for pair in pairs]
-    for pair in chosen:
-        if len(pair) != 2:
-            raise ValueError(f"pairs holds {pair}, expected (source, destination), a (layer, head) each")
-    return chosen
+@dataclass(frozen=True)
+class PathOutputs:
+    """`path_z` of some paths, as outputs that an ablation replaces."""
+
+    paths: tuple[Path, ...]
+
+    def __call__(self, run: FrozenTrace) -> Tensor:
+        """[P, B, T, r]."""
+        return path_z(run, self.paths)
 
 
-def path_values(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
-    """What the last head of each path has mixed before its W_O, along that path alone: [P, B, T, r].
+def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
+    """The values that the last head of each path has mixed, along that path alone, before its W_O: [P, B, T, r].
 
-    The path writes `path_values @ W_O` of its last head to the residual stream (the scale of a norm after the heads is
-    in them). Paths must not be empty.
+    The path writes `path_z @ W_O` of its last head to the residual stream (the scale of a norm after the heads is in
+    it). Paths must not be empty.
     """
     weights = trace.weights
     out = trace.embedded.new_empty(len(paths), *trace.tokens.shape, weights.d_head)
@@ -89,23 +72,24 @@ def path_values(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
         values = out.new_empty(len(members), *out.shape[1:])
         for before, inner in _grouped([paths[i][:-1] for i in members], lambda path: path[-1:]):
             if before:
-                carried = torch.stack([_prefix_values(trace, paths[members[i]][:-1]) for i in inner])
-                passed = centered(weights.head("W_O", *before[0]), weights) @ W_V
-                values[inner] = (carried @ passed) * trace.scales[layer][..., None]
+                carried = torch.stack([_prefix_z(trace, paths[members[i]][:-1]) for i in inner])
+                virtual_weights = centered(weights.head("W_O", *before[0]), weights) @ W_V
+                values[inner] = (carried @ virtual_weights) * trace.scales[layer][..., None]
             else:
-                values[inner] = trace.normed(trace.sources_before(layer), layer) @ W_V
-        out[members] = trace.post(mixed(of_head(trace.patterns[layer], head), values[:, :, None])[:, :, 0], layer)
+                values[inner] = trace.normed(trace.non_head_stream(layer), layer) @ W_V
+        z = apply_pattern(head_pattern(trace.patterns[layer], head), values[:, :, None])[:, :, 0]
+        out[members] = trace.apply_post_norm(z, layer)
     return out
 
 
-def _prefix_values(trace: FrozenTrace, path: Path) -> Tensor:
-    """path_values of one path [B, T, r], kept on the trace for the paths that go on from it, up to a BLOCK in all."""
-    values = trace.prefix_values.get(path)
-    if values is None:
-        values = path_values(trace, [path])[0]
-        if not values.requires_grad and (len(trace.prefix_values) + 1) * values.nbytes <= BLOCK:
-            trace.prefix_values[path] = values
-    return values
+def _prefix_z(trace: FrozenTrace, path: Path) -> Tensor:
+    """path_z of one path [B, T, r]; the trace keeps it for paths that go on from there, up to a block in all."""
+    z = trace.prefix_z.get(path)
+    if z is None:
+        z = path_z(trace, [path])[0]
+        if not z.requires_grad and (len(trace.prefix_z) + 1) * z.nbytes <= BLOCK_BYTES:
+            trace.prefix_z[path] = z
+    return z
 
 
 def _grouped(items: Sequence[Path], key: Callable[[Path], Key]) -> Iterator[tuple[Key, list[int]]]:
@@ -122,18 +106,18 @@ def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:
     and the unembedding bias. The paths of all orders sum to the logits, before a logit cap.
 
     Raises:
-        ValueError, IndexError: see checked_path.
+        ValueError, IndexError: see nodes.parse_path.
     """
-    path = checked_path(trace.weights, path)
+    path = parse_path(trace.weights, path)
     weights = trace.weights
     if not path:
-        return trace.unembed(trace.sources_before(weights.n_layers))
-    written = path_values(trace, [path])[0] @ weights.head("W_O", *path[-1])
+        return trace.unembed(trace.non_head_stream(weights.n_layers))
+    written = path_z(trace, [path])[0] @ weights.head("W_O", *path[-1])
     return trace.normed(written, weights.n_layers) @ weights.W_U.to(weights.compute_dtype)
 
 
 def order_streams(trace: FrozenTrace, max_order: int) -> Tensor:
-    """What all paths of exactly k heads write to the final residual stream, [max_order + 1, B, T, d].
+    """The sum of what all paths of exactly k heads write to the final residual stream, [max_order + 1, B, T, d].
 
     The graded recursion: each layer raises the order of what it reads by one, so one pass with max_order + 1 streams
     stands for the (1 + H)^L paths.
@@ -142,7 +126,7 @@ def order_streams(trace: FrozenTrace, max_order: int) -> Tensor:
     for layer in range(trace.weights.n_layers):
         raised = min(layer + 1, max_order)
         written = trace.attend(torch.stack(streams[:raised]), layer) if raised else ()
-        streams[0] = streams[0] + trace.sources[layer]
+        streams[0] = streams[0] + trace.non_head_writes[layer]
         grown = [stream + add for stream, add in zip(streams[1:], written, strict=False)]
         streams[1:] = [*grown, *written[len(grown) :]]
     return torch.stack(streams)
@@ -190,8 +174,8 @@ def layer_marginals(trace: FrozenTrace, *, backend: Backend = "auto") -> LayerMa
     layers = trace.weights.n_layers
 
     def streams(part: FrozenTrace) -> Tensor:
-        direct = part.sources_before(layers)
-        single = [part.attend(part.sources_before(layer), layer) for layer in range(layers)]
+        direct = part.non_head_stream(layers)
+        single = [part.attend(part.non_head_stream(layer), layer) for layer in range(layers)]
         whole = sum(single, direct)
         return torch.stack([direct, whole, *(direct + s for s in single), *(whole - s for s in single)])
 
@@ -201,9 +185,12 @@ def layer_marginals(trace: FrozenTrace, *, backend: Backend = "auto") -> LayerMa
 
 
 def _in_parts(trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace], Tensor], backend: Backend) -> Tensor:
-    """stream_losses of `streams(part)` over parts of the sequences that keep count + heads streams near two BLOCKs."""
+    """Losses of the `count` final streams that `streams` makes of a part of the run [K, B, T-1].
+
+    Parts of the sequences keep these streams, and the heads' outputs beside them, near two blocks.
+    """
     sequences, length = trace.tokens.shape
     row = trace.weights.compute_dtype.itemsize * trace.weights.d_model
-    step = max(1, 2 * BLOCK // (row * length * (count + 2)))
+    step = max(1, 2 * BLOCK_BYTES // (row * length * (count + 2)))
     parts = (trace[first : first + step] for first in range(0, sequences, step))
-    return torch.cat([stream_losses(part, streams(part), backend) for part in parts], 1)
+    return torch.cat([part.stream_losses(streams(part), backend) for part in parts], 1)

@@ -1,4 +1,4 @@
-"""Attention patterns of a frozen run: stored, or as the queries and keys that they are made again from."""
+"""Attention patterns of a frozen run: stored whole, or as the queries and keys from which tiles are made again."""
 
 from dataclasses import dataclass, replace
 
@@ -7,15 +7,14 @@ from torch import Tensor
 
 from pyfastcircuits.ops import attention_lse, frozen_attention
 
-__all__ = ["Pattern", "QKPattern", "mixed", "of_head", "of_sequences", "softmax_pattern", "whole"]
+__all__ = ["Pattern", "QKPattern", "apply_pattern", "head_pattern", "select_sequences", "softmax_pattern", "stored"]
 
 
 @dataclass(frozen=True, eq=False)
 class QKPattern:
-    """A layer's patterns softmax(scale * q k.T), causal, in memory that grows with T and not with T squared.
+    """A layer's causal patterns softmax(scale * q @ k.T), in memory that grows with T and not with T squared.
 
-    With a window, sources at that distance or further are hidden; with a softcap, scores x become
-    softcap * tanh(x / softcap).
+    A window hides sources at that distance or further; a softcap turns scores x into softcap * tanh(x / softcap).
     """
 
     q: Tensor  # [B, H, T, r]
@@ -35,7 +34,7 @@ class QKPattern:
         window: int | None = None,
         softcap: float | None = None,
     ) -> "QKPattern":
-        """With the logsumexp found."""
+        """The patterns that queries and keys make; the logsumexp of every query's scores is computed here."""
         lse = attention_lse(q, k, scale=scale, mask=mask, window=window, softcap=softcap)
         return QKPattern(q, k, lse, scale, mask, window, softcap)
 
@@ -43,8 +42,8 @@ class QKPattern:
 Pattern = Tensor | QKPattern  # a tensor is [B, H, T, T]
 
 
-def mixed(pattern: Pattern, values: Tensor) -> Tensor:
-    """The patterns on S streams of values [S, B, Hkv, T, s], each shared by H / Hkv heads: [S, B, H, T, s]."""
+def apply_pattern(pattern: Pattern, values: Tensor) -> Tensor:
+    """z [S, B, H, T, s]: the patterns applied to S streams of values [S, B, Hkv, T, s], shared by H / Hkv heads."""
     if isinstance(pattern, QKPattern):
         shaped = {name: getattr(pattern, name) for name in ("scale", "mask", "window", "softcap")}
         return frozen_attention(pattern.q, pattern.k, values, pattern.lse, **shaped)
@@ -55,8 +54,8 @@ def mixed(pattern: Pattern, values: Tensor) -> Tensor:
     return heads.permute(3, 0, 1, 2, 4)
 
 
-def of_head(pattern: Pattern, head: int) -> Pattern:
-    """One query head's, as a layer of one head."""
+def head_pattern(pattern: Pattern, head: int) -> Pattern:
+    """The pattern of one query head, as a layer of one head."""
     if isinstance(pattern, Tensor):
         return pattern[:, head : head + 1]
     kv = head // (pattern.q.shape[1] // pattern.k.shape[1])
@@ -64,16 +63,16 @@ def of_head(pattern: Pattern, head: int) -> Pattern:
     return replace(pattern, q=q, k=pattern.k[:, kv : kv + 1], lse=lse)
 
 
-def of_sequences(pattern: Pattern, sequences: slice | Tensor) -> Pattern:
-    """Those of some of the sequences, of a slice by views."""
+def select_sequences(pattern: Pattern, sequences: slice | Tensor) -> Pattern:
+    """The patterns of some of the sequences; a slice gives views."""
     if isinstance(pattern, Tensor):
         return pattern[sequences]
     q, k, lse = (x[sequences] for x in (pattern.q, pattern.k, pattern.lse))
     return replace(pattern, q=q, k=k, lse=lse, mask=None if pattern.mask is None else pattern.mask[sequences])
 
 
-def whole(pattern: Pattern) -> Tensor:
-    """[B, H, T, T]: rows are destinations, columns sources; padding attends to itself alone."""
+def stored(pattern: Pattern) -> Tensor:
+    """The pattern as a tensor [B, H, T, T]: rows are destinations, columns sources; padding attends to itself alone."""
     if isinstance(pattern, Tensor):
         return pattern
     return softmax_pattern(pattern.q, pattern.k, pattern.scale, pattern.mask, pattern.window, pattern.softcap)

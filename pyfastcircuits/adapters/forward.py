@@ -1,7 +1,7 @@
-"""Rerun by the modules of a model of another library, called as they were in its clean run."""
+"""The Forward of another library's model: its own modules, called with the arguments of the clean run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from pyfastcircuits.adapters.recording import Call, Hooks, Recording
 from pyfastcircuits.model.weights import CircuitWeights
 
-__all__ = ["Layer", "ModelRerun", "layers_of", "watch"]
+PROVENANCE = ("_name_or_path", "name_or_path", "model_name", "architectures", "transformers_version", "tokenizer_name")
+
+__all__ = ["Layer", "ModelForward", "layers_of", "watch"]
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer of a model, and what its modules were called with."""
+    """A layer of a model, with the arguments that its modules were called with."""
 
     block: nn.Module
     attention: nn.Module
@@ -49,8 +51,8 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class ModelRerun(ABC):
-    """See pyfastcircuits.run.forward.Rerun. The N reruns of B sequences go through the model as a batch of N * B."""
+class ModelForward(ABC):
+    """See run.forward.Forward. The N reruns of B sequences go through the model as a batch of N * B."""
 
     model: Any
     weights: CircuitWeights
@@ -73,12 +75,12 @@ class ModelRerun(ABC):
         written: Tensor = out[0] if isinstance(out, tuple) else out
         return written
 
-    def scale(self, layer: int) -> float:
-        """See Rerun."""
+    def score_scale(self, layer: int) -> float:
+        """See Forward."""
         return 1 / (self.weights.attention_scale or self.weights.d_head**0.5)
 
-    def project(self, layer: int, normed: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """See Rerun."""
+    def qkv(self, layer: int, normed: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """See Forward."""
         weights, own, read = self.weights, self._repeated(layer, len(normed)), normed
         if weights.ln_w is not None:
             read = read * weights.ln_w[layer].to(read.dtype)
@@ -91,29 +93,39 @@ class ModelRerun(ABC):
         q, k, v = (x.to(normed.dtype).unflatten(0, normed.shape[:2]) for x in made)
         return q, k, v
 
-    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See Rerun."""
+    def apply(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See Forward."""
         count = max(len(q), len(k), len(v))
         own = self._repeated(layer, count)
         with Hooks(own.attention):
             out = self.mixed(own, *(x.expand(count, *x.shape[1:]).flatten(0, 1) for x in (q, k, v)))
         return out.reshape(count, self.batch, *out.shape[1:])
 
-    def after(self, layer: int, stream: Tensor, change: Tensor | None = None) -> Tensor:
-        """See Rerun."""
+    def block(self, layer: int, stream: Tensor, added: Tensor | None = None) -> Tensor:
+        """See Forward."""
         own = self._repeated(layer, len(stream))
         with Hooks(own.block) as hooks:
-            if change is not None:
-                added = change.to(self.dtype).expand(stream.shape).flatten(0, 1)
-                hooks.after(own.attention, lambda _, out: _with(out, added))
+            if added is not None:
+                more = added.to(self.dtype).expand(stream.shape).flatten(0, 1)
+                hooks.after(own.attention, lambda _, out: _with(out, more))
             out = self.run(own, stream.flatten(0, 1).to(self.dtype))
         return out.to(stream.dtype).view(stream.shape)
 
-    def part(self, sequences: slice | Tensor) -> "ModelRerun":
-        """See Rerun."""
+    def select(self, sequences: slice | Tensor) -> "ModelForward":
+        """See Forward."""
         layers = tuple(layer.mapped(lambda x: x[sequences] if len(x) == self.batch else x) for layer in self.layers)
         mask = None if self.mask is None else self.mask[sequences]
         return replace(self, layers=layers, batch=len(torch.arange(self.batch)[sequences]), mask=mask)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """See Forward."""
+        return (*self.model.named_parameters(), *self.model.named_buffers())
+
+    def options(self) -> Mapping[str, object]:
+        """See Forward: the configuration, but for where the model comes from."""
+        config = getattr(self.model, "config", None) or self.model.cfg
+        options = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+        return {name: value for name, value in options.items() if name not in PROVENANCE}
 
     def _repeated(self, layer: int, count: int) -> Layer:
         """A layer with the arguments of `count` reruns; those that are the same for all sequences stay so."""

@@ -1,0 +1,220 @@
+"""Losses of rows of the residual stream: logits a slice of the vocabulary at a time, their logsumexps merged.
+
+A row is one position of the normed final residual stream, [d]; N rows have logits [N, V] that are never stored whole
+unless they are asked for. What an experiment does to the logits is a low-rank change of them, delta @ basis. Scratch
+beyond the clean logits stays within SCRATCH_BYTES, whatever the number of rows and experiments.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyfastcircuits.model.norms import final_norm_gain
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.ops import Backend, Precision, SweepPartial, joint_partial, sweep_partial
+from pyfastcircuits.ops.library import stripe_columns
+
+__all__ = ["BLOCK_BYTES", "ROWS", "CleanLogits", "LogitBasis", "Unembedding", "changed_partial", "row_losses", "slices"]
+
+SCRATCH_BYTES = 128 << 20  # the promise: what an experiment takes beyond weights, clean logits and results
+BLOCK_BYTES = SCRATCH_BYTES // 12  # at most a dozen blocks are alive: of deltas and their copies, of bases, of packing
+ROWS = 4096  # rows worked on at a time, at least one sequence's: enough for matrix products to run at their full rate
+
+Columns = slice | Tensor  # of the vocabulary
+
+
+def slices(size: int, width: int) -> Iterator[slice]:
+    """0..size in slices of at most `width`."""
+    return (slice(first, min(first + width, size)) for first in range(0, size, width))
+
+
+class Unembedding:
+    """W_U and the bias of the logits, read by columns in the computing dtype."""
+
+    def __init__(self, weights: CircuitWeights) -> None:
+        self.weights, self.dtype, self.cap = weights, weights.compute_dtype, weights.logit_cap
+        with torch.no_grad():
+            self.bias = weights.whole_unembed_bias()
+
+    def columns(self, columns: Columns) -> Tensor:
+        """W_U[:, columns], [d, columns]."""
+        return self.weights.W_U[:, columns].to(self.dtype)
+
+    def slices(self, depth: int, multiplied: bool) -> list[slice]:
+        """Slices of the vocabulary in whole stripes of the kernels: [depth, columns] takes at most two blocks.
+
+        `multiplied`: a product with W_U's slice is made, for which up to two copies of the slice are.
+        """
+        copies = 2 * multiplied + (self.weights.W_U.dtype != self.dtype)
+        width = 2 * BLOCK_BYTES // (self.dtype.itemsize * max(depth + copies * self.weights.d_model, 1))
+        stripe = 2 * stripe_columns()
+        return list(slices(self.weights.d_vocab, max(stripe, width // stripe * stripe)))
+
+
+class CleanLogits:
+    """The clean logits of rows [N, d], uncapped: held, or made again for each slice of the vocabulary."""
+
+    def __init__(self, rows: Tensor, unembedding: Unembedding, *, held: bool) -> None:
+        self.rows, self.unembedding = rows, unembedding
+        self.held: Tensor | None = None
+        if held and unembedding.weights.W_U.dtype == unembedding.dtype:
+            self.held = rows @ unembedding.weights.W_U
+        elif held:
+            self.held = rows.new_empty(len(rows), unembedding.weights.d_vocab)
+            for columns in unembedding.slices(1, multiplied=True):
+                self.held[:, columns] = rows @ unembedding.columns(columns)
+        if self.held is not None and unembedding.bias is not None:
+            self.held += unembedding.bias
+
+    def __call__(self, columns: slice) -> Tensor:
+        """[N, columns]."""
+        if self.held is not None:
+            return self.held[:, columns]
+        logits, bias = self.rows @ self.unembedding.columns(columns), self.unembedding.bias
+        return logits if bias is None else logits + bias[columns]
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """The logit of one token [N] of each row, fp64 [N]."""
+        columns, bias = self.unembedding.columns(tokens).double(), self.unembedding.bias
+        logits = torch.einsum("nd,dn->n", self.rows.double(), columns)
+        return logits if bias is None else logits + bias[tokens].double()
+
+
+class LogitBasis:
+    """The matrix that a low-rank change of the logits goes through: W_U, or W_O @ W_U of one or several heads.
+
+    Args:
+        unembedding: W_U.
+        W_O: [1 or P, r, d], of one head for all experiments or of each experiment's own; None: changes are of size d.
+        width: of the changes. 0: nothing changes. One more than W_O's r (or than d): the last entry of a change
+            multiplies the bias of the logits.
+    """
+
+    def __init__(self, unembedding: Unembedding, W_O: Tensor | None = None, width: int = 0) -> None:
+        weights = unembedding.weights
+        self.unembedding, self.width = unembedding, width
+        self.outer = None if W_O is None else final_norm_gain(W_O, weights)
+        self.rank = min(width, weights.d_model if W_O is None else W_O.shape[1])
+        self.kept: Tensor | None = None
+
+    @property
+    def left_to_the_kernel(self) -> bool:
+        """Whether the kernel multiplies W_O and W_U: each experiment has its own W_O, and nothing joins the product."""
+        return self.outer is not None and len(self.outer) > 1 and self.width == self.rank
+
+    def __call__(self, columns: Columns) -> Tensor:
+        """[1 or P, width, columns]."""
+        if self.kept is not None:
+            return self.kept
+        block = self.unembedding.columns(columns)
+        if self.outer is None:
+            block = block[None, : self.rank]
+        else:  # all heads in one product
+            block = (self.outer.flatten(0, 1) @ block).unflatten(0, self.outer.shape[:2])
+        bias = self.unembedding.bias
+        if self.width > self.rank and bias is not None:
+            block = torch.cat((block, bias[columns].expand(len(block), 1, -1)), 1)
+        return block
+
+    def keep(self, columns: slice) -> None:
+        """Store the basis, which is one slice wide, for all experiments that go through it."""
+        self.kept = self(columns)
+
+
+def basis_group(delta: Tensor, bases: Tensor) -> Tensor:
+    """The basis [P] that each change goes through: the one there is, or its own."""
+    return torch.arange(len(delta), device=delta.device) % len(bases)
+
+
+def changed_partial(
+    clean: CleanLogits,
+    delta: Tensor,  # [P, N, width], or [S, N, width] with pairs
+    basis: LogitBasis,
+    columns: list[slice],
+    tokens: Tensor,  # [N]
+    *,
+    scale: Tensor | None = None,  # [P, N]
+    clean_lse: Tensor | None = None,  # [N]
+    pairs: Tensor | None = None,  # [P, 2]
+    precision: Precision = "ieee",
+    backend: Backend = "auto",
+) -> SweepPartial:
+    """The sums of sweep_nll (joint_nll with `pairs`) over the whole vocabulary: base + delta @ basis, never stored."""
+    total: SweepPartial | None = None
+    options: dict[str, Any] = {
+        "clean_lse": clean_lse, "cap": clean.unembedding.cap, "precision": precision, "backend": backend,
+    }  # fmt: skip
+    for part in columns:
+        base, here = clean(part), (tokens - part.start)[:, None]
+        if pairs is not None:
+            bases = basis(part)
+            partial = joint_partial(base, delta, bases, here, pairs, group=basis_group(delta, bases), **options)
+        elif basis.left_to_the_kernel and basis.outer is not None:
+            group, W_U = basis_group(delta, basis.outer), basis.unembedding.columns(part)[None]
+            partial = sweep_partial(base, delta, W_U, here, group=group, scale=scale, outer=basis.outer, **options)
+        else:
+            bases = basis(part)
+            partial = sweep_partial(base, delta, bases, here, group=basis_group(delta, bases), scale=scale, **options)
+        total = partial if total is None else total.merged(partial)
+    assert total is not None
+    return total
+
+
+def row_losses(rows: Tensor, targets: Tensor, weights: CircuitWeights, backend: Backend = "auto") -> Tensor:
+    """NLL [N] of targets [N] for rows [N, d] of the normed final residual stream; differentiable, in memory O(N d)."""
+    losses: Tensor = _RowLosses.apply(rows, weights.W_U, weights.whole_unembed_bias(), targets, weights, backend)
+    return losses
+
+
+class _RowLosses(torch.autograd.Function):
+    """The backward pass forms the logits of a block of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        W_U: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: CircuitWeights,
+        backend: Backend,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, W_U, bias, targets)
+        ctx.cap = weights.logit_cap
+        unembedding = Unembedding(weights)
+        nothing = LogitBasis(unembedding)
+        out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
+        for part in slices(len(rows), ROWS):
+            some = rows[part]
+            clean = CleanLogits(some, unembedding, held=False)
+            columns = unembedding.slices(len(some), multiplied=True)
+            unchanged = some.new_empty(1, len(some), 0)
+            sums = changed_partial(clean, unchanged, nothing, columns, targets[part], backend=backend)
+            out[part] = (sums.lse - sums.picked[..., 0])[0].to(out.dtype)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, W_U, bias, targets = ctx.saved_tensors
+        wide = W_U.to(rows.dtype)
+        into_rows, into_W_U = torch.empty_like(rows), torch.zeros_like(wide)
+        into_bias = None if bias is None else torch.zeros_like(bias)
+        for part in slices(len(rows), max(1, 4 * BLOCK_BYTES // (wide.shape[1] * rows.element_size()))):
+            logits = rows[part] @ wide
+            if bias is not None:
+                logits += bias
+            capped = logits if ctx.cap is None else ctx.cap * (logits / ctx.cap).tanh()
+            changes = capped.softmax(-1)
+            changes[torch.arange(len(changes), device=rows.device), targets[part]] -= 1
+            changes *= gradient[part, None]
+            if ctx.cap is not None:
+                changes *= 1 - (capped / ctx.cap).square()
+            into_rows[part] = changes @ wide.mT
+            into_W_U += rows[part].mT @ changes
+            if into_bias is not None:
+                into_bias += changes.sum(0)
+        return into_rows, into_W_U.to(W_U.dtype), into_bias, None, None, None

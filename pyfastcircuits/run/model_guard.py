@@ -1,0 +1,112 @@
+"""Which model a run is of, and whether its weights are still the ones that the run was made with."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.model.layers import LayerStack
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.forward import Forward
+
+__all__ = ["ModelGuard"]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelGuard:
+    """A model, with the version counter that torch kept for each of its tensors when the run was made.
+
+    An optimiser step, or any other edit in place, raises the counters. Edits that torch does not see (through `.data`,
+    through numpy, of tensors made in inference mode) are not noticed.
+    """
+
+    weights: CircuitWeights
+    forward: Forward
+    tensors: tuple[tuple[str, Tensor], ...]
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def of(weights: CircuitWeights, forward: Forward) -> "ModelGuard":
+        """The guard of a model as it is now."""
+        counted = [(name, x) for name, x in (*_single(weights), *forward.tensors()) if not x.is_inference()]
+        return ModelGuard(weights, forward, tuple(counted), tuple(tensor._version for _, tensor in counted))
+
+    def check_unchanged(self) -> None:
+        """Compare the counters.
+
+        Raises:
+            RuntimeError: a tensor has been edited in place since the run was made.
+        """
+        for (name, tensor), before in zip(self.tensors, self.versions, strict=True):
+            if tensor._version != before:
+                raise RuntimeError(
+                    f"the weights have been changed in place since this run was made ({name}, by an optimiser step, "
+                    "say): what the trace holds no longer belongs to them; trace the model again"
+                )
+
+    def check_same(self, other: "ModelGuard", name: str) -> None:
+        """Compare two models, by identity or else whole: every option, every layer, every entry.
+
+        Raises:
+            ValueError: the run `name` is of another model; the message names a part that differs.
+        """
+        if self.weights is not other.weights:
+            _check_options(name, _options(other.weights), _options(self.weights))
+            _check_tensors(name, dict(_single(other.weights)), dict(_single(self.weights)))
+        if self.forward is not other.forward and not self.weights.attention_only:
+            _check_options(name, other.forward.options(), self.forward.options())
+            _check_tensors(name, dict(other.forward.tensors()), dict(self.forward.tensors()))
+
+
+def _single(weights: CircuitWeights) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of every weight, layer by layer where layers lie apart."""
+    for name, weight in weights.tensors():
+        if isinstance(weight, LayerStack):
+            yield from ((f"{name}[{layer}]", tensor) for layer, tensor in enumerate(weight))
+        else:
+            yield name, weight
+
+
+def _options(weights: CircuitWeights) -> dict[str, object]:
+    held = {name for name, _ in weights.tensors()}
+    return {f.name: getattr(weights, f.name) for f in fields(weights) if f.name not in held}
+
+
+def _check_options(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for option in (*ours, *theirs):
+        if theirs.get(option) != ours.get(option):
+            raise ValueError(
+                f"{name} is a run of another model: its {option} is {theirs.get(option)!r}, ours {ours.get(option)!r}"
+            )
+
+
+def _check_tensors(name: str, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    if theirs.keys() != ours.keys():  # the same tensor, once with its layers in one piece and once apart
+        theirs, ours = _by_layer(theirs, ours), _by_layer(ours, theirs)
+    for part in (*ours, *theirs):
+        mine, other = ours.get(part), theirs.get(part)
+        if mine is None or other is None:
+            raise ValueError(f"{name} is a run of another model: only one of the two has {part}")
+        if mine.shape != other.shape:
+            raise ValueError(
+                f"{name} is a run of another model: its {part} is {list(other.shape)}, ours {list(mine.shape)}"
+            )
+        if mine.dtype != other.dtype or mine.device != other.device:
+            raise ValueError(f"{name} is a run of another model: its {part} is {other.dtype}, ours {mine.dtype}")
+        if not _same_memory(mine, other) and not torch.equal(mine, other):
+            raise ValueError(f"{name} is a run of another model: its {part} differs")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
+
+
+def _by_layer(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of all layers cut by layer where those of the other model are."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        apart = name not in like and f"{name}[0]" in like
+        out |= {f"{name}[{i}]": layer for i, layer in enumerate(tensor)} if apart else {name: tensor}
+    return out

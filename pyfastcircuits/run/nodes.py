@@ -1,0 +1,287 @@
+"""The parts of a run: nodes write to the residual stream, receivers read it, an edge joins a node to a receiver.
+
+Every experiment takes nodes, edges or paths out of a run, or puts those of another run in. Heads are written
+(layer, head) by users; here they are parsed, once for all experiments.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import index
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.result import Label
+from pyfastcircuits.run.trace import FrozenTrace
+
+__all__ = [
+    "Edge",
+    "Embedding",
+    "Head",
+    "HeadOutputs",
+    "Node",
+    "NonHeads",
+    "Outputs",
+    "Path",
+    "Receiver",
+    "heads_written",
+    "nodes_before",
+    "one_or_several",
+    "parse_head",
+    "parse_heads",
+    "parse_pair",
+    "parse_path",
+    "written",
+]
+
+Inputs = Literal["Q", "K", "V", "QKV"]
+
+
+class Outputs(Protocol):
+    """What the nodes of one kind in one layer write with, computed for all of them at once; hashable."""
+
+    def __call__(self, run: FrozenTrace) -> Tensor:
+        """[n, B, T, x]."""
+        ...
+
+
+class Node(Protocol):
+    """Something that writes to the residual stream, once in a run."""
+
+    @property
+    def layer(self) -> int:
+        """The layer it belongs to: heads of later layers read it."""
+        ...
+
+    @property
+    def label(self) -> Label:
+        """Its label in results."""
+        ...
+
+    @property
+    def outputs(self) -> Outputs:
+        """The outputs among which its own is number `index`: what an ablation replaces."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """See outputs."""
+        ...
+
+    def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
+        """What the residual stream gains [..., B, T, d] from an output [..., B, T, x]: linear."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """z of all heads of a layer: the values that each has mixed, before its W_O, [H, B, T, r]."""
+
+    layer: int
+
+    def __call__(self, run: FrozenTrace) -> Tensor:
+        """See Outputs."""
+        return run.z(self.layer)
+
+
+class Head(NamedTuple):
+    """An attention head."""
+
+    layer: int
+    head: int
+
+    def __repr__(self) -> str:
+        """As users write it."""
+        return f"({self.layer}, {self.head})"
+
+    @property
+    def label(self) -> Label:
+        """See Node: the path through this head alone."""
+        return ((self.layer, self.head),)
+
+    @property
+    def outputs(self) -> HeadOutputs:
+        """See Node."""
+        return HeadOutputs(self.layer)
+
+    @property
+    def index(self) -> int:  # type: ignore[override]  # of a tuple, whose method it hides
+        """See Node."""
+        return self.head
+
+    def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
+        """See Node: z through W_O, and through the norm after the heads where there is one."""
+        return run.apply_post_norm(output @ run.weights.head("W_O", *self), self.layer)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The node that writes the embeddings, with positions where those are added to the residual stream."""
+
+    layer: ClassVar[int] = -1
+    label: ClassVar[Label] = "embed"
+    index: ClassVar[int] = 0
+
+    @property
+    def outputs(self) -> Outputs:
+        """See Node: it has no siblings."""
+        return self
+
+    def __call__(self, run: FrozenTrace) -> Tensor:
+        """See Outputs: [1, B, T, d]."""
+        return run.embedded[None]
+
+    def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
+        """See Node: an output of size d goes to the residual stream as it is."""
+        return output
+
+
+@dataclass(frozen=True)
+class NonHeads:
+    """The node that writes what a layer adds and none of its heads does: the MLP's output, and biases."""
+
+    layer: int
+    index: ClassVar[int] = 0
+
+    @property
+    def label(self) -> Label:
+        """See Node."""
+        return f"sources {self.layer}"
+
+    @property
+    def outputs(self) -> Outputs:
+        """See Node: it has no siblings."""
+        return self
+
+    def __call__(self, run: FrozenTrace) -> Tensor:
+        """See Outputs: [1, B, T, d]."""
+        return (run.streams[self.layer + 1] - run.streams[self.layer] - heads_written(run, self.layer))[None]
+
+    def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
+        """See Node: an output of size d goes to the residual stream as it is."""
+        return output
+
+
+class Receiver(NamedTuple):
+    """What reads the residual stream: the queries, keys or values of a head, or all three."""
+
+    head: Head
+    inputs: Inputs
+
+
+class Edge(NamedTuple):
+    """A node's output on its direct way to one receiver, through the residual stream alone."""
+
+    source: Head
+    receiver: Receiver
+
+
+Path = tuple[Head, ...]  # a chain of edges, written as its heads in the order information flows; (): the direct path
+
+
+def written(run: FrozenTrace, node: Node) -> Tensor:
+    """What a node writes to the residual stream in the clean run, [B, T, d]."""
+    return node.write(run, node.outputs(run)[node.index])
+
+
+def heads_written(run: FrozenTrace, layer: int) -> Tensor:
+    """What all heads of a layer write together, value biases included, [B, T, d]."""
+    written = torch.einsum("hbtr,hrd->btd", run.z(layer), run.weights.heads("W_O", layer))
+    return run.apply_post_norm(written, layer)
+
+
+def nodes_before(weights: CircuitWeights, layer: int) -> Iterator[Node]:
+    """Every node that writes before `layer` reads, in the order of layers: their writes sum to the residual stream."""
+    yield Embedding()
+    for earlier in range(layer):
+        yield from (Head(earlier, head) for head in range(weights.n_heads))
+        yield NonHeads(earlier)
+
+
+def parse_head(weights: CircuitWeights, head: Sequence[int], name: str = "head") -> Head:
+    """(layer, head) as a Head.
+
+    Raises:
+        ValueError: something else than a pair of integers.
+        IndexError: a head that the model does not have.
+    """
+    try:
+        layer, number = (_integer(x) for x in head)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {head!r}, expected (layer, head)") from None
+    if not (0 <= layer < weights.n_layers and 0 <= number < weights.n_heads):
+        raise IndexError(
+            f"{name} is {layer}.{number}; the model has layers 0 to {weights.n_layers - 1} "
+            f"and heads 0 to {weights.n_heads - 1}"
+        )
+    return Head(layer, number)
+
+
+def parse_path(weights: CircuitWeights, path: Iterable[Sequence[int]], name: str = "path") -> Path:
+    """A path as a tuple of Heads.
+
+    Raises:
+        ValueError: something else than (layer, head) pairs, or layers that do not increase.
+        IndexError: a layer or head that the model does not have.
+    """
+    try:
+        given = [tuple(_integer(x) for x in head) for head in path]
+    except TypeError:
+        given = [()]
+    if any(len(head) != 2 for head in given):
+        raise ValueError(f"{name} is {path!r}, expected a tuple of (layer, head)")
+    for layer, head in given:
+        if not (0 <= layer < weights.n_layers and 0 <= head < weights.n_heads):
+            raise IndexError(
+                f"{name} {tuple(given)} goes through head {layer}.{head}; the model has layers 0 to "
+                f"{weights.n_layers - 1} and heads 0 to {weights.n_heads - 1}"
+            )
+    if any(a[0] >= b[0] for a, b in pairwise(given)):
+        raise ValueError(f"{name} {tuple(given)}: layers must increase from one head to the next")
+    return tuple(Head(*head) for head in given)
+
+
+def parse_pair(weights: CircuitWeights, pair: Iterable[Sequence[int]]) -> Path:
+    """Two heads in two layers, source and destination; errors as parse_path."""
+    path = parse_path(weights, pair)
+    if len(path) != 2:
+        raise ValueError(f"pairs holds {path}, expected (source, destination), a (layer, head) each")
+    return path
+
+
+def parse_heads(weights: CircuitWeights, entry: Any) -> tuple[Head, ...]:
+    """One head, or several that go together, sorted and each once; errors as parse_path."""
+    heads, _ = one_or_several(entry, _is_head)
+    return tuple(sorted({parse_path(weights, (head,))[0] for head in heads}))
+
+
+def one_or_several(entry: Any, is_one: Callable[[Any], bool] | None = None) -> tuple[list[Any], bool]:
+    """What an entry of an experiment's list names: one head, pair or path, or several that go together.
+
+    A set always names several; a sequence does if its first member is itself one. `is_one` tells; the default knows
+    pairs and paths.
+    """
+    is_one = is_one or _is_path
+    if isinstance(entry, (set, frozenset)):
+        return list(entry), True
+    members = list(entry)
+    several = len(members) > 0 and is_one(members[0])
+    return (members, True) if several else ([tuple(members)], False)
+
+
+def _is_head(entry: Any) -> bool:
+    return isinstance(entry, (tuple, list))
+
+
+def _is_path(entry: Any) -> bool:
+    """Whether it is a sequence of heads, and not a head, which is a sequence of numbers."""
+    return isinstance(entry, (tuple, list)) and all(isinstance(head, (tuple, list)) for head in entry)
+
+
+def _integer(x: Any) -> int:
+    if isinstance(x, bool):
+        raise TypeError("a bool is no index")
+    return index(x)
