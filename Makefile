@@ -34,8 +34,8 @@ lens: $(LENS:%=lens-%)
 
 lens-%: .venv-lens-%/ready
 	$(LENS_BIN)/python -m pytest tests/integrations $(if $(filter $*,$(firstword $(LENS))),tests/adapters,tests/adapters/test_lens*.py)
-	cd .venv-lens-$*/theirs/transformer_lens-$* && PYTHONPATH=$(CURDIR)/tests/integrations \
-	../../bin/python -m pytest -q -c /dev/null -p ours_in_place tests/unit/factored_matrix
+	cd .venv-lens-$*/theirs/transformer_lens-$* && PYTHONPATH=$(CURDIR)/tests \
+	../../bin/python -m pytest -q -c /dev/null -p support.ours_in_place tests/unit/factored_matrix
 
 .PRECIOUS: .venv-lens-%/ready
 .venv-lens-%/ready: | build
@@ -49,7 +49,7 @@ lens-%: .venv-lens-%/ready
 
 # Write into the notebooks what their cells print; `make test` holds them to it.
 notebooks: .venv-lens-$(firstword $(LENS))/ready
-	for file in examples/*.ipynb; do .venv-lens-$(firstword $(LENS))/bin/python tests/run_notebook.py $$file || exit 1; done
+	for file in examples/*.ipynb; do .venv-lens-$(firstword $(LENS))/bin/python tests/support/run_notebook.py $$file || exit 1; done
 
 bench: build
 	$(BIN)/pip install -q "transformer-lens==$(firstword $(LENS))"

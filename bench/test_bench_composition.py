@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
-from measure import cpu_rate, interleaved, peak_bytes, ratio
 
 import pyfastcircuits as fc
+from bench.timing import cpu_rate, interleaved, peak_bytes, ratio
 from pyfastcircuits import ops
 from pyfastcircuits.circuits.composition import BLOCK
 

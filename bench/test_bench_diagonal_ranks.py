@@ -4,9 +4,9 @@ import statistics
 import time
 
 import torch
-from measure import cpu_rate, interleaved, peak_bytes
 
 import pyfastcircuits as fc
+from bench.timing import cpu_rate, interleaved, peak_bytes
 from pyfastcircuits.ops import diagonal_ranks
 
 V, R, CHUNK = 50257, 64, 4096

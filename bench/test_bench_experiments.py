@@ -4,10 +4,10 @@ import statistics
 
 import pytest
 import torch
-from measure import cpu_rate, interleaved, ratio
-from test_bench_models import HEADS, LAYERS, D, R, T, V, lens, tokens  # noqa: F401 (fixtures)
 
 import pyfastcircuits as fc
+from bench.test_bench_models import HEADS, LAYERS, D, R, T, V, lens, tokens  # noqa: F401 (fixtures)
+from bench.timing import cpu_rate, interleaved, ratio
 
 SAMPLE = [(0, 3), (5, 7), (11, 2)]  # heads that hooks ablate
 HEADS_OUT = [(layer, (layer + 3 * i) % 12) for layer in range(LAYERS) for i in range(4)]  # a third, of every layer

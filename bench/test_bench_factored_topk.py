@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
-from measure import cpu_rate, interleaved, peak_bytes, ratio
 
 import pyfastcircuits as fc
+from bench.timing import cpu_rate, interleaved, peak_bytes, ratio
 from pyfastcircuits.ops import factored_topk
 
 V, R, CHUNK = 50257, 64, 4096

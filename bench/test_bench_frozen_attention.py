@@ -4,9 +4,9 @@ import statistics
 
 import pytest
 import torch
-from measure import cpu_rate, interleaved, peak_bytes, ratio
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from bench.timing import cpu_rate, interleaved, peak_bytes, ratio
 from pyfastcircuits import ops
 
 B, H, R = 1, 12, 64  # a layer of GPT-2 small

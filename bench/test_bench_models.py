@@ -4,9 +4,9 @@ import statistics
 
 import pytest
 import torch
-from measure import cpu_rate, interleaved, peak_bytes, ratio
 
 import pyfastcircuits as fc
+from bench.timing import cpu_rate, interleaved, peak_bytes, ratio
 
 LAYERS, HEADS, D, R, V, T = 12, 12, 768, 64, 50257, 256
 

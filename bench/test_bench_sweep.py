@@ -4,9 +4,9 @@ import statistics
 
 import pytest
 import torch
-from measure import interleaved, peak_bytes, ratio
 
 import pyfastcircuits as fc
+from bench.timing import interleaved, peak_bytes, ratio
 from pyfastcircuits.run.paths import order_streams
 
 LAYERS, HEADS, D, R, V, T = 2, 12, 768, 64, 50257, 512

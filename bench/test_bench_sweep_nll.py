@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
-from measure import cpu_rate, interleaved, peak_bytes, ratio
 
 import pyfastcircuits as fc
+from bench.timing import cpu_rate, interleaved, peak_bytes, ratio
 
 T, V, R, P = 512, 50257, 64, 12
 HEADS, SHORT = 12, 256  # of one layer of GPT-2 small

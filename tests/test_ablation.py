@@ -1,9 +1,9 @@
 """Every ablation equals the plain rerun or the materialised difference it stands for."""
 
-import naive
 import pytest
 import torch
-from models import KINDS, random_tokens, random_weights
+from support import naive
+from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
 from pyfastcircuits.experiments import measure as effects

@@ -1,9 +1,9 @@
 """Attributions sum to what they take apart, and each is what its part, run by hand, adds."""
 
-import naive
 import pytest
 import torch
-from models import KINDS, random_tokens, random_weights
+from support import naive
+from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import random_tokens, random_weights
+from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import random_tokens, random_weights
+from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
 from pyfastcircuits.circuits import vocabulary as circuits

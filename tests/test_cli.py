@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from models import random_tokens, random_weights
+from support.random_models import random_tokens, random_weights
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc

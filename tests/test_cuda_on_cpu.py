@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from topk_cases import Entries, assert_best, close_calls, normal, whole_numbers
+from support.topk_cases import Entries, assert_best, close_calls, normal, whole_numbers
 
 from pyfastcircuits.ops import reference
 

@@ -2,11 +2,11 @@
 
 import itertools
 
-import naive
 import pytest
 import torch
-from hooked import Hooked, measures
-from models import KINDS, random_tokens, random_weights
+from support import naive
+from support.hooked import Hooked, measures
+from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
 from pyfastcircuits.experiments import ablation_value as replacement

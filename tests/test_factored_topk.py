@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.accuracy import assert_as_accurate
 
 import pyfastcircuits as fc
 from pyfastcircuits.ops import factored_topk, reference

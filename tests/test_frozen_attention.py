@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from attention_cases import Attention, eager, exact, forward, make, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.accuracy import assert_as_accurate
+from support.attention_cases import Attention, eager, exact, forward, make, tiny
 
 import pyfastcircuits as fc
 from pyfastcircuits import ops
@@ -223,7 +223,7 @@ def test_results_do_not_depend_on_threads_or_on_what_else_is_asked(tier):
 def test_scratch_may_hold_anything():
     """The allocator fills what it hands out with NaN: results must not change."""
     code = (
-        "import torch; from attention_cases import make; import pyfastcircuits\n"
+        "import torch; from support.attention_cases import make; import pyfastcircuits\n"
         "for t in (False, True):\n"
         "    out = torch.ops.pyfastcircuits.frozen_attention(*make(T=200, whole=True, transposed=t), 'ieee')[0]\n"
         "    print(out.double().abs().sum().item())"

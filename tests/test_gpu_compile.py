@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sweep_cases import make
-from topk_cases import whole_numbers
+from support.sweep_cases import make
+from support.topk_cases import whole_numbers
 
 import pyfastcircuits
 from pyfastcircuits import ops
@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
-from gpu_resources import (
+from support.gpu_resources import (
     ARCHITECTURES,
     CUDA_LIBRARY,
     AttentionVariant,

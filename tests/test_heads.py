@@ -3,10 +3,10 @@
 import math
 import weakref
 
-import naive
 import pytest
 import torch
-from models import random_tokens, random_weights
+from support import naive
+from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
 from pyfastcircuits.experiments import heads

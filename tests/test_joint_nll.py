@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep_cases import Joint, eager, exact, joint, make, not_finite
+from support.accuracy import assert_as_accurate
+from support.sweep_cases import Joint, eager, exact, joint, make, not_finite
 
 import pyfastcircuits as fc
 

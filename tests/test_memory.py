@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT), str(ROOT / "tests")]  # at the end: the installed package comes first
+
 MEASURED = """
 import sys
-sys.path[:0] = {paths}
+sys.path.extend({paths})
 import torch
-from measure import peak_bytes
-from models import random_weights
+from bench.timing import peak_bytes
+from support.random_models import random_weights
 import pyfastcircuits as fc
 
 w = random_weights(3, 8, 8, 256, 32, 50257, norm="rmsnorm", positional="none", dtype=torch.{dtype})
@@ -25,9 +28,7 @@ print(peak_bytes(lambda: fc.{function}(run, kl=True, low_memory={low_memory})))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_at_most_128_mib(function, dtype, low_memory):
-    root = Path(__file__).parents[1]
-    paths = [str(root / "tests"), str(root / "bench")]
-    code = MEASURED.format(paths=paths, dtype=dtype, function=function, low_memory=low_memory)
+    code = MEASURED.format(paths=PATHS, dtype=dtype, function=function, low_memory=low_memory)
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     clean_logits = 0 if low_memory else 200 * 50257 * 4
     assert int(out) - clean_logits <= 128 << 20
@@ -35,9 +36,9 @@ def test_at_most_128_mib(function, dtype, low_memory):
 
 SEARCHED = """
 import sys
-sys.path[:0] = {paths}
+sys.path.extend({paths})
 import torch
-from measure import peak_bytes
+from bench.timing import peak_bytes
 from pyfastcircuits import ops
 
 A, B = torch.randn(50257, 64), torch.randn(64, 50257)
@@ -56,17 +57,17 @@ print(peak_bytes(lambda: ops.{call}))
     ],
 )
 def test_searching_a_vocabulary_takes_at_most_64_mib(call, results):
-    code = SEARCHED.format(paths=[str(Path(__file__).parents[1] / "bench")], call=call)
+    code = SEARCHED.format(paths=PATHS, call=call)
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert int(out) - results <= 64 << 20
 
 
 KEPT = """
 import sys
-sys.path[:0] = {paths}
+sys.path.extend({paths})
 from pathlib import Path
 import torch
-from measure import peak_bytes
+from bench.timing import peak_bytes
 from pyfastcircuits import ops
 
 def kept():
@@ -85,7 +86,7 @@ print(kept(), again)
 
 
 def test_scratch_is_kept_within_bounds_and_counted():
-    code = KEPT.format(paths=[str(Path(__file__).parents[1] / "bench")])
+    code = KEPT.format(paths=PATHS)
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     kept, again = map(int, out.split())
     packed = 2 * 700 * 64 * 768 * 4  # of the last call, taken again

@@ -8,7 +8,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="pip install 'pyfastcircuits[test]'")
 pytest.importorskip("nbclient", reason="pip install 'pyfastcircuits[test]'")
 
-from run_notebook import executed, words_and_numbers  # noqa: E402
+from support.run_notebook import executed, words_and_numbers  # noqa: E402
 
 
 def printed(cell):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pair_cases import factors, torch_norms
+from support.pair_cases import factors, torch_norms
 
 from pyfastcircuits import ops
 from pyfastcircuits.ops import reference

@@ -2,10 +2,10 @@
 
 import math
 
-import naive
 import pytest
 import torch
-from models import KINDS, random_tokens, random_weights
+from support import naive
+from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
 

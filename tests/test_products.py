@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from support.accuracy import assert_as_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfastcircuits.ops import onednn as products

@@ -1,9 +1,9 @@
 """The terms of C_QK: they sum to the scores of the head, and each is what its two components make alone."""
 
-import naive
 import pytest
 import torch
-from models import KINDS, random_tokens, random_weights
+from support import naive
+from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
 

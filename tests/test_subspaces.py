@@ -1,9 +1,9 @@
 """Singular directions between two heads against the materialised matrices."""
 
-import naive
 import pytest
 import torch
-from models import random_tokens, random_weights
+from support import naive
+from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
 

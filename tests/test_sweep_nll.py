@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep_cases import Sweep, eager, exact, make, not_finite
+from support.accuracy import assert_as_accurate
+from support.sweep_cases import Sweep, eager, exact, make, not_finite
 from torch import Tensor
 
 import pyfastcircuits as fc

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep_cases import Sweep, make, not_finite, whole_numbers
+from support.sweep_cases import Sweep, make, not_finite, whole_numbers
 from torch import Tensor
 
 import pyfastcircuits as fc

@@ -1,9 +1,9 @@
 """The clean run, against the model written out head by head."""
 
-import naive
 import pytest
 import torch
-from models import KINDS, random_tokens, random_weights
+from support import naive
+from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import random_tokens, random_weights
+from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
 from pyfastcircuits.command import truth

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models import KINDS, random_tokens, random_weights
+from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
 

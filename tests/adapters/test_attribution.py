@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
-from configurations import build, tokens  # noqa: E402
+from support.configurations import build, tokens  # noqa: E402
 from test_hugging_face import logits_of, nothing_in_fp32  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402

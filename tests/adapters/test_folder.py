@@ -12,8 +12,8 @@ import torch
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
 import pyarrow.parquet as pq  # noqa: E402
-from configurations import CONFIGURATIONS, build, tokens  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from support.configurations import CONFIGURATIONS, build, tokens  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402

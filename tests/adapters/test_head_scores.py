@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
-from configurations import build  # noqa: E402
+from support.configurations import build  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
 

@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
-from configurations import CONFIGURATIONS, build, tokens  # noqa: E402
+from support.configurations import CONFIGURATIONS, build, tokens  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
 from pyfastcircuits.run.paths import order_streams  # noqa: E402

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
-from configurations import CONFIGURATIONS, build, tokens  # noqa: E402
-from rerun_checks import (  # noqa: E402
+from support.configurations import CONFIGURATIONS, build, tokens  # noqa: E402
+from support.rerun_checks import (  # noqa: E402
     check_changes,
     check_clean,
     check_gradients,

@@ -5,7 +5,7 @@ import torch
 
 lens = pytest.importorskip("transformer_lens", reason="pip install 'pyfastcircuits[transformer-lens]'")
 
-from configurations import build, tokens  # noqa: E402
+from support.configurations import build, tokens  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
 from pyfastcircuits.run.paths import order_streams  # noqa: E402

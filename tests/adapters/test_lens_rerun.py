@@ -5,8 +5,8 @@ import torch
 
 lens = pytest.importorskip("transformer_lens", reason="pip install 'pyfastcircuits[transformer-lens]'")
 
-from configurations import tokens  # noqa: E402
-from rerun_checks import (  # noqa: E402
+from support.configurations import tokens  # noqa: E402
+from support.rerun_checks import (  # noqa: E402
     check_changes,
     check_clean,
     check_gradients,

@@ -9,7 +9,7 @@ matplotlib = pytest.importorskip("matplotlib")
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 
-from run_notebook import words_and_numbers  # noqa: E402
+from support.run_notebook import words_and_numbers  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
-from configurations import build, tokens
-from plain import Plain
+from support.configurations import build, tokens
+from support.plain import Plain
 
 import pyfastcircuits as fc
 

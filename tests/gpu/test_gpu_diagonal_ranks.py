@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from topk_cases import normal, torch_entries, whole_numbers
+from support.topk_cases import normal, torch_entries, whole_numbers
 
 from pyfastcircuits import ops
 from pyfastcircuits.ops import reference

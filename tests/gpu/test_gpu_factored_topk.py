@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from topk_cases import assert_best, close_calls, normal, whole_numbers
+from support.topk_cases import assert_best, close_calls, normal, whole_numbers
 
 from pyfastcircuits import ops
 from pyfastcircuits.ops import reference

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from attention_cases import Attention, eager, exact, forward, make, tiny
+from support.accuracy import assert_as_accurate
+from support.attention_cases import Attention, eager, exact, forward, make, tiny
 
 from pyfastcircuits import ops
 from pyfastcircuits.kernels.frozen_attention import frozen_attention_triton

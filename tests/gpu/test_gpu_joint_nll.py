@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from sweep_cases import Joint, eager, exact, joint, make, not_finite
+from support.accuracy import assert_as_accurate
+from support.sweep_cases import Joint, eager, exact, joint, make, not_finite
 
 from pyfastcircuits import ops
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from models import random_weights
-from pair_cases import factors, torch_norms
+from support.accuracy import assert_as_accurate
+from support.pair_cases import factors, torch_norms
+from support.random_models import random_weights
 
 from pyfastcircuits import composition_scores, ops
 from pyfastcircuits.circuits.composition import triangle

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sweep_cases import Sweep, make, not_finite, whole_numbers
+from support.sweep_cases import Sweep, make, not_finite, whole_numbers
 
 from pyfastcircuits import ops
 

@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
-from topk_cases import normal, torch_entries, whole_numbers
+from support.topk_cases import normal, torch_entries, whole_numbers
 
 from pyfastcircuits import ops
 from pyfastcircuits.kernels.diagonal_ranks import diagonal_ranks_triton

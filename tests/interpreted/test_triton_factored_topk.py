@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
-from topk_cases import assert_best, close_calls, normal, whole_numbers
+from support.topk_cases import assert_best, close_calls, normal, whole_numbers
 
 from pyfastcircuits import ops
 from pyfastcircuits.kernels import factored_topk as kernels

@@ -8,8 +8,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
-from accuracy import assert_as_accurate
-from attention_cases import Attention, eager, exact, forward, make, tiny
+from support.accuracy import assert_as_accurate
+from support.attention_cases import Attention, eager, exact, forward, make, tiny
 
 from pyfastcircuits import ops
 from pyfastcircuits.kernels.frozen_attention import frozen_attention_triton

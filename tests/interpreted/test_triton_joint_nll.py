@@ -8,8 +8,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
-from accuracy import assert_as_accurate
-from sweep_cases import Joint, capped, eager, exact, joint, make, not_finite
+from support.accuracy import assert_as_accurate
+from support.sweep_cases import Joint, capped, eager, exact, joint, make, not_finite
 
 from pyfastcircuits import ops
 from pyfastcircuits.kernels.joint_nll import joint_nll_triton

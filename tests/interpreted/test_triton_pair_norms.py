@@ -8,8 +8,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
-from accuracy import assert_as_accurate
-from pair_cases import factors, torch_norms
+from support.accuracy import assert_as_accurate
+from support.pair_cases import factors, torch_norms
 
 from pyfastcircuits import ops
 from pyfastcircuits.kernels.configs import choose

@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
-from sweep_cases import Sweep, make, not_finite, whole_numbers
+from support.sweep_cases import Sweep, make, not_finite, whole_numbers
 
 from pyfastcircuits import ops
 from pyfastcircuits.kernels.target_ranks import target_ranks_triton

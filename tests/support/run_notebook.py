@@ -1,4 +1,4 @@
-"""Runs a notebook in a kernel of its own. `python tests/run_notebook.py FILE` writes what its cells print into it."""
+"""Runs a notebook in a kernel of its own. `python tests/support/run_notebook.py FILE` writes what its cells print into it."""
 
 import re
 import sys

@@ -1,8 +1,9 @@
 """Inputs of factored_topk and diagonal_ranks whose products fp32 has exactly, with many equal entries; and others."""
 
 import torch
-from accuracy import assert_as_accurate
 from torch import Tensor
+
+from support.accuracy import assert_as_accurate
 
 
 def whole_numbers(

@@ -1,7 +1,8 @@
 """A plain rerun with hooks, head by head: what every experiment must equal. Shares nothing with the library."""
 
-import naive
 import torch
+
+from support import naive
 
 
 class Hooked:

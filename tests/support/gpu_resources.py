@@ -1,6 +1,6 @@
 """What compiled kernels use: every Triton kernel of the package and every CUDA kernel of the build, without a GPU.
 
-`python tests/gpu_resources.py` prints the table.
+`python tests/support/gpu_resources.py` prints the table.
 """
 
 import re

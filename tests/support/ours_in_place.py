@@ -1,4 +1,4 @@
-"""A pytest plugin (-p ours_in_place): our FactoredMatrix wherever TransformerLens' own tests meet theirs."""
+"""A pytest plugin (-p support.ours_in_place): our FactoredMatrix wherever TransformerLens' own tests meet theirs."""
 
 import sys
 
