@@ -1,6 +1,28 @@
-"""Transformer-circuit analysis as fused kernels ("A Mathematical Framework for Transformer Circuits", 2021)."""
+"""Transformer-circuit analysis as fused kernels ("A Mathematical Framework for Transformer Circuits", 2021).
+
+The names by what they are for, in the order in which an analysis goes:
+
+| step | names |
+|---|---|
+| a model's weights | CircuitWeights, load_weights, center, fold_norm, fold_value_biases |
+| one frozen run | trace -> FrozenTrace |
+| path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
+| ablation | sweep -> Sweep; head_, layer_, pair_, path_, composition_ablation -> Result |
+| patching two runs | activation_patching, path_patching, edge_attribution -> Result |
+| attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
+| metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
+| known heads | head_scores, induction_heads -> Result |
+| circuits over the vocabulary | bigrams, ov_circuit, qk_circuit, composed_qk_circuit -> FactoredMatrix; ov_tables, qk_tables |
+| their entries | top_entries, top_per_row, diagonal_ranks, skip_trigrams, copying_accuracy |
+| their spectra | circuit_eigenvalues, composed_eigenvalues, copying_scores, qk_positivity, positivity, trace_ratios, |
+| | effective_rank, diagonal_statistics |
+| composition of two heads | composition_scores, composition_baseline, composition_z_scores, component_scores, |
+| | virtual_weights, virtual_head, subspaces |
+| the kernels beneath | ops; build_info says what this build and machine can do |
+"""
 
 from pyfastcircuits import ops
+from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.circuits.composition import (
     ComponentScores,
     CompositionBaseline,
@@ -40,15 +62,17 @@ from pyfastcircuits.circuits.vocabulary import (
     virtual_weights,
 )
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation, path_ablation
-from pyfastcircuits.experiments.attention_scores import qk_terms
+from pyfastcircuits.experiments.attention_scores import QKTerms, qk_terms
 from pyfastcircuits.experiments.attribution import direct_logit_attribution, logit_lens, project
 from pyfastcircuits.experiments.heads import head_scores, induction_heads
+from pyfastcircuits.experiments.metrics import KL, NLL, LogitDifference, Probability, Rank, Top1
 from pyfastcircuits.experiments.patching import (
     activation_patching,
     composition_ablation,
     edge_attribution,
     path_patching,
 )
+from pyfastcircuits.experiments.sweep import Sweep, sweep
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.weights import CircuitWeights, load_weights
@@ -62,7 +86,7 @@ from pyfastcircuits.run.paths import (
     order_losses,
     path_logits,
 )
-from pyfastcircuits.run.trace import FrozenTrace, trace
+from pyfastcircuits.run.trace import FrozenTrace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -73,12 +97,20 @@ __all__ = [
     "DiagonalStatistics",
     "FactoredMatrix",
     "FrozenTrace",
+    "KL",
     "LayerMarginals",
+    "LogitDifference",
+    "NLL",
     "OVTables",
+    "Probability",
     "QKTables",
+    "QKTerms",
+    "Rank",
     "Result",
     "SkipTrigram",
     "SkipTrigrams",
+    "Sweep",
+    "Top1",
     "VirtualHead",
     "activation_patching",
     "bigrams",
@@ -126,6 +158,7 @@ __all__ = [
     "qk_terms",
     "skip_trigrams",
     "subspaces",
+    "sweep",
     "top_entries",
     "top_per_row",
     "trace",

@@ -16,8 +16,8 @@ from pyfastcircuits.circuits.composition import KINDS, Head, Kind, checked_head
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights, Weight
 from pyfastcircuits.ops.onednn import FastProducts
-from pyfastcircuits.run.forward import centered, norm_scale, rotate
-from pyfastcircuits.run.paths import checked_path
+from pyfastcircuits.model.norms import centered, norm_scale, rotate
+from pyfastcircuits.run.nodes import parse_path
 from pyfastcircuits.run.trace import FrozenTrace
 
 __all__ = [
@@ -140,7 +140,7 @@ def composed_qk_circuit(
         ValueError: a source that is not in an earlier layer.
         IndexError: no such head.
     """
-    first, second = checked_path(weights, (source, destination))
+    first, second = parse_path(weights, (source, destination))
     scale = (weights.attention_scale or weights.d_head**0.5) if scaled else 1.0
     through = weights.head("W_O", *first) @ weights.head("W_K", *second)  # [r, r]
     keys = _embedded(weights, weights.head("W_V", *first)) @ through
@@ -207,7 +207,7 @@ def composed_eigenvalues(weights: CircuitWeights, pairs: Iterable[Sequence[Seque
     middle = _embed_embed(weights)
     small = []
     for pair in pairs:
-        first, second = checked_path(weights, pair)
+        first, second = parse_path(weights, pair)
         through = (weights.head("W_O", *first) @ weights.head("W_K", *second)).mT
         small.append(through @ (weights.head("W_V", *first).mT @ (middle @ weights.head("W_Q", *second))))
     if not small:
@@ -360,7 +360,7 @@ def virtual_head(trace: FrozenTrace, source: Sequence[int], destination: Sequenc
     Source: "Virtual Attention Heads", Elhage et al. 2021.
     """
     weights = trace.weights
-    first, second = checked_path(weights, (source, destination))
+    first, second = parse_path(weights, (source, destination))
     pattern = trace.pattern(second[0])[:, second[1]] @ trace.pattern(first[0])[:, first[1]]
     through = weights.head("W_O", *first) @ weights.head("W_V", *second)
     OV = FactoredMatrix(weights.head("W_V", *first), through @ weights.head("W_O", *second))

@@ -16,7 +16,7 @@ from pyfastcircuits.circuits.vocabulary import bigrams, ov_circuit
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
-from pyfastcircuits.run.trace import trace
+from pyfastcircuits.adapters.tracing import trace
 
 __all__ = [
     "BigramTruth",

@@ -1,22 +1,21 @@
-"""What takes the place of an ablated value: nothing, a mean, or the value of another sequence."""
+"""The value that takes an ablated output's place: zero, a mean, or the output in another sequence."""
 
-from collections.abc import Callable, Hashable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.run.losses import ROWS
+from pyfastcircuits.run.nodes import Outputs
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["Mode", "Over", "Replacement", "check_same_model"]
+__all__ = ["AblationValue", "AverageOver", "Mode", "check_same_model"]
 
 Mode = Literal["zero", "mean", "resample"]
-Over = Literal["all", "positions", "batch"]
-Values = Callable[[FrozenTrace], Tensor]  # [..., B, T, r] of each sequence by itself
-PART_ROWS = 4096  # positions of the reference worked on at a time, at least one sequence's
+AverageOver = Literal["all", "positions", "batch"]
 
 
-class Replacement:
+class AblationValue:
     """See `ablation.head_ablation` for mode, reference and over.
 
     Raises:
@@ -26,88 +25,84 @@ class Replacement:
     """
 
     def __init__(
-        self, trace: FrozenTrace, mode: Mode = "zero", reference: FrozenTrace | None = None, over: Over = "all"
+        self, trace: FrozenTrace, mode: Mode = "zero", reference: FrozenTrace | None = None, over: AverageOver = "all"
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
-        if over not in get_args(Over):
-            raise ValueError(f"over is {over!r}, expected one of {', '.join(get_args(Over))}")
+        if over not in get_args(AverageOver):
+            raise ValueError(f"over is {over!r}, expected one of {', '.join(get_args(AverageOver))}")
         if reference is not None:
             if mode == "zero":
                 raise ValueError("reference is given, but mode is 'zero'")
             check_same_model("reference", reference, trace)
-            theirs, ours = list(reference.tokens.shape), list(trace.tokens.shape)
-            fixed = {"resample": slice(0, 2), "batch": slice(1, 2), "positions": slice(0, 1), "all": slice(0)}
-            axes = fixed[over if mode == "mean" else mode]
-            if theirs[axes] != ours[axes]:
-                what = mode if mode == "resample" else f"mean over {over!r}"
-                raise ValueError(f"reference has tokens of shape {theirs}, but the run {ours}: {what} needs them alike")
-        self.mode, self.over = mode, over
+            _check_shape(reference, trace, mode, over)
+        self.mode, self.average_over = mode, over
         self.reference = trace if reference is None else reference
-        self.order: Tensor | None = None
+        self.order: Tensor | None = None  # the sequence that each sequence is resampled from; None: its own number
         if mode == "resample" and reference is None:
             count = len(trace.tokens)
             if count < 2:
                 raise ValueError("mode is 'resample', but the run has one sequence: give a reference")
             self.order = torch.arange(count, device=trace.tokens.device).roll(1)
-        self._means: dict[Hashable, Tensor] = {}
-        self._other: tuple[slice, FrozenTrace] | None = None
+        self._means: dict[Outputs, Tensor] = {}
+        self._resampled: tuple[slice | Tensor, FrozenTrace] | None = None  # the last part asked about, and its source
 
-    def __call__(self, values: Values, sequences: slice, key: Hashable) -> Tensor | float:
-        """What stands in the place of `values` of a run's `sequences`; broadcasts to them.
-
-        `key` names the values: means are kept under it.
-        """
+    def value(self, outputs: Outputs, part: FrozenTrace) -> Tensor | float:
+        """The value that takes the place of outputs in a part of the run; it broadcasts to them."""
         if self.mode == "zero":
             return 0.0
         if self.mode == "resample":
-            if self._other is None or self._other[0] != sequences:
-                rows = sequences if self.order is None else self.order[sequences]
-                self._other = sequences, self.reference[rows]
-            return values(self._other[1])
-        if key not in self._means:
-            self._means[key] = self._mean(values)
-        means = self._means[key]
-        return means[..., sequences, :, :] if self.over == "positions" else means
+            return outputs(self._source(part.sequences))
+        if outputs not in self._means:
+            self._means[outputs] = self._mean(outputs)
+        means = self._means[outputs]
+        return means[..., part.sequences, :, :] if self.average_over == "positions" else means
 
-    def removed(self, values: Values, part: FrozenTrace, sequences: slice, key: Hashable) -> Tensor:
-        """`values` of a part of the run, less what takes their place: [..., B, T, r]."""
-        return values(part) - self(values, sequences, key)
+    def removal(self, outputs: Outputs, part: FrozenTrace) -> Tensor:
+        """The outputs in a part of the run, less the value that takes their place: [n, B, T, x]."""
+        return outputs(part) - self.value(outputs, part)
 
-    def _mean(self, values: Values) -> Tensor:
-        """Over real positions, sequences, or both: [..., 1 or B, 1 or T, r]."""
+    def _source(self, sequences: slice | Tensor) -> FrozenTrace:
+        """The part of the reference that some sequences of the run are resampled from."""
+        if self._resampled is None or self._resampled[0] is not sequences:
+            self._resampled = sequences, self.reference[sequences if self.order is None else self.order[sequences]]
+        return self._resampled[1]
+
+    def _mean(self, outputs: Outputs) -> Tensor:
+        """The mean over real positions, sequences, or both: [n, 1 or B, 1 or T, x]."""
         sequences, length = self.reference.tokens.shape
-        step = max(1, PART_ROWS // length)
-        dims = {"all": (-3, -2), "positions": (-2,), "batch": (-3,)}[self.over]
+        step = max(1, ROWS // length)
+        dims = {"all": (-3, -2), "positions": (-2,), "batch": (-3,)}[self.average_over]
         sums, counts = [], []
         for first in range(0, sequences, step):
             part = self.reference[first : first + step]
             real = torch.ones_like(part.tokens, dtype=torch.bool) if part.mask is None else part.mask
-            found = values(part)
-            sums.append(found.double().where(real[..., None], 0).sum(dims, keepdim=True))
+            sums.append(outputs(part).double().where(real[..., None], 0).sum(dims, keepdim=True))
             counts.append(real[..., None].sum(list(dims), keepdim=True))
-        if self.over == "positions":
+        if self.average_over == "positions":
             total, count = torch.cat(sums, -3), torch.cat(counts, -3)
         else:
             total, count = sum(sums, torch.zeros_like(sums[0])), sum(counts, torch.zeros_like(counts[0]))
         return (total / count.clamp(min=1)).to(self.reference.embedded.dtype)
 
 
+def _check_shape(reference: FrozenTrace, trace: FrozenTrace, mode: Mode, over: AverageOver) -> None:
+    """Raise ValueError unless the reference has the axes that are taken from it one by one."""
+    theirs, ours = list(reference.tokens.shape), list(trace.tokens.shape)
+    fixed = {"resample": slice(0, 2), "batch": slice(1, 2), "positions": slice(0, 1), "all": slice(0)}
+    axes = fixed[over if mode == "mean" else mode]
+    if theirs[axes] != ours[axes]:
+        which = mode if mode == "resample" else f"mean over {over!r}"
+        raise ValueError(f"reference has tokens of shape {theirs}, but the run {ours}: {which} needs them alike")
+
+
 def check_same_model(name: str, other: FrozenTrace, trace: FrozenTrace) -> None:
-    """Raise if `other` is no run of the same model.
+    """Raise unless `other` is a run of the same model as `trace`.
 
     Raises:
         TypeError: it is no FrozenTrace.
-        ValueError: a model of another shape or with other weights.
+        ValueError: a model with other weights or options, in whatever layer.
     """
     if not isinstance(other, FrozenTrace):
         raise TypeError(f"{name} is a {type(other).__name__}, expected a FrozenTrace (see trace)")
-    if other.weights is trace.weights:
-        return
-    for (kind, theirs), (also, ours) in zip(other.weights.tensors(), trace.weights.tensors(), strict=False):
-        if kind != also or theirs.shape != ours.shape:
-            raise ValueError(
-                f"{name} is a run of another model: its {kind} is {list(theirs.shape)}, ours {also} {list(ours.shape)}"
-            )
-        if theirs.dtype != ours.dtype or not torch.equal(theirs[0], ours[0]):
-            raise ValueError(f"{name} is a run of another model: its {kind} differs")
+    trace.guard.check_same(other.guard, name)

@@ -1,25 +1,35 @@
-"""What makes a head attend: its attention scores as a sum over what queries and keys read."""
+"""Why a head attends: its attention scores as a sum of terms, one component's query with another component's key."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyfastcircuits.circuits.composition import checked_head
-from pyfastcircuits.experiments.edges import rerun_of, written
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.components import EMBED, besides_heads, head_label, heads_written, source_label
-from pyfastcircuits.run.patterns import of_head, whole
+from pyfastcircuits.run.nodes import Head, NonHeads, heads_written, nodes_before, parse_head, written
+from pyfastcircuits.run.patterns import head_pattern, stored
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["qk_terms"]
+__all__ = ["QKTerms", "qk_terms"]
 
 Split = Literal["layer", "head", "component"]
 
 
+@dataclass(frozen=True, eq=False)
+class QKTerms(Result):
+    """The terms of a head's attention scores; `labels` are pairs (query component, key component).
+
+    Attributes:
+        share: [C * C], each term's share of the scores' variance; see qk_terms.
+    """
+
+    share: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
 @torch.no_grad()
-def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, per_token: bool = True) -> Result:
+def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, per_token: bool = True) -> QKTerms:
     """The attention scores of a head as a sum of terms: one component's query with another component's key.
 
     The residual stream that the head reads is a sum of components, and scores are bilinear in what queries and keys
@@ -42,8 +52,8 @@ def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, pe
 
     Returns:
         Terms in the order of (query component, key component), C * C of them. Values [C * C, B, T, T]: scores as the
-        softmax sees them, rows destinations, before caps and masks; they sum to the head's own. `also["share"]`
-        [C * C] is each term's share of the scores' variance, cov(term, scores) / var(scores) over the sources that each
+        softmax sees them, rows destinations, before caps and masks; they sum to the head's own. `.share` [C * C] is
+        each term's share of the scores' variance, cov(term, scores) / var(scores) over the sources that each
         destination gives any weight to, centred for each destination (what is the same for all its sources changes no
         pattern), and pooled: shares sum to 1 and may be negative; NaN where scores never differ. Without `per_token`
         the shares are the values.
@@ -54,26 +64,30 @@ def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, pe
 
     Source: "Path Expansion of Attention Scores QK Circuit", Elhage et al. 2021.
     """
-    layer, index = checked_head(trace.weights, head)
+    layer, index = parse_head(trace.weights, head)
     if by not in get_args(Split):
         raise ValueError(f"by is {by!r}, expected one of {', '.join(get_args(Split))}")
     labels, queries, keys = _queries_and_keys(trace, layer, index, by)
-    terms = [(query, key) for query in labels for key in labels]
-    setup = {"head": f"{layer}.{index}", "by": by}
+    terms: list[Label] = [(query, key) for query in labels for key in labels]
     share = _shares(trace, layer, index, queries, keys).flatten()
-    if not per_token:
-        return Result(terms, share, torch.zeros_like(share[0]), "share", setup=setup, order="size")
-    scores = torch.einsum("ibtr,jbsr->ijbts", queries, keys).flatten(0, 1)
-    return Result(terms, scores, torch.zeros_like(scores[0]), "score", {"share": share}, setup, "size")
+    scores = torch.einsum("ibtr,jbsr->ijbts", queries, keys).flatten(0, 1) if per_token else share
+    return QKTerms(
+        terms,
+        scores,
+        torch.zeros_like(scores[0]),
+        "score" if per_token else "share",
+        setup={"head": f"{layer}.{index}", "by": by},
+        harm="size",
+        share=share,
+    )
 
 
 def _queries_and_keys(trace: FrozenTrace, layer: int, head: int, by: Split) -> tuple[list[Label], Tensor, Tensor]:
     """Of one head, for each component, [C, B, T, r]: scores are `queries @ keys.T`, summed over both components."""
-    rerun = rerun_of(trace)
-    scale = rerun.scale(layer)
+    forward, scale = trace.forward, trace.forward.score_scale(layer)
 
     def read(stream: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, _ = rerun.project(layer, trace.normed(stream, layer)[None], frozen=True)
+        q, k, _ = forward.qkv(layer, trace.normed(stream, layer)[None], frozen=True)
         return scale * q[0, :, head], k[0, :, head // (q.shape[2] // k.shape[2])]
 
     fixed = read(torch.zeros_like(trace.embedded))  # queries and keys are affine in what is read
@@ -90,22 +104,20 @@ def _queries_and_keys(trace: FrozenTrace, layer: int, head: int, by: Split) -> t
 def _components(trace: FrozenTrace, last: int, by: Split) -> Iterator[tuple[Label, Tensor]]:
     """Everything that layer `last` reads, in parts [B, T, d]."""
     if by == "component":
-        yield EMBED, trace.embedded
-    else:
-        yield "direct", sum((besides_heads(trace, layer) for layer in range(last)), trace.embedded)
+        yield from ((node.label, written(trace, node)) for node in nodes_before(trace.weights, last))
+        return
+    yield "direct", sum((written(trace, NonHeads(layer)) for layer in range(last)), trace.embedded)
     for layer in range(last):
         if by == "layer":
             yield f"heads {layer}", heads_written(trace, layer)
         else:
-            for h, z in enumerate(trace.z(layer)):
-                yield head_label(layer, h), written(trace, z, layer, h)
-        if by == "component":
-            yield source_label(layer), besides_heads(trace, layer)
+            for head in range(trace.weights.n_heads):
+                yield Head(layer, head).label, written(trace, Head(layer, head))
 
 
 def _shares(trace: FrozenTrace, layer: int, head: int, queries: Tensor, keys: Tensor) -> Tensor:
     """cov(term, scores) / var(scores), [C, C]."""
-    seen = whole(of_head(trace.patterns[layer], head))[:, 0] > 0
+    seen = stored(head_pattern(trace.patterns[layer], head))[:, 0] > 0
     if trace.mask is not None:
         seen = seen & trace.mask[:, :, None] & trace.mask[:, None]
     scores = torch.where(seen, queries.sum(0) @ keys.sum(0).mT, 0)

@@ -1,17 +1,20 @@
-"""What each part of a run adds to logits, to a feature direction, and layer by layer to the prediction."""
+"""Direct attribution: the part of a logit, or of a feature direction, that each node writes; and the logit lens."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyfastcircuits.experiments.measure import BLOCK, Change, FinalNorm, Measuring, measure, options_of, unembed_columns
-from pyfastcircuits.experiments.metrics import Positions, Scoring, scoring
+from pyfastcircuits.experiments.measure import Intervention, measure
+from pyfastcircuits.experiments.metrics import Asked, Positions, asked
+from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
+from pyfastcircuits.model.norms import centered
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.components import EMBED, besides_heads, head_label, source_label
-from pyfastcircuits.run.forward import centered
-from pyfastcircuits.run.paths import Path, checked_path, path_values
+from pyfastcircuits.run.losses import BLOCK_BYTES, Unembedding
+from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, nodes_before, parse_path, written
+from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ def direct_logit_attribution(
         paths: with by="path", which; all of them (enumerate_paths) sum to the logit.
         targets: the token asked about: an integer, [B], or [B, T]; None: the next token.
         against: likewise; then it is logit(target) - logit(against) that is taken apart.
-        positions: as in metrics.scoring.
+        positions: as in metrics.asked.
         center: of the logit less the mean of all V, which changes no prediction. Without it the logit is as W_U has
             it, and a part that raises all logits alike counts; with `against` it makes no difference.
         per_token: each position's values instead of means.
@@ -71,38 +74,36 @@ def direct_logit_attribution(
     if (paths is None) == (by == "path"):
         raise ValueError(f"paths is {'missing' if paths is None else 'given'}, but by is {by!r}")
     weights = trace.weights
-    checked = [checked_path(weights, path) for path in paths or ()]
-    metric: Literal["nll", "logit_difference"] = "nll" if against is None else "logit_difference"
-    score = scoring(trace, metric, targets=targets, against=against, positions=positions)
-    directions, bias = _toward_targets(trace, score, center)
+    checked = [parse_path(weights, path) for path in paths or ()]
+    where = asked(trace, positions, targets=targets, against=against)
+    directions, bias = _toward_targets(trace, where, center)
     if by == "path":
-        what: list[Label] = list(checked)
-        values = _along_paths(trace, checked, directions, bias, score)
+        labels: list[Label] = list(checked)
+        values = _along_paths(trace, checked, directions, bias, where)
     else:
-        what, values = _along(trace, weights.n_layers, directions[None], score)
-        what, values = [*what, UNEMBED_BIAS], torch.cat((values[:, 0], bias[None]))
+        labels, values = _along(trace, weights.n_layers, directions[None], where)
+        labels, values = [*labels, UNEMBED_BIAS], torch.cat((values[:, 0], bias[None]))
         if by != "component":
-            kept = [i for i, label in enumerate(what) if isinstance(label, tuple) == (by == "head")]
-            what, values = [what[i] for i in kept], values[kept]
-    values = score.placed(values) if per_token else values.mean(-1)
+            kept = [i for i, label in enumerate(labels) if isinstance(label, tuple) == (by == "head")]
+            labels, values = [labels[i] for i in kept], values[kept]
+    values = where.placed(values) if per_token else values.mean(-1)
     if by == "head":
         values = values.unflatten(0, (weights.n_layers, weights.n_heads))
     name = "logit" if against is None else "logit_difference"
-    return Result(what, values, _nothing(score, values, per_token), name, setup={"by": by}, order="size")
+    return Result(labels, values, _zeros(where, values, per_token), name, setup={"by": by}, harm="size")
 
 
+@measured
 @torch.no_grad()
-def logit_lens(trace: FrozenTrace, *, final_norm: FinalNorm = "recomputed", **how: "Unpack[Measuring]") -> Result:
+def logit_lens(trace: FrozenTrace, **options: "Unpack[MeasureOptions]") -> Result:
     """How well the residual stream predicts before each layer: read by the final norm and W_U as if it were the end.
 
     Args:
-        trace: a frozen run.
-        final_norm: "recomputed": the norm's scale is that of the stream it is given, as the logit lens has it;
-            "frozen": the clean run's, so that logits of the layers add up.
-        how: what is measured and how, as in path_ablation.
+        trace: a frozen run. The final norm's scale is that of the stream it is given, as the logit lens has it, unless
+            final_norm is "frozen", which makes the logits of the layers add up.
 
     Returns:
-        values [L + 1]: what is the layer that reads the stream, L standing for the end, which is the model itself.
+        values [L + 1]: a label is the layer that reads the stream, L standing for the end, which is the model itself.
 
     Raises:
         ValueError: an unknown final_norm or metric; targets or positions that do not fit.
@@ -111,14 +112,18 @@ def logit_lens(trace: FrozenTrace, *, final_norm: FinalNorm = "recomputed", **ho
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
-    count = trace.weights.n_layers + 1
+    labels, how = range(trace.weights.n_layers + 1), measurement(trace, options, "recomputed")
+    found = measure(trace, [StreamInstead(places=labels)], how)
+    return found.result(labels, (len(labels),), final_norm=how.final_norm)
 
-    def removed(part: FrozenTrace, sequences: slice, members: Sequence[int]) -> Tensor:
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StreamInstead(Intervention):
+    """Experiment `layer` takes out all that is written from that layer on: the stream there becomes the final one."""
+
+    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
+        """See Intervention."""
         return part.final - torch.stack([part.streams[layer] for layer in members])
-
-    options = options_of(trace, final_norm, **how)
-    measured = measure(trace, [Change(range(count), removed)], options)
-    return measured.result(range(count), (count,), options.score, final_norm=final_norm)
 
 
 @torch.no_grad()
@@ -163,75 +168,67 @@ def project(
         raise ValueError(f"direction has shape {list(direction.shape)}, expected [{d}] or [k, {d}]")
     if direction.device != weights.device:
         raise ValueError(f"direction is on {direction.device}, but the weights are on {weights.device}")
-    score = scoring(trace, "kl", positions=range(trace.tokens.shape[1]) if positions is None else positions)
+    where = asked(trace, range(trace.tokens.shape[1]) if positions is None else positions, of_tokens=False)
     directions = direction.to(weights.compute_dtype).reshape(-1, 1, weights.d_model)
-    what, values = _along(trace, last, directions, score)
-    values = score.placed(values) if per_token else values.mean(-1)
+    labels, values = _along(trace, last, directions, where)
+    values = where.placed(values) if per_token else values.mean(-1)
     if direction.dim() == 1:
         values = values[:, 0]
     else:
-        what = [(label, i) for label in what for i in range(len(direction))]
-    setup = {"layer": str(last)}
-    return Result(what, values, _nothing(score, values, per_token), "projection", setup=setup, order="size")
+        labels = [(label, i) for label in labels for i in range(len(direction))]
+    zeros = _zeros(where, values, per_token)
+    return Result(labels, values, zeros, "projection", setup={"layer": last}, harm="size")
 
 
-def _along(trace: FrozenTrace, last: int, directions: Tensor, score: Scoring) -> tuple[list[Label], Tensor]:
-    """Every component of what layer `last` reads, along directions [k, N or 1, d]: [C, k, N]."""
-    weights = trace.weights
-    labels: list[Label] = []
+def _along(trace: FrozenTrace, last: int, directions: Tensor, where: Asked) -> tuple[list[Label], Tensor]:
+    """What each node writes before layer `last` reads, along directions [k, N or 1, d]: [C, k, N]."""
+    nodes = list(nodes_before(trace.weights, last))
     parts: list[Tensor] = []
-
-    def add(label: Label, stream: Tensor) -> None:
-        labels.append(label)
-        parts.append(torch.einsum("nd,knd->kn", score.rows(stream), directions)[None])
-
-    add(EMBED, trace.embedded)
-    for layer in range(last):
-        through = torch.einsum("knd,hrd->hknr", directions, weights.heads("W_O", layer))
-        z = score.rows(trace.post(trace.z(layer), layer))
-        parts.append(torch.einsum("hnr,hknr->hkn", z, through))
-        labels += [head_label(layer, head) for head in range(weights.n_heads)]
-        add(source_label(layer), besides_heads(trace, layer))
-    return labels, torch.cat(parts)
+    for node in nodes:
+        if not isinstance(node, Head):
+            parts.append(torch.einsum("nd,knd->kn", where.rows(written(trace, node)), directions)[None])
+        elif node.head == 0:  # the heads of a layer together: directions go back through W_O, and no [H, T, d] is made
+            through = torch.einsum("knd,hrd->hknr", directions, trace.weights.heads("W_O", node.layer))
+            z = where.rows(trace.apply_post_norm(HeadOutputs(node.layer)(trace), node.layer))
+            parts.append(torch.einsum("hnr,hknr->hkn", z, through))
+    return [node.label for node in nodes], torch.cat(parts)
 
 
-def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias: Tensor, score: Scoring) -> Tensor:
+def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias: Tensor, where: Asked) -> Tensor:
     """What each path writes along directions [N, d], and the direct path's bias [N]: [P, N]."""
     weights = trace.weights
     values = directions.new_empty(len(paths), len(directions))
-    at_once = max(1, BLOCK // (trace.tokens.numel() * weights.d_head * directions.element_size()))
+    at_once = max(1, BLOCK_BYTES // (trace.tokens.numel() * weights.d_head * directions.element_size()))
     groups: dict[Any, list[int]] = {}
     for i, path in enumerate(paths):
         groups.setdefault(path[-1:], []).append(i)
     for end, members in groups.items():
         if not end:
-            direct = score.rows(trace.sources_before(weights.n_layers))
+            direct = where.rows(trace.non_head_stream(weights.n_layers))
             values[members] = (direct * directions).sum(-1) + bias
             continue
         through = directions @ weights.head("W_O", *end[0]).mT
         for some in torch.tensor(members).split(at_once):
-            z = score.rows(path_values(trace, [paths[i] for i in some.tolist()]))
+            z = where.rows(path_z(trace, [paths[i] for i in some.tolist()]))
             values[some] = torch.einsum("pnr,nr->pn", z, through)
     return values
 
 
-def _toward_targets(trace: FrozenTrace, score: Scoring, center: bool) -> tuple[Tensor, Tensor]:
-    """The logit of each target is the final residual stream along [N, d], plus [N]."""
-    weights, bias = trace.weights, trace.weights.unembed_bias
-    tokens = score.tokens()
-    bias = weights.W_E.new_zeros(weights.d_vocab, dtype=weights.compute_dtype) if bias is None else bias
-    directions, added = unembed_columns(weights, tokens[:, 0]).mT, bias[tokens[:, 0]]
-    if score.against is not None:
-        directions, added = directions - unembed_columns(weights, tokens[:, 1]).mT, added - bias[tokens[:, 1]]
+def _toward_targets(trace: FrozenTrace, where: Asked, center: bool) -> tuple[Tensor, Tensor]:
+    """Each target's logit as a function of the final residual stream: its product with [N, d], plus [N]."""
+    weights, unembedding, tokens = trace.weights, Unembedding(trace.weights), where.tokens()
+    bias = trace.embedded.new_zeros(weights.d_vocab) if unembedding.bias is None else unembedding.bias
+    directions, added = unembedding.columns(tokens[:, 0]).mT, bias[tokens[:, 0]]
+    if where.against is not None:
+        directions, added = directions - unembedding.columns(tokens[:, 1]).mT, added - bias[tokens[:, 1]]
     elif center:
-        mean = weights.W_U.mean(1, dtype=weights.compute_dtype)
-        directions, added = directions - mean, added - bias.mean()
+        directions = directions - weights.W_U.mean(1, dtype=weights.compute_dtype)
+        added = added - bias.mean()
     if weights.ln_final_w is not None:
         directions = directions * weights.ln_final_w.to(directions.dtype)
-    return centered(directions, weights) * score.rows(trace.scales[-1][..., None]), added
+    return centered(directions, weights) * where.rows(trace.scales[-1][..., None]), added
 
 
-def _nothing(score: Scoring, values: Tensor, per_token: bool) -> Tensor:
-    """Zero, at every position measured."""
-    zeros = values.new_zeros(score.count)
-    return score.placed(zeros) if per_token else values.new_zeros(())
+def _zeros(where: Asked, values: Tensor, per_token: bool) -> Tensor:
+    """The baseline: zero, at every position measured."""
+    return where.placed(values.new_zeros(where.count)) if per_token else values.new_zeros(())

@@ -1,102 +1,88 @@
-"""How an ablated or patched head's output reaches the rest of the model: frozen, computed anew, or by one hop alone."""
+"""How a removed output reaches the rest of the model: through frozen layers, through layers computed anew, or by an
+edge to one receiver alone.
+"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyfastcircuits.experiments.ablation_value import Replacement
-from pyfastcircuits.experiments.measure import Change
-from pyfastcircuits.run.forward import Rerun, centered, norm_scale
-from pyfastcircuits.run.patterns import mixed, of_head
+from pyfastcircuits.experiments.ablation_value import AblationValue
+from pyfastcircuits.experiments.measure import Intervention
+from pyfastcircuits.model.norms import centered, normalized
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.nodes import Edge, Head, HeadOutputs, Inputs, Node
+from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
 __all__ = [
+    "EdgeRemoval",
     "Effect",
-    "Head",
-    "Hop",
-    "Input",
-    "frozen_hop",
-    "frozen_removed",
-    "hop_changes",
+    "edge_removals",
+    "frozen_edge_z",
+    "frozen_removal",
     "removed_z",
-    "renormed",
-    "rerun_of",
-    "rerun_removed",
-    "written",
+    "rerun_removal",
 ]
 
-Head = tuple[int, int]
-Hop = tuple[Head, ...]  # source, destination
 Effect = Literal["total", "direct"]
-Input = Literal["Q", "K", "V"]
 SCORES = 64 << 20  # bytes of attention scores made at a time, at least one experiment's
 ROWS = 1024  # positions rerun at a time, at least one experiment's: what a layer makes of more leaves the caches
 
 
-def rerun_of(trace: FrozenTrace) -> Rerun:
-    """The model's layers, to be run again.
+def removed_z(part: FrozenTrace, layer: int, value: AblationValue) -> Tensor:
+    """z of every head of a layer, less the value that takes its place: [H, B, T, r]."""
+    return value.removal(HeadOutputs(layer), part)
 
-    Raises:
-        ValueError: the trace has none.
+
+def frozen_removal(part: FrozenTrace, sets: Sequence[Sequence[Node]], value: AblationValue) -> Tensor:
+    """What the final residual stream loses [P, B, T, d] when each set of nodes is out: directly and by later heads.
+
+    Later heads read the stream without it under their frozen patterns; all else writes what it wrote.
     """
-    if trace.rerun is None:
-        raise ValueError("this run's model cannot be run again from within: only frozen attention is possible")
-    return trace.rerun
-
-
-def removed_z(part: FrozenTrace, sequences: slice, layer: int, swap: Replacement) -> Tensor:
-    """z of every head of a layer, less what takes its place: [H, B, T, r]."""
-    return swap.removed(lambda run: run.z(layer), part, sequences, ("z", layer))
-
-
-def written(part: FrozenTrace, z: Tensor, layer: int, head: int) -> Tensor:
-    """What z [..., B, T, r] of a head adds to the residual stream [..., B, T, d]."""
-    return part.post(z @ part.weights.head("W_O", layer, head), layer)
-
-
-def frozen_removed(part: FrozenTrace, sequences: slice, sets: Sequence[tuple[Head, ...]], swap: Replacement) -> Tensor:
-    """What each set of heads takes out of the final residual stream, directly and through later heads: [P, B, T, d]."""
     gone = part.embedded.new_zeros(len(sets), *part.embedded.shape)
-    for layer in range(part.weights.n_layers):
-        own = [[head for at, head in heads if at == layer] for heads in sets]
-        behind = [i for i, heads in enumerate(sets) if heads[0][0] < layer]
-        if behind:
-            gone[behind] += _passed(part, gone[behind], layer, [own[i] for i in behind])
-        if any(own):
-            z = removed_z(part, sequences, layer, swap)
-            for head in sorted({head for heads in own for head in heads}):
-                gone[[i for i, heads in enumerate(own) if head in heads]] += written(part, z[head], layer, head)
+    for layer in range(-1, part.weights.n_layers):
+        here = [[node for node in nodes if node.layer == layer] for nodes in sets]
+        reached = [i for i, nodes in enumerate(sets) if min(node.layer for node in nodes) < layer]
+        if reached:
+            gone[reached] += _passed_on(part, gone[reached], layer, [here[i] for i in reached])
+        for outputs in dict.fromkeys(node.outputs for nodes in here for node in nodes):
+            removal = value.removal(outputs, part)
+            siblings = {node for nodes in here for node in nodes if node.outputs == outputs}
+            for node in sorted(siblings, key=lambda node: node.index):
+                gone[[i for i, nodes in enumerate(here) if node in nodes]] += node.write(part, removal[node.index])
     return gone
 
 
-def _passed(part: FrozenTrace, gone: Tensor, layer: int, out: Sequence[Sequence[int]]) -> Tensor:
-    """What a layer's heads make of what is gone [P, B, T, d], but for those that are out themselves."""
+def _passed_on(part: FrozenTrace, gone: Tensor, layer: int, out: Sequence[Sequence[Node]]) -> Tensor:
+    """What a layer's heads make of removals [P, B, T, d] that they read; heads that are out themselves make nothing."""
     passed = part.attend(gone, layer)
-    for i, heads in enumerate(out):
-        for head in heads:
-            read = part.normed(gone[i], layer) @ part.weights.head("W_V", layer, head)
-            z = mixed(of_head(part.patterns[layer], head), read[None, :, None])[0, :, 0]
-            passed[i] -= written(part, z, layer, head)
+    for i, nodes in enumerate(out):
+        for node in nodes:
+            if isinstance(node, Head):
+                values = part.normed(gone[i], layer) @ part.weights.head("W_V", *node)
+                z = apply_pattern(head_pattern(part.patterns[layer], node.head), values[None, :, None])[0, :, 0]
+                passed[i] -= node.write(part, z)
     return passed
 
 
-def rerun_removed(part: FrozenTrace, sequences: slice, sets: Sequence[tuple[Head, ...]], swap: Replacement) -> Tensor:
-    """The same with everything behind each set's first layer computed anew."""
+def rerun_removal(part: FrozenTrace, sets: Sequence[Sequence[Head]], value: AblationValue) -> Tensor:
+    """What the final residual stream loses [P, B, T, d] when everything behind each set's first layer is run again."""
     final = torch.empty(len(sets), *part.embedded.shape, dtype=part.embedded.dtype, device=part.embedded.device)
-    layers = [heads[0][0] for heads in sets]
-    for first, members in at_once(part, layers):
+    firsts = [min(head.layer for head in heads) for heads in sets]
+    for first, members in _rerun_together(part, firsts):
         stream = part.streams[first].expand(len(members), *part.embedded.shape)
         for layer in range(first, part.weights.n_layers):
-            own = [[head for at, head in sets[i] if at == layer] for i in members]
-            change = _replaced(part, sequences, stream, layer, own, swap) if any(own) else None
-            stream = rerun_of(part).after(layer, stream, change)
+            out = [[head.head for head in sets[i] if head.layer == layer] for i in members]
+            change = _replaced(part, stream, layer, out, value) if any(out) else None
+            stream = part.forward.block(layer, stream, change)
         final[members] = stream
     return part.final - final
 
 
-def at_once(part: FrozenTrace, layers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+def _rerun_together(part: FrozenTrace, layers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     """Experiments that are rerun together, by the layer where they start."""
     step = max(1, ROWS // part.tokens.numel())
     for first in sorted(set(layers)):
@@ -106,118 +92,140 @@ def at_once(part: FrozenTrace, layers: Sequence[int]) -> Iterator[tuple[int, lis
 
 
 def _replaced(
-    part: FrozenTrace, sequences: slice, stream: Tensor, layer: int, out: Sequence[Sequence[int]], swap: Replacement
+    part: FrozenTrace, stream: Tensor, layer: int, out: Sequence[Sequence[int]], value: AblationValue
 ) -> Tensor:
-    """What the output of a layer's attention changes by when heads that read `stream` are replaced: [P, B, T, d]."""
-    instead = swap(lambda run: run.z(layer), sequences, ("z", layer))
+    """The change of a layer's attention output [P, B, T, d] when heads that read `stream` are replaced.
+
+    It is the change in front of a norm after the heads.
+    """
+    instead = value.value(HeadOutputs(layer), part)
     change = torch.zeros_like(stream)
     for i, heads in enumerate(out):
         if heads:
-            z = z_of(part, stream[i : i + 1], layer)[0].transpose(0, 1)
-            W_O = part.weights.W_O[layer].to(z.dtype)[heads]  # before a norm after the heads
+            qkv = part.forward.qkv(layer, normalized(stream[i : i + 1], part.weights))
+            z = part.forward.apply(layer, *qkv)[0].transpose(0, 1)
+            W_O = part.weights.W_O[layer].to(z.dtype)[heads]
             change[i] = torch.einsum("hbtr,hrd->btd", (instead - z).expand_as(z)[heads], W_O)
     return change
 
 
-def renormed(part: FrozenTrace, stream: Tensor) -> Tensor:
-    """A residual stream through a layer's norm computed anew, before its gain."""
-    return centered(stream, part.weights) * norm_scale(stream, part.weights)[..., None]
+def frozen_edge_z(part: FrozenTrace, sources: Sequence[Head], head: Head, value: AblationValue) -> Tensor:
+    """The part of a head's z that comes by the edges from each source to its values: [P, B, T, r]; pattern frozen."""
+    weights, W_V = part.weights, part.weights.head("W_V", *head)
+    values = []
+    for source in sources:
+        virtual_weights = centered(weights.head("W_O", *source), weights) @ W_V
+        z = part.apply_post_norm(removed_z(part, source.layer, value)[source.head], source.layer)
+        values.append(z @ virtual_weights)
+    read = torch.stack(values) * part.scales[head.layer][..., None]
+    z = apply_pattern(head_pattern(part.patterns[head.layer], head.head), read[:, :, None])[:, :, 0]
+    return part.apply_post_norm(z, head.layer)
 
 
-def z_of(part: FrozenTrace, stream: Tensor, layer: int) -> Tensor:
-    """z [N, B, H, T, r] of a layer that reads `stream` [N, B, T, d], computed anew."""
-    rerun = rerun_of(part)
-    return rerun.mix(layer, *rerun.project(layer, renormed(part, stream)))
-
-
-def frozen_hop(part: FrozenTrace, sequences: slice, sources: Sequence[Head], head: Head, swap: Replacement) -> Tensor:
-    """What a head no longer mixes when it does not read what each source wrote, its pattern frozen: [P, B, T, r]."""
-    weights = part.weights
-    W_V = weights.head("W_V", *head)
-    values = [
-        part.post(removed_z(part, sequences, layer, swap)[h], layer)
-        @ (centered(weights.head("W_O", layer, h), weights) @ W_V)
-        for layer, h in sources
-    ]
-    read = torch.stack(values) * part.scales[head[0]][..., None]
-    z = mixed(of_head(part.patterns[head[0]], head[1]), read[:, :, None])[:, :, 0]
-    return part.post(z, head[0])
-
-
-def received(part: FrozenTrace, added: Tensor, layer: int, inputs: str) -> Tensor:
-    """What z [N, B, H, T, r] of a layer's heads changes by when `added` [N, B, T, d] joins what makes their `inputs`.
+def destination_z_change(part: FrozenTrace, added: Tensor, layer: int, inputs: Inputs) -> Tensor:
+    """The change of z [N, B, H, T, r] of a layer's heads when `added` [N, B, T, d] joins what their inputs are made of.
 
     Patterns and the norm in front are computed anew; queries, keys and values that are not among the inputs stay.
     """
-    rerun, stream = rerun_of(part), part.streams[layer]
-    clean = rerun.project(layer, part.normed(stream, layer)[None])
-    out = []
+    forward, stream = part.forward, part.streams[layer]
+    clean = forward.qkv(layer, part.normed(stream, layer)[None])
     (batch, length), heads = part.tokens.shape, part.weights.n_heads
     step = max(1, SCORES // (batch * heads * length**2 * stream.element_size()))
-    base = rerun.mix(layer, *clean)
+    base, out = forward.apply(layer, *clean), []
     for some in added.split(step):
-        changed = rerun.project(layer, renormed(part, stream + some))
+        changed = forward.qkv(layer, normalized(stream + some, part.weights))
         mixture = (new if name in inputs else old for name, new, old in zip("QKV", changed, clean, strict=True))
-        out.append(rerun.mix(layer, *mixture) - base)
+        out.append(forward.apply(layer, *mixture) - base)
     return torch.cat(out)
 
 
-def _read(cut: Sequence[Hop]) -> dict[Head, tuple[Head, ...]]:
+Cut = Sequence[Edge]  # edges that are cut together; their receivers read the same inputs in one layer
+
+
+def _sources_of(cut: Cut) -> dict[Head, tuple[Head, ...]]:
     """The sources that each destination of a cut does without."""
-    return {to: tuple(sorted({source for source, at in cut if at == to})) for _, to in cut}
-
-
-def hop_changes(
-    trace: FrozenTrace, cuts: Sequence[Sequence[Hop]], inputs: str, swap: Replacement, effect: Effect
-) -> list[Change]:
-    """Destinations read `inputs` without what sources wrote, one hop or, in a layer, several to a cut: their new output
-    goes straight to the logits ("direct", single hops), or through everything behind it, computed anew ("total").
-    """
-    weights = trace.weights
-    rerun_of(trace)
-    groups: dict[tuple[int, int | None], list[int]] = {}
-    for i, cut in enumerate(cuts):
-        (_, to), *others = cut
-        groups.setdefault((to[0], None if others or effect == "total" else to[1]), []).append(i)
-    reads = {
-        layer: sorted({sources for cut in cuts if cut[0][1][0] == layer for sources in _read(cut).values()})
-        for layer, _ in groups
+    return {
+        to: tuple(sorted({e.source for e in cut if e.receiver.head == to})) for to in (e.receiver.head for e in cut)
     }
-    kept: dict[tuple[int, int], Tensor] = {}
 
-    def z_changes(part: FrozenTrace, sequences: slice, layer: int) -> Tensor:
-        """Of every choice of sources: kept for the destinations of one layer."""
-        key = layer, sequences.start
-        if key not in kept:
-            kept.clear()
-            heads = {head for sources in reads[layer] for head in sources}
-            gone = {(at, h): written(part, removed_z(part, sequences, at, swap)[h], at, h) for at, h in heads}
-            added = [
-                -sum((gone[head] for head in sources), torch.zeros_like(part.embedded)) for sources in reads[layer]
-            ]
-            kept[key] = received(part, torch.stack(added), layer, inputs)
-        return kept[key]
 
-    def into(layer: int, head: int | None, indices: list[int]) -> Change:
-        def removed(part: FrozenTrace, sequences: slice, members: Sequence[int]) -> Tensor:
-            changes = z_changes(part, sequences, layer)
-            chosen = [cuts[indices[i]] for i in members]
-            if head is not None:
-                members = [reads[layer].index((source,)) for ((source, _),) in chosen]
-                return -part.post(changes[members, :, head], layer)
-            W_O = weights.W_O[layer].to(changes.dtype)  # before a norm after the heads
-            final = changes.new_zeros(len(chosen), *part.embedded.shape)
-            for i, cut in enumerate(chosen):
-                for to, sources in _read(cut).items():
-                    final[i] += changes[reads[layer].index(sources), :, to[1]] @ W_O[to[1]]
-            for _, some in at_once(part, [layer] * len(chosen)):
-                stream = rerun_of(part).after(layer, part.streams[layer].expand_as(final[some]), final[some])
-                for behind in range(layer + 1, weights.n_layers):
-                    stream = rerun_of(part).after(behind, stream)
-                final[some] = stream
-            return part.final - final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Receiving:
+    """What the heads of one layer receive when cuts take sources away from them; computed once for a part of a run."""
 
-        scratch = len(reads[layer]) * weights.n_heads * weights.d_head
-        return Change(indices, removed, [] if head is None else [(layer, head)], scratch=scratch)
+    layer: int
+    inputs: Inputs
+    value: AblationValue
+    choices: list[tuple[Head, ...]]  # every choice of sources that some destination of the layer does without
+    kept: dict[tuple[FrozenTrace, int], Tensor]  # by part and layer: the last one of all layers that share it
 
-    return [into(*key, indices) for key, indices in sorted(groups.items(), key=lambda x: (x[0][0], x[0][1] or 0))]
+    def z_changes(self, part: FrozenTrace) -> Tensor:
+        """The change of z [choices, B, H, T, r] of the layer's heads."""
+        if (part, self.layer) not in self.kept:
+            self.kept.clear()
+            heads = dict.fromkeys(head for sources in self.choices for head in sources)
+            gone = {head: head.write(part, removed_z(part, head.layer, self.value)[head.head]) for head in heads}
+            nothing = torch.zeros_like(part.embedded)
+            added = [-sum((gone[head] for head in sources), nothing) for sources in self.choices]
+            self.kept[part, self.layer] = destination_z_change(part, torch.stack(added), self.layer, self.inputs)
+        return self.kept[part, self.layer]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EdgeRemoval(Intervention):
+    """Destinations in one layer read their inputs without what sources wrote; patterns are computed anew."""
+
+    cuts: Sequence[Cut]
+    receiving: _Receiving
+
+    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
+        """See Intervention: z of the write head, or what is lost through everything behind, computed anew."""
+        changes, layer, choices = self.receiving.z_changes(part), self.receiving.layer, self.receiving.choices
+        cuts = [self.cuts[i] for i in members]
+        if self.write_heads:
+            chosen = [choices.index((edge.source,)) for (edge,) in cuts]
+            return -part.apply_post_norm(changes[chosen, :, self.write_heads[0].head], layer)
+        W_O = part.weights.W_O[layer].to(changes.dtype)  # before a norm after the heads
+        final = changes.new_zeros(len(cuts), *part.embedded.shape)
+        for i, cut in enumerate(cuts):
+            for to, sources in _sources_of(cut).items():
+                final[i] += changes[choices.index(sources), :, to.head] @ W_O[to.head]
+        for _, some in _rerun_together(part, [layer] * len(cuts)):
+            stream = part.forward.block(layer, part.streams[layer].expand_as(final[some]), final[some])
+            for behind in range(layer + 1, part.weights.n_layers):
+                stream = part.forward.block(behind, stream)
+            final[some] = stream
+        return part.final - final
+
+
+def edge_removals(
+    weights: CircuitWeights, cuts: Sequence[Cut], value: AblationValue, effect: Effect
+) -> list[EdgeRemoval]:
+    """Interventions that cut edges: one to a layer of destinations, or, for direct effects, to a destination.
+
+    What destinations then write goes straight to the logits ("direct", cuts of one edge each), or through everything
+    behind them, computed anew ("total").
+    """
+    layers: dict[int, list[int]] = {}
+    for i, cut in enumerate(cuts):
+        layers.setdefault(cut[0].receiver.head.layer, []).append(i)
+    out: list[EdgeRemoval] = []
+    kept: dict[tuple[FrozenTrace, int], Tensor] = {}
+    for layer, places in sorted(layers.items()):
+        choices = sorted({sources for i in places for sources in _sources_of(cuts[i]).values()})
+        inputs = cuts[places[0]][0].receiver.inputs
+        receiving = _Receiving(layer=layer, inputs=inputs, value=value, choices=choices, kept=kept)
+        groups: dict[Head | None, list[int]] = {}
+        for i in places:
+            groups.setdefault(cuts[i][0].receiver.head if effect == "direct" else None, []).append(i)
+        out += [
+            EdgeRemoval(
+                places=some,
+                write_heads=[] if head is None else [head],
+                extra_floats_per_position=len(choices) * weights.n_heads * weights.d_head,
+                cuts=[cuts[i] for i in some],
+                receiving=receiving,
+            )
+            for head, some in sorted(groups.items(), key=lambda group: group[0] or Head(-1, -1))
+        ]
+    return out

@@ -1,4 +1,4 @@
-"""Which heads do what: by what they attend to where tokens repeat, and whether their weights say the same."""
+"""Detectors of known heads: their attention where tokens repeat, and whether their weights say the same."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -6,14 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.adapters.tracing import checked_tokens, trace
 from pyfastcircuits.circuits.composition import composition_scores, composition_z_scores
 from pyfastcircuits.circuits.vocabulary import composed_eigenvalues, copying_scores, positivity
 from pyfastcircuits.model.folding import center
+from pyfastcircuits.model.norms import final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.result import Result
-from pyfastcircuits.run.forward import toward_logits
-from pyfastcircuits.run.trace import FrozenTrace, checked_tokens, trace
+from pyfastcircuits.run.nodes import Head
+from pyfastcircuits.run.trace import FrozenTrace
 
 __all__ = ["head_scores", "induction_heads"]
 
@@ -31,8 +33,9 @@ def head_scores(
     seed: int = 0,
     start: int = 0,
     tokens: Tensor | None = None,
+    weights: CircuitWeights | None = None,
 ) -> Result:
-    """What every head attends to, and what it does with it, on random tokens that come again: five scores, [L, H] each.
+    """Score every head on random tokens that come again, by what it attends to and copies: five scores, [L, H] each.
 
     Each of the first four is a mean over sequences and over the positions where it can be told, of the attention from
     there:
@@ -61,6 +64,7 @@ def head_scores(
         start: the token in front of each sequence: 0, [START], for the bundled models. For others, what their
             tokenizer puts in front; its position is where heads rest.
         tokens: [B, T] or [T]: sequences of one's own, instead of all these but `batch`.
+        weights: what `CircuitWeights.from_model(model)` returned before; None reads them, once for all runs.
 
     Returns:
         Of all heads, in the weights' computing dtype; `.values` is the induction score, the baseline 0. Scores that
@@ -75,7 +79,7 @@ def head_scores(
     Source: "In-context Learning and Induction Heads", Olsson et al. 2022 (head activation evaluators); Elhage et al.
     2021.
     """
-    weights = model if isinstance(model, CircuitWeights) else CircuitWeights.from_model(model)
+    weights = _weights_of(model, weights)
     for name, value in (("length", length), ("copies", copies), ("batch", batch), ("batches", batches)):
         least = 1 if name.startswith("batch") else 2
         if value < least:
@@ -83,22 +87,28 @@ def head_scores(
     if tokens is None:
         _check_drawn(weights, length, copies, start)
         parts = _drawn(weights, length, copies, batch, batches, seed, start)
-        setup = {"length": f"{length}", "copies": f"{copies}", "seed": f"{seed}", "start": f"{start}"}
-        setup["sequences"] = f"{batch * batches}"
+        setup: dict[str, str | int | float] = {"length": length, "copies": copies, "seed": seed, "start": start}
+        setup["sequences"] = batch * batches
     else:
         rows = checked_tokens(weights, tokens)
         parts = iter(rows.split(batch))
-        setup = {"tokens": "given", "sequences": f"{len(rows)}"}
+        setup = {"tokens": "given", "sequences": len(rows)}
     names, shape = (*ATTENTION, "copying"), (weights.n_layers, weights.n_heads)
     sums = {name: torch.zeros(shape, dtype=torch.float64, device=weights.device) for name in names}
     counts = {name: torch.zeros_like(total) for name, total in sums.items()}
     for part in parts:
-        _add(trace(model, part), sums, counts)
+        _add(trace(model, part, weights=weights), sums, counts)
     means = {name: (sums[name] / counts[name]).to(weights.compute_dtype) for name in names}
     means["copying"] = 2 * means["copying"] - 1
-    what = [((layer, head),) for layer in range(shape[0]) for head in range(shape[1])]
+    labels = [Head(layer, head).label for layer in range(shape[0]) for head in range(shape[1])]
     induction = means.pop("induction")
-    return Result(what, induction, induction.new_zeros(()), "induction", means, setup)
+    return Result(labels, induction, induction.new_zeros(()), "induction", means, setup)
+
+
+def _weights_of(model: Any, weights: CircuitWeights | None) -> CircuitWeights:
+    if isinstance(model, CircuitWeights):
+        return model
+    return CircuitWeights.from_model(model) if weights is None else weights
 
 
 def _check_drawn(weights: CircuitWeights, length: int, copies: int, start: int) -> None:
@@ -166,7 +176,7 @@ def _add(run: FrozenTrace, sums: dict[str, Tensor], counts: dict[str, Tensor]) -
 def _raised(run: FrozenTrace, layer: int) -> tuple[Tensor, Tensor]:
     """What a layer's heads raise of the tokens they attend to, and of all tokens of the sequence: fp64 [H] each."""
     weights, tokens, stream = run.weights, run.tokens, run.streams[layer]
-    read_out = toward_logits(weights.heads("W_O", layer), weights)  # [H, r, d]
+    read_out = final_norm_gain(weights.heads("W_O", layer), weights)  # [H, r, d]
     unembed = weights.W_U.mT[tokens].to(stream.dtype)  # [B, T, d]
     values = run.normed(stream, layer)[:, None] @ weights.heads("W_V", layer)  # [B, H, T, r]
     logits = values @ torch.einsum("hrd,btd->bhrt", read_out, unembed)  # [B, H, T, T]: of a source, for a token
@@ -181,8 +191,14 @@ def _raised(run: FrozenTrace, layer: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def induction_heads(model: Any, scores: Result | None = None, *, backend: Backend = "auto") -> Result:
-    """Induction heads by what they do, with what their weights say of it, each with the head that it would build on.
+def induction_heads(
+    model: Any,
+    scores: Result | None = None,
+    *,
+    weights: CircuitWeights | None = None,
+    backend: Backend = "auto",
+) -> Result:
+    """Induction heads by their attention and by their weights, each with the head that it would build on.
 
     A head of a layer after the first is paired with the head of an earlier layer that attends most to the previous
     token. If it is an induction head, it finds its source by what that head has written there: its keys compose with it
@@ -192,6 +208,7 @@ def induction_heads(model: Any, scores: Result | None = None, *, backend: Backen
     Args:
         model: as head_scores.
         scores: what head_scores returned for this model; None: made with its defaults.
+        weights: as in head_scores.
         backend: of the composition scores, see pyfastcircuits.ops.
 
     Returns:
@@ -206,11 +223,11 @@ def induction_heads(model: Any, scores: Result | None = None, *, backend: Backen
 
     Source: "Induction Heads", Elhage et al. 2021.
     """
-    weights = model if isinstance(model, CircuitWeights) else CircuitWeights.from_model(model)
+    weights = _weights_of(model, weights)
     shape = (weights.n_layers, weights.n_heads)
     if shape[0] < 2:
         raise ValueError(f"the model has {shape[0]} layers: an induction head reads what an earlier layer wrote")
-    scores = head_scores(model) if scores is None else scores
+    scores = head_scores(model, weights=weights) if scores is None else scores
     if "previous_token" not in scores.measured or scores.values.shape != shape:
         raise ValueError(
             f"scores are {scores.metric} of shape {list(scores.values.shape)}, expected what head_scores gives for "
@@ -229,10 +246,10 @@ def induction_heads(model: Any, scores: Result | None = None, *, backend: Backen
     z = composition_z_scores(weights, "K", composition, sources=partners)
     rows = torch.tensor([partners.index(source) for source, _ in pairs], dtype=torch.long, device=weights.device)
     induction = scores.values[behind]
-    also = {
+    extra = {
         "previous_token": previous[ahead],
         "k_composition": z[rows, behind[0], behind[1]],
         "matching": positivity(composed_eigenvalues(weights, pairs)),
         "copying": copying_scores(weights)[behind],
     }
-    return Result(pairs, induction, induction.new_zeros(()), "induction", also, scores.setup)
+    return Result(pairs, induction, induction.new_zeros(()), "induction", extra, scores.setup)

@@ -1,63 +1,224 @@
-"""What an experiment is measured by, and at which positions."""
+"""Metrics: the numbers that experiments measure, as objects, and the positions and tokens they are asked about."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import check_range
+from pyfastcircuits.result import Harm
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["METRICS", "WORSE", "Metric", "Positions", "Scoring", "next_tokens", "scoring"]
+__all__ = [
+    "KL",
+    "METRICS",
+    "NLL",
+    "Asked",
+    "LogitDifference",
+    "Metric",
+    "MetricSpec",
+    "Positions",
+    "Probability",
+    "Rank",
+    "Rows",
+    "Top1",
+    "asked",
+    "metric_spec",
+]
 
-Metric = Literal["nll", "kl", "logit_difference", "probability", "rank", "top1"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-WORSE: dict[str, Literal["rise", "fall"]] = {  # which way a metric goes when a model gets worse
-    **dict.fromkeys(("nll", "kl", "rank"), "rise"),
-    **dict.fromkeys(("logit_difference", "probability", "top1"), "fall"),
-}
 Positions = int | Sequence[int] | Tensor
+Tokens = Tensor | int | None  # an integer, [B], or [B, T]; None: the next token
+MetricName = Literal["nll", "kl", "logit_difference", "probability", "rank", "top1"]
+
+
+class Rows(Protocol):
+    """What a metric may ask about the changed logits of P experiments at N positions; each is fp64 [P, N]."""
+
+    @property
+    def lse(self) -> Tensor:
+        """The logsumexp of the changed logits."""
+        ...
+
+    @property
+    def target_logit(self) -> Tensor:
+        """The changed logit of the target."""
+        ...
+
+    @property
+    def divergence(self) -> Tensor:
+        """KL(clean || changed), in nats."""
+        ...
+
+    @property
+    def token_logits(self) -> tuple[Tensor, ...]:
+        """The changed logits of the target and of the token it is compared with, without a pass over the vocabulary."""
+        ...
+
+    @property
+    def rank(self) -> Tensor:
+        """How many tokens have a larger changed logit than the target."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
-class Scoring:
-    """A metric, the positions it is taken at, and the tokens it asks about.
+class MetricSpec(ABC):
+    """A metric of the logits at each position. Users pass one of these, or its name.
 
     Attributes:
-        metric: see METRICS.
-        kl: whether KL(clean || changed) is measured besides.
+        targets: the token asked about: an integer, [B], or [B, T]; None: the next token.
+        name: the metric's name in results.
+        harm: the way the metric moves when a model gets worse.
+        from_sums: whether sums over the vocabulary, of exponentials and of the clean run's expectation, are all that
+            it needs: then products of a pair's two heads can be shared among pairs.
+        has_gradient: whether it is differentiable, and not constant to first order, at the clean run.
+    """
+
+    targets: Tokens = None
+    name: ClassVar[str]
+    harm: ClassVar[Harm] = "rise"
+    from_sums: ClassVar[bool] = True
+    has_gradient: ClassVar[bool] = True
+
+    @property
+    def against(self) -> Tokens:
+        """The second token asked about, if the metric compares two."""
+        return None
+
+    @abstractmethod
+    def measure(self, rows: Rows) -> Tensor:
+        """The metric, fp64 [P, N]."""
+
+
+class NLL(MetricSpec):
+    """The loss: the negative log-likelihood of the target, in nats."""
+
+    name = "nll"
+
+    def measure(self, rows: Rows) -> Tensor:
+        """See MetricSpec."""
+        return rows.lse - rows.target_logit
+
+
+class Probability(MetricSpec):
+    """The probability of the target."""
+
+    name = "probability"
+    harm = "fall"
+
+    def measure(self, rows: Rows) -> Tensor:
+        """See MetricSpec."""
+        return (rows.target_logit - rows.lse).exp()
+
+
+class KL(MetricSpec):
+    """The divergence KL(clean || changed) of the predictions, in nats; it asks about no token."""
+
+    name = "kl"
+    has_gradient = False  # 0 at the clean run, where it is least
+
+    def measure(self, rows: Rows) -> Tensor:
+        """See MetricSpec."""
+        return rows.divergence
+
+
+@dataclass(frozen=True, eq=False)
+class LogitDifference(MetricSpec):
+    """logit(targets) - logit(against)."""
+
+    against: Tokens = None  # type: ignore[assignment]  # a field where the others have none
+    name = "logit_difference"
+    harm = "fall"
+    from_sums = False
+
+    def measure(self, rows: Rows) -> Tensor:
+        """See MetricSpec."""
+        first, second = rows.token_logits
+        return first - second
+
+
+class Rank(MetricSpec):
+    """The number of tokens whose logit is larger than the target's: 0 for the model's first choice."""
+
+    name = "rank"
+    from_sums = False
+    has_gradient = False
+
+    def measure(self, rows: Rows) -> Tensor:
+        """See MetricSpec."""
+        return rows.rank
+
+
+class Top1(MetricSpec):
+    """The share of positions where no token has a larger logit than the target."""
+
+    name = "top1"
+    harm = "fall"
+    from_sums = False
+    has_gradient = False
+
+    def measure(self, rows: Rows) -> Tensor:
+        """See MetricSpec."""
+        return (rows.rank == 0).double()
+
+
+METRICS: dict[str, type[MetricSpec]] = {m.name: m for m in (NLL, KL, LogitDifference, Probability, Rank, Top1)}
+Metric = MetricName | MetricSpec
+
+
+def metric_spec(metric: Metric, targets: Tokens = None, against: Tokens = None) -> MetricSpec:
+    """The metric as an object, with the tokens it asks about.
+
+    Raises:
+        ValueError: an unknown metric; `against` missing or too much; tokens given twice.
+        TypeError: something else than a name or a metric.
+    """
+    if isinstance(metric, MetricSpec):
+        if targets is not None or against is not None:
+            raise ValueError(f"metric is {type(metric).__name__}(...), which holds its tokens: give them there alone")
+        if isinstance(metric, LogitDifference) and metric.against is None:
+            raise ValueError("against is missing, but metric is LogitDifference(...): it compares two tokens")
+        return metric
+    if not isinstance(metric, str) or metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}, or a metric object")
+    if (against is not None) != (metric == LogitDifference.name):
+        state = "missing" if against is None else "given"
+        raise ValueError(
+            f"against is {state}, but metric is {metric!r}: a logit difference needs it, nothing else does"
+        )
+    return LogitDifference(targets, against) if against is not None else METRICS[metric](targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The positions that are measured, and the tokens that are asked about there.
+
+    Attributes:
         where: [B, T], the positions measured.
         targets: [B, T]; not read where nothing is measured.
         against: [B, T], the second token of a logit difference.
         width: T' of results by position: T, or T-1 where no last position is measured.
     """
 
-    metric: Metric
-    kl: bool
     where: Tensor
     targets: Tensor
     against: Tensor | None
     width: int
 
     @property
-    def names(self) -> tuple[Metric, ...]:
-        """All that is measured."""
-        return (self.metric, "kl") if self.kl and self.metric != "kl" else (self.metric,)
-
-    @property
     def count(self) -> int:
-        """Positions measured."""
+        """The number of positions measured."""
         return int(self.where.sum())
 
-    def __getitem__(self, sequences: slice) -> "Scoring":
-        """Of some of the sequences."""
+    def __getitem__(self, sequences: slice) -> "Asked":
+        """The same for some of the sequences."""
         against = None if self.against is None else self.against[sequences]
         return replace(self, where=self.where[sequences], targets=self.targets[sequences], against=against)
 
     def rows(self, stream: Tensor) -> Tensor:
-        """[..., B, T, x] -> [..., N, x] of the N positions measured."""
+        """[..., B, T, x] -> [..., N, x]: the N positions measured."""
         return stream[..., self.where, :]
 
     def tokens(self) -> Tensor:
@@ -72,61 +233,38 @@ class Scoring:
         return out[..., : self.width]
 
 
-def scoring(
+def asked(
     trace: FrozenTrace,
-    metric: Metric = "nll",
-    *,
-    targets: Tensor | int | None = None,
-    against: Tensor | int | None = None,
     positions: Positions | None = None,
-    kl: bool = False,
-) -> Scoring:
-    """Check what is to be measured.
+    *,
+    targets: Tokens = None,
+    against: Tokens = None,
+    of_tokens: bool = True,
+) -> Asked:
+    """Check the positions and tokens that an experiment asks about.
 
     Args:
         trace: the run.
-        metric: "nll" of the target, "kl" (clean || changed), both in nats; "logit_difference", logit(target) -
-            logit(against); "probability" of the target; "rank", how many tokens have a larger logit than the target;
-            "top1", the share of positions where none has.
-        targets: the token asked about: an integer, [B], or [B, T]; None: the next token.
-        against: likewise, of a logit difference.
         positions: an integer, several, or a mask [T] or [B, T]; negative ones count from the end. None: every real
-            position whose next token is real. The last position has no next token: it takes targets, or "kl".
-        kl: measure KL(clean || changed) too.
+            position whose next token is real. The last position has no next token: it needs targets.
+        targets, against: an integer, [B], or [B, T]; targets None: the next token.
+        of_tokens: False where nothing is asked about a token (KL, say).
 
     Raises:
-        ValueError: an unknown metric; against missing or too much; shapes that do not fit; positions that leave nothing
-            or have no target.
+        ValueError: shapes that do not fit; positions that leave nothing or have no target.
         IndexError: positions or tokens that are out of range.
+        TypeError: tokens that are no integers.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
-    if (against is not None) != (metric == "logit_difference"):
-        state = "missing" if against is None else "given"
-        raise ValueError(
-            f"against is {state}, but metric is {metric!r}: a logit difference needs it, nothing else does"
-        )
-    where = _where(trace, positions, targets is None and metric != "kl")
+    where = _where(trace, positions, needs_next=targets is None and of_tokens)
     if not where.any():
         raise ValueError(f"positions is {positions!r}: nothing is left to measure")
-    return Scoring(
-        metric,
-        kl,
+    following = torch.cat((trace.tokens[:, 1:], trace.tokens[:, :1]), 1)  # after the last comes any
+    return Asked(
         where,
-        _following(trace) if targets is None else _tokens("targets", targets, trace),
+        following if targets is None else _tokens("targets", targets, trace),
         None if against is None else _tokens("against", against, trace),
         trace.tokens.shape[1] - (not bool(where[:, -1].any())),
     )
-
-
-def next_tokens(trace: FrozenTrace) -> Scoring:
-    """NLL of the next token, wherever there is one."""
-    return Scoring("nll", False, _where(trace, None, True), _following(trace), None, trace.tokens.shape[1] - 1)
-
-
-def _following(trace: FrozenTrace) -> Tensor:
-    """The next token of each position [B, T]; after the last comes any."""
-    return torch.cat((trace.tokens[:, 1:], trace.tokens[:, :1]), 1)
 
 
 def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace) -> Tensor:
@@ -143,30 +281,30 @@ def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace) -> Tensor:
     return given.long().expand(shape)
 
 
-def _where(trace: FrozenTrace, positions: Positions | None, own: bool) -> Tensor:
+def _where(trace: FrozenTrace, positions: Positions | None, needs_next: bool) -> Tensor:
     shape = trace.tokens.shape
     real = torch.ones(shape, dtype=torch.bool, device=trace.tokens.device) if trace.mask is None else trace.mask
-    asked = real.clone()
-    if positions is not None:
-        given = torch.as_tensor(positions, device=real.device)
-        if given.dtype == torch.bool:
-            if given.shape not in (shape, shape[1:]):
-                raise ValueError(
-                    f"positions has shape {list(given.shape)}, expected {list(shape[1:])} or {list(shape)}"
-                )
-            asked &= given
-        elif given.is_floating_point() or given.dim() > 1:
-            raise ValueError(f"positions is {positions!r}, expected integers or a mask")
-        else:
-            for position in given.flatten().tolist():
-                if not -shape[1] <= position < shape[1]:
-                    raise IndexError(f"positions holds {position}, but sequences have {shape[1]} tokens")
-            chosen = torch.zeros(shape[1], dtype=torch.bool, device=real.device)
-            chosen[given.flatten().long()] = True
-            asked &= chosen
-    if own or positions is None:
-        if own and positions is not None and given.dtype != torch.bool and bool(asked[:, -1].any()):
-            raise ValueError(f"positions holds the last one, {shape[1] - 1}, which has no next token: give targets")
+    chosen = real if positions is None else real & _chosen(positions, shape, real.device, needs_next)
+    if needs_next or positions is None:
         followed = torch.cat((real[:, 1:], torch.zeros_like(real[:, :1])), 1)
-        asked = asked & followed
-    return asked
+        chosen = chosen & followed
+    return chosen
+
+
+def _chosen(positions: Positions, shape: torch.Size, device: torch.device, needs_next: bool) -> Tensor:
+    """Positions as a mask, [T] or [B, T]."""
+    given = torch.as_tensor(positions, device=device)
+    if given.dtype == torch.bool:
+        if given.shape not in (shape, shape[1:]):
+            raise ValueError(f"positions has shape {list(given.shape)}, expected {list(shape[1:])} or {list(shape)}")
+        return given
+    if given.is_floating_point() or given.dim() > 1:
+        raise ValueError(f"positions is {positions!r}, expected integers or a mask")
+    for position in given.flatten().tolist():
+        if not -shape[1] <= position < shape[1]:
+            raise IndexError(f"positions holds {position}, but sequences have {shape[1]} tokens")
+    chosen = torch.zeros(shape[1], dtype=torch.bool, device=device)
+    chosen[given.flatten().long()] = True
+    if needs_next and chosen[-1]:
+        raise ValueError(f"positions holds the last one, {shape[1] - 1}, which has no next token: give targets")
+    return chosen

@@ -1,117 +1,34 @@
-"""The main job: term importance and the ablation of everything of a kind, of one model over many sequences."""
+"""`fc.sweep`, the main job: term importance, and the ablation of everything of a kind, over many sequences."""
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyfastcircuits.experiments.ablation import Attention, head_ablation, layer_ablation, pair_ablation
+from pyfastcircuits.adapters.tracing import trace
+from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
-from pyfastcircuits.experiments.metrics import Metric
+from pyfastcircuits.experiments.options import Attention, MeasureOptions, measured
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import Backend, Precision
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.paths import LayerMarginals, layer_marginals, order_losses
-from pyfastcircuits.run.trace import FrozenTrace, trace
+from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["Example", "Plan", "Sweep", "SweepScope", "limit_seconds", "run_sweep", "worst_tokens"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Example", "Sweep", "SweepScope", "count_ablations", "limit_seconds", "sweep", "uniform_loss"]
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a sweep ablates and what it measures: all heads, all layers, or all pairs of heads of a scope."""
-
-    scope: SweepScope = "path"
-    mode: Mode = "zero"
-    attention: Attention = "frozen"
-    metric: Metric = "nll"
-    against: int | None = None
-    low_memory: bool = False
-    precision: Precision = "ieee"
-    backend: Backend = "auto"
-
-    def __call__(self, run: FrozenTrace, only: list[Label] | None = None, **more: Any) -> Result:
-        """Ablate everything, or only what these labels of the whole sweep's result say.
-
-        Raises:
-            ValueError, RuntimeError: as pair_ablation and head_ablation.
-        """
-        how: dict[str, Any] = {
-            "metric": self.metric, "against": self.against, "low_memory": self.low_memory,
-            "precision": self.precision, "backend": self.backend, **more,
-        }  # fmt: skip
-        if self.scope == "layer" and only is None:
-            return layer_ablation(run, self.mode, self.attention, **how)
-        if self.scope in ("head", "layer"):
-            heads: Any = only
-            if self.scope == "layer":
-                heads = [[(layer, head) for head in range(run.weights.n_heads)] for layer in heads]
-            return head_ablation(run, self.mode, self.attention, heads=heads, **how)
-        chosen: Any = only
-        scope: Any = self.scope
-        return pair_ablation(run, scope, self.mode, self.attention, pairs=chosen, **how)
-
-    def count(self, weights: CircuitWeights) -> int:
-        """How many ablations that is."""
-        layers, heads = weights.n_layers, weights.n_heads
-        pairs = layers * (layers - 1) // 2 * heads**2
-        within = layers * heads * (heads - 1) // 2
-        return {"layer": layers, "head": layers * heads, "joint": pairs + within}.get(self.scope, pairs)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What one sweep found. Losses in nats."""
-
-    trace: FrozenTrace
-    orders: Tensor  # [L + 1]
-    marginals: LayerMarginals
-    result: Result
-    seconds: float  # for the ablations alone
-
-
-def run_sweep(
-    model: Any, tokens: Tensor, plan: Plan = Plan(), *, progress: Callable[[float], None] | None = None
-) -> Sweep:
-    """Orders, layer marginals and every ablation of the plan: a function of its arguments alone.
-
-    `model` is CircuitWeights or a model of another library, as for trace.
-
-    Raises:
-        ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses and pair_ablation.
-    """
-    run = trace(model, tokens)
-    orders = order_losses(run, backend=plan.backend)
-    marginals = layer_marginals(run, backend=plan.backend)
-    start = time.perf_counter()
-    result = plan(run, kl=True, progress=progress)
-    if tokens.device.type == "cuda":
-        torch.cuda.synchronize(tokens.device)
-    return Sweep(run, orders, marginals, result, time.perf_counter() - start)
-
-
-def limit_seconds(weights: CircuitWeights, rows: int, pairs: int, precision: Precision) -> float | None:
-    """The least time this CPU could take: multiply-adds and exps at rates measured now. None where none is measured.
-
-    FLOPs: 2 * pairs * rows * V * r; exps: pairs * rows * V.
-    """
-    if weights.device.type != "cpu" or weights.compute_dtype != torch.float32 or precision == "tf32":
-        return None
-    kind = "fma" if precision == "ieee" else "bf16"
-    flops, exps = (float(torch.ops.pyfastcircuits.cpu_rate(k, 0.2)) for k in (kind, "exp"))
-    logits = float(pairs * rows * weights.d_vocab)
-    return logits * 2 * weights.d_head / flops + logits / exps
-
-
-@dataclass(frozen=True)
 class Example:
-    """The position where an ablation does most: tokens up to it, the token predicted there, the metric with and
+    """The position where an ablation does most: the tokens up to it, the token predicted there, and the metric with and
     without the ablation.
     """
 
@@ -121,26 +38,137 @@ class Example:
     ablated: float
 
 
-def worst_tokens(run: FrozenTrace, plan: Plan, what: list[Label], *, context: int) -> list[Example]:
-    """For each of some ablations of a plan, the predicted token whose metric it moves most, the way that hurts."""
-    result = plan(run, what, per_token=True)
-    length = run.tokens.shape[1] - 1
-    harm = -result.delta if result.order == "fall" else result.delta
-    out = []
-    for i in range(len(what)):
-        sequence, position = divmod(int(harm[i].nan_to_num(-torch.inf).argmax()), length)
-        tokens = run.tokens[sequence].tolist()
-        out.append(
-            Example(
-                tokens[max(0, position + 1 - context) : position + 1],
-                tokens[position + 1],
-                float(result.baseline[sequence, position]),
-                float(result.values[i, sequence, position]),
-            )
-        )
-    return out
+@dataclass(frozen=True)
+class Sweep:
+    """The findings of one sweep; see `sweep`.
+
+    Attributes:
+        trace: the clean run.
+        orders: [L + 1], the loss with all paths of order at most k, in nats; see order_losses.
+        marginals: see layer_marginals.
+        result: every ablation.
+        seconds: the time that the ablations took, without the run, orders and marginals.
+        scope, mode, attention, options: what was ablated, and how it was measured.
+    """
+
+    trace: FrozenTrace
+    orders: Tensor
+    marginals: LayerMarginals
+    result: Result
+    seconds: float
+    scope: SweepScope
+    mode: Mode
+    attention: Attention
+    options: MeasureOptions
+
+    def examples(self, n: int, *, context: int = 12) -> list[Example]:
+        """For each of the n ablations that matter most, the predicted token whose metric it harms most.
+
+        Args:
+            n: how many ablations, as `result.top`; they are run once more, position by position.
+            context: the most tokens to show in front of the predicted one.
+        """
+        labels = [label for label, _ in self.result.top(n)]
+        options: MeasureOptions = {**self.options, "per_token": True, "kl": False, "progress": None}
+        result = _ablate(self.trace, self.scope, self.mode, self.attention, options, labels)
+        length = self.trace.tokens.shape[1] - 1
+        harm = -result.delta if result.harm == "fall" else result.delta
+        out = []
+        for i in range(len(labels)):
+            sequence, position = divmod(int(harm[i].nan_to_num(-torch.inf).argmax()), length)
+            tokens, end = self.trace.tokens[sequence].tolist(), position + 1
+            values = float(result.baseline[sequence, position]), float(result.values[i, sequence, position])
+            out.append(Example(tokens[max(0, end - context) : end], tokens[end], *values))
+        return out
+
+
+@measured
+def sweep(
+    model: Any,
+    tokens: Tensor,
+    scope: SweepScope = "path",
+    mode: Mode = "zero",
+    attention: Attention = "frozen",
+    **options: "Unpack[MeasureOptions]",
+) -> Sweep:
+    """Term importance order by order and layer by layer, and the ablation of all heads, layers or pairs of heads.
+
+    This is the "Term importance analysis" of Elhage et al. 2021, and the job of the command `pyfastcircuits sweep`.
+
+    Args:
+        model: CircuitWeights or a model of another library, as for trace.
+        tokens: [B, T] or [T].
+        scope: "head", "layer", or a scope of pair_ablation: "path", "direct", "edge", "joint".
+        mode, attention: as in head_ablation.
+
+    Returns:
+        A Sweep; its result has KL(clean || ablated) beside the metric.
+
+    Raises:
+        ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses, pair_ablation and head_ablation.
+    """
+    if scope not in get_args(SweepScope):
+        raise ValueError(f"scope is {scope!r}, expected one of {', '.join(get_args(SweepScope))}")
+    run = trace(model, tokens)
+    backend = options.get("backend", "auto")
+    orders, marginals = order_losses(run, backend=backend), layer_marginals(run, backend=backend)
+    start = time.perf_counter()
+    result = _ablate(run, scope, mode, attention, {"kl": True, **options}, None)
+    if run.tokens.device.type == "cuda":
+        torch.cuda.synchronize(run.tokens.device)
+    seconds = time.perf_counter() - start
+    return Sweep(run, orders, marginals, result, seconds, scope, mode, attention, options)
+
+
+def _ablate(
+    run: FrozenTrace,
+    scope: SweepScope,
+    mode: Mode,
+    attention: Attention,
+    options: MeasureOptions,
+    labels: list[Label] | None,
+) -> Result:
+    """Ablate everything of a scope, or only what some labels of its result say."""
+    chosen: Any = labels
+    found: Result
+    if scope == "layer" and labels is None:
+        found = layer_ablation(run, mode, attention, **options)
+    elif scope == "layer":
+        heads = [[(layer, head) for head in range(run.weights.n_heads)] for layer in chosen]
+        found = head_ablation(run, mode, attention, heads=heads, **options)
+    elif scope == "head":
+        found = head_ablation(run, mode, attention, heads=chosen, **options)
+    else:
+        found = pair_ablation(run, scope, mode, attention, pairs=chosen, **options)
+    return found
+
+
+def count_ablations(weights: CircuitWeights, scope: SweepScope) -> int:
+    """The number of ablations in a sweep."""
+    layers, heads = weights.n_layers, weights.n_heads
+    pairs, within = layers * (layers - 1) // 2 * heads**2, layers * heads * (heads - 1) // 2
+    return {"layer": layers, "head": layers * heads, "joint": pairs + within}.get(scope, pairs)
+
+
+def limit_seconds(found: Sweep) -> float | None:
+    """The least time this CPU could take for a sweep, by multiply-adds and exps at rates that are measured now.
+
+    FLOPs: 2 * pairs * rows * V * r; exps: pairs * rows * V. None for a sweep whose work is more than one rank-r change
+    of the logits and one exponential for each, or where no rate is measured.
+    """
+    weights, precision = found.trace.weights, found.options.get("precision", "ieee")
+    plain = (found.scope, found.mode, found.attention) == ("path", "zero", "frozen") and found.result.metric == "nll"
+    if not plain or not len(found.result.labels) or weights.device.type != "cpu":
+        return None
+    if weights.compute_dtype != torch.float32 or precision == "tf32":
+        return None
+    kind = "fma" if precision == "ieee" else "bf16"
+    flops, exps = (float(torch.ops.pyfastcircuits.cpu_rate(k, 0.2)) for k in (kind, "exp"))
+    rows = found.trace.tokens.shape[0] * (found.trace.tokens.shape[1] - 1)
+    logits = float(len(found.result.labels) * rows * weights.d_vocab)
+    return logits * 2 * weights.d_head / flops + logits / exps
 
 
 def uniform_loss(weights: CircuitWeights) -> float:
-    """Loss of the uniform distribution over the vocabulary, ln V nats."""
+    """The loss of the uniform distribution over the vocabulary, ln V nats."""
     return math.log(weights.d_vocab)
