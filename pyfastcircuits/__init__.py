@@ -12,7 +12,8 @@ The names by what they are for, in the order in which an analysis goes:
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
 | metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
 | known heads | head_scores, induction_heads -> Result |
-| circuits over the vocabulary | bigrams, ov_circuit, qk_circuit, composed_qk_circuit -> FactoredMatrix; ov_tables, qk_tables |
+| circuits over the vocabulary | bigrams, ov_circuit, qk_circuit, composed_qk_circuit -> FactoredMatrix; |
+| | ov_tables, qk_tables |
 | their entries | top_entries, top_per_row, diagonal_ranks, skip_trigrams, copying_accuracy |
 | their spectra | circuit_eigenvalues, composed_eigenvalues, copying_scores, qk_positivity, positivity, trace_ratios, |
 | | effective_rank, diagonal_statistics |
@@ -90,6 +91,8 @@ from pyfastcircuits.run.trace import FrozenTrace
 
 __version__ = "0.1.0"
 __all__ = [
+    "KL",
+    "NLL",
     "CircuitWeights",
     "ComponentScores",
     "CompositionBaseline",
@@ -97,10 +100,8 @@ __all__ = [
     "DiagonalStatistics",
     "FactoredMatrix",
     "FrozenTrace",
-    "KL",
     "LayerMarginals",
     "LogitDifference",
-    "NLL",
     "OVTables",
     "Probability",
     "QKTables",

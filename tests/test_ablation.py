@@ -6,7 +6,7 @@ from support import naive
 from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits.experiments import measure as effects
+from pyfastcircuits.run import memory
 
 
 def divergence(clean, ablated):
@@ -73,10 +73,9 @@ def test_cutting_changes_nothing(monkeypatch, low_memory):
     }
     whole = {name: f() for name, f in functions.items()}
     orders, tokenwise = fc.order_losses(run), fc.path_ablation(run, paths, per_token=True, kl=True)
-    monkeypatch.setattr(effects, "BLOCK", 1 << 13)
-    monkeypatch.setattr(effects, "CLEAN_LOGITS", 1 << 17)
-    monkeypatch.setattr(effects, "PART_ROWS", 16)
-    monkeypatch.setattr("pyfastcircuits.run.paths.BLOCK", 1 << 13)
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr(memory, "CLEAN_LOGITS_BYTES", 1 << 17)
+    monkeypatch.setattr(memory, "ROWS", 16)
     for name, function in functions.items():
         cut = function(low_memory=low_memory)
         for field in ("loss", "kl", "baseline"):
@@ -101,7 +100,7 @@ def test_lower_precision_against_fp64(dtype):
 
 
 def test_progress_adds_up_to_the_number_of_ablations(monkeypatch):
-    monkeypatch.setattr(effects, "BLOCK", 1 << 13)
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 1 << 13)
     done = []
     result = fc.pair_ablation(fc.trace(random_weights(3), random_tokens(5)), progress=done.append)
     assert len(done) > 3

@@ -37,7 +37,7 @@ def test_components_sum_to_the_logit(layers, norm, positional):
     run = fc.trace(w, tokens)
     clean, parts = components(w, tokens)
     result = fc.direct_logit_attribution(run, per_token=True)
-    assert result.what == [*parts, "b_U"]
+    assert result.labels == [*parts, "b_U"]
     exact(result.values.sum(0), picked(clean.logits, tokens))
     for ours, part in zip(result.values, parts.values(), strict=False):
         exact(ours, picked(naive.norm(part, w, clean.scales[-1])[0] @ w.W_U, tokens))
@@ -48,9 +48,9 @@ def test_components_sum_to_the_logit(layers, norm, positional):
     exact(fc.direct_logit_attribution(run).values, result.values.mean((1, 2)))
     paths = [path for order in range(layers + 1) for path in fc.enumerate_paths(layers, 4, order)]
     by_path = fc.direct_logit_attribution(run, "path", paths=paths[::-1], per_token=True)
-    assert by_path.what == paths[::-1]
+    assert by_path.labels == paths[::-1]
     exact(by_path.values.sum(0), picked(clean.logits, tokens))
-    for ours, path in list(zip(by_path.values, by_path.what, strict=True))[::7]:
+    for ours, path in list(zip(by_path.values, by_path.labels, strict=True))[::7]:
         exact(ours, picked(fc.path_logits(run, path), tokens))
 
 
@@ -98,7 +98,7 @@ def test_chunks_of_paths_change_nothing(monkeypatch):
     run = fc.trace(random_weights(3, norm="layernorm"), random_tokens())
     paths = [path for k in range(4) for path in fc.enumerate_paths(3, 4, k)]
     whole = fc.direct_logit_attribution(run, "path", paths=paths)
-    monkeypatch.setattr("pyfastcircuits.experiments.attribution.BLOCK", 4000)
+    monkeypatch.setattr("pyfastcircuits.run.memory.BLOCK_BYTES", 4000)
     exact(fc.direct_logit_attribution(run, "path", paths=paths).values, whole.values)
 
 
@@ -114,14 +114,14 @@ def test_projections_sum_to_the_streams_own(norm, positional):
         mine = list(parts.items())[: 1 + 5 * layer]
         stream = sum(part for _, part in mine)
         result = fc.project(run, one[0], layer=layer)
-        assert result.what == [label for label, _ in mine]
+        assert result.labels == [label for label, _ in mine]
         exact(result.values, torch.stack([(part[mask] @ one[0]).mean() for _, part in mine]))
         exact(result.values.sum(), (stream[mask] @ one[0]).mean())
     exact(stream, clean.final)
     exact(fc.project(run, one[0]).values, result.values)
     both = fc.project(run, several, per_token=True, positions=[0, 7, 8])
     assert both.values.shape == (11, 2, 2, 9)
-    assert both.what[3] == (((0, 0),), 1)
+    assert both.labels[3] == (((0, 0),), 1)
     exact(both.values[:, 1, 0, 7], torch.stack([part[0, 7] @ several[1] for part in parts.values()]))
     assert both.values.isfinite().sum() == 11 * 2 * 4
 
@@ -137,7 +137,7 @@ def test_the_lens_reads_every_stream_as_if_it_were_the_end(norm, positional, fin
     scale = clean.scales[-1] if final_norm == "frozen" else None
     logits = [naive.norm(x, w, scale)[0] @ w.W_U + w.b_U for x in streams]
     exact(result.values, torch.stack([naive.loss(x, tokens) for x in logits]))
-    assert list(result.what) == [0, 1, 2, 3]
+    assert list(result.labels) == [0, 1, 2, 3]
     exact(result.baseline, naive.loss(clean.logits, tokens))
     exact(result.values[3], result.baseline)
     p, q = clean.logits[:, :-1].log_softmax(-1), logits[1][:, :-1].log_softmax(-1)
@@ -155,7 +155,7 @@ def test_a_lens_on_no_layers_and_in_parts(monkeypatch):
     exact(fc.logit_lens(run).values, run.loss[None])
     run = fc.trace(random_weights(3, norm="layernorm"), random_tokens(5))
     whole = fc.logit_lens(run)
-    monkeypatch.setattr("pyfastcircuits.experiments.measure.BLOCK", 1 << 10)
+    monkeypatch.setattr("pyfastcircuits.run.memory.BLOCK_BYTES", 1 << 10)
     exact(fc.logit_lens(run, low_memory=True).values, whole.values)
 
 

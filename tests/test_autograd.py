@@ -7,6 +7,7 @@ import torch
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
+from pyfastcircuits.run.model_guard import ModelGuard
 
 NAMES = ("W_E", "W_Q", "W_K", "W_V", "W_O", "W_U")
 
@@ -51,6 +52,11 @@ def test_final_norm_with_parameters_and_cap():
     assert differentiable(lambda w: fc.order_losses(fc.trace(w, TOKENS)), weights, names)
 
 
+def of_weights(run, weights):
+    """The frozen run with other weights in the place of its own."""
+    return replace(run, guard=ModelGuard.of(weights, run.forward))
+
+
 def test_a_trace_without_gradients_holds_attention():
     """Then only what is linear moves: W_Q and W_K have no gradient, and W_O's is that of frozen patterns."""
     weights = small()
@@ -65,8 +71,7 @@ def test_a_trace_without_gradients_holds_attention():
     step = torch.zeros_like(weights.W_O)
     step[1, 0, 1, 2] = 1e-6
     moved = (
-        fc.order_losses(replace(clean, weights=replace(weights, W_O=weights.W_O + sign * step))).sum()
-        for sign in (1, -1)
+        fc.order_losses(of_weights(clean, replace(weights, W_O=weights.W_O + sign * step))).sum() for sign in (1, -1)
     )
     difference = float(next(moved) - next(moved)) / 2e-6
     assert float(tensors["W_O"].grad[1, 0, 1, 2]) == pytest.approx(difference, rel=1e-6)
@@ -89,7 +94,7 @@ def test_gradients_of_a_whole_block_of_rows_and_of_blocks_are_the_same(monkeypat
     weights = small()
     gradients = []
     for block in (12 << 20, 8 * 11):
-        monkeypatch.setattr("pyfastcircuits.experiments.measure.BLOCK", block)
+        monkeypatch.setattr("pyfastcircuits.run.memory.BLOCK_BYTES", block)
         W_U = weights.W_U.clone().requires_grad_()
         fc.trace(replace(weights, W_U=W_U), TOKENS).loss.backward()
         gradients.append(W_U.grad)

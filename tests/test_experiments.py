@@ -9,10 +9,9 @@ from support.hooked import Hooked, measures
 from support.random_models import KINDS, random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits.experiments import ablation_value as replacement
-from pyfastcircuits.experiments import measure as effects
 from pyfastcircuits.experiments.metrics import METRICS
-from pyfastcircuits.run.paths import path_values
+from pyfastcircuits.run import losses, memory
+from pyfastcircuits.run.paths import path_z
 
 AGAINST = 5
 SOME = [(None, "shortformer"), ("layernorm", "rotary"), ("rmsnorm", "standard")]
@@ -82,7 +81,7 @@ def test_heads_and_sets_of_heads(attention, mode, with_reference, over):
     layers = fc.layer_ablation(run, mode, attention, **options)
     rerun = Hooked(w, given, heads_out(swap, [(1, h) for h in range(4)]), frozen, scale)
     assert_same(layers.values[1], nll(clean, rerun, given))
-    assert list(layers.what) == [0, 1, 2]
+    assert list(layers.labels) == [0, 1, 2]
 
 
 @kinds
@@ -113,12 +112,12 @@ def test_direct_effects_store_no_basis(length, fused, monkeypatch):
     """The kernel makes them; few positions need none."""
     given = []
 
-    def spy(*arguments):
-        given.append(arguments[-1])
-        return sweep(*arguments)
+    def spy(*arguments, **options):
+        given.append(options.get("outer"))
+        return sweep(*arguments, **options)
 
-    sweep = effects.sweep_statistics
-    monkeypatch.setattr(effects, "sweep_statistics", spy)
+    sweep = losses.sweep_partial
+    monkeypatch.setattr(losses, "sweep_partial", spy)
     fc.head_ablation(fc.trace(model(), tokens(2, length)), effect="direct", backend="cpu")
     assert any(outer is not None for outer in given) == fused
 
@@ -180,7 +179,7 @@ def test_composition_ablation(norm, positional, input, effect):
         for pair, value in zip(PAIRS[::-1], some.values, strict=True):
             hook = Hop(w, clean, *pair, input, Swap(mode, clean, None), effect == "direct")
             assert_same(value, nll(clean, Hooked(w, given, hook), given))
-            assert_same(found.values[found.what.index(pair)], value)
+            assert_same(found.values[found.labels.index(pair)], value)
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean"])
@@ -197,8 +196,8 @@ def test_hops_that_are_cut_together(mode):
 
     assert_same(found.values[0], nll(clean, Hooked(w, given, hook), given))
     assert_same(found.values[1], found.values[2])
-    assert found.what == [frozenset(cut), cut[1], frozenset([cut[1]])]
-    assert found.table()["what"].to_pylist()[1:] == ["1.2 -> 2.0", "{1.2 -> 2.0}"]
+    assert found.labels == [frozenset(cut), cut[1], frozenset([cut[1]])]
+    assert found.table()["label"].to_pylist()[1:] == ["1.2 -> 2.0", "{1.2 -> 2.0}"]
 
 
 @kinds
@@ -238,8 +237,8 @@ def test_edge_attribution_is_the_first_order(input, effect, metric):
         runs = fc.trace(w, given), fc.trace(w, given + 30)
         how = {"against": AGAINST} if metric == "logit_difference" else {}
         found = fc.edge_attribution(*runs, input, effect, exact=48, metric=metric, **how)
-        true = found.also["exact"] - found.baseline
-        assert_same(found.also["exact"], fc.path_patching(*runs, input, effect, metric=metric, **how).values)
+        true = found.extra["exact"] - found.baseline
+        assert_same(found.extra["exact"], fc.path_patching(*runs, input, effect, metric=metric, **how).values)
         errors.append(float((found.delta - true).norm() / true.norm()))
     assert errors[1] < 0.2 * errors[0] < 0.02
 
@@ -248,12 +247,12 @@ def test_edge_attribution_checks_the_best_exactly():
     w = model()
     runs = fc.trace(w, tokens()), fc.trace(w, tokens(seed=1))
     found = fc.edge_attribution(*runs, "K", exact=5)
-    known = found.also["exact"].isfinite()
+    known = found.extra["exact"].isfinite()
     assert int(known.sum()) == 5
-    assert {label for label, _ in found.top(5)} == {found.what[i] for i in known.nonzero().flatten().tolist()}
+    assert {label for label, _ in found.top(5)} == {found.labels[i] for i in known.nonzero().flatten().tolist()}
     exact = fc.path_patching(*runs, "K")
-    assert_same(found.also["exact"][known], exact.values[known])
-    assert_same(found.also["error"][known], (found.values - exact.values)[known])
+    assert_same(found.extra["exact"][known], exact.values[known])
+    assert_same(found.extra["error"][known], (found.values - exact.values)[known])
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -299,8 +298,8 @@ def test_metrics_and_positions(metric, norm):
 def written(run, path):
     """What a path writes to the final residual stream."""
     if not path:
-        return run.sources_before(run.weights.n_layers)
-    return path_values(run, [path])[0] @ run.weights.head("W_O", *path[-1])
+        return run.non_head_stream(run.weights.n_layers)
+    return path_z(run, [path])[0] @ run.weights.head("W_O", *path[-1])
 
 
 def test_the_last_position_with_given_targets():
@@ -352,22 +351,21 @@ def test_cutting_changes_nothing(monkeypatch):
         "rank": lambda: fc.head_ablation(run, metric="rank", low_memory=True),
         "joint": lambda: fc.pair_ablation(run, "joint", "mean", kl=True, low_memory=True),
         "edge": lambda: fc.pair_ablation(run, "edge", "resample", reference=other),
-        "hops": lambda: fc.path_patching(run, other, "K"),
+        "hops": lambda: fc.path_patching(run, other, "K", "direct"),
         "total": lambda: fc.path_patching(run, other, "V", "total"),
         "paths": lambda: fc.path_ablation(run, fc.enumerate_paths(3, 4, 2), "mean", over="batch", per_token=True),
         "first order": lambda: fc.edge_attribution(run, other, "Q"),
     }
     whole = {name: call() for name, call in calls.items()}
-    for name, value in (("BLOCK", 1 << 12), ("CLEAN_LOGITS", 1 << 15), ("PART_ROWS", 8)):
-        monkeypatch.setattr(effects, name, value)
-    monkeypatch.setattr(replacement, "PART_ROWS", 8)
+    for name, value in (("BLOCK_BYTES", 1 << 12), ("CLEAN_LOGITS_BYTES", 1 << 15), ("ROWS", 8)):
+        monkeypatch.setattr(memory, name, value)
     monkeypatch.setattr("pyfastcircuits.experiments.edges.SCORES", 1 << 10)
     for name, call in calls.items():
         cut = call()
         torch.testing.assert_close(cut.values, whole[name].values, rtol=1e-9, atol=1e-12, equal_nan=True)
         assert_same(cut.baseline, whole[name].baseline)
-        for also in cut.also:
-            assert_same(cut.also[also], whole[name].also[also])
+        for also in cut.extra:
+            assert_same(cut.extra[also], whole[name].extra[also])
 
 
 @pytest.mark.parametrize(("norm", "positional"), KINDS)
@@ -377,7 +375,7 @@ def test_every_kind_of_model(norm, positional):
     torch.testing.assert_close(clean.logits, run.logits())
     stream = run.embedded[None]
     for layer in range(2):
-        stream = run.rerun.after(layer, stream)
+        stream = run.forward.block(layer, stream)
         torch.testing.assert_close(stream[0], run.streams[layer + 1])
     found = fc.head_ablation(run, "zero", "recomputed")
     rerun = Hooked(w, given, heads_out(Swap("zero", clean, None), [(0, 1)]))
@@ -423,12 +421,12 @@ def test_tables_and_top():
     assert table.column_names == [*names, "probability", "delta_probability"]
     assert len(table) == 48 * 3 * 2
     row = table.slice(7, 1).to_pylist()[0]
-    index = pairs.what.index(((row["source_layer"], row["source_head"]), (row["dest_layer"], row["dest_head"])))
+    index = pairs.labels.index(((row["source_layer"], row["source_head"]), (row["dest_layer"], row["dest_head"])))
     assert row["probability"] == float(pairs.values[index, row["sequence"], row["position"]])
     falls = [delta for _, delta in pairs.top(4)]
     assert falls == sorted(falls)
     sets = fc.head_ablation(run, heads=[[(0, 1), (1, 2)], [(2, 2)]])
-    assert sets.table()["what"].to_pylist() == ["{0.1, 1.2}", "2.2"]
+    assert sets.table()["label"].to_pylist() == ["{0.1, 1.2}", "2.2"]
     assert "nll of 12, mode=zero, attention=frozen" in repr(heads)
     assert fc.layer_ablation(run).table().column_names[0] == "layer"
     with pytest.raises(AttributeError, match="'kl' was not measured, only nll"):

@@ -71,7 +71,9 @@ def test_scores_are_their_definitions(norm, positional, biases):
 
 def test_the_tokens_that_are_drawn(monkeypatch):
     w, seen = random_weights(1, vocabulary=12), []
-    monkeypatch.setattr(heads, "trace", lambda model, tokens: seen.append(tokens) or fc.trace(model, tokens))
+    monkeypatch.setattr(
+        heads, "trace", lambda model, tokens, **more: seen.append(tokens) or fc.trace(model, tokens, **more)
+    )
     scores = fc.head_scores(w, length=9, copies=3, batch=5, batches=2, start=4)
     assert [list(tokens.shape) for tokens in seen] == [[5, 28], [5, 28]]
     tokens = torch.cat(seen)
@@ -84,7 +86,7 @@ def test_the_tokens_that_are_drawn(monkeypatch):
     whole = fc.head_scores(w, tokens=tokens, batch=10)
     for name in NAMES:  # a mean over all sequences, however they are cut
         torch.testing.assert_close(getattr(scores, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
-    assert scores.setup == {"length": "9", "copies": "3", "seed": "0", "start": "4", "sequences": "10"}
+    assert scores.setup == {"length": 9, "copies": 3, "seed": 0, "start": 4, "sequences": 10}
     fc.head_scores(w, length=11, batches=1)  # all that there are but the start
     assert sorted(seen[-1][0, 1:12].tolist()) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     fc.head_scores(w, length=13, batches=1)  # more than there are: some come twice
@@ -117,7 +119,7 @@ def test_later_copies_change_no_induction_score():
 def test_runs_are_dropped_one_by_one(monkeypatch):
     alive = []
 
-    def tracked(model, tokens):
+    def tracked(model, tokens, **more):
         assert all(run() is None for run in alive)
         run = fc.trace(model, tokens)
         alive.append(weakref.ref(run))
@@ -163,7 +165,7 @@ def test_heads_that_are_known():
     assert scores.top(1) == [(((1, 0),), 1.0)]
     with pytest.warns(UserWarning, match="the QK matrix of head 1.1 is zero"):
         found = fc.induction_heads(hand_made(), scores)
-    assert found.what == [((0, 0), (1, 0)), ((0, 0), (1, 1))]
+    assert found.labels == [((0, 0), (1, 0)), ((0, 0), (1, 1))]
     assert found.top(1) == [(((0, 0), (1, 0)), 1.0)]
     assert found.matching.tolist() == [1, 0]
     assert found.copying.tolist() == [1, 0]
@@ -190,7 +192,7 @@ def test_lower_precision(dtype):
 def test_no_layers():
     scores = fc.head_scores(random_weights(0, heads=3, kv=1), length=5, batches=1)
     assert all(getattr(scores, name).shape == (0, 3) for name in NAMES)
-    assert scores.what == []
+    assert scores.labels == []
 
 
 def test_bad_input():
@@ -226,8 +228,8 @@ def test_evidence_of_the_weights(norm):
     found = fc.induction_heads(w, scores)
     centred = fc.center(w) if norm else w
     z, copying = fc.composition_z_scores(centred, "K"), fc.copying_scores(centred)
-    assert [destination for _, destination in found.what] == [(layer, head) for layer in (1, 2) for head in range(4)]
-    for i, ((a, b), (c, d)) in enumerate(found.what):
+    assert [destination for _, destination in found.labels] == [(layer, head) for layer in (1, 2) for head in range(4)]
+    for i, ((a, b), (c, d)) in enumerate(found.labels):
         assert scores.previous_token[a, b] == scores.previous_token[:c].max()
         assert found.previous_token[i] == scores.previous_token[a, b]
         assert found.values[i] == scores.induction[c, d]
@@ -255,7 +257,7 @@ def test_behaviour_and_weights_agree_on_the_bundled_model():
     ranks = torch.stack([x.argsort().argsort().double() for x in (found.values, found.k_composition)])
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.7
     other = int(scores.previous_token[0].argmin())  # composes with no induction head as the previous-token head does
-    best = found.what[int(found.values.argmax())]
+    best = found.labels[int(found.values.argmax())]
     z = fc.composition_z_scores(w, "K")
     assert float(z[(0, other, *best[1])]) < 0.2 * float(found.k_composition.max())
     assert bool((scores.copying[1][strong] > scores.copying[0].max()).all())

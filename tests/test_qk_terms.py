@@ -47,7 +47,7 @@ def test_terms_sum_to_the_scores(by, norm, positional):
         result = fc.qk_terms(run, head, by)
         count = {"layer": 1 + head[0], "head": 1 + 4 * head[0], "component": 1 + 5 * head[0]}[by]
         assert result.values.shape == (count**2, 2, 9, 9)
-        assert len(set(result.what)) == count**2
+        assert len(set(result.labels)) == count**2
         total = result.values.sum(0)
         exact(total, scores_of(w, tokens, head))
         exact(patterns_of(total), run.pattern(head[0])[:, head[1]])
@@ -66,8 +66,8 @@ def test_the_four_terms_of_the_article(norm):
         queries[name] = naive.rotate(x @ w.W_Q[1, 2] + (w.b_Q[1, 2] if biased else 0), w)
         keys[name] = naive.rotate(x @ w.W_K[1, 1] + (w.b_K[1, 1] if biased else 0), w)
     result = fc.qk_terms(fc.trace(w, tokens), (1, 2))
-    assert result.what == [(a, b) for a in parts for b in parts]
-    for (a, b), values in zip(result.what, result.values, strict=True):
+    assert result.labels == [(a, b) for a in parts for b in parts]
+    for (a, b), values in zip(result.labels, result.values, strict=True):
         exact(values, queries[a] @ keys[b].mT / w.d_head**0.5)
 
 
@@ -78,7 +78,7 @@ def test_a_head_among_the_components_is_what_a_hook_sees_it_write():
     normed = [naive.norm(x, w, clean.scales[1])[0] for x in clean.outputs[0]]
     for a in range(4):
         for b in range(4):
-            at = result.what.index((((0, a),), ((0, b),)))
+            at = result.labels.index((((0, a),), ((0, b),)))
             exact(result.values[at], scores_between(w, normed[a], normed[b], 1, 0, 2, False))
 
 
@@ -89,8 +89,8 @@ def test_finer_terms_sum_to_coarser_ones():
     def group(label):
         return f"heads {label[0][0]}" if isinstance(label, tuple) else "direct"
 
-    for i, (a, b) in enumerate(coarse.what):
-        mine = [j for j, (x, y) in enumerate(fine.what) if (group(x), group(y)) == (a, b)]
+    for i, (a, b) in enumerate(coarse.labels):
+        mine = [j for j, (x, y) in enumerate(fine.labels) if (group(x), group(y)) == (a, b)]
         exact(fine.values[mine].sum(0), coarse.values[i])
         exact(fine.share[mine].sum(), coarse.share[i])
 
@@ -117,7 +117,7 @@ def test_shares_are_covariances_with_the_scores(masked, store):
     few = fc.qk_terms(run, (1, 1), per_token=False)
     assert few.metric == "share"
     exact(few.values, result.share)
-    assert few.top(1)[0][0] == few.what[int(few.values.abs().argmax())]
+    assert few.top(1)[0][0] == few.labels[int(few.values.abs().argmax())]
 
 
 def test_the_table_has_a_row_for_each_score():
@@ -125,7 +125,7 @@ def test_the_table_has_a_row_for_each_score():
     table = result.table().to_pydict()
     row = {name: column[-3] for name, column in table.items()}
     assert len(table["score"]) == 4 * 2 * 9 * 9
-    assert (row["what"], row["sequence"], row["position"], row["source_position"]) == ("heads 0 -> heads 0", 1, 8, 6)
+    assert (row["label"], row["sequence"], row["position"], row["source_position"]) == ("heads 0 -> heads 0", 1, 8, 6)
     assert row["score"] == float(result.values[3, 1, 8, 6])
 
 

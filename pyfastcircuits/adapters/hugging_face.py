@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family
-from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
+from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.patterns import Pattern, QKPattern, apply_pattern, softmax_pattern
 
@@ -98,7 +98,7 @@ def _keep_post_norm(attended: Tensor, written: Tensor, seen: Recording) -> None:
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceForward(ModelForward):
-    """The Forward through transformers' attention interface: a function of ours stands where a model mixes its values."""
+    """The Forward through transformers' attention interface: a function of ours stands where values are mixed."""
 
     tiled: bool  # whether the clean run kept no patterns
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
+from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.model.layers import LayerStack
-from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.model.norms import normalized
+from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.patterns import QKPattern
 
 __all__ = ["TransformerLensForward", "record", "weights_of"]
@@ -93,7 +93,10 @@ def record(
 
 @dataclass(frozen=True, eq=False)
 class TransformerLensForward(ModelForward):
-    """The Forward through TransformerLens' attention, whose scores and mixtures are its only products of two activations."""
+    """The Forward through TransformerLens' attention.
+
+    Its scores and its mixtures of values are its only products of two activations, and are caught there.
+    """
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""

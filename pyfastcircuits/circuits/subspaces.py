@@ -8,9 +8,9 @@ from torch import Tensor
 from pyfastcircuits.circuits.composition import KINDS, Head, Kind, checked_head
 from pyfastcircuits.circuits.vocabulary import virtual_weights
 from pyfastcircuits.model.factored import FactoredMatrix
+from pyfastcircuits.model.norms import centered
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Result
-from pyfastcircuits.model.norms import centered
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -89,6 +89,8 @@ def _energy(trace: FrozenTrace, source: Head, reader: int, directions: Tensor) -
     """Of what the source mixed along directions [d, k], as a later layer's norm scales it, at real positions: [k]."""
     layer, head = source
     read = trace.normed(trace.streams[layer], layer) @ directions
-    arrived = trace.apply_post_norm(apply_pattern(head_pattern(trace.patterns[layer], head), read[None, :, None])[0, :, 0], layer)
+    arrived = trace.apply_post_norm(
+        apply_pattern(head_pattern(trace.patterns[layer], head), read[None, :, None])[0, :, 0], layer
+    )
     arrived = arrived * trace.scales[reader][..., None]
     return (arrived if trace.mask is None else arrived[trace.mask]).square().flatten(0, -2).sum(0)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pyfastcircuits.circuits.composition import KINDS, Head, Kind, checked_head
 from pyfastcircuits.model.factored import FactoredMatrix, computable
+from pyfastcircuits.model.norms import centered, norm_scale, rotate
 from pyfastcircuits.model.weights import CircuitWeights, Weight
 from pyfastcircuits.ops.onednn import FastProducts
-from pyfastcircuits.model.norms import centered, norm_scale, rotate
 from pyfastcircuits.run.nodes import parse_path
 from pyfastcircuits.run.trace import FrozenTrace
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.circuits.composition import Head
 from pyfastcircuits.circuits.positions import qk_tables
 from pyfastcircuits.circuits.tables import SkipTrigram, row_logsumexp, skip_trigrams, top_per_row
@@ -16,7 +17,6 @@ from pyfastcircuits.circuits.vocabulary import bigrams, ov_circuit
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
-from pyfastcircuits.adapters.tracing import trace
 
 __all__ = [
     "BigramTruth",

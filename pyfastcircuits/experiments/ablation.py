@@ -1,4 +1,7 @@
-"""Ablations of paths, heads, layers and pairs of heads: under frozen attention they are low-rank changes of the logits."""
+"""Ablations of paths, heads, layers and pairs of heads.
+
+Under frozen attention each is a low-rank change of the clean logits.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -341,7 +344,7 @@ def _head_removals(
 def _joint_removals(
     weights: CircuitWeights, pairs: Sequence[Path], value: AblationValue, attention: Attention, how: Measurement
 ) -> list[Intervention]:
-    """Pairs within a layer share what each head takes out, where what two heads change adds up; others go one by one."""
+    """Pairs within a layer share what each head takes out, where the changes of two heads add up; others do not."""
     adds_up = attention == "frozen" and how.from_sums and (how.final_norm == "frozen" or weights.norm is None)
     groups: dict[int | None, list[int]] = {}
     for i, (first, second) in enumerate(pairs):

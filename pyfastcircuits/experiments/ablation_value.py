@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyfastcircuits.run.losses import ROWS
+from pyfastcircuits.run import memory
 from pyfastcircuits.run.nodes import Outputs
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -71,7 +71,7 @@ class AblationValue:
     def _mean(self, outputs: Outputs) -> Tensor:
         """The mean over real positions, sequences, or both: [n, 1 or B, 1 or T, x]."""
         sequences, length = self.reference.tokens.shape
-        step = max(1, ROWS // length)
+        step = max(1, memory.ROWS // length)
         dims = {"all": (-3, -2), "positions": (-2,), "batch": (-3,)}[self.average_over]
         sums, counts = [], []
         for first in range(0, sequences, step):

@@ -12,7 +12,8 @@ from pyfastcircuits.experiments.metrics import Asked, Positions, asked
 from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.losses import BLOCK_BYTES, Unembedding
+from pyfastcircuits.run import memory
+from pyfastcircuits.run.losses import Unembedding
 from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, nodes_before, parse_path, written
 from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
@@ -198,7 +199,7 @@ def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias
     """What each path writes along directions [N, d], and the direct path's bias [N]: [P, N]."""
     weights = trace.weights
     values = directions.new_empty(len(paths), len(directions))
-    at_once = max(1, BLOCK_BYTES // (trace.tokens.numel() * weights.d_head * directions.element_size()))
+    at_once = max(1, memory.BLOCK_BYTES // (trace.tokens.numel() * weights.d_head * directions.element_size()))
     groups: dict[Any, list[int]] = {}
     for i, path in enumerate(paths):
         groups.setdefault(path[-1:], []).append(i)

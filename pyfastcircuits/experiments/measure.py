@@ -3,7 +3,7 @@
 An intervention takes something out of the final residual stream; that changes the clean logits by a low-rank term,
 which goes through W_U or through W_O @ W_U of a head. Work is cut along sequences, experiments and the vocabulary.
 Beyond the clean logits (one part of the sequences at a time; none with `low_memory`) the scratch is a few blocks of
-BLOCK_BYTES, whatever the number of experiments.
+run.memory's size, whatever the number of experiments.
 """
 
 from abc import ABC, abstractmethod
@@ -22,22 +22,12 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import SweepPartial, rank_partial
 from pyfastcircuits.ops.onednn import FastProducts
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.losses import (
-    BLOCK_BYTES,
-    ROWS,
-    CleanLogits,
-    LogitBasis,
-    Unembedding,
-    basis_group,
-    changed_partial,
-    slices,
-)
+from pyfastcircuits.run import memory
+from pyfastcircuits.run.losses import CleanLogits, LogitBasis, Unembedding, basis_group, changed_partial, slices
 from pyfastcircuits.run.nodes import Head
 from pyfastcircuits.run.trace import FrozenTrace
 
 __all__ = ["Intervention", "Measured", "measure"]
-
-CLEAN_LOGITS = 4 * 128 << 20  # bytes of clean logits held at a time, at least one sequence's: four times the scratch
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -332,7 +322,7 @@ def _experiments_at_once(intervention: Intervention, part: _Part) -> int:
     """The number of experiments whose deltas fill a block."""
     weights, narrow = part.weights, part.narrow(intervention)
     width = weights.d_head if narrow and part.measurement.final_norm == "frozen" else weights.d_model
-    at_once = max(1, BLOCK_BYTES // (len(part.rows) * max(width, 8) * part.rows.element_size()))
+    at_once = max(1, memory.BLOCK_BYTES // (len(part.rows) * max(width, 8) * part.rows.element_size()))
     if intervention.has_own_heads and narrow:  # their W_O together at most four times W_U's slice in depth
         at_once = min(at_once, max(1, 4 * weights.d_model // weights.d_head))
     return at_once
@@ -344,7 +334,7 @@ def _sequences_at_once(trace: FrozenTrace, interventions: Sequence[Intervention]
     widths = [
         max(i.extra_floats_per_position, weights.d_head if i.write_heads else weights.d_model) for i in interventions
     ]
-    rows = min(BLOCK_BYTES // (size * max(widths, default=1)), ROWS)
+    rows = min(memory.BLOCK_BYTES // (size * max(widths, default=1)), memory.ROWS)
     if not how.low_memory:
-        rows = min(rows, CLEAN_LOGITS // (size * weights.d_vocab))
+        rows = min(rows, memory.CLEAN_LOGITS_BYTES // (size * weights.d_vocab))
     return max(1, rows // (trace.tokens.shape[1] - 1))

@@ -1,6 +1,6 @@
 """Composition ablation, activation patching, path patching and its first-order screen."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver
 from pyfastcircuits.experiments.edges import Effect, edge_removals, removed_z
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import NLL, Asked, LogitDifference
-from pyfastcircuits.experiments.options import MeasureOptions, Measurement, measured, measurement
+from pyfastcircuits.experiments.options import Measurement, MeasureOptions, measured, measurement
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale, normalized
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import row_losses
@@ -184,10 +184,9 @@ def edge_attribution(
     into, source, options = _directed(clean, corrupted, direction, options)
     how = measurement(into, options, "recomputed")
     if not all(metric.has_gradient for metric in how.metrics) or how.per_token:
-        names = " and ".join(metric.name for metric in how.metrics)
         raise ValueError(
-            f"metric is {names!r}, per_token {how.per_token}: expected the mean of a metric with a gradient, nll, "
-            "logit_difference or probability"
+            f"metric is {how.metrics[0].name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}: expected the "
+            "mean of a metric with a gradient, nll, logit_difference or probability"
         )
     weights = into.weights
     pairs = enumerate_paths(weights.n_layers, weights.n_heads, 2)
@@ -274,9 +273,7 @@ def _first_order(trace: FrozenTrace, value: AblationValue, input: Input, effect:
     return out.to(weights.compute_dtype)
 
 
-def _gradients_by_z(
-    part: FrozenTrace, asked: Asked, how: Measurement, share: float, effect: Effect
-) -> list[Tensor]:
+def _gradients_by_z(part: FrozenTrace, asked: Asked, how: Measurement, share: float, effect: Effect) -> list[Tensor]:
     """The gradient of the metric's mean, times `share`, by z of each layer: L of [H, B, T, r]."""
     weights, layers = part.weights, range(part.weights.n_layers)
     with torch.enable_grad():

@@ -2,7 +2,7 @@
 
 A row is one position of the normed final residual stream, [d]; N rows have logits [N, V] that are never stored whole
 unless they are asked for. What an experiment does to the logits is a low-rank change of them, delta @ basis. Scratch
-beyond the clean logits stays within SCRATCH_BYTES, whatever the number of rows and experiments.
+beyond the clean logits stays within run.memory's bounds, whatever the number of rows and experiments.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,9 @@ from pyfastcircuits.model.norms import final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend, Precision, SweepPartial, joint_partial, sweep_partial
 from pyfastcircuits.ops.library import stripe_columns
+from pyfastcircuits.run import memory
 
-__all__ = ["BLOCK_BYTES", "ROWS", "CleanLogits", "LogitBasis", "Unembedding", "changed_partial", "row_losses", "slices"]
-
-SCRATCH_BYTES = 128 << 20  # the promise: what an experiment takes beyond weights, clean logits and results
-BLOCK_BYTES = SCRATCH_BYTES // 12  # at most a dozen blocks are alive: of deltas and their copies, of bases, of packing
-ROWS = 4096  # rows worked on at a time, at least one sequence's: enough for matrix products to run at their full rate
+__all__ = ["CleanLogits", "LogitBasis", "Unembedding", "changed_partial", "row_losses", "slices"]
 
 Columns = slice | Tensor  # of the vocabulary
 
@@ -49,7 +46,7 @@ class Unembedding:
         `multiplied`: a product with W_U's slice is made, for which up to two copies of the slice are.
         """
         copies = 2 * multiplied + (self.weights.W_U.dtype != self.dtype)
-        width = 2 * BLOCK_BYTES // (self.dtype.itemsize * max(depth + copies * self.weights.d_model, 1))
+        width = 2 * memory.BLOCK_BYTES // (self.dtype.itemsize * max(depth + copies * self.weights.d_model, 1))
         stripe = 2 * stripe_columns()
         return list(slices(self.weights.d_vocab, max(stripe, width // stripe * stripe)))
 
@@ -187,7 +184,7 @@ class _RowLosses(torch.autograd.Function):
         unembedding = Unembedding(weights)
         nothing = LogitBasis(unembedding)
         out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
-        for part in slices(len(rows), ROWS):
+        for part in slices(len(rows), memory.ROWS):
             some = rows[part]
             clean = CleanLogits(some, unembedding, held=False)
             columns = unembedding.slices(len(some), multiplied=True)
@@ -203,7 +200,7 @@ class _RowLosses(torch.autograd.Function):
         wide = W_U.to(rows.dtype)
         into_rows, into_W_U = torch.empty_like(rows), torch.zeros_like(wide)
         into_bias = None if bias is None else torch.zeros_like(bias)
-        for part in slices(len(rows), max(1, 4 * BLOCK_BYTES // (wide.shape[1] * rows.element_size()))):
+        for part in slices(len(rows), max(1, 4 * memory.BLOCK_BYTES // (wide.shape[1] * rows.element_size()))):
             logits = rows[part] @ wide
             if bias is not None:
                 logits += bias

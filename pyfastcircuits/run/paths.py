@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.ops import Backend
-from pyfastcircuits.run.losses import BLOCK_BYTES
+from pyfastcircuits.run import memory
 from pyfastcircuits.run.nodes import Head, Path, parse_path
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
@@ -87,7 +87,7 @@ def _prefix_z(trace: FrozenTrace, path: Path) -> Tensor:
     z = trace.prefix_z.get(path)
     if z is None:
         z = path_z(trace, [path])[0]
-        if not z.requires_grad and (len(trace.prefix_z) + 1) * z.nbytes <= BLOCK_BYTES:
+        if not z.requires_grad and (len(trace.prefix_z) + 1) * z.nbytes <= memory.BLOCK_BYTES:
             trace.prefix_z[path] = z
     return z
 
@@ -191,6 +191,6 @@ def _in_parts(trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace], T
     """
     sequences, length = trace.tokens.shape
     row = trace.weights.compute_dtype.itemsize * trace.weights.d_model
-    step = max(1, 2 * BLOCK_BYTES // (row * length * (count + 2)))
+    step = max(1, 2 * memory.BLOCK_BYTES // (row * length * (count + 2)))
     parts = (trace[first : first + step] for first in range(0, sequences, step))
     return torch.cat([part.stream_losses(streams(part), backend) for part in parts], 1)

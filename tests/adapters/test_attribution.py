@@ -57,9 +57,9 @@ def test_terms_sum_to_the_scores_behind_the_models_own_pattern(name, padded):
     kv = run.weights.n_heads // run.weights.W_K.shape[1]
     for layer, h in [(0, 2), (2, 1)]:
         with nothing_in_fp32(model):
-            q, k, _ = run.rerun.project(layer, run.normed(run.streams[layer], layer)[None], frozen=True)
+            q, k, _ = run.forward.qkv(layer, run.normed(run.streams[layer], layer)[None], frozen=True)
             results = [fc.qk_terms(run, (layer, h), by) for by in ("layer", "component")]
-        scores = run.rerun.scale(layer) * q[0, :, h] @ k[0, :, h // kv].mT
+        scores = run.forward.score_scale(layer) * q[0, :, h] @ k[0, :, h // kv].mT
         pattern = run.pattern(layer)[:, h, 4:]  # what padding attends to is the family's own affair
         for result in results:
             total = result.values.sum(0)
@@ -85,4 +85,4 @@ def test_heads_are_those_of_transformer_lens(name):
             run, "head", targets=targets, against=other, positions=range(11), per_token=True
         )
         exact(ours.values.flatten(0, 1), theirs)
-    assert labels == [f"L{layer}H{head}" for ((layer, head),) in ours.what]
+    assert labels == [f"L{layer}H{head}" for ((layer, head),) in ours.labels]

@@ -16,7 +16,7 @@ def copying(run):
     """From every source's logits [B, T, V], as every destination sees them."""
     weights, out = run.weights, []
     for layer in range(weights.n_layers):
-        stream = run.sources_before(layer) + sum(run.attend(x, i) for i, x in enumerate(out))
+        stream = run.non_head_stream(layer) + sum(run.attend(x, i) for i, x in enumerate(out))
         out.append(stream)
     scores = torch.zeros(weights.n_layers, weights.n_heads, dtype=torch.float64)
     silent = run.unembed(torch.zeros_like(run.final))
@@ -52,7 +52,7 @@ def test_scores(name):
     )
     torch.testing.assert_close(scores.previous_token, patterns.diagonal(-1, -2, -1).mean((1, 3)), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(scores.copying, copying(fc.trace(model, tokens)), rtol=1e-9, atol=1e-9)
-    assert len(fc.induction_heads(model, scores).what) == (scores.values.shape[0] - 1) * scores.values.shape[1]
+    assert len(fc.induction_heads(model, scores).labels) == (scores.values.shape[0] - 1) * scores.values.shape[1]
 
 
 def test_a_transformer_lens_model():

@@ -87,7 +87,7 @@ def test_sources_are_what_mlps_write_and_biases(name):
         run = fc.trace(model, tokens())
     for layer, written in enumerate(seen):
         bias = run.post(run.weights.written_bias(layer).expand_as(written), layer)
-        assert_exact(run.sources[layer], written + bias)
+        assert_exact(run.non_head_writes[layer], written + bias)
 
 
 @every_configuration
@@ -201,7 +201,7 @@ def test_a_head_without_which(name):
 def stream_before(run, layer):
     x = run.embedded
     for earlier in range(layer):
-        x = x + run.attend(x, earlier) + run.sources[earlier]
+        x = x + run.attend(x, earlier) + run.non_head_writes[earlier]
     return x
 
 

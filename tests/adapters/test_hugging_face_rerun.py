@@ -80,7 +80,7 @@ def test_padding_parts_and_gradients(name):
 def test_norms_of_queries_and_keys_bend_what_frozen_ones_do_not():
     run = fc.trace(build("qwen3"), tokens())
     one, other = torch.randn(2, 1, *run.embedded.shape, dtype=torch.float64)
-    zero, a, b, both = (run.rerun.project(1, x) for x in (0 * one, one, other, one + other))
+    zero, a, b, both = (run.forward.qkv(1, x) for x in (0 * one, one, other, one + other))
     assert all(float((a[i] + b[i] - both[i] - zero[i]).abs().max()) > 0.1 for i in range(2))
 
 
@@ -91,9 +91,9 @@ def test_the_model_is_left_as_it_was():
     model.train()
     run = fc.trace(model, tokens())
     stream = run.embedded[None].requires_grad_()
-    after = run.rerun.after(1, stream, stream)
-    torch.testing.assert_close(after, expected.rerun.after(1, stream, stream))
-    run.rerun.mix(1, *run.rerun.project(1, stream, frozen=True)).sum().backward()
+    after = run.forward.block(1, stream, stream)
+    torch.testing.assert_close(after, expected.forward.block(1, stream, stream))
+    run.forward.apply(1, *run.forward.qkv(1, stream, frozen=True)).sum().backward()
     assert model.config._attn_implementation == "sdpa"
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -107,11 +107,11 @@ def test_lower_precision(dtype):
     model = build("gemma2", dtype)
     run, exact = fc.trace(model, tokens()), fc.trace(build("gemma2", torch.float32), tokens())
     stream, change = torch.randn(2, 3, *run.embedded.shape, generator=torch.Generator().manual_seed(0))
-    ours, theirs = run.rerun.after(1, stream, change), exact.rerun.after(1, stream, change)
+    ours, theirs = run.forward.block(1, stream, change), exact.forward.block(1, stream, change)
     assert ours.dtype == torch.float32
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 8 * torch.finfo(dtype).eps
-    made = run.rerun.project(1, run.normed(stream, 1))
-    assert all(x.dtype == torch.float32 for x in (*made, run.rerun.mix(1, *made)))
+    made = run.forward.qkv(1, run.normed(stream, 1))
+    assert all(x.dtype == torch.float32 for x in (*made, run.forward.apply(1, *made)))
 
 
 def test_scores_that_are_computed_in_fp32():
@@ -121,8 +121,8 @@ def test_scores_that_are_computed_in_fp32():
         patterns = model(tokens(), output_attentions=True).attentions
     for layer, pattern in enumerate(patterns):
         assert torch.equal(run.pattern(layer), pattern.float())
-    made = run.rerun.project(0, run.normed(run.embedded[None], 0))
-    ours, theirs = run.rerun.mix(0, *made)[0], run.pattern(0) @ made[2][0]
+    made = run.forward.qkv(0, run.normed(run.embedded[None], 0))
+    ours, theirs = run.forward.apply(0, *made)[0], run.pattern(0) @ made[2][0]
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 4 * torch.finfo(torch.bfloat16).eps
 
 
@@ -150,7 +150,7 @@ def test_long_contexts_keep_and_make_no_square_of_their_length():
     mask[0, 0] = 0
     with Sizes():
         run = fc.trace(model, tokens(1, length), mask, store="qk")
-        run.rerun.after(0, run.embedded[None])
+        run.forward.block(0, run.embedded[None])
     assert len(kept(run)) > 20
     assert max(tensor.untyped_storage().nbytes() for tensor in kept(run)) < length * length
     assert max(made) < length * length

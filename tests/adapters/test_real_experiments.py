@@ -78,7 +78,7 @@ def test_first_order_and_exact(name):
     runs = fc.trace(model, given), fc.trace(model, tokens(seed=1))
     for effect in ("direct", "total"):
         found = fc.edge_attribution(*runs, "K", effect, exact=2)
-        assert int(found.also["error"].isfinite().sum()) == 2
+        assert int(found.extra["error"].isfinite().sum()) == 2
         assert found.values.isfinite().all()
 
 

@@ -3,7 +3,7 @@
 import torch
 
 import pyfastcircuits as fc
-from pyfastcircuits.run.forward import norm_scale, toward_logits
+from pyfastcircuits.model.norms import final_norm_gain, norm_scale
 from pyfastcircuits.run.patterns import QKPattern
 
 
@@ -25,14 +25,14 @@ def real(run, x, heads=False):
 def logits(run, stream):
     """Of a final residual stream, whose final norm is its own."""
     w = run.weights
-    x = toward_logits(stream, w) * norm_scale(stream, w)[..., None] @ w.W_U
-    x = x if w.unembed_bias is None else x + w.unembed_bias
+    x = final_norm_gain(stream, w) * norm_scale(stream, w)[..., None] @ w.W_U
+    x = x if w.whole_unembed_bias() is None else x + w.whole_unembed_bias()
     return x if w.logit_cap is None else w.logit_cap * (x / w.logit_cap).tanh()
 
 
 def to_the_end(run, stream, layer=0, change=None):
     for later in range(layer, run.weights.n_layers):
-        stream = run.rerun.after(later, stream, change if later == layer else None)
+        stream = run.forward.block(later, stream, change if later == layer else None)
     return stream
 
 
@@ -42,31 +42,31 @@ def check_clean(run):
     one, other = noise(2, *stream.shape)
     for layer in range(w.n_layers):
         normed, pattern = run.normed(stream, layer), run.pattern(layer)
-        q, k, v = run.rerun.project(layer, normed)
+        q, k, v = run.forward.qkv(layer, normed)
         values, bias = normed.unsqueeze(-3) @ w.layer("W_V", layer), w.bias("V", layer)
         assert_exact(real(run, v, True), real(run, values if bias is None else values + bias[:, None], True))
         assert q.shape == (*v.shape[:2], w.n_heads, *v.shape[3:])
         assert k.shape == v.shape
         z = pattern @ v[0].repeat_interleave(w.n_heads // v.shape[2], 1)
-        assert_exact(real(run, run.rerun.mix(layer, q, k, v), True), real(run, z[None], True))
+        assert_exact(real(run, run.forward.apply(layer, q, k, v), True), real(run, z[None], True))
         places = torch.eye(v.shape[3], dtype=v.dtype).expand(*v.shape[:4], -1)
-        assert_exact(real(run, run.rerun.mix(layer, q, k, places), True), real(run, pattern[None], True))
+        assert_exact(real(run, run.forward.apply(layer, q, k, places), True), real(run, pattern[None], True))
 
-        zero, a, b, both = (run.rerun.project(layer, x, frozen=True) for x in (0 * one, one, other, one + other))
-        for kind, clean in enumerate(run.rerun.project(layer, normed, frozen=True)):
+        zero, a, b, both = (run.forward.qkv(layer, x, frozen=True) for x in (0 * one, one, other, one + other))
+        for kind, clean in enumerate(run.forward.qkv(layer, normed, frozen=True)):
             assert_exact(real(run, clean, True), real(run, (q, k, v)[kind], True))
             assert_exact(real(run, a[kind] + b[kind], True), real(run, both[kind] + zero[kind], True))
-        stream = run.rerun.after(layer, stream)
+        stream = run.forward.block(layer, stream)
     assert_exact(real(run, stream), real(run, run.final[None]))
 
 
 def check_scale(run):
     """Scores are scale * q k.T where nothing else shapes them: what is left of log patterns is their logsumexp."""
     for layer in range(run.weights.n_layers):
-        q, k, _ = run.rerun.project(layer, run.normed(noise(1, *run.embedded.shape), layer))
+        q, k, _ = run.forward.qkv(layer, run.normed(noise(1, *run.embedded.shape), layer))
         places = torch.eye(q.shape[3], dtype=q.dtype).expand(*k.shape[:4], -1)
-        pattern = run.rerun.mix(layer, q, k, places)
-        scores = run.rerun.scale(layer) * q @ k.repeat_interleave(run.weights.n_heads // k.shape[2], 2).mT
+        pattern = run.forward.apply(layer, q, k, places)
+        scores = run.forward.score_scale(layer) * q @ k.repeat_interleave(run.weights.n_heads // k.shape[2], 2).mT
         seen = pattern > 0
         assert_exact(pattern, scores.masked_fill(~seen, -torch.inf).softmax(-1))
 
@@ -79,25 +79,25 @@ def check_changes(run, theirs):
     layer, count = run.weights.n_layers // 2, 3
     before = run.embedded[None]
     for earlier in range(layer):
-        before = run.rerun.after(earlier, before)
+        before = run.forward.block(earlier, before)
     change = noise(count, *run.embedded.shape)
     ends = to_the_end(run, before.expand(count, -1, -1, -1), layer, change)
     for i in range(count):
         assert_exact(real(run, logits(run, ends[i : i + 1])), real(run, theirs(layer, change[i])[None]))
         assert_exact(real(run, ends[i : i + 1]), real(run, to_the_end(run, before, layer, change[i : i + 1])))
     stream = before + change
-    after, made = run.rerun.after(layer, stream), run.rerun.project(layer, run.normed(stream, layer))
-    z = run.rerun.mix(layer, made[0], made[1][:1], made[2])
-    frozen = run.rerun.project(layer, stream, frozen=True)
+    after, made = run.forward.block(layer, stream), run.forward.qkv(layer, run.normed(stream, layer))
+    z = run.forward.apply(layer, made[0], made[1][:1], made[2])
+    frozen = run.forward.qkv(layer, stream, frozen=True)
     for i in range(count):
         here = slice(i, i + 1)
-        assert_exact(real(run, after[here]), real(run, run.rerun.after(layer, stream[here])))
-        alone = run.rerun.project(layer, run.normed(stream[here], layer))
+        assert_exact(real(run, after[here]), real(run, run.forward.block(layer, stream[here])))
+        alone = run.forward.qkv(layer, run.normed(stream[here], layer))
         for many, single in zip(made, alone, strict=True):
             assert_exact(real(run, many[here], True), real(run, single, True))
-        mixed = run.rerun.mix(layer, alone[0], made[1][:1], alone[2])
+        mixed = run.forward.apply(layer, alone[0], made[1][:1], alone[2])
         assert_exact(real(run, z[here], True), real(run, mixed, True))
-        for many, single in zip(frozen, run.rerun.project(layer, stream[here], frozen=True), strict=True):
+        for many, single in zip(frozen, run.forward.qkv(layer, stream[here], frozen=True), strict=True):
             assert_exact(real(run, many[here], True), real(run, single, True))
 
 
@@ -105,19 +105,19 @@ def check_parts(run):
     """A part's rerun is the whole's, of those sequences."""
     layer, stream = run.weights.n_layers - 1, noise(2, *run.embedded.shape)
     change = noise(2, *run.embedded.shape, seed=1)
-    whole = run.rerun.after(layer, stream, change)
-    made = run.rerun.project(layer, stream, frozen=True)
-    z = run.rerun.mix(layer, *made)
+    whole = run.forward.block(layer, stream, change)
+    made = run.forward.qkv(layer, stream, frozen=True)
+    z = run.forward.apply(layer, *made)
     for sequences in (slice(0, 1), slice(1, None)):
         part = run[sequences]
         assert_exact(
-            real(part, part.rerun.after(layer, stream[:, sequences], change[:, sequences])),
+            real(part, part.forward.block(layer, stream[:, sequences], change[:, sequences])),
             real(part, whole[:, sequences]),
         )
-        own = part.rerun.project(layer, stream[:, sequences], frozen=True)
+        own = part.forward.qkv(layer, stream[:, sequences], frozen=True)
         for ours, theirs in zip(own, made, strict=True):
             assert_exact(real(part, ours, True), real(part, theirs[:, sequences], True))
-        assert_exact(real(part, part.rerun.mix(layer, *own), True), real(part, z[:, sequences], True))
+        assert_exact(real(part, part.forward.apply(layer, *own), True), real(part, z[:, sequences], True))
 
 
 def check_gradients(run):
@@ -128,9 +128,9 @@ def check_gradients(run):
 
     def value(x):
         stream, change = x
-        made = run.rerun.project(layer, run.normed(stream, layer))
-        z = run.rerun.mix(layer, *made)
-        end = run.rerun.after(layer, stream, change)
+        made = run.forward.qkv(layer, run.normed(stream, layer))
+        z = run.forward.apply(layer, *made)
+        end = run.forward.block(layer, stream, change)
         return (real(run, end) * real(run, weigh)).sum() + real(run, z, True).sin().sum()
 
     x = point.clone().requires_grad_()
@@ -139,7 +139,7 @@ def check_gradients(run):
     with torch.no_grad():
         expected = (value(point + step * way) - value(point - step * way)) / (2 * step)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    assert not run.rerun.after(layer, point[0]).requires_grad  # the model's parameters are constants
+    assert not run.forward.block(layer, point[0]).requires_grad  # the model's parameters are constants
 
 
 def check_kept_as_queries_and_keys(run, other):
@@ -154,6 +154,6 @@ def check_kept_as_queries_and_keys(run, other):
         assert_exact(real(run, fc.path_logits(other, path)[None]), real(run, fc.path_logits(run, path)[None]))
     stream, change = noise(2, 2, *run.embedded.shape)
     normed = run.normed(stream, 0)
-    made, same = run.rerun.project(0, normed), other.rerun.project(0, normed)
-    assert_exact(real(run, other.rerun.mix(0, *same), True), real(run, run.rerun.mix(0, *made), True))
-    assert_exact(real(run, other.rerun.after(0, stream, change)), real(run, run.rerun.after(0, stream, change)))
+    made, same = run.forward.qkv(0, normed), other.forward.qkv(0, normed)
+    assert_exact(real(run, other.forward.apply(0, *same), True), real(run, run.forward.apply(0, *made), True))
+    assert_exact(real(run, other.forward.block(0, stream, change)), real(run, run.forward.block(0, stream, change)))
