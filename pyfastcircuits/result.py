@@ -105,7 +105,7 @@ class Result:
         flat = {name: x.double().cpu().reshape(count, places) for name, x in quantities.items()}
         kept = flat[self.metric].isfinite().flatten() if self.baseline.dim() else torch.ones(count, dtype=torch.bool)
         rows = torch.arange(count).repeat_interleave(places)[kept].tolist()
-        pairs = self.setup.keys() & {"scope", "input"}
+        pairs = self.setup.keys() & {"scope", "kind"}
         columns = {
             name: pa.array([values[i] for i in rows]) for name, values in _columns(self.labels, bool(pairs)).items()
         }

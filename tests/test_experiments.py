@@ -440,7 +440,7 @@ BAD = {
     "scope": (lambda r: fc.pair_ablation(r, "paths"), "scope is 'paths', expected one of path, direct, edge, joint"),
     "attention": (lambda r: fc.head_ablation(r, attention="anew"), "attention is 'anew', expected one of frozen, recomp"),
     "path": (lambda r: fc.pair_ablation(r, "path", attention="recomputed"), "attention is 'recomputed', but scope is 'path'"),
-    "input": (lambda r: fc.composition_ablation(r, "O"), "input is 'O', expected one of Q, K, V"),
+    "input": (lambda r: fc.composition_ablation(r, "O"), "kind is 'O', expected one of Q, K, V"),
     "effect": (lambda r: fc.composition_ablation(r, "Q", effect="some"), "effect is 'some', expected one of total, direct"),
     "norm": (lambda r: fc.head_ablation(r, final_norm="x"), "final_norm is 'x', expected 'frozen' or 'recomputed'"),
     "against": (lambda r: fc.head_ablation(r, metric="logit_difference"), "against is missing, but metric is"),

@@ -266,7 +266,8 @@ def _changed_rows(intervention: Intervention, part: _Part) -> Iterator[tuple[ran
             basis, columns = _basis(part, W_O, delta.shape[-1])
             yield range(count), _ChangedRows(part, delta, basis, columns, pairs=pairs)
         return
-    basis = None
+    basis: LogitBasis | None = None
+    columns: list[slice] = []
     for some in slices(count, _experiments_at_once(intervention, part)):
         members = range(count)[some]
         delta, scale, W_O = _delta(intervention, part, members)

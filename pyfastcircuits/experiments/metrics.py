@@ -128,7 +128,7 @@ class KL(MetricSpec):
 class LogitDifference(MetricSpec):
     """logit(targets) - logit(against)."""
 
-    against: Tokens = None  # type: ignore[assignment]  # a field where the others have none
+    against: Tokens = None  # a field where the others have none
     name = "logit_difference"
     harm = "fall"
     from_sums = False

@@ -16,7 +16,7 @@ from pyfastcircuits.experiments.options import Measurement, MeasureOptions, meas
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale, normalized
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import row_losses
-from pyfastcircuits.run.nodes import Edge, Head, Receiver, one_or_several, parse_pair
+from pyfastcircuits.run.nodes import Edge, Head, Kind, Receiver, one_or_several, parse_pair
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -26,14 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["activation_patching", "composition_ablation", "edge_attribution", "path_patching"]
 
 Direction = Literal["denoise", "noise"]
-Input = Literal["Q", "K", "V"]
 
 
 @measured
 @torch.no_grad()
 def composition_ablation(
     trace: FrozenTrace,
-    input: Input,
+    kind: Kind,
     mode: Mode = "zero",
     effect: Effect = "total",
     *,
@@ -50,7 +49,7 @@ def composition_ablation(
 
     Args:
         trace: a frozen run.
-        input: "Q", "K" or "V".
+        kind: "Q", "K" or "V": what the destination makes without it, queries, keys or values.
         mode, reference, over: the value that the source writes instead, for this one receiver; see head_ablation.
         effect: "total": everything behind the destination is computed anew. "direct": the destination's output goes
             straight to the logits, and all else stays.
@@ -61,11 +60,11 @@ def composition_ablation(
         values [P]; `pairs` is [P, 2, 2]; `labels` holds a frozenset for several.
 
     Raises:
-        ValueError: an unknown input, mode, effect or metric; pairs that are none.
+        ValueError: an unknown kind, mode, effect or metric; pairs that are none.
         IndexError: no such head.
         RuntimeError: a backend or precision that is not there.
     """
-    _check_effect(input, effect)
+    _check_effect(kind, effect)
     weights, labels, cuts = trace.weights, list[Label](), []
     for entry in enumerate_paths(weights.n_layers, weights.n_heads, 2) if pairs is None else pairs:
         given, several = one_or_several(entry)
@@ -75,11 +74,11 @@ def composition_ablation(
                 f"pairs holds {entry}: pairs that are cut together need one layer of destinations and effect 'total'"
             )
         labels.append(frozenset(chosen) if several else chosen[0])
-        cuts.append([Edge(source, Receiver(to, input)) for source, to in chosen])
+        cuts.append([Edge(source, Receiver(to, kind)) for source, to in chosen])
     value = AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, "recomputed")
     found = measure(trace, edge_removals(weights, cuts, value, effect), how)
-    return found.result(labels, (len(labels),), input=input, mode=mode, effect=effect)
+    return found.result(labels, (len(labels),), kind=kind, mode=mode, effect=effect)
 
 
 @measured
@@ -87,7 +86,7 @@ def composition_ablation(
 def path_patching(
     clean: FrozenTrace,
     corrupted: FrozenTrace,
-    input: Input,
+    kind: Kind,
     effect: Effect = "total",
     *,
     direction: Direction = "denoise",
@@ -102,7 +101,7 @@ def path_patching(
 
     Args:
         clean, corrupted: runs of one model over tokens of one shape.
-        input, effect, pairs: as in composition_ablation.
+        kind, effect, pairs: as in composition_ablation.
         direction: "denoise": clean outputs go into the corrupted run, whose value is the baseline; "noise": the other
             way. Targets are the clean run's next tokens unless they are given.
 
@@ -114,7 +113,7 @@ def path_patching(
         ValueError: runs of different models or shapes; as composition_ablation.
     """
     into, source, options = _directed(clean, corrupted, direction, options)
-    found: Result = composition_ablation(into, input, "resample", effect, pairs=pairs, reference=source, **options)
+    found: Result = composition_ablation(into, kind, "resample", effect, pairs=pairs, reference=source, **options)
     return _with_runs(found, clean, corrupted, direction, options)
 
 
@@ -153,7 +152,7 @@ def activation_patching(
 def edge_attribution(
     clean: FrozenTrace,
     corrupted: FrozenTrace,
-    input: Input,
+    kind: Kind,
     effect: Effect = "total",
     *,
     exact: int = 0,
@@ -167,7 +166,7 @@ def edge_attribution(
     what matters with `exact`.
 
     Args:
-        clean, corrupted, input, effect, direction: as in path_patching. The metric must have a gradient, so not "rank",
+        clean, corrupted, kind, effect, direction: as in path_patching. The metric must have a gradient, so not "rank",
             "top1" or "kl" (which has none at the clean run), and values are means.
         exact: the number of pairs, of those that seem to matter most, that are patched exactly too.
 
@@ -178,7 +177,7 @@ def edge_attribution(
     Raises:
         TypeError, ValueError: as path_patching; a metric without a gradient; exact below 0.
     """
-    _check_effect(input, effect)
+    _check_effect(kind, effect)
     if exact < 0:
         raise ValueError(f"exact is {exact}, expected a number of pairs")
     into, source, options = _directed(clean, corrupted, direction, options)
@@ -190,15 +189,15 @@ def edge_attribution(
         )
     weights = into.weights
     pairs = enumerate_paths(weights.n_layers, weights.n_heads, 2)
-    changes = _first_order(into, AblationValue(into, "resample", source), input, effect, how)
+    changes = _first_order(into, AblationValue(into, "resample", source), kind, effect, how)
     where = tuple(torch.tensor(pairs, dtype=torch.long).view(-1, 4).mT)
-    found = measure(into, [], how).result([], (0,), input=input, effect=effect)
+    found = measure(into, [], how).result([], (0,), kind=kind, effect=effect)
     values = found.baseline + changes[where]
     found = replace(found, labels=pairs, values=values, harm="size")
     if exact:
         best = found.means().abs().sort(descending=True, stable=True).indices[:exact]
         patched: Result = path_patching(
-            clean, corrupted, input, effect, pairs=[pairs[i] for i in best.tolist()], direction=direction, **options
+            clean, corrupted, kind, effect, pairs=[pairs[i] for i in best.tolist()], direction=direction, **options
         )
         known = torch.full_like(values, torch.nan)
         known[best] = patched.values
@@ -206,9 +205,9 @@ def edge_attribution(
     return _with_runs(found, clean, corrupted, direction, options)
 
 
-def _check_effect(input: str, effect: str) -> None:
-    if input not in get_args(Input):
-        raise ValueError(f"input is {input!r}, expected one of {', '.join(get_args(Input))}")
+def _check_effect(kind: str, effect: str) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
     if effect not in get_args(Effect):
         raise ValueError(f"effect is {effect!r}, expected one of {', '.join(get_args(Effect))}")
 
@@ -250,7 +249,7 @@ def _with_runs(
     return replace(found, setup=setup)
 
 
-def _first_order(trace: FrozenTrace, value: AblationValue, input: Input, effect: Effect, how: Measurement) -> Tensor:
+def _first_order(trace: FrozenTrace, value: AblationValue, kind: Kind, effect: Effect, how: Measurement) -> Tensor:
     """The first-order change of the metric for every pair, [L, H, L, H]."""
     weights, heads = trace.weights, range(trace.weights.n_heads)
     shape = (weights.n_layers, len(heads)) * 2
@@ -267,7 +266,7 @@ def _first_order(trace: FrozenTrace, value: AblationValue, input: Input, effect:
                 gone.append(torch.stack([Head(layer, head).write(part, z[head]) for head in heads]))
         by_z = _gradients_by_z(part, asked, how, asked.count / how.asked.count, effect)
         for layer in range(1, weights.n_layers):
-            by_input = _gradients_by_input(part, layer, by_z[layer], input)
+            by_input = _gradients_by_input(part, layer, by_z[layer], kind)
             for earlier in range(layer):
                 out[earlier, :, layer] -= torch.einsum("sbtd,hbtd->sh", gone[earlier].double(), by_input.double())
     return out.to(weights.compute_dtype)
@@ -309,7 +308,7 @@ def _metric(part: FrozenTrace, final: Tensor, asked: Asked, how: Measurement) ->
     return (logits[0] - logits[1]).mean()
 
 
-def _gradients_by_input(part: FrozenTrace, layer: int, by_z: Tensor, input: Input) -> Tensor:
+def _gradients_by_input(part: FrozenTrace, layer: int, by_z: Tensor, kind: Kind) -> Tensor:
     """The gradient by the residual stream that each head of a layer makes its input of, [H, B, T, d]."""
     forward, heads = part.forward, part.weights.n_heads
     with torch.no_grad():
@@ -317,7 +316,7 @@ def _gradients_by_input(part: FrozenTrace, layer: int, by_z: Tensor, input: Inpu
     with torch.enable_grad():
         stream = part.streams[layer].expand(heads, *part.embedded.shape).detach().requires_grad_()
         changed = forward.qkv(layer, normalized(stream, part.weights))
-        mixture = (new if name == input else old for name, new, old in zip("QKV", changed, clean, strict=True))
+        mixture = (new if name == kind else old for name, new, old in zip("QKV", changed, clean, strict=True))
         z = forward.apply(layer, *mixture)  # [H, B, H, T, r]: each copy of the stream for one head
         own = torch.stack([z[head, :, head] for head in range(heads)])
         (gradient,) = torch.autograd.grad((own * by_z).sum(), stream)

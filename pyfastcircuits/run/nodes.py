@@ -22,6 +22,8 @@ __all__ = [
     "Embedding",
     "Head",
     "HeadOutputs",
+    "Inputs",
+    "Kind",
     "Node",
     "NonHeads",
     "Outputs",
@@ -37,6 +39,7 @@ __all__ = [
     "written",
 ]
 
+Kind = Literal["Q", "K", "V"]  # of composition: by queries, keys or values
 Inputs = Literal["Q", "K", "V", "QKV"]
 
 
