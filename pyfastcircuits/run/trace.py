@@ -103,7 +103,7 @@ class FrozenTrace(FrozenModel):
         final: [B, T, d], the residual stream after the last layer, before the final norm.
         mask: [B, T], which positions are real; None if all are. Losses are of real positions that predict real ones.
         forward: the model's layers, for what is computed anew.
-        sequences: which sequences of the run that was traced these are.
+        sequences: which sequences these are of the trace that this one was cut from; all of them if it was not cut.
     """
 
     tokens: Tensor
@@ -202,16 +202,5 @@ class FrozenTrace(FrozenModel):
             final=self.final[sequences],
             mask=None if self.mask is None else self.mask[sequences],
             forward=self.forward.select(sequences),
-            sequences=self._among_all(sequences),
+            sequences=sequences,
         )
-
-    def _among_all(self, sequences: slice | Tensor) -> slice | Tensor:
-        """Sequences of this trace as sequences of the run that was traced."""
-        if isinstance(self.sequences, Tensor):
-            return self.sequences[sequences]
-        everything = self.sequences.stop is None
-        mine = range(len(self.tokens)) if everything else range(self.sequences.stop)[self.sequences]
-        if isinstance(sequences, slice):
-            kept = mine[sequences]
-            return slice(kept.start, kept.stop, kept.step)
-        return torch.tensor(mine, device=self.tokens.device)[sequences]
