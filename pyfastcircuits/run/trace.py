@@ -87,7 +87,7 @@ class FrozenModel:
         return logits if bias is None else logits + bias
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FrozenTrace(FrozenModel):
     """A clean run: its frozen model, and the residual stream that went through it, in the computing dtype.
 
@@ -113,6 +113,12 @@ class FrozenTrace(FrozenModel):
     mask: Tensor | None
     forward: Forward
     sequences: slice | Tensor = field(default_factory=lambda: slice(None))
+
+    def __repr__(self) -> str:
+        """The sizes of the run."""
+        (sequences, length), weights = self.tokens.shape, self.guard.weights
+        sizes = f"{weights.n_layers} layers of {weights.n_heads} heads"
+        return f"FrozenTrace({sequences} sequences of {length} tokens, {sizes}, {self.embedded.dtype})"
 
     @cached_property
     def streams(self) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ def copying(run):
             written = run.normed(stream, layer) @ weights.head("W_V", layer, head) @ weights.head("W_O", layer, head)
             for s in range(run.tokens.shape[1]):
                 everywhere = written[:, s : s + 1].expand_as(run.final)
-                logits = run.unembed(run.post(everywhere, layer)) - silent
+                logits = run.unembed(run.apply_post_norm(everywhere, layer)) - silent
                 for b, row in enumerate(run.tokens):
                     different, token = row.unique(), row[s]
                     raised = (logits[b][:, different] - logits[b][:, different].mean(-1, keepdim=True)).relu()

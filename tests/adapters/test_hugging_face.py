@@ -86,7 +86,7 @@ def test_sources_are_what_mlps_write_and_biases(name):
     with nothing_in_fp32(model):
         run = fc.trace(model, tokens())
     for layer, written in enumerate(seen):
-        bias = run.post(run.weights.written_bias(layer).expand_as(written), layer)
+        bias = run.apply_post_norm(run.weights.written_bias(layer).expand_as(written), layer)
         assert_exact(run.non_head_writes[layer], written + bias)
 
 
@@ -191,7 +191,7 @@ def test_a_head_without_which(name):
             run.normed(run.final * 0 + stream_before(run, last), last) @ run.weights.head("W_V", last, head)
         )
         bias = run.weights.head_biases(last)[head]
-        without = run.final - run.post(z @ run.weights.head("W_O", last, head) + bias, last)
+        without = run.final - run.apply_post_norm(z @ run.weights.head("W_O", last, head) + bias, last)
         expected = torch.nn.functional.cross_entropy(
             capped(run, run.unembed(without))[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()
         )
