@@ -9,7 +9,7 @@ from measure import cpu_rate, interleaved, peak_bytes, ratio
 
 import pyfastcircuits as fc
 from pyfastcircuits import ops
-from pyfastcircuits.circuits.composition import BLOCK
+from pyfastcircuits.circuits.head_factors import BLOCK
 
 KINDS = ("Q", "K", "V")
 

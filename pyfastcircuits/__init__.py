@@ -1,43 +1,42 @@
 """Transformer-circuit analysis as fused kernels ("A Mathematical Framework for Transformer Circuits", 2021)."""
 
 from pyfastcircuits import ops
-from pyfastcircuits.circuits.composition import (
-    ComponentScores,
+from pyfastcircuits.circuits.composition import ComponentScores, component_scores, composition_scores
+from pyfastcircuits.circuits.composition_baseline import (
     CompositionBaseline,
-    component_scores,
     composition_baseline,
-    composition_scores,
     composition_z_scores,
 )
-from pyfastcircuits.circuits.positions import OVTables, QKTables, ov_tables, qk_tables
-from pyfastcircuits.circuits.subspaces import subspaces
-from pyfastcircuits.circuits.tables import (
-    CopyingAccuracy,
-    SkipTrigram,
-    SkipTrigrams,
-    copying_accuracy,
-    diagonal_ranks,
-    skip_trigrams,
-    top_entries,
-    top_per_row,
-)
-from pyfastcircuits.circuits.vocabulary import (
+from pyfastcircuits.circuits.skip_trigrams import SkipTrigram, SkipTrigrams, skip_trigrams
+from pyfastcircuits.circuits.spectra import (
     DiagonalStatistics,
-    VirtualHead,
-    bigrams,
     circuit_eigenvalues,
     composed_eigenvalues,
-    composed_qk_circuit,
     copying_scores,
     diagonal_statistics,
     effective_rank,
-    ov_circuit,
     positivity,
-    qk_circuit,
     qk_positivity,
     trace_ratios,
-    virtual_head,
-    virtual_weights,
+)
+from pyfastcircuits.circuits.subspaces import Subspaces, subspaces
+from pyfastcircuits.circuits.tables import (
+    CopyingAccuracy,
+    copying_accuracy,
+    diagonal_ranks,
+    top_entries,
+    top_per_row,
+)
+from pyfastcircuits.circuits.virtual import VirtualHead, virtual_head, virtual_weights
+from pyfastcircuits.circuits.vocabulary import (
+    OVTables,
+    QKTables,
+    bigrams,
+    composed_qk_circuit,
+    ov_circuit,
+    ov_tables,
+    qk_circuit,
+    qk_tables,
 )
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation, path_ablation
 from pyfastcircuits.experiments.attention_scores import qk_terms
@@ -79,6 +78,7 @@ __all__ = [
     "Result",
     "SkipTrigram",
     "SkipTrigrams",
+    "Subspaces",
     "VirtualHead",
     "activation_patching",
     "bigrams",

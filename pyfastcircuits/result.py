@@ -18,30 +18,30 @@ class Result:
     """Values of many experiments on one run, or on a pair of runs.
 
     Attributes:
-        what: what each value is of, in the order of the flattened values: ((layer, head),) for a head,
+        labels: the thing that each of the flattened values belongs to: ((layer, head),) for a head,
             ((layer, head), (layer, head)) for a pair or path, the number of a layer, the name of a component.
-        values: [*shape], one entry for each of `what`; with `per_token` followed by [B, T'] positions, NaN where
+        values: [*shape], one entry for each label; with `per_token` followed by [B, T'] positions, NaN where
             nothing is measured. Nats for "nll" and "kl"; logits, probabilities, ranks from 0.
         baseline: the same of the run that nothing was done to, a scalar (with `per_token`, [B, T']).
         metric: what is measured.
-        also: other quantities measured along the way, shaped like values; `result.kl` is `result.also["kl"]`.
-        setup: how the experiments were made: scope, mode, attention, ...
-        order: which values `top` puts first: those above the baseline ("rise"), below it ("fall"), or farthest from
+        extra: other quantities measured along the way, shaped like values; `result.kl` is `result.extra["kl"]`.
+        setup: how the experiments were made: scope, mode, attention, ...; numbers stay numbers.
+        harm: which values `top` puts first: those above the baseline ("rise"), below it ("fall"), or farthest from
             it ("size").
     """
 
-    what: Sequence[Label]
+    labels: Sequence[Label]
     values: Tensor
     baseline: Tensor
     metric: str
-    also: Mapping[str, Tensor] = field(default_factory=dict)
-    setup: Mapping[str, str] = field(default_factory=dict)
-    order: Literal["rise", "fall", "size"] = "rise"
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    harm: Literal["rise", "fall", "size"] = "rise"
 
     def __getattr__(self, name: str) -> Tensor:
         """A measured quantity by its name; `loss` is "nll"."""
         wanted = "nll" if name == "loss" else name
-        if not name.startswith("_") and wanted in (there := self.__dict__.get("also", {})):
+        if not name.startswith("_") and wanted in (there := self.__dict__.get("extra", {})):
             found: Tensor = there[wanted]
             return found
         if not name.startswith("_") and wanted == self.__dict__.get("metric"):
@@ -51,7 +51,7 @@ class Result:
     @property
     def measured(self) -> tuple[str, ...]:
         """Names of all quantities there are."""
-        return (self.__dict__.get("metric", ""), *self.__dict__.get("also", {}))
+        return (self.__dict__.get("metric", ""), *self.__dict__.get("extra", {}))
 
     @property
     def delta(self) -> Tensor:
@@ -65,24 +65,24 @@ class Result:
         Raises:
             ValueError: they are not.
         """
-        if any(_width(label) != 2 for label in self.what):
-            raise ValueError("pairs: these are not of pairs of heads; see what")
-        return torch.tensor(self.what, dtype=torch.long).view(-1, 2, 2)
+        if any(_width(label) != 2 for label in self.labels):
+            raise ValueError("pairs: these are not of pairs of heads; see labels")
+        return torch.tensor(self.labels, dtype=torch.long).view(-1, 2, 2)
 
     def means(self) -> Tensor:
-        """The mean of `delta` over positions for each of `what`, [len(what)], in fp64."""
-        count = len(self.what)
+        """The mean of `delta` over positions for each label, [len(labels)], in fp64."""
+        count = len(self.labels)
         return self.delta.double().reshape(count, -1).nanmean(-1) if count else self.delta.double().flatten()
 
     def top(self, n: int) -> list[tuple[Any, float]]:
-        """The n that matter most by `order`, with their difference from the baseline; ties by order of `what`."""
+        """The n that matter most by `harm`, with their difference from the baseline; ties in order of labels."""
         means = self.means()
-        key = {"rise": means, "fall": -means, "size": means.abs()}[self.order]
+        key = {"rise": means, "fall": -means, "size": means.abs()}[self.harm]
         best = torch.sort(key.nan_to_num(-torch.inf), descending=True, stable=True).indices[:n].tolist()
-        return [(self.what[i], float(means[i])) for i in best]
+        return [(self.labels[i], float(means[i])) for i in best]
 
     def table(self) -> Any:
-        """A pyarrow.Table, a row for each of `what` (and, with `per_token`, each position measured); `.to_pandas()`.
+        """A pyarrow.Table, a row for each label (and, with `per_token`, each position measured); `.to_pandas()`.
 
         Columns: layer, head; or source_layer, source_head, dest_layer, dest_head; or what, in words; then sequence and
         position where there are such (of attention scores, source_position too); then every quantity measured, and
@@ -95,11 +95,11 @@ class Result:
             import pyarrow as pa
         except ImportError as error:
             raise ImportError("tables need pyarrow: pip install 'pyfastcircuits[cli]'") from error
-        count = len(self.what)
-        names = {"metric": self.metric, **self.setup}
+        count = len(self.labels)
+        names = {"metric": self.metric, **{name: str(value) for name, value in self.setup.items()}}
         if not self.baseline.dim():
             names["baseline"] = repr(float(self.baseline))
-        quantities = {self.metric: self.values, f"delta_{self.metric}": self.delta, **self.also}
+        quantities = {self.metric: self.values, f"delta_{self.metric}": self.delta, **self.extra}
         places = self.baseline.numel()
         flat = {
             name: x.double().cpu().reshape(count, places)
@@ -110,7 +110,7 @@ class Result:
         rows = torch.arange(count).repeat_interleave(places)[kept].tolist()
         pairs = self.setup.keys() & {"scope", "input"}
         columns = {
-            name: pa.array([values[i] for i in rows]) for name, values in _columns(self.what, bool(pairs)).items()
+            name: pa.array([values[i] for i in rows]) for name, values in _columns(self.labels, bool(pairs)).items()
         }
         if self.baseline.dim():
             at = torch.arange(places).repeat(count)[kept]
@@ -122,7 +122,7 @@ class Result:
     def __repr__(self) -> str:
         """Metric, setup and what stands out."""
         how = ", ".join(f"{name}={value}" for name, value in self.setup.items())
-        head = f"Result({self.metric} of {len(self.what)}{', ' + how if how else ''}"
+        head = f"Result({self.metric} of {len(self.labels)}{', ' + how if how else ''}"
         best = ", ".join(f"{label_name(label)} {delta:+.4g}" for label, delta in self.top(3))
         return f"{head}; baseline {float(self.baseline.double().nanmean()):.4g}; top: {best})"
 

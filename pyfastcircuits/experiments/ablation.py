@@ -231,7 +231,7 @@ def layer_ablation(
     found = head_ablation(
         trace, mode, attention, heads=layers, reference=reference, over=over, final_norm=final_norm, **how
     )
-    return replace(found, what=range(weights.n_layers))
+    return replace(found, labels=range(weights.n_layers))
 
 
 def _is_path(entry: Any) -> bool:

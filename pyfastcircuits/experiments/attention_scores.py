@@ -6,10 +6,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyfastcircuits.circuits.composition import checked_head
 from pyfastcircuits.experiments.edges import rerun_of, written
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.components import EMBED, besides_heads, head_label, heads_written, source_label
+from pyfastcircuits.run.nodes import parse_head
 from pyfastcircuits.run.patterns import of_head, whole
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -54,7 +54,7 @@ def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, pe
 
     Source: "Path Expansion of Attention Scores QK Circuit", Elhage et al. 2021.
     """
-    layer, index = checked_head(trace.weights, head)
+    layer, index = parse_head(trace.weights, head)
     if by not in get_args(Split):
         raise ValueError(f"by is {by!r}, expected one of {', '.join(get_args(Split))}")
     labels, queries, keys = _queries_and_keys(trace, layer, index, by)
@@ -62,7 +62,7 @@ def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, pe
     setup = {"head": f"{layer}.{index}", "by": by}
     share = _shares(trace, layer, index, queries, keys).flatten()
     if not per_token:
-        return Result(terms, share, torch.zeros_like(share[0]), "share", setup=setup, order="size")
+        return Result(terms, share, torch.zeros_like(share[0]), "share", setup=setup, harm="size")
     scores = torch.einsum("ibtr,jbsr->ijbts", queries, keys).flatten(0, 1)
     return Result(terms, scores, torch.zeros_like(scores[0]), "score", {"share": share}, setup, "size")
 

@@ -88,7 +88,7 @@ def direct_logit_attribution(
     if by == "head":
         values = values.unflatten(0, (weights.n_layers, weights.n_heads))
     name = "logit" if against is None else "logit_difference"
-    return Result(what, values, _nothing(score, values, per_token), name, setup={"by": by}, order="size")
+    return Result(what, values, _nothing(score, values, per_token), name, setup={"by": by}, harm="size")
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def project(
     else:
         what = [(label, i) for label in what for i in range(len(direction))]
     setup = {"layer": str(last)}
-    return Result(what, values, _nothing(score, values, per_token), "projection", setup=setup, order="size")
+    return Result(what, values, _nothing(score, values, per_token), "projection", setup=setup, harm="size")
 
 
 def _along(trace: FrozenTrace, last: int, directions: Tensor, score: Scoring) -> tuple[list[Label], Tensor]:

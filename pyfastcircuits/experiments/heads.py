@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.circuits.composition import composition_scores, composition_z_scores
-from pyfastcircuits.circuits.vocabulary import composed_eigenvalues, copying_scores, positivity
+from pyfastcircuits.circuits.composition import composition_scores
+from pyfastcircuits.circuits.composition_baseline import composition_z_scores
+from pyfastcircuits.circuits.spectra import composed_eigenvalues, copying_scores, positivity
 from pyfastcircuits.model.folding import center
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend

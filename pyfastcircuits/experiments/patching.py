@@ -199,7 +199,7 @@ def edge_attribution(
     where = tuple(torch.tensor(pairs, dtype=torch.long).view(-1, 4).mT)
     found = measured.result([], (0,), options.score, input=input, effect=effect)
     values = found.baseline + changes.view(shape)[where]
-    found = replace(found, what=pairs, values=values, order="size")
+    found = replace(found, labels=pairs, values=values, harm="size")
     if exact:
         best = found.means().abs().sort(descending=True, stable=True).indices[:exact]
         true = path_patching(
@@ -208,7 +208,7 @@ def edge_attribution(
         )  # fmt: skip
         known = torch.full_like(values, torch.nan)
         known[best] = true.values
-        found = replace(found, also={"exact": known, "error": values - known})
+        found = replace(found, extra={"exact": known, "error": values - known})
     return _with_runs(found, clean, corrupted, direction, how)
 
 

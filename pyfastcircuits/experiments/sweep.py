@@ -125,7 +125,7 @@ def worst_tokens(run: FrozenTrace, plan: Plan, what: list[Label], *, context: in
     """For each of some ablations of a plan, the predicted token whose metric it moves most, the way that hurts."""
     result = plan(run, what, per_token=True)
     length = run.tokens.shape[1] - 1
-    harm = -result.delta if result.order == "fall" else result.delta
+    harm = -result.delta if result.harm == "fall" else result.delta
     out = []
     for i in range(len(what)):
         sequence, position = divmod(int(harm[i].nan_to_num(-torch.inf).argmax()), length)

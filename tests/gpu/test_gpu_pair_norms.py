@@ -7,7 +7,7 @@ from models import random_weights
 from pair_cases import factors, torch_norms
 
 from pyfastcircuits import composition_scores, ops
-from pyfastcircuits.circuits.composition import triangle
+from pyfastcircuits.circuits.head_factors import triangle
 from pyfastcircuits.ops import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
