@@ -1,6 +1,7 @@
 """Transformer-circuit analysis as fused kernels ("A Mathematical Framework for Transformer Circuits", 2021)."""
 
 from pyfastcircuits import ops
+from pyfastcircuits.adapters.files import load_weights
 from pyfastcircuits.circuits.composition import ComponentScores, component_scores, composition_scores
 from pyfastcircuits.circuits.composition_baseline import (
     CompositionBaseline,
@@ -48,9 +49,10 @@ from pyfastcircuits.experiments.patching import (
     edge_attribution,
     path_patching,
 )
+from pyfastcircuits.experiments.sweep import Sweep, sweep
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
-from pyfastcircuits.model.weights import CircuitWeights, load_weights
+from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import (
@@ -79,6 +81,7 @@ __all__ = [
     "SkipTrigram",
     "SkipTrigrams",
     "Subspaces",
+    "Sweep",
     "VirtualHead",
     "activation_patching",
     "bigrams",
@@ -126,6 +129,7 @@ __all__ = [
     "qk_terms",
     "skip_trigrams",
     "subspaces",
+    "sweep",
     "top_entries",
     "top_per_row",
     "trace",

@@ -402,7 +402,7 @@ def test_heads_writes_what_the_library_says(tmp_path, layers):
     table = pq.read_table(tmp_path / "out" / "heads.parquet")
     assert table.schema.metadata[b"copies"] == b"3"
     columns = table.to_pydict()
-    assert list(zip(columns["layer"], columns["head"], strict=True)) == [head for (head,) in scores.what]
+    assert list(zip(columns["layer"], columns["head"], strict=True)) == [head for (head,) in scores.labels]
     for name in ("induction", "previous_token", "prefix_matching", "duplicate_token", "copying"):
         np.testing.assert_array_equal(columns[name], getattr(scores, name).flatten().numpy())
     shown = [line for line in result.output.splitlines() if "│" in line]
@@ -414,7 +414,7 @@ def test_heads_writes_what_the_library_says(tmp_path, layers):
         found = fc.induction_heads(weights, scores)
         columns = pq.read_table(tmp_path / "out" / "induction.parquet").to_pydict()
         places = [columns[f"{end}_{part}"] for end in ("source", "dest") for part in ("layer", "head")]
-        assert [((a, b), (c, d)) for a, b, c, d in zip(*places, strict=True)] == found.what
+        assert [((a, b), (c, d)) for a, b, c, d in zip(*places, strict=True)] == found.labels
         for name in ("induction", "previous_token", "k_composition", "matching", "copying"):
             np.testing.assert_array_equal(columns[name], getattr(found, name).numpy())
 
@@ -436,11 +436,11 @@ def test_heads_of_bad_input(model, tmp_path):
 
 def test_check_of_the_bundled_models(monkeypatch):
     """The check itself, over the held-out text: a tenth of the work."""
-    from pyfastcircuits.command import text, truth_report
+    from pyfastcircuits.command import show, text
 
-    monkeypatch.setattr(truth_report, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
-    monkeypatch.setattr(truth_report, "SEEN", 60)
-    monkeypatch.setattr(truth_report, "TRIPLES", 20)
+    monkeypatch.setattr(show, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
+    monkeypatch.setattr(show, "SEEN", 60)
+    monkeypatch.setattr(show, "TRIPLES", 20)
     result = run("tables", "bigram-0l", "--check")
     assert result.exit_code == 0, result.output
     for words in ("logits differ from the model's by", "mean KL(counts || table)", "Likeliest successors"):

@@ -1,6 +1,5 @@
 """The main job: term importance and the ablation of everything of a kind, of one model over many sequences."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.paths import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.run.trace import FrozenTrace, trace
 
-__all__ = ["Example", "Plan", "Sweep", "SweepScope", "limit_seconds", "run_sweep", "worst_tokens"]
+__all__ = ["Example", "Sweep", "SweepScope", "limit_seconds", "sweep"]
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 
@@ -66,50 +65,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What one sweep found. Losses in nats."""
-
-    trace: FrozenTrace
-    orders: Tensor  # [L + 1]
-    marginals: LayerMarginals
-    result: Result
-    seconds: float  # for the ablations alone
-
-
-def run_sweep(
-    model: Any, tokens: Tensor, plan: Plan = Plan(), *, progress: Callable[[float], None] | None = None
-) -> Sweep:
-    """Orders, layer marginals and every ablation of the plan: a function of its arguments alone.
-
-    `model` is CircuitWeights or a model of another library, as for trace.
-
-    Raises:
-        ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses and pair_ablation.
-    """
-    run = trace(model, tokens)
-    orders = order_losses(run, backend=plan.backend)
-    marginals = layer_marginals(run, backend=plan.backend)
-    start = time.perf_counter()
-    result = plan(run, kl=True, progress=progress)
-    if tokens.device.type == "cuda":
-        torch.cuda.synchronize(tokens.device)
-    return Sweep(run, orders, marginals, result, time.perf_counter() - start)
-
-
-def limit_seconds(weights: CircuitWeights, rows: int, pairs: int, precision: Precision) -> float | None:
-    """The least time this CPU could take: multiply-adds and exps at rates measured now. None where none is measured.
-
-    FLOPs: 2 * pairs * rows * V * r; exps: pairs * rows * V.
-    """
-    if weights.device.type != "cpu" or weights.compute_dtype != torch.float32 or precision == "tf32":
-        return None
-    kind = "fma" if precision == "ieee" else "bf16"
-    flops, exps = (float(torch.ops.pyfastcircuits.cpu_rate(k, 0.2)) for k in (kind, "exp"))
-    logits = float(pairs * rows * weights.d_vocab)
-    return logits * 2 * weights.d_head / flops + logits / exps
-
-
-@dataclass(frozen=True)
 class Example:
     """The position where an ablation does most: tokens up to it, the token predicted there, the metric with and
     without the ablation.
@@ -121,7 +76,68 @@ class Example:
     ablated: float
 
 
-def worst_tokens(run: FrozenTrace, plan: Plan, what: list[Label], *, context: int) -> list[Example]:
+@dataclass(frozen=True)
+class Sweep:
+    """What one sweep found. Losses in nats."""
+
+    trace: FrozenTrace
+    orders: Tensor  # [L + 1]
+    marginals: LayerMarginals
+    result: Result
+    seconds: float  # for the ablations alone
+    plan: Plan
+
+    def examples(self, n: int, context: int = 12) -> list[Example]:
+        """For each of the n ablations that harm most, the predicted token that it harms most."""
+        labels = [label for label, _ in self.result.top(n)]
+        return _worst_tokens(self.trace, self.plan, labels, context)
+
+
+def sweep(
+    model: Any,
+    tokens: Tensor,
+    scope: SweepScope = "path",
+    mode: Mode = "zero",
+    attention: Attention = "frozen",
+    *,
+    progress: Callable[[float], None] | None = None,
+    **options: Any,
+) -> Sweep:
+    """Orders, layer marginals and every ablation of a scope; `model` is as for trace.
+
+    Raises:
+        ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses and pair_ablation.
+    """
+    plan = Plan(scope, mode, attention, **options)
+    run = trace(model, tokens)
+    orders = order_losses(run, backend=plan.backend)
+    marginals = layer_marginals(run, backend=plan.backend)
+    start = time.perf_counter()
+    result = plan(run, kl=True, progress=progress)
+    if tokens.device.type == "cuda":
+        torch.cuda.synchronize(tokens.device)
+    return Sweep(run, orders, marginals, result, time.perf_counter() - start, plan)
+
+
+def limit_seconds(sweep: Sweep) -> float | None:
+    """The least time this CPU could take, at rates measured now; None where none is measured.
+
+    FLOPs: 2 * pairs * rows * V * r; exps: pairs * rows * V.
+    """
+    weights, plan, pairs = sweep.trace.weights, sweep.plan, len(sweep.result.labels)
+    plain = Plan(low_memory=plan.low_memory, precision=plan.precision, backend=plan.backend)
+    if not pairs or plan != plain or plan.precision == "tf32":
+        return None
+    if weights.device.type != "cpu" or weights.compute_dtype != torch.float32:
+        return None
+    kind = "fma" if plan.precision == "ieee" else "bf16"
+    flops, exps = (float(torch.ops.pyfastcircuits.cpu_rate(k, 0.2)) for k in (kind, "exp"))
+    tokens = sweep.trace.tokens
+    logits = float(pairs * len(tokens) * (tokens.shape[1] - 1) * weights.d_vocab)
+    return logits * 2 * weights.d_head / flops + logits / exps
+
+
+def _worst_tokens(run: FrozenTrace, plan: Plan, what: list[Label], context: int) -> list[Example]:
     """For each of some ablations of a plan, the predicted token whose metric it moves most, the way that hurts."""
     result = plan(run, what, per_token=True)
     length = run.tokens.shape[1] - 1
@@ -139,8 +155,3 @@ def worst_tokens(run: FrozenTrace, plan: Plan, what: list[Label], *, context: in
             )
         )
     return out
-
-
-def uniform_loss(weights: CircuitWeights) -> float:
-    """Loss of the uniform distribution over the vocabulary, ln V nats."""
-    return math.log(weights.d_vocab)
