@@ -9,7 +9,7 @@ import torch
 import pyfastcircuits as fc
 from bench.timing import cpu_rate, interleaved, peak_bytes, ratio
 from pyfastcircuits import ops
-from pyfastcircuits.circuits.composition import BLOCK
+from pyfastcircuits.circuits.head_factors import BLOCK
 
 KINDS = ("Q", "K", "V")
 

@@ -23,44 +23,44 @@ The names by what they are for, in the order in which an analysis goes:
 """
 
 from pyfastcircuits import ops
+from pyfastcircuits.adapters.files import load_weights
 from pyfastcircuits.adapters.tracing import trace
-from pyfastcircuits.circuits.composition import (
-    ComponentScores,
+from pyfastcircuits.circuits.composition import ComponentScores, component_scores, composition_scores
+from pyfastcircuits.circuits.composition_baseline import (
     CompositionBaseline,
-    component_scores,
     composition_baseline,
-    composition_scores,
     composition_z_scores,
 )
-from pyfastcircuits.circuits.positions import OVTables, QKTables, ov_tables, qk_tables
-from pyfastcircuits.circuits.subspaces import subspaces
-from pyfastcircuits.circuits.tables import (
-    CopyingAccuracy,
-    SkipTrigram,
-    SkipTrigrams,
-    copying_accuracy,
-    diagonal_ranks,
-    skip_trigrams,
-    top_entries,
-    top_per_row,
-)
-from pyfastcircuits.circuits.vocabulary import (
+from pyfastcircuits.circuits.skip_trigrams import SkipTrigram, SkipTrigrams, skip_trigrams
+from pyfastcircuits.circuits.spectra import (
     DiagonalStatistics,
-    VirtualHead,
-    bigrams,
     circuit_eigenvalues,
     composed_eigenvalues,
-    composed_qk_circuit,
     copying_scores,
     diagonal_statistics,
     effective_rank,
-    ov_circuit,
     positivity,
-    qk_circuit,
     qk_positivity,
     trace_ratios,
-    virtual_head,
-    virtual_weights,
+)
+from pyfastcircuits.circuits.subspaces import Subspaces, subspaces
+from pyfastcircuits.circuits.tables import (
+    CopyingAccuracy,
+    copying_accuracy,
+    diagonal_ranks,
+    top_entries,
+    top_per_row,
+)
+from pyfastcircuits.circuits.virtual import VirtualHead, virtual_head, virtual_weights
+from pyfastcircuits.circuits.vocabulary import (
+    OVTables,
+    QKTables,
+    bigrams,
+    composed_qk_circuit,
+    ov_circuit,
+    ov_tables,
+    qk_circuit,
+    qk_tables,
 )
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation, path_ablation
 from pyfastcircuits.experiments.attention_scores import QKTerms, qk_terms
@@ -76,7 +76,7 @@ from pyfastcircuits.experiments.patching import (
 from pyfastcircuits.experiments.sweep import Sweep, sweep
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
-from pyfastcircuits.model.weights import CircuitWeights, load_weights
+from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import (
@@ -110,6 +110,7 @@ __all__ = [
     "Result",
     "SkipTrigram",
     "SkipTrigrams",
+    "Subspaces",
     "Sweep",
     "Top1",
     "VirtualHead",

@@ -7,7 +7,7 @@ import torch
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits.circuits import vocabulary as circuits
+from pyfastcircuits.circuits import spectra
 
 WEIGHTS = random_weights(layers=3, norm=None, positional="none", biases=False)
 HEADS = [(0, 0), (1, 3), (2, 2)]
@@ -73,9 +73,9 @@ def test_scores_of_spectra():
             expected = eigenvalues.real.sum() / eigenvalues.abs().sum()
             torch.testing.assert_close(score[head], expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(fc.trace_ratios(WEIGHTS)[head], OV.trace() / OV.norm())
-    assert circuits.positivity(torch.tensor([2.0, 1.0]) + 0j) == 1
-    assert circuits.positivity(torch.tensor([-2.0, -1.0]) + 0j) == -1
-    assert circuits.positivity(torch.zeros(3) + 0j) == 0
+    assert spectra.positivity(torch.tensor([2.0, 1.0]) + 0j) == 1
+    assert spectra.positivity(torch.tensor([-2.0, -1.0]) + 0j) == -1
+    assert spectra.positivity(torch.zeros(3) + 0j) == 0
 
 
 def test_a_head_that_copies_scores_one():

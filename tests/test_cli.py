@@ -436,11 +436,11 @@ def test_heads_of_bad_input(model, tmp_path):
 
 def test_check_of_the_bundled_models(monkeypatch):
     """The check itself, over the held-out text: a tenth of the work."""
-    from pyfastcircuits.command import text, truth_report
+    from pyfastcircuits.command import show, text
 
-    monkeypatch.setattr(truth_report, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
-    monkeypatch.setattr(truth_report, "SEEN", 60)
-    monkeypatch.setattr(truth_report, "TRIPLES", 20)
+    monkeypatch.setattr(show, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
+    monkeypatch.setattr(show, "SEEN", 60)
+    monkeypatch.setattr(show, "TRIPLES", 20)
     result = run("tables", "bigram-0l", "--check")
     assert result.exit_code == 0, result.output
     for words in ("logits differ from the model's by", "mean KL(counts || table)", "Likeliest successors"):

@@ -14,7 +14,7 @@ from pyfastcircuits import (
     load_weights,
     ops,
 )
-from pyfastcircuits.circuits.composition import triangle
+from pyfastcircuits.circuits.head_factors import triangle
 
 KINDS = ["Q", "K", "V"]
 
@@ -84,7 +84,7 @@ def test_several_kinds_at_once(kv, monkeypatch):
     one_by_one = torch.stack([composition_scores(weights, kind) for kind in ("V", "Q", "K")])
     torch.testing.assert_close(composition_scores(weights, ("V", "Q", "K")), one_by_one, rtol=2e-6, atol=0)
     done = []
-    monkeypatch.setattr("pyfastcircuits.circuits.composition.BLOCK", 6 * 4 * 20 * 5)
+    monkeypatch.setattr("pyfastcircuits.circuits.head_factors.BLOCK", 6 * 4 * 20 * 5)
     chunked = composition_scores(weights, ["V", "Q", "K"], progress=done.append)
     torch.testing.assert_close(chunked, one_by_one, rtol=2e-6, atol=0)
     assert len(done) > 3
@@ -156,7 +156,7 @@ def test_chunks_change_nothing(kind, kv, monkeypatch):
     weights = model(kv=kv, dtype=torch.float32)
     whole = composition_scores(weights, kind)
     done = []
-    monkeypatch.setattr("pyfastcircuits.circuits.composition.BLOCK", 3 * 4 * 20 * 5)
+    monkeypatch.setattr("pyfastcircuits.circuits.head_factors.BLOCK", 3 * 4 * 20 * 5)
     torch.testing.assert_close(composition_scores(weights, kind, progress=done.append), whole, rtol=2e-6, atol=0)
     assert len(done) > 3
     assert sum(done) == 3 * 16

@@ -29,7 +29,7 @@ def test_directions_are_those_of_the_product_and_shares_those_of_the_score(norm,
     found = fc.subspaces(w, SOURCE, DESTINATION, input)
     close(found.values, torch.linalg.svdvals(OV @ M2)[:6])
     assert found.labels == [f"direction {i}" for i in range(6)]
-    read, wrote, received = (found.extra[name] for name in ("read", "written", "received"))
+    read, wrote, received = (getattr(found, name) for name in ("read", "written", "received"))
     close(read @ read.mT, torch.eye(6, dtype=torch.float64))
     close(received @ received.mT, torch.eye(6, dtype=torch.float64))
     close(wrote, read @ OV)
@@ -39,7 +39,7 @@ def test_directions_are_those_of_the_product_and_shares_those_of_the_score(norm,
     close(found.values.square().sum().sqrt() / (OV.norm() * M2.norm()), score)
     close(found.share, found.values.square() / found.values.square().sum())
     few = fc.subspaces(w, SOURCE, DESTINATION, input, rank=2)
-    assert few.extra["written"].shape == (2, 20)
+    assert few.written.shape == (2, 20)
     close(few.share, found.share[:2])
 
 
@@ -68,7 +68,7 @@ def test_energy_is_what_the_destination_receives_in_the_run(norm, input):
     wrote = clean.patterns[0][:, 1] @ normed @ OV  # without the value bias
     received = (wrote * clean.scales[2])[mask] @ M2
     found = fc.subspaces(fc.trace(w, tokens, mask), SOURCE, DESTINATION, input)
-    along = (received @ found.extra["received"].mT).square().sum(0)
+    along = (received @ found.received.mT).square().sum(0)
     close(along.sum(), received.square().sum())
     close(found.energy, along / received.square().sum())
     few = fc.subspaces(fc.trace(w, tokens, mask), SOURCE, DESTINATION, input, rank=2)
@@ -80,7 +80,7 @@ BAD = {
     "source": (((3, 0), (1, 0), "Q"), {}, IndexError, "source is 3.0; the model has layers 0 to 2"),
     "destination": (((0, 0), (1, 4), "Q"), {}, IndexError, "destination is 1.4"),
     "embedding": (("embed", (1, 0), "Q"), {}, ValueError, r"source is 'embed', expected \(layer, head\)"),
-    "input": (((0, 0), (1, 0), "O"), {}, ValueError, "input is 'O', expected one of Q, K, V"),
+    "kind": (((0, 0), (1, 0), "O"), {}, ValueError, "kind is 'O', expected one of Q, K, V"),
     "rank": (((0, 0), (1, 0), "Q"), {"rank": 7}, ValueError, "rank is 7, expected 1 to 6"),
     "no rank": (((0, 0), (1, 0), "Q"), {"rank": 0}, ValueError, "rank is 0, expected 1 to 6"),
 }

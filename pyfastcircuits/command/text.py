@@ -1,5 +1,11 @@
-"""From text to sequences of tokens, for the command line. Needs the `cli` extra (tokenizers, numpy)."""
+"""Texts and their tokens: the tokenizer beside a model, the standard library as a corpus, files of token ids.
 
+The standard library of the running interpreter is a text that everyone already has: the bundled models are trained on
+it, and the sweep reads it unless it is given another. This needs the `cli` extra (tokenizers, numpy).
+"""
+
+import hashlib
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyfastcircuits.command.corpus import stdlib_files
-from pyfastcircuits.model.weights import model_folder
+from pyfastcircuits.adapters.files import model_folder
 
-__all__ = ["TokenText", "corpus_tokens", "held_out_text", "read_tokens", "rows_of", "sequences_of"]
+__all__ = ["TokenText", "corpus_tokens", "held_out_text", "read_tokens", "rows_of", "sequences_of", "stdlib_files"]
 
 START = "[START]"
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class TokenText:
-    """Shows tokens as text, by the tokenizer.json beside a model, or as ids where there is none."""
+    """Turns tokens into text and back by the tokenizer.json beside a model; without one, tokens are shown as ids."""
 
     def __init__(self, name_or_path: str | Path) -> None:
         file = model_folder(name_or_path) / "tokenizer.json"
@@ -59,10 +65,12 @@ class TokenText:
         return [encoded.ids for encoded in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def token(self, text: str) -> int:
-        """The one token that a text is; "\\n" and "\\t" stand for a line break and a tab. An id without a tokenizer.
+        """The token of a text that is one token; "\\n" and "\\t" stand for a line break and a tab.
+
+        Without a tokenizer the text is the id of the token.
 
         Raises:
-            ValueError: a text of no token, or of several; no id where there is no tokenizer.
+            ValueError: the text has no token, or several; it is not an id, and there is no tokenizer.
         """
         if self.tokenizer is None:
             if not text.isdecimal():
@@ -76,25 +84,51 @@ class TokenText:
 
     @property
     def start(self) -> int | None:
-        """The token every sequence begins with: [START], or what the tokenizer puts in front; None if there is none."""
+        """The token that every sequence begins with: its own start token or [START]; None without both."""
         if self.tokenizer is None:
             return None
         put_in_front: list[int] = self.tokenizer.encode("").ids
         return put_in_front[0] if put_in_front else self.tokenizer.token_to_id(START)
 
 
+def stdlib_files(held_out: bool) -> list[Path]:
+    """Source files of the standard library, sorted by path: the held-out twentieth, or the rest, for training.
+
+    A hash of its path says whether a file is held out, so that every Python version splits the same names alike.
+
+    Raises:
+        FileNotFoundError: the interpreter ships no source of its standard library (a zipped or stripped install).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _SKIPPED.isdisjoint(relative.parts):
+            digest = hashlib.sha256(relative.as_posix().encode()).digest()
+            if (digest[0] < 13) == held_out:
+                files.append(path)
+    if not files:
+        raise FileNotFoundError(f"no standard-library source under {root}; pass a text of your own")
+    return files
+
+
+def read_text(file: Path) -> str:
+    """A text as UTF-8, in which bytes that are not are replaced."""
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
 def held_out_text() -> str:
-    """The standard library's files that the bundled models were not trained on, one after the other."""
-    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files(held_out=True))
+    """The files of the standard library that the bundled models were not trained on, one after the other."""
+    return "".join(map(read_text, stdlib_files(held_out=True)))
 
 
 def corpus_tokens(text: TokenText, held_out: bool) -> Tensor:
-    """The standard library's files one after the other, each behind [START], [N].
+    """The files of the standard library one after the other, each behind [START], [N].
 
     Raises:
         ValueError: the model has no tokenizer.
     """
-    contents = [path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files(held_out)]
+    contents = list(map(read_text, stdlib_files(held_out)))
     lead = [] if text.start is None else [text.start]
     ids: list[int] = []
     for encoded in text.encode_all(contents):
@@ -116,7 +150,7 @@ def sequences_of(text: TokenText, content: str, length: int, most: int) -> Tenso
     A text shorter than one sequence gives one shorter sequence.
 
     Raises:
-        ValueError: a text of no tokens.
+        ValueError: the text has no tokens; the model has no tokenizer.
     """
     ids = torch.tensor(text.encode(content), dtype=torch.long)
     if not len(ids):
@@ -129,7 +163,7 @@ def read_tokens(file: Path) -> Tensor:
     """Token ids [B, T] from a .npy array ([T] or [B, T]), or from text: ids separated by spaces, a sequence a line.
 
     Raises:
-        ValueError: something else than integers, or lines of different lengths.
+        ValueError: the file holds something else than integers, or lines of different lengths.
     """
     if file.suffix == ".npy":
         try:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.adapters.tracing import checked_tokens, trace
-from pyfastcircuits.circuits.composition import composition_scores, composition_z_scores
-from pyfastcircuits.circuits.vocabulary import composed_eigenvalues, copying_scores, positivity
+from pyfastcircuits.circuits.composition import composition_scores
+from pyfastcircuits.circuits.composition_baseline import composition_z_scores
+from pyfastcircuits.circuits.spectra import composed_eigenvalues, copying_scores, positivity
 from pyfastcircuits.model.folding import center
 from pyfastcircuits.model.norms import final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights

@@ -258,6 +258,8 @@ class _Values:
 def _changed_rows(intervention: Intervention, part: _Part) -> Iterator[tuple[range, _ChangedRows]]:
     """Experiments that are worked on together, with their rows."""
     count = len(intervention.places)
+    basis: LogitBasis | None = None
+    columns: list[slice] = []
     if intervention.pairs is not None:
         if count:
             singles = range(1 + max(map(max, intervention.pairs)))
@@ -266,8 +268,6 @@ def _changed_rows(intervention: Intervention, part: _Part) -> Iterator[tuple[ran
             basis, columns = _basis(part, W_O, delta.shape[-1])
             yield range(count), _ChangedRows(part, delta, basis, columns, pairs=pairs)
         return
-    basis: LogitBasis | None = None
-    columns: list[slice] = []
     for some in slices(count, _experiments_at_once(intervention, part)):
         members = range(count)[some]
         delta, scale, W_O = _delta(intervention, part, members)

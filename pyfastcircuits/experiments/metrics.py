@@ -19,6 +19,7 @@ __all__ = [
     "Asked",
     "LogitDifference",
     "Metric",
+    "MetricName",
     "MetricSpec",
     "Positions",
     "Probability",

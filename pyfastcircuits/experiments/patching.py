@@ -16,7 +16,7 @@ from pyfastcircuits.experiments.options import Measurement, MeasureOptions, meas
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale, normalized
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import row_losses
-from pyfastcircuits.run.nodes import Edge, Head, Kind, Receiver, one_or_several, parse_pair
+from pyfastcircuits.run.nodes import KINDS, Edge, Head, Kind, Receiver, one_or_several, parse_pair
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -206,8 +206,8 @@ def edge_attribution(
 
 
 def _check_effect(kind: str, effect: str) -> None:
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if effect not in get_args(Effect):
         raise ValueError(f"effect is {effect!r}, expected one of {', '.join(get_args(Effect))}")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.circuits.composition import triangle
+from pyfastcircuits.circuits.head_factors import triangle
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.ops import pair_norms
 

@@ -1,4 +1,4 @@
-"""The weights of a transformer as the article writes them, and their files."""
+"""The weights of a transformer as the article writes them, checked once, for every part of the library to read."""
 
 import json
 from collections.abc import Iterator
@@ -12,26 +12,25 @@ from torch import Tensor
 
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
 
-__all__ = ["BUNDLED", "CircuitWeights", "load_weights", "model_folder"]
+__all__ = ["METADATA", "CircuitWeights", "Weight"]
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
 Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
 POSITIONAL = ("none", "standard", "shortformer", "rotary")
 NORMS = ("layernorm", "rmsnorm")
-BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
-_METADATA = "pyfastcircuits"
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+METADATA = "pyfastcircuits"  # under which a safetensors file keeps the options
 
 
 @dataclass(frozen=True, eq=False)
 class CircuitWeights:
-    """What a transformer's circuits are made of, row-vector convention (`x @ W`), TransformerLens shapes.
+    """The weights of a transformer's attention heads, embedding and unembedding, in TransformerLens' shapes.
 
-    L layers, H heads, Hkv key/value heads (query head h uses kv head h // (H // Hkv)), d d_model, r d_head,
-    V vocabulary. Views are kept, nothing is copied: what norms multiply by (`ln_w`, `ln_post_w`, `ln_final_w`) joins
-    the weights as they are read. Tensors share one dtype (float32, float64 or bfloat16; bfloat16 is computed in
-    float32) and one device. W_Q, W_K, W_V and W_O may be LayerStacks, for models that keep layers apart.
+    Vectors are rows (`x @ W`). L is the number of layers, H of heads, Hkv of key/value heads (query head h uses
+    key/value head h // (H // Hkv)); d is d_model, r d_head, V the size of the vocabulary. The tensors are kept as views
+    and never copied: the gains of norms (`ln_w`, `ln_post_w`, `ln_final_w`) join the weights as they are read. All
+    share one device and one dtype (float32, float64 or bfloat16, which is computed in float32). W_Q, W_K, W_V and W_O
+    may be LayerStacks, for models that keep their layers apart.
 
     Args:
         W_E: [V, d].
@@ -47,19 +46,20 @@ class CircuitWeights:
         norm: None, "layernorm" or "rmsnorm", before every layer's heads and before W_U.
         eps: of the norm.
         b_Q: [L, H, r]; b_K, b_V: [L, Hkv, r]; b_O: [L, d]; b_U: [V]: optional biases.
-        ln_w, ln_b: [L, d]: what the norm before each layer's heads multiplies by and adds; None where that is folded.
-        ln_final_w, ln_final_b: [d]: likewise of the norm before W_U.
-        ln_post_w: [L, d]: of a second RMS norm, of what all heads of a layer write together (Gemma 2).
+        ln_w, ln_b: [L, d], gain and bias of the norm before each layer's heads; None where they are folded.
+        ln_final_w, ln_final_b: [d], gain and bias of the norm before W_U.
+        ln_post_w: [L, d], gain of a second RMS norm, which the sum of a layer's heads goes through (Gemma 2).
         embed_scale: embeddings are multiplied by it.
         logit_cap: logits x become cap * tanh(x / cap), after everything that is linear.
-        attention_only: whether these weights are the whole model. If not (MLPs, or patterns made in a way of their
-            own), `trace` needs the model itself.
+        attention_only: whether these weights are the whole model. A model with MLPs, or with patterns that these
+            weights do not make, is not: `trace` needs the model itself.
         rotary_dim: how many of the r dimensions rotate (first half against second half); r if None.
         rotary_base: the base of the rotary angles.
 
     Raises:
-        ValueError: a shape that does not fit (named, with both values), a non-finite weight, an unknown scheme.
-        TypeError: a dtype that is not supported or differs.
+        ValueError: a shape does not fit (the message names it, with both values), a weight is not finite, an option is
+            unknown.
+        TypeError: a dtype is not supported, or differs from that of W_E.
     """
 
     W_E: Tensor
@@ -91,7 +91,7 @@ class CircuitWeights:
     attention_only: bool = True
 
     def __post_init__(self) -> None:
-        """Check everything, once."""
+        """Check options, shapes and values."""
         self._check_options()
         self._check_shapes()
         for name, weight in self.tensors():
@@ -103,13 +103,13 @@ class CircuitWeights:
 
     @classmethod
     def from_model(cls, model: Any) -> "CircuitWeights":
-        """The circuits of a model of another library, listed in `pyfastcircuits.adapters`: views of its weights.
+        """The circuits of another library's model, as views of its weights; `pyfastcircuits.adapters` lists the models.
 
         float16 weights are converted to float32, exactly.
 
         Raises:
-            TypeError: something that is no model.
-            ValueError: a model of which a part is not supported; it says which.
+            TypeError: the argument is not a model.
+            ValueError: a part of the model is not supported; the message says which.
         """
         from pyfastcircuits.adapters.tracing import weights_of
 
@@ -149,12 +149,12 @@ class CircuitWeights:
 
     @property
     def n_ctx(self) -> int | None:
-        """Positions the model has, None where there is no table of them."""
+        """The number of positions in W_pos; None without one."""
         return None if self.W_pos is None else self.W_pos.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.W_E.device
 
     @property
@@ -163,7 +163,7 @@ class CircuitWeights:
         return torch.float32 if self.W_E.dtype == torch.bfloat16 else self.W_E.dtype
 
     def layer(self, name: Weight, layer: int) -> Tensor:
-        """One layer's weight as it is stored, with what norms multiply by, in the computing dtype: [H or Hkv, ...]."""
+        """One layer's weight with the gain of its norm, in the computing dtype, by heads as stored: [H or Hkv, ...]."""
         weight: Tensor = getattr(self, name)[layer].to(self.compute_dtype)
         gain = self.gain(name, layer)
         return weight if gain is None else weight * gain
@@ -180,7 +180,7 @@ class CircuitWeights:
         return weight if gain is None else weight * gain
 
     def bias(self, name: Literal["Q", "K", "V"], layer: int) -> Tensor | None:
-        """What is added to a layer's queries, keys or values, [H or Hkv, r]: the bias, and ln_b through the weight."""
+        """The whole bias of a layer's queries, keys or values, [H or Hkv, r]: b_Q, b_K or b_V, and ln_b @ W."""
         own: Tensor | None = getattr(self, f"b_{name}")
         total = None if own is None else own[layer].to(self.compute_dtype)
         if self.ln_b is not None:
@@ -190,10 +190,10 @@ class CircuitWeights:
         return total
 
     def written_bias(self, layer: int) -> Tensor:
-        """What layer writes to every position whatever it attends to: b_O plus every head's value bias @ W_O, [d].
+        """A layer's constant write to every position, b_O plus every head's value bias @ W_O, [d].
 
-        Rows of an attention pattern sum to 1, so a value bias reaches the residual stream whole (before the scale of
-        a norm after the heads).
+        Rows of an attention pattern sum to 1, so a value bias reaches the residual stream whole, whatever the heads
+        attend to (before the scale of a norm after the heads).
         """
         total = self.head_biases(layer).sum(0)
         if self.b_O is None:
@@ -215,7 +215,7 @@ class CircuitWeights:
             return self.whole_unembed_bias()
 
     def whole_unembed_bias(self) -> Tensor | None:
-        """What is added to the logits whatever the residual stream holds, [V]: b_U, and ln_final_b through W_U."""
+        """The whole bias of the logits, [V]: b_U plus ln_final_b @ W_U; None without either."""
         total = None if self.b_U is None else self.b_U.to(self.compute_dtype)
         if self.ln_final_b is not None:
             bias = self.ln_final_b.to(self.compute_dtype)
@@ -224,11 +224,11 @@ class CircuitWeights:
         return total
 
     def _repeated(self, stored: Tensor) -> Tensor:
-        """From [H or Hkv, ...] to query heads [H, ...]."""
+        """A tensor of heads or key/value heads [H or Hkv, ...], repeated for every query head [H, ...]."""
         return stored if len(stored) == self.n_heads else stored.repeat_interleave(self.n_heads // len(stored), 0)
 
     def gain(self, name: str, layer: int) -> Tensor | None:
-        """What a norm multiplies the residual side of a weight by: [d, 1] of a reader, [d] of a writer."""
+        """The gain of a norm on the residual side of a weight: [d, 1] of a reader, [d] of a writer."""
         gains = self.ln_post_w if name == "W_O" else self.ln_w
         if gains is None:
             return None
@@ -246,7 +246,7 @@ class CircuitWeights:
 
         options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith(("W_", "b_", "ln_"))}
         tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
-        save_file(tensors, path, metadata={_METADATA: json.dumps(options)})
+        save_file(tensors, path, metadata={METADATA: json.dumps(options)})
 
     def _check_options(self) -> None:
         if self.positional not in POSITIONAL:
@@ -332,71 +332,3 @@ def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.numel() and not all(bound.isfinite() for bound in in_memory.aminmax()):
         place = (~tensor.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"{name}{place} is {tensor[tuple(place)].item()}: weights must be finite")
-
-
-def model_folder(name_or_path: str | Path) -> Path:
-    """The folder of a bundled model, or of a model on disk: model.safetensors, tokenizer.json, README.md.
-
-    Raises:
-        FileNotFoundError: neither a bundled model nor a folder or file.
-    """
-    if str(name_or_path) in BUNDLED:
-        return Path(__file__).parents[1] / "models" / str(name_or_path)
-    path = Path(name_or_path)
-    if not path.exists():
-        raise FileNotFoundError(f"{name_or_path}: neither a file or folder nor a bundled model ({', '.join(BUNDLED)})")
-    return path if path.is_dir() else path.parent
-
-
-def open_safetensors(file: Path) -> Any:
-    """A safetensors file, memory-mapped.
-
-    Raises:
-        ValueError: it is not readable.
-        ImportError: the safetensors package is missing.
-    """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("loading weights needs safetensors: pip install 'pyfastcircuits[cli]'") from error
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def load_weights(name_or_path: str | Path) -> CircuitWeights:
-    """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
-
-    A folder is one that CircuitWeights.save has written to, or one of a Hugging Face model: config.json and safetensors
-    files, which stay memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself.
-
-    Raises:
-        FileNotFoundError: no such model.
-        ValueError: a pickle (never opened: loading one runs code), a corrupt file, tensors that are missing, extra or
-            do not fit; a Hugging Face family that is not supported.
-        ImportError: the safetensors package is missing.
-    """
-    folder = model_folder(name_or_path)
-    path = Path(name_or_path)
-    from pyfastcircuits.adapters.folder import is_folder, weights_in
-
-    if path.is_dir() and is_folder(folder):
-        return weights_in(folder)
-    file = path if path.is_file() else folder / "model.safetensors"
-    if file.suffix in PICKLES:
-        raise ValueError(f"{file} is a pickle by its name, and loading one runs code; convert it to safetensors")
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing")
-    opened = open_safetensors(file)
-    metadata = opened.metadata() or {}
-    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    if _METADATA not in metadata:
-        raise ValueError(
-            f"{file} holds no '{_METADATA}' metadata: it was not written by CircuitWeights.save (a Hugging Face model "
-            "is loaded by its folder)"
-        )
-    try:
-        return CircuitWeights(**tensors, **json.loads(metadata[_METADATA]))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} does not hold a CircuitWeights: {error}") from error

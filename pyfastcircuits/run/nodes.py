@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pyfastcircuits.result import Label
 from pyfastcircuits.run.trace import FrozenTrace
 
 __all__ = [
+    "KINDS",
     "Edge",
     "Embedding",
     "Head",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 Kind = Literal["Q", "K", "V"]  # of composition: by queries, keys or values
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Inputs = Literal["Q", "K", "V", "QKV"]
 
 

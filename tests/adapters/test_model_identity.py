@@ -43,7 +43,9 @@ def test_the_same_model_read_twice_is_the_same(name):
     model = build(name)
     runs = [fc.trace(x, tokens()) for x in (model, model, copy.deepcopy(model))]
     for other in runs[1:]:
-        assert fc.head_ablation(runs[0], "resample", "recomputed", reference=other).delta.abs().max() < 1e-5  # fp32 norms
+        assert (
+            fc.head_ablation(runs[0], "resample", "recomputed", reference=other).delta.abs().max() < 1e-5
+        )  # fp32 norms
 
 
 @pytest.mark.parametrize(("name", "part"), [("gpt2", "mlp.c_proj.weight"), ("gpt2", "attn.c_attn.weight"), ("llama", "norm.weight")])  # fmt: skip

@@ -7,7 +7,7 @@ from support.pair_cases import factors, torch_norms
 from support.random_models import random_weights
 
 from pyfastcircuits import composition_scores, ops
-from pyfastcircuits.circuits.composition import triangle
+from pyfastcircuits.circuits.head_factors import triangle
 from pyfastcircuits.ops import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -9,7 +9,7 @@ import torch
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits.command import truth
+from pyfastcircuits.command import validation
 from pyfastcircuits.command.text import TokenText, corpus_tokens, held_out_text, sequences_of
 
 
@@ -18,20 +18,20 @@ from pyfastcircuits.command.text import TokenText, corpus_tokens, held_out_text,
 @pytest.mark.parametrize("layers", [0, 1])
 def test_logits_and_patterns_are_rebuilt_from_tables(layers, positional, norm):
     weights = random_weights(layers, norm=norm, positional=positional)
-    assert max(truth.rebuilt_errors(weights, random_tokens(3, 10))) < 1e-12
+    assert max(validation.rebuilt_errors(weights, random_tokens(3, 10))) < 1e-12
 
 
 def test_an_error_in_a_table_is_found(monkeypatch):
     weights, tokens = random_weights(1, norm="rmsnorm"), random_tokens(3, 10)
-    real = truth.ov_circuit
+    real = validation.ov_circuit
     with monkeypatch.context() as patch:
-        patch.setattr(truth, "ov_circuit", lambda w, head, normed: real(w, head))
-        patterns, logits = truth.rebuilt_errors(weights, tokens)
+        patch.setattr(validation, "ov_circuit", lambda w, head, normed: real(w, head))
+        patterns, logits = validation.rebuilt_errors(weights, tokens)
         assert patterns < 1e-12
         assert logits > 0.1
-    tables = truth.qk_tables
-    monkeypatch.setattr(truth, "qk_tables", lambda w, head, normed, offset: tables(w, head, offset=offset))
-    assert min(truth.rebuilt_errors(weights, tokens)) > 1e-3
+    tables = validation.qk_tables
+    monkeypatch.setattr(validation, "qk_tables", lambda w, head, normed, offset: tables(w, head, offset=offset))
+    assert min(validation.rebuilt_errors(weights, tokens)) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_an_error_in_a_table_is_found(monkeypatch):
 )
 def test_models_that_tables_do_not_tell_all_of(options, message):
     weights = random_weights(**options)
-    for function in (truth.rebuilt_errors, truth.bigram_truth):
+    for function in (validation.rebuilt_errors, validation.bigram_fit):
         with pytest.raises(ValueError, match=message):
             function(weights, random_tokens(1, 5))
 
@@ -53,7 +53,7 @@ def test_bigrams_against_plain_counts():
     weights = random_weights(0, norm="rmsnorm", positional="none", vocabulary=12)
     tokens = torch.randint(0, 11, (600,), generator=torch.Generator().manual_seed(0))  # 11 never comes
     tokens[::3] = 4
-    found = truth.bigram_truth(weights, tokens, least=5, examples=4, k=2)
+    found = validation.bigram_fit(weights, tokens, least=5, examples=4, k=2)
     ids = tokens.tolist()
     pairs, before, after = Counter(pairwise(ids)), Counter(ids[:-1]), Counter(ids[1:])
     run = fc.trace(weights, torch.arange(12)).logits()[0].log_softmax(-1)  # no layer: each position by itself
@@ -76,7 +76,7 @@ def test_bigrams_against_plain_counts():
     assert found.by_text.tolist() == [[b for _, b in best[a]] for a in found.sources.tolist()]
     assert torch.equal(found.by_table, run.topk(2).indices[found.sources])
     with pytest.raises(ValueError, match="has 0 bigrams that come 600 times: too short"):
-        truth.bigram_truth(weights, tokens, least=600)
+        validation.bigram_fit(weights, tokens, least=600)
 
 
 def plain_counts(rows, source, destination, output):
@@ -91,23 +91,27 @@ def plain_counts(rows, source, destination, output):
 
 def test_skip_trigrams_against_plain_counts():
     tokens = torch.randint(0, 7, (40, 9), generator=torch.Generator().manual_seed(0))
-    counts, rows = truth.TextCounts(tokens), tokens.tolist()
+    counts, rows = validation.TextCounts(tokens), tokens.tolist()
     for triple in [(1, 2, 3), (2, 2, 5), (0, 6, 6), (4, 4, 4), (1, 2, 99), (99, 1, 2), (1, 99, 2)]:
         assert tuple(counts(*triple)) == plain_counts(rows, *triple)
     seen = Counter(tokens.flatten().tolist())
     assert counts.frequent(50).tolist() == [token for token in range(7) if seen[token] >= 50]
-    assert truth.Counts(100, 20, 50, 20).lift == 2
-    assert math.isnan(truth.Counts(100, 0, 50, 0).lift)
-    assert math.isnan(truth.Counts(100, 10, 0, 0).lift)
-    assert [truth.Counts(500, f, t, 0).supported for f, t in ((20, 100), (19, 100), (20, 99))] == [True, False, False]
+    assert validation.Counts(100, 20, 50, 20).lift == 2
+    assert math.isnan(validation.Counts(100, 0, 50, 0).lift)
+    assert math.isnan(validation.Counts(100, 10, 0, 0).lift)
+    assert [validation.Counts(500, f, t, 0).supported for f, t in ((20, 100), (19, 100), (20, 99))] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_lifts_of_a_head():
     """Seven tokens at random: no source helps, so that all lifts are near 1."""
     weights = random_weights(1, norm="rmsnorm", vocabulary=7)
     tokens = torch.randint(0, 7, (600, 30), generator=torch.Generator().manual_seed(0))
-    counts = truth.TextCounts(tokens)
-    found = truth.head_truth(weights, (0, 2), counts, torch.arange(7), 5)
+    counts = validation.TextCounts(tokens)
+    found = validation.head_fit(weights, (0, 2), counts, torch.arange(7), 5)
     expected = fc.skip_trigrams(weights, (0, 2), k=5, normed=True).top(5)
     assert [triple for triple, _ in found.triples] == expected
     assert [seen for _, seen in found.triples] == [counts(*triple[:3]) for triple in expected]
@@ -117,7 +121,7 @@ def test_lifts_of_a_head():
     first = torch.where((rows == 1).any(1), (rows == 1).byte().argmax(1), 30)
     late = torch.arange(29) > first[:, None]
     rows[:, 1:][(rows[:, :-1] == 2) & late] = 3
-    assert truth.TextCounts(rows)(1, 2, 3).lift > 1.1
+    assert validation.TextCounts(rows)(1, 2, 3).lift > 1.1
 
 
 def test_strength_of_a_pattern():
@@ -132,7 +136,7 @@ def test_strength_of_a_pattern():
             logits = logits - logits.mean()
             ranks = ((attention > attention[destination]).sum(), (logits > logits[output]).sum())
             every.append((float(attention[destination]), int(ranks[0]), float(logits[output]), int(ranks[1])))
-        found = truth.pattern_strength(weights, *tokens)
+        found = validation.pattern_strength(weights, *tokens)
         assert found[1:] == pytest.approx(every[found.head[1]])
         shown = [a > 0 and x > 0 and rank < 40 for a, _, x, rank in every]
         assert found.shown == any(shown)
@@ -143,21 +147,21 @@ def test_strength_of_a_pattern():
 
 def test_the_bundled_bigram_model_knows_its_text():
     weights, text = fc.load_weights("bigram-0l"), TokenText("bigram-0l")
-    found = truth.bigram_truth(weights, corpus_tokens(text, held_out=True))
+    found = validation.bigram_fit(weights, corpus_tokens(text, held_out=True))
     assert found.entropy < found.loss < found.unigram
     run = fc.trace(weights, sequences_of(text, held_out_text(), 128, 64))
     assert found.loss == pytest.approx(float(run.loss), abs=0.15)
     assert found.explained == pytest.approx((found.unigram - found.loss) / (found.unigram - found.entropy))
     assert found.agreement > 0.4
-    assert truth.rebuilt_errors(weights, run.tokens[:4])[1] < 1e-12
+    assert validation.rebuilt_errors(weights, run.tokens[:4])[1] < 1e-12
 
 
 def test_the_bundled_skip_trigram_model_shows_indentation():
     weights, text = fc.load_weights("skip-trigram-1l"), TokenText("skip-trigram-1l")
     tokens = sequences_of(text, held_out_text(), 128, 8)
-    assert max(truth.rebuilt_errors(weights, tokens)) < 1e-12
+    assert max(validation.rebuilt_errors(weights, tokens)) < 1e-12
     for word in (" else", " elif", " except"):
-        strength = truth.pattern_strength(weights, *map(text.token, (" " * 15, " " * 11, word)))
+        strength = validation.pattern_strength(weights, *map(text.token, (" " * 15, " " * 11, word)))
         assert strength.shown
         assert (strength.attention_rank, strength.logit_rank < 3) == (0, True)
-    assert not truth.pattern_strength(weights, *map(text.token, (" open", ",", " '"))).shown
+    assert not validation.pattern_strength(weights, *map(text.token, (" open", ",", " '"))).shown

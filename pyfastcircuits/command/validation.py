@@ -1,6 +1,7 @@
-"""Do the tables tell the truth? Against what they claim to say: the model's logits, and counts in a text.
+"""Whether the tables over the vocabulary say the truth, held against the model's own logits and against a text.
 
-For models of no layer (bigram tables) and of one (skip-trigram tables), where tables and patterns are all there is.
+That can be asked of models of no layer (bigram tables) and of one (skip-trigram tables), whose logits the tables and
+the attention patterns make up completely.
 """
 
 from dataclasses import dataclass
@@ -9,32 +10,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.adapters.tracing import trace
-from pyfastcircuits.circuits.composition import Head
-from pyfastcircuits.circuits.positions import qk_tables
-from pyfastcircuits.circuits.tables import SkipTrigram, row_logsumexp, skip_trigrams, top_per_row
-from pyfastcircuits.circuits.vocabulary import bigrams, ov_circuit
-from pyfastcircuits.model.factored import FactoredMatrix
-from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits import (
+    CircuitWeights,
+    FactoredMatrix,
+    SkipTrigram,
+    bigrams,
+    ov_circuit,
+    qk_tables,
+    skip_trigrams,
+    top_per_row,
+    trace,
+)
+from pyfastcircuits.circuits.tables import row_logsumexp
 from pyfastcircuits.ops import Backend
+from pyfastcircuits.run.nodes import Head
 
 __all__ = [
-    "BigramTruth",
+    "PATTERNS",
+    "BigramFit",
+    "CodePattern",
     "Counts",
-    "HeadTruth",
-    "Pattern",
-    "Strength",
+    "HeadFit",
+    "PatternStrength",
     "TextCounts",
-    "bigram_truth",
+    "bigram_fit",
     "check_readable",
-    "head_truth",
+    "head_fit",
     "pattern_strength",
     "rebuilt_errors",
 ]
 
 
 def check_readable(weights: CircuitWeights) -> None:
-    """Raise ValueError unless tables and patterns are all that makes the model's logits."""
+    """Raise ValueError unless tables and patterns make up the model's logits completely."""
     if weights.n_layers > 1:
         raise ValueError(f"the model has {weights.n_layers} layers: tables are all of a model of at most one")
     if weights.positional == "standard" or weights.norm == "layernorm":
@@ -46,17 +54,17 @@ def check_readable(weights: CircuitWeights) -> None:
 
 @torch.no_grad()
 def rebuilt_errors(weights: CircuitWeights, tokens: Tensor) -> tuple[float, float]:
-    """Largest error of attention patterns and of logits rebuilt from the tables, against the model's own run, in fp64.
+    """Rebuild attention patterns and logits from the tables: their largest errors against the model's run, in fp64.
 
-    Logits are the final norm's 1/std times the sum of the bigram table's row of the present token, of each head's OV
-    table's rows mixed by its pattern, and of the biases; patterns are the softmax of the QK tables' sum.
+    The patterns are the softmax of the sum of the QK tables. The logits are the final norm's 1/std times a sum: the
+    bigram table's row of the present token, each head's OV rows mixed by its pattern, and the biases.
 
     Args:
         weights: a model of at most one layer; see check_readable.
         tokens: [B, T].
 
     Raises:
-        ValueError: another model.
+        ValueError: the model is of another kind.
     """
     check_readable(weights)
     weights = weights.to(torch.float64)
@@ -64,9 +72,9 @@ def rebuilt_errors(weights: CircuitWeights, tokens: Tensor) -> tuple[float, floa
     logits = _rows(bigrams(weights), run.tokens)
     patterns = [0.0]
     for head in range(weights.n_heads if weights.n_layers else 0):
-        pattern = _pattern(weights, (0, head), run.tokens)
+        pattern = _pattern(weights, Head(0, head), run.tokens)
         patterns.append(float((pattern - run.pattern(0)[:, head]).abs().max()))
-        logits = logits + pattern @ _rows(ov_circuit(weights, (0, head), normed=True), run.tokens)
+        logits = logits + pattern @ _rows(ov_circuit(weights, Head(0, head), normed=True), run.tokens)
     if weights.n_layers:
         logits = logits + weights.written_bias(0) @ weights.W_U
     logits = logits * run.scales[-1][..., None]
@@ -99,21 +107,23 @@ def _pattern(weights: CircuitWeights, head: Head, tokens: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BigramTruth:
-    """The bigram table against a text's bigrams. Losses in nats a token.
+class BigramFit:
+    """The bigram table of a model against the bigrams of a text. Losses are in nats a token.
 
     Attributes:
-        bigrams: positions of the text that are followed by a token.
-        distinct: different bigrams among them.
-        loss: mean NLL of the next token under softmax of the table's rows.
-        entropy: of the next token given this one, by the text's counts: the least a bigram table can reach.
-        unigram: entropy of the next token alone, by the text's counts.
-        correlation: Pearson's, of log-probabilities by the table and by counts, over the bigrams seen `least` times.
-        compared: how many those are.
-        least: how often a bigram must be seen to be among those.
-        agreement: share of positions whose token's likeliest successor is the same by table and counts.
-        sources, seen, by_text, by_table: the N most frequent tokens [N], how often they come, and the likeliest
-            successors of each by counts and by table [N, k], -1 where the text has fewer.
+        bigrams: the number of bigrams in the text.
+        distinct: the number of different ones.
+        loss: the mean NLL of the next token under the softmax of the table's rows.
+        entropy: that of the next token given this one, by the text's counts: the least loss of any bigram table.
+        unigram: the entropy of the next token alone, by the text's counts.
+        correlation: Pearson's, between the log-probabilities of the table and those of the counts, over the bigrams
+            seen `least` times.
+        compared: the number of bigrams seen `least` times.
+        least: see `compared`.
+        agreement: the share of positions for whose token the table and the counts have the same likeliest successor.
+        sources: [N], the most frequent tokens.
+        seen: [N], their counts.
+        by_text, by_table: [N, k], their likeliest successors by counts and by the table, -1 where the text has fewer.
     """
 
     bigrams: int
@@ -137,12 +147,12 @@ class BigramTruth:
 
     @property
     def explained(self) -> float:
-        """How far the loss is from single tokens' entropy, 0, to the least that a bigram table can reach, 1."""
+        """Where the loss lies between `unigram`, 0, and `entropy`, the best that a bigram table can reach, 1."""
         return (self.unigram - self.loss) / (self.unigram - self.entropy)
 
 
 @torch.no_grad()
-def bigram_truth(
+def bigram_fit(
     weights: CircuitWeights,
     tokens: Tensor,
     *,
@@ -150,18 +160,18 @@ def bigram_truth(
     examples: int = 8,
     k: int = 3,
     backend: Backend = "auto",
-) -> BigramTruth:
+) -> BigramFit:
     """Hold the bigram table of a model of no layer against a text.
 
     Args:
         weights: the model.
         tokens: [N], the text.
-        least, examples, k: see BigramTruth.
+        least, examples, k: see BigramFit.
         backend: see pyfastcircuits.ops.
 
     Raises:
-        ValueError: a model of another kind, or a text too short to compare anything.
-        RuntimeError: a backend that is not there.
+        ValueError: the model is of another kind, or the text is too short to compare anything.
+        RuntimeError: the backend is not there.
     """
     check_readable(weights)
     table = bigrams(weights, normed=True)
@@ -181,7 +191,7 @@ def bigram_truth(
     best = top_per_row(table, k, backend=backend).columns
     successors = _successors(first, second, counts, V, k)
     frequent = before.sort(descending=True, stable=True).indices[:examples]
-    return BigramTruth(
+    return BigramFit(
         bigrams=int(total),
         distinct=len(codes),
         loss=float(-(counts * by_table).sum() / total),
@@ -218,22 +228,22 @@ def _successors(first: Tensor, second: Tensor, counts: Tensor, V: int, k: int) -
 
 
 class Counts(NamedTuple):
-    """How often a text shows a skip-trigram: positions that hold the destination and are followed by a token."""
+    """How often a text shows a skip-trigram, in positions that hold the destination and are followed by a token."""
 
-    destination: int
-    followed: int  # of those, by the output
-    together: int  # of those, with the source earlier in the same sequence
-    followed_together: int  # both
+    destination: int  # all such positions
+    followed: int  # those followed by the output
+    together: int  # those with the source earlier in the same sequence
+    followed_together: int  # those with both
 
     @property
     def lift(self) -> float:
-        """P(output | source earlier, destination now) / P(output | destination now); NaN where one is not seen."""
+        """P(output | source earlier, destination now) / P(output | destination now); NaN where either is never seen."""
         expected = self.together * self.followed
         return self.followed_together * self.destination / expected if expected else float("nan")
 
     @property
     def supported(self) -> bool:
-        """Enough seen for the lift to mean something: 100 times together, 20 times followed."""
+        """Whether the text shows enough for the lift to mean something: 100 times together, 20 times followed."""
         return self.together >= 100 and self.followed >= 20
 
 
@@ -261,18 +271,18 @@ class TextCounts:
         return Counts(len(row), int(followed.sum()), int(together.sum()), int((followed & together).sum()))
 
     def frequent(self, least: int) -> Tensor:
-        """Tokens that come at least so often."""
+        """The tokens that the sequences hold at least so many times."""
         return (torch.bincount(self._sorted.values) >= least).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
-class HeadTruth:
-    """A head's largest skip-trigrams against counts in a text.
+class HeadFit:
+    """The largest skip-trigrams of a head against counts in a text.
 
     Attributes:
         head: (layer, head).
-        triples: its largest, with their counts.
-        control: lifts of the supported triples' destinations and outputs behind a source drawn at random.
+        triples: the skip-trigrams, each with its counts.
+        control: lifts of the same destinations and outputs behind a source drawn at random, of the supported triples.
     """
 
     head: Head
@@ -281,18 +291,18 @@ class HeadTruth:
 
     @property
     def lifts(self) -> list[float]:
-        """Lifts of the triples that are seen often enough."""
+        """Lifts of the supported triples."""
         return [counts.lift for _, counts in self.triples if counts.supported]
 
 
 @torch.no_grad()
-def head_truth(
+def head_fit(
     weights: CircuitWeights, head: Head, counts: TextCounts, among: Tensor, n: int, *, backend: Backend = "auto"
-) -> HeadTruth:
-    """Count the n largest skip-trigrams of a head, of the tokens `among` (no more than these are), in a text.
+) -> HeadFit:
+    """Count the n largest skip-trigrams of a head in a text, out of the tokens `among` (n is at most their number).
 
     Raises:
-        ValueError: as skip_trigrams; a model of another kind.
+        ValueError: as skip_trigrams; the model is of another kind.
     """
     check_readable(weights)
     n = min(n, len(among))
@@ -305,11 +315,11 @@ def head_truth(
             others = among[torch.randperm(len(among), generator=generator)[:20]].tolist()
             drawn = (counts(other, triple.destination, triple.output) for other in others if other != triple.source)
             control += [next((c.lift for c in drawn if c.supported), float("nan"))]
-    return HeadTruth(head, triples, [lift for lift in control if lift == lift])
+    return HeadFit(head, triples, [lift for lift in control if lift == lift])
 
 
-class Pattern(NamedTuple):
-    """A skip-trigram of Python, as tokens' text."""
+class CodePattern(NamedTuple):
+    """A skip-trigram that Python's grammar makes, each token by its text."""
 
     name: str
     source: str
@@ -317,33 +327,53 @@ class Pattern(NamedTuple):
     output: str
 
 
-class Strength(NamedTuple):
-    """How far one head's tables show a pattern; ranks count the tokens that stand above (0 is best)."""
+PATTERNS = (
+    CodePattern("indentation falls", " " * 15, " " * 11, " else"),
+    CodePattern("indentation falls", " " * 15, " " * 11, " elif"),
+    CodePattern("indentation falls", " " * 15, " " * 11, " except"),
+    CodePattern("indentation stays", " " * 11, "\n", " " * 11),
+    CodePattern("indentation after a colon", ":", "\n", " " * 7),
+    CodePattern("if ... :", " if", ":", "\n"),
+    CodePattern("in ... :", " in", " name", ":"),
+    CodePattern("for ... in", " for", " name", " in"),
+    CodePattern("def ... self", " def", "(", "self"),
+    CodePattern("self ... .", " self", ".", "file"),
+    CodePattern("[ ... ]", "[", "name", "]"),
+    CodePattern("open ... ,", " open", ",", " '"),
+    CodePattern("with ... as", " with", ")", " as"),
+    CodePattern("try ... except", " try", " " * 7, " except"),
+    CodePattern("import ... import", "import", "\n", "import"),
+    CodePattern("codecs ... .", "codecs", ".", "charmap"),
+)
+
+
+class PatternStrength(NamedTuple):
+    """How strongly the tables of one head show a skip-trigram; a rank counts the tokens that are stronger."""
 
     head: Head
     attention: float
-    attention_rank: int  # of the destination, among all for this source
+    attention_rank: int  # of the destination, for this source
     logit: float
-    logit_rank: int  # of the output, among all for this source
+    logit_rank: int  # of the output, for this source
 
     @property
     def shown(self) -> bool:
-        """The destination attends to the source more than to the mean token; the output is among the first 40."""
+        """Whether the destination prefers the source to the mean token, and the output is in the first 40."""
         return self.attention > 0 and self.logit > 0 and self.logit_rank < 40
 
 
 @torch.no_grad()
-def pattern_strength(weights: CircuitWeights, source: int, destination: int, output: int) -> Strength:
+def pattern_strength(weights: CircuitWeights, source: int, destination: int, output: int) -> PatternStrength:
     """The first-layer head whose tables show the skip-trigram best: shown at all, then by attention * logit."""
     found = []
     for index in range(weights.n_heads):
-        table = qk_tables(weights, (0, index), normed=True).token_token
+        table = qk_tables(weights, Head(0, index), normed=True).token_token
         keys = table.B - table.B.mean(-1, keepdim=True)
         attention = table.A @ keys[:, source]
-        row = ov_circuit(weights, (0, index), normed=True)
+        row = ov_circuit(weights, Head(0, index), normed=True)
         logits = row.A[source] @ row.B
         logits = logits - logits.mean()
         ranks = [int((x > x[i]).sum()) for x, i in ((attention, destination), (logits, output))]
         strengths = float(attention[destination]), ranks[0], float(logits[output]), ranks[1]
-        found.append(Strength((0, index), *strengths))
+        found.append(PatternStrength(Head(0, index), *strengths))
     return max(found, key=lambda s: (s.shown, min(s.attention, s.logit) > 0, s.attention * s.logit))

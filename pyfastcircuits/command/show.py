@@ -1,0 +1,363 @@
+"""The tables that the command shows on the terminal (rich)."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from pyfastcircuits import CircuitWeights, CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
+from pyfastcircuits.command.text import TokenText, corpus_tokens, rows_of
+from pyfastcircuits.command.validation import (
+    PATTERNS,
+    BigramFit,
+    HeadFit,
+    TextCounts,
+    bigram_fit,
+    check_readable,
+    head_fit,
+    pattern_strength,
+    rebuilt_errors,
+)
+from pyfastcircuits.experiments.sweep import Example
+from pyfastcircuits.ops import Backend, TopEntries
+from pyfastcircuits.result import label_name
+from pyfastcircuits.run.nodes import Head, Kind, Path
+
+__all__ = [
+    "METRIC_NAMES",
+    "Composition",
+    "composition_table",
+    "copying_table",
+    "effect_table",
+    "entry_table",
+    "head_table",
+    "marginal_table",
+    "of_pairs",
+    "order_rows",
+    "order_table",
+    "row_table",
+    "source_table",
+    "triple_table",
+    "validation_tables",
+]
+
+# Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
+ARTICLE_ORDERS = (1.8, 5.2, 0.3)
+ARTICLE_MARGINALS = ((1.3, 0.05), (5.2, 4.0))
+METRIC_NAMES = {
+    "nll": "loss",
+    "kl": "divergence",
+    "logit_difference": "logit difference",
+    "probability": "probability",
+    "rank": "rank",
+    "top1": "top-1 accuracy",
+}
+HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
+SEEN = 500  # a token of the text is looked at from so many occurrences on
+TRIPLES = 100  # skip-trigrams counted for each head
+STRENGTHS = "attention: score less the destination's mean over sources; logit: less the mean over outputs"
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str], *, narrow: bool = False) -> Table:
+    """An empty table: columns of text, then of figures. If `narrow`, a small window folds names and no figures."""
+    table = Table(title=title, collapse_padding=narrow)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right", overflow="fold" if narrow else "ellipsis")
+    return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Add a row of plain text, in which a token such as "[START]" is no markup."""
+    table.add_row(*map(Text, cells))
+
+
+def _quoted(text: TokenText, token: int) -> str:
+    """A token's text as Python writes it, long indentation as "' ' * 15"."""
+    return _python(text.decode([token]))
+
+
+def _python(piece: str) -> str:
+    return f"' ' * {len(piece)}" if len(piece) > 4 and set(piece) == {" "} else repr(piece)
+
+
+def order_rows(sweep: Sweep) -> list[tuple[str, float]]:
+    """The steps of the term importance analysis, each with its loss in nats."""
+    orders = sweep.orders.tolist()
+    names = ["order 0 (direct path)", *(f"order <= {k}" for k in range(1, len(orders)))]
+    uniform = math.log(sweep.trace.weights.d_vocab)
+    return [("uniform", uniform), *zip(names, orders, strict=True), ("full model", float(sweep.trace.loss))]
+
+
+def order_table(sweep: Sweep) -> Table:
+    """The loss with the paths of each order added, beside the article's two-layer model."""
+    title = "Term importance: loss with all paths up to an order, in nats"
+    table, before = _table(title, ("paths",), ("loss", "fall", "article's fall")), None
+    for i, (name, loss) in enumerate(order_rows(sweep)):
+        article = f"{ARTICLE_ORDERS[i - 1]}" if 1 <= i <= len(ARTICLE_ORDERS) and name != "full model" else ""
+        fall = "" if before is None else f"{round(before - loss, 4) + 0.0:.4f}"  # no negative zero
+        _add_row(table, name, f"{loss:.4f}", fall, article)
+        before = loss
+    return table
+
+
+def marginal_table(sweep: Sweep) -> Table:
+    """The order-1 terms of each layer's heads, beside the article's two-layer model."""
+    title = "Marginal effect of each layer's single-head paths: fall of the loss, in nats"
+    columns = ("layer", "given the direct path alone", "article", "given the other layers too", "article")
+    table = _table(title, (), columns)
+    for layer, values in enumerate(zip(*(m.tolist() for m in sweep.marginals), strict=True)):
+        article = ARTICLE_MARGINALS[layer] if len(sweep.orders) == 3 else ("", "")
+        _add_row(table, f"{layer + 1}", f"{values[0]:.4f}", f"{article[0]}", f"{values[1]:.4f}", f"{article[1]}")
+    return table
+
+
+def of_pairs(found: Result) -> bool:
+    """Whether a sweep's result is of pairs of heads, and not of heads or of layers."""
+    return isinstance(found.labels[0], tuple) and len(found.labels[0]) == 2
+
+
+def effect_table(found: Result, examples: list[Example], text: TokenText) -> Table:
+    """The ablations that harm most, each with the token that suffers most."""
+    verb = {"rise": "rise", "fall": "fall", "size": "change"}[found.harm]
+    kind = "Head pairs whose path" if found.setup.get("scope") == "path" else "What"
+    unit = ", in nats" if found.metric in ("nll", "kl") else ""
+    names = ["source", "dest"] if of_pairs(found) else ["layer" if isinstance(found.labels[0], int) else "head"]
+    title = f"{kind} matters most: {verb} of the {METRIC_NAMES[found.metric]} without it{unit}"
+    table = _table(title, (), (*names, verb, "kl"))
+    table.add_column("hit hardest: context -> token (with, without)")
+    kl = dict(zip(found.labels, found.kl.flatten().tolist(), strict=True)) if "kl" in found.measured else {}
+    for (label, change), example in zip(found.top(len(examples)), examples, strict=True):
+        shown = Text(text(example.context)[-40:], style="dim")
+        shown.append(" -> ").append(repr(text([example.target])), style="bold")
+        shown.append(f" ({example.clean:.2f}, {example.ablated:.2f})")
+        cells = map(label_name, label) if of_pairs(found) else [label_name(label)]
+        table.add_row(*cells, f"{change:+.4f}", f"{kl[label]:.4f}" if kl else "", shown)
+    return table
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Composition scores of all pairs of heads with layer1 < layer2, and the spectra that go with them."""
+
+    kind: Kind
+    pairs: list[Path]  # source, destination
+    score: Tensor  # [P]
+    baseline: Tensor  # [P]: mean under a random rotation
+    z: Tensor  # [P]
+    eigenvalues: Tensor  # [P, r] complex, of the K-composed QK circuit; [0, r] for other kinds
+    copying: Tensor  # [L, H]
+
+
+def composition_table(found: Composition, top: int) -> Table:
+    """The pairs that stand out most from a random rotation, by z-score."""
+    title = f"{found.kind}-composition: pairs that stand out most from a random rotation"
+    spectra = ("composed QK", "largest") if len(found.eigenvalues) else ()
+    names = ("source", "dest", "score", "random", "z", "source copies", "dest copies", *spectra)
+    table = _table(title, (), names, narrow=True)
+    for i in found.z.argsort(descending=True)[:top].tolist():
+        pair = found.pairs[i]
+        row = [*map(label_name, pair), *(f"{float(x[i]):.4f}" for x in (found.score, found.baseline))]
+        row += [f"{float(found.z[i]):+.1f}", *(f"{float(found.copying[head]):+.2f}" for head in pair)]
+        if spectra:
+            spectrum = found.eigenvalues[i]
+            largest = complex(spectrum[spectrum.abs().argmax()])
+            row += [f"{float(positivity(spectrum)):+.2f}", f"{largest.real:.1e}"]
+        _add_row(table, *row)
+    table.caption = (
+        "random: mean score under a random rotation; z: score**2 against it. copies: eigenvalue copying score."
+    )
+    if spectra:
+        table.caption += (
+            "\ncomposed QK: positivity of the K-composed QK circuit's eigenvalues; largest: real part of the largest."
+        )
+    return table
+
+
+def head_table(scores: Result, found: Result | None, top: int) -> Table:
+    """Heads by induction score, of head_scores; with the evidence of their weights, of induction_heads."""
+    evidence = () if found is None else ("after", "K-comp. z", "matching", "OV copies")
+    names = ("head", *(name.replace("_", " ") for name in HEAD_SCORES), *evidence)
+    table = _table("Heads by induction score, on random tokens that come again", (), names, narrow=True)
+    pairs = [] if found is None else found.pairs.tolist()
+    places = {tuple(destination): i for i, (_, destination) in enumerate(pairs)}
+    measured = [getattr(scores, name).flatten() for name in HEAD_SCORES]
+    for i in scores.values.flatten().argsort(descending=True, stable=True)[:top].tolist():
+        head = divmod(i, scores.values.shape[1])
+        row = [label_name(head), *(f"{float(x[i]):.3f}" for x in measured)]
+        if found is not None and (at := places.get(head)) is not None:
+            row += ["{}.{}".format(*pairs[at][0]), f"{float(found.k_composition[at]):+.1f}"]
+            row += [f"{float(x[at]):+.3f}" for x in (found.matching, found.copying)]
+        _add_row(table, *row, *[""] * (len(names) - len(row)))
+    table.caption = "copying: share of what a head raises that is for the tokens it attends to; -1: none, 1: all."
+    if found is not None:
+        table.caption += (
+            "\nafter: the earlier head that attends most to the previous token. By the weights alone: K-comp. z, how\n"
+            "their K-composition stands out from a random rotation; matching, positivity of the eigenvalues of their\n"
+            "composed QK circuit; OV copies, that of the head's OV circuit."
+        )
+    return table
+
+
+def _strengths(text: TokenText, tokens: Tensor, values: Tensor) -> str:
+    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+    return "  ".join(f"{_quoted(text, token)} {value:+.2f}" for token, value in pairs)
+
+
+def entry_table(title: str, names: tuple[str, str, str], found: TopEntries, text: TokenText) -> Table:
+    """Single entries of a table over the vocabulary: row token, column token, value."""
+    table = _table(title, names[:2], names[2:])
+    for value, *tokens in zip(*(x.tolist() for x in found), strict=True):
+        _add_row(table, *(_quoted(text, token) for token in tokens), f"{value:+.2f}")
+    return table
+
+
+def row_table(title: str, names: tuple[str, str], found: TopEntries, text: TokenText) -> Table:
+    """The best entries of some rows of such a table: row token, column tokens with their values."""
+    table = _table(title, names, ())
+    for row, columns, values in zip(found.rows[:, 0].tolist(), found.columns, found.values, strict=True):
+        _add_row(table, _quoted(text, row), _strengths(text, columns, values))
+    return table
+
+
+def source_table(found: SkipTrigrams, text: TokenText) -> Table:
+    """For each source, as in the article: the destinations that attend to it and the outputs it raises."""
+    names = ("source", "destinations that attend to it", "outputs it raises")
+    table = _table(f"Skip-trigrams of head {label_name(found.head)}", names, ())
+    for i, source in enumerate(found.sources.tolist()):
+        seen = _strengths(text, found.destinations[i], found.attention[i])
+        _add_row(table, _quoted(text, source), seen, _strengths(text, found.outputs[i], found.logits[i]))
+    table.caption = STRENGTHS
+    return table
+
+
+def triple_table(found: SkipTrigrams, text: TokenText) -> Table:
+    """A head's largest skip-trigrams, as many as were kept of each source: source ... destination -> output."""
+    title = f"Largest skip-trigrams of head {label_name(found.head)}"
+    table = _table(title, ("source ...", "destination", "-> output"), ("attention", "logit", "product"))
+    for triple in found.top(found.logits.shape[1]):
+        strengths = (f"{x:+.2f}" for x in (triple.attention, triple.logit, triple.score))
+        _add_row(table, *(_quoted(text, token) for token in triple[:3]), *strengths)
+    table.caption = STRENGTHS
+    return table
+
+
+def copying_table(found: CopyingAccuracy, eigenvalues: Tensor) -> Table:
+    """How far each head raises the token it attends to; `eigenvalues` are the copying scores [L, H]."""
+    names = ("head", "top 1", "top 5", "positive", "eigenvalues")
+    table = _table("Copying: a token's own logit in its row of the OV circuit", (), names)
+    for head, score in ((divmod(i, eigenvalues.shape[1]), x) for i, x in enumerate(eigenvalues.flatten().tolist())):
+        _add_row(table, label_name(head), *(f"{float(x[head]):.1%}" for x in found), f"{score:+.2f}")
+    table.caption = "share of tokens whose own logit is the largest, among the five largest, above zero;\n"
+    table.caption += "eigenvalues: copying score of the spectrum, from -1 to 1"
+    return table
+
+
+def validation_tables(weights: CircuitWeights, text: TokenText, backend: Backend) -> Iterator[Table | str]:
+    """Hold the tables of a model of at most one layer against its logits and the standard library's source.
+
+    Raises:
+        ValueError: the model is of another kind, or has no tokenizer.
+    """
+    check_readable(weights)
+    tokens = corpus_tokens(text, held_out=False).to(weights.device)
+    rows = rows_of(text, tokens, weights.n_ctx or 128)
+    yield f"training files of the standard library: {len(tokens)} tokens, {len(rows)} sequences of {rows.shape[1]}"
+    patterns, logits = rebuilt_errors(weights, rows[:: max(1, len(rows) // 8)][:8])
+    yield f"rebuilt from the tables, in float64: logits differ from the model's by {logits:.1e} at most, " + (
+        f"attention patterns by {patterns:.1e}" if weights.n_layers else "which has no attention patterns"
+    )
+    if not weights.n_layers:
+        held_out = corpus_tokens(text, held_out=True).to(weights.device)
+        fits = [bigram_fit(weights, part, backend=backend) for part in (tokens, held_out)]
+        yield _bigram_table(fits)
+        yield _successor_table(fits[0], text)
+        return
+    counts = TextCounts(rows)
+    among = counts.frequent(SEEN)
+    heads = (Head(0, index) for index in range(weights.n_heads))
+    found = [head_fit(weights, head, counts, among, TRIPLES, backend=backend) for head in heads]
+    yield _head_fit_table(found)
+    yield _evidence_table(found, text)
+    yield _pattern_table(weights, counts, text)
+
+
+def _bigram_table(fits: Sequence[BigramFit]) -> Table:
+    names = ("training files", "held-out files")
+    table = _table("The bigram table against bigrams of the standard library's source", ("what",), names)
+    rows: list[tuple[str, Callable[[BigramFit], str]]] = [
+        ("bigrams (different ones)", lambda x: f"{x.bigrams} ({x.distinct})"),
+        ("loss under the table's rows, nats a token", lambda x: f"{x.loss:.4f}"),
+        ("entropy by counts: the least that any bigram table reaches", lambda x: f"{x.entropy:.4f}"),
+        ("their difference: mean KL(counts || table)", lambda x: f"{x.divergence:.4f}"),
+        ("entropy of single tokens", lambda x: f"{x.unigram:.4f}"),
+        ("share of the way from single tokens to counts", lambda x: f"{x.explained:.1%}"),
+        (f"bigrams that come {fits[0].least} times", lambda x: f"{x.compared}"),
+        ("correlation of their log-probabilities", lambda x: f"{x.correlation:.3f}"),
+        ("positions whose likeliest successor agrees", lambda x: f"{x.agreement:.1%}"),
+    ]
+    for name, value in rows:
+        _add_row(table, name, *map(value, fits))
+    return table
+
+
+def _successor_table(fit: BigramFit, text: TokenText) -> Table:
+    title = "Likeliest successors of the most frequent tokens"
+    table = _table(title, ("token", "by counts", "by the table"), ("seen",))
+    columns = (x.tolist() for x in (fit.sources, fit.seen, fit.by_text, fit.by_table))
+    for token, seen, *both in zip(*columns, strict=True):
+        successors = ("  ".join(_quoted(text, t) for t in tokens if t >= 0) for tokens in both)
+        _add_row(table, _quoted(text, token), *successors, f"{seen}")
+    return table
+
+
+def _head_fit_table(heads: list[HeadFit]) -> Table:
+    names = ("head", "triples", "seen enough", "lift > 1", "median lift", "control")
+    table = _table("Each head's largest skip-trigrams, counted in the text", (), names)
+    for found in heads:
+        lifts = found.lifts
+        counts = (len(found.triples), len(lifts), sum(lift > 1 for lift in lifts))
+        middle = (f"{median(x):.2f}" if x else "-" for x in (lifts, found.control))
+        _add_row(table, label_name(found.head), *map(str, counts), *middle)
+    table.caption = (
+        f"of tokens seen {SEEN} times. lift: P(output | source before, destination now) / P(output | destination now)\n"
+        "seen enough: source before destination 100 times, destination before output 20 times.\n"
+        "control: median lift of the same destinations and outputs behind a source drawn at random."
+    )
+    return table
+
+
+def _evidence_table(heads: list[HeadFit], text: TokenText) -> Table:
+    names = ("head", "source ...", "destination", "-> output")
+    table = _table("Of each head, the largest that are seen enough", names, ("attention", "logit", "lift"))
+    for found in heads:
+        for triple, counts in [pair for pair in found.triples if pair[1].supported][:3]:
+            values = (f"{triple.attention:+.2f}", f"{triple.logit:+.2f}", f"{counts.lift:.2f}")
+            _add_row(table, label_name(found.head), *(_quoted(text, token) for token in triple[:3]), *values)
+    return table
+
+
+def _pattern_table(weights: CircuitWeights, counts: TextCounts, text: TokenText) -> Table:
+    names = ("pattern", "source ...", "destination", "-> output")
+    table = _table("Patterns of Python", names, ("head", "attention", "logit", "lift", "shown"))
+    for pattern in PATTERNS:
+        named = (pattern.name, *map(_python, pattern[1:]))
+        try:
+            tokens = [text.token(piece) for piece in pattern[1:]]
+        except ValueError as error:
+            _add_row(table, *named, "", "", "", "", str(error))
+            continue
+        best, lift = pattern_strength(weights, *tokens), counts(*tokens).lift
+        attention = f"{best.attention:+.2f} ({best.attention_rank})"
+        logit = f"{best.logit:+.2f} ({best.logit_rank})"
+        _add_row(table, *named, label_name(best.head), attention, logit, f"{lift:.2f}", "yes" if best.shown else "no")
+    table.caption = (
+        "of the head that shows it best; in brackets, how many tokens stand above, as destination and as output.\n"
+        "shown: the attention is above the mean token's, and the output among the first 40."
+    )
+    return table
