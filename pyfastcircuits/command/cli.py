@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from math import comb
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +24,7 @@ from pyfastcircuits.adapters.files import load_model
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
-from pyfastcircuits.experiments.sweep import SweepScope, limit_seconds
+from pyfastcircuits.experiments.sweep import SweepScope, count_ablations, limit_seconds
 from pyfastcircuits.run.nodes import Kind
 
 PATTERNS = 4 << 30  # bytes of attention patterns that a sweep keeps, unless --sequences says otherwise
@@ -105,7 +104,7 @@ def sweep(
         length = min(length, _positions(run, weights) or length)
         most = sequences or max(1, min(256, PATTERNS // _pattern_bytes(weights, length)))
         tokens = text.sequences_of(shown, content, length, most)
-    kind, count = {"head": "heads", "layer": "layers"}.get(scope, "pairs"), _ablations(weights, scope)
+    kind, count = {"head": "heads", "layer": "layers"}.get(scope, "pairs"), count_ablations(weights, scope)
     _say(
         f"{model}: {weights.n_layers} layers, {weights.n_heads} heads, {weights.d_vocab} tokens; "
         f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens; {count} {kind}{' of heads' * (kind == 'pairs')}"
@@ -322,13 +321,6 @@ def _device(backend: str) -> str:
     if on_gpu and not torch.cuda.is_available():
         ops.resolve_backend(backend, torch.device("cuda"))  # raises, and says what is missing
     return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
-
-
-def _ablations(weights: fc.CircuitWeights, scope: str) -> int:
-    """The number of ablations in a sweep: of layers, of heads, of all pairs of heads or of those in two layers."""
-    layers, heads = weights.n_layers, weights.n_heads
-    across = comb(layers, 2) * heads**2
-    return {"layer": layers, "head": layers * heads, "joint": comb(layers * heads, 2)}.get(scope, across)
 
 
 def _positions(model: Any, weights: fc.CircuitWeights) -> int | None:

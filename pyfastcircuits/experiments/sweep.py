@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from math import comb
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -143,10 +144,10 @@ def _ablate(
 
 
 def count_ablations(weights: CircuitWeights, scope: SweepScope) -> int:
-    """The number of ablations in a sweep."""
+    """The number of ablations in a sweep: of layers, of heads, of all pairs of heads or of those in two layers."""
     layers, heads = weights.n_layers, weights.n_heads
-    pairs, within = layers * (layers - 1) // 2 * heads**2, layers * heads * (heads - 1) // 2
-    return {"layer": layers, "head": layers * heads, "joint": pairs + within}.get(scope, pairs)
+    across = comb(layers, 2) * heads**2
+    return {"layer": layers, "head": layers * heads, "joint": comb(layers * heads, 2)}.get(scope, across)
 
 
 def limit_seconds(found: Sweep) -> float | None:
