@@ -80,8 +80,9 @@ class SkipTrigrams:
         for place in ordered.indices[:n][ordered.values[:n] > 0].tolist():
             i, j, m = place // n**2, place // n % n, place % n
             s = int(kept[i])
-            tokens = (int(x) for x in (self.sources[s], self.destinations[s, j], self.outputs[s, m]))
-            found.append(SkipTrigram(*tokens, float(self.attention[s, j]), float(self.logits[s, m])))
+            source, destination, output = self.sources[s], self.destinations[s, j], self.outputs[s, m]
+            strengths = float(self.attention[s, j]), float(self.logits[s, m])
+            found.append(SkipTrigram(int(source), int(destination), int(output), *strengths))
         return found
 
     def table(self) -> Any:
