@@ -11,40 +11,12 @@ from torch import Tensor
 
 from pyfastcircuits import CircuitWeights, CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
 from pyfastcircuits.circuits.head_factors import Kind
+from pyfastcircuits.command import validation
 from pyfastcircuits.command.text import TokenText, corpus_tokens, rows_of
-from pyfastcircuits.command.validation import (
-    PATTERNS,
-    BigramFit,
-    HeadFit,
-    TextCounts,
-    bigram_fit,
-    check_readable,
-    head_fit,
-    pattern_strength,
-    rebuilt_errors,
-)
 from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.result import label_name
 from pyfastcircuits.run.nodes import Head
-
-__all__ = [
-    "METRIC_NAMES",
-    "Composition",
-    "composition_table",
-    "copying_table",
-    "effect_table",
-    "entry_table",
-    "head_table",
-    "marginal_table",
-    "of_pairs",
-    "order_rows",
-    "order_table",
-    "row_table",
-    "source_table",
-    "triple_table",
-    "validation_tables",
-]
 
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)
@@ -266,31 +238,31 @@ def validation_tables(weights: CircuitWeights, text: TokenText, backend: Backend
     Raises:
         ValueError: the model is of another kind, or has no tokenizer.
     """
-    check_readable(weights)
+    validation.check_readable(weights)
     tokens = corpus_tokens(text, held_out=False).to(weights.device)
     rows = rows_of(text, tokens, weights.n_ctx or 128)
     yield f"training files of the standard library: {len(tokens)} tokens, {len(rows)} sequences of {rows.shape[1]}"
-    patterns, logits = rebuilt_errors(weights, rows[:: max(1, len(rows) // 8)][:8])
+    patterns, logits = validation.rebuilt_errors(weights, rows[:: max(1, len(rows) // 8)][:8])
     yield f"rebuilt from the tables, in float64: logits differ from the model's by {logits:.1e} at most, " + (
         f"attention patterns by {patterns:.1e}" if weights.n_layers else "which has no attention patterns"
     )
     if not weights.n_layers:
         held_out = corpus_tokens(text, held_out=True).to(weights.device)
-        fits = [bigram_fit(weights, part, backend=backend) for part in (tokens, held_out)]
+        fits = [validation.bigram_fit(weights, part, backend=backend) for part in (tokens, held_out)]
         yield _bigram_table(fits)
         yield _successor_table(fits[0], text)
         return
-    counts = TextCounts(rows)
+    counts = validation.TextCounts(rows)
     among = counts.frequent(SEEN)
     heads = (Head(0, index) for index in range(weights.n_heads))
-    found = [head_fit(weights, head, counts, among, TRIPLES, backend=backend) for head in heads]
+    found = [validation.head_fit(weights, head, counts, among, TRIPLES, backend=backend) for head in heads]
     yield _head_fit_table(found)
     yield _evidence_table(found, text)
     yield _pattern_table(weights, counts, text)
 
 
-def _bigram_table(fits: Sequence[BigramFit]) -> Table:
-    facts: list[tuple[str, Callable[[BigramFit], str]]] = [
+def _bigram_table(fits: Sequence[validation.BigramFit]) -> Table:
+    facts: list[tuple[str, Callable[[validation.BigramFit], str]]] = [
         ("bigrams (different ones)", lambda x: f"{x.bigrams} ({x.distinct})"),
         ("loss under the table's rows, nats a token", lambda x: f"{x.loss:.4f}"),
         ("entropy by counts: the least that any bigram table reaches", lambda x: f"{x.entropy:.4f}"),
@@ -306,7 +278,7 @@ def _bigram_table(fits: Sequence[BigramFit]) -> Table:
     return _table(title, ("what",), ("training files", "held-out files"), rows)
 
 
-def _successor_table(fit: BigramFit, text: TokenText) -> Table:
+def _successor_table(fit: validation.BigramFit, text: TokenText) -> Table:
     title, rows = "Likeliest successors of the most frequent tokens", []
     columns = (x.tolist() for x in (fit.sources, fit.seen, fit.by_text, fit.by_table))
     for token, seen, *both in zip(*columns, strict=True):
@@ -315,7 +287,7 @@ def _successor_table(fit: BigramFit, text: TokenText) -> Table:
     return _table(title, ("token", "by counts", "by the table"), ("seen",), rows)
 
 
-def _head_fit_table(heads: list[HeadFit]) -> Table:
+def _head_fit_table(heads: list[validation.HeadFit]) -> Table:
     names, rows = ("head", "triples", "seen enough", "lift > 1", "median lift", "control"), []
     for found in heads:
         counts = (len(found.triples), len(found.lifts), sum(lift > 1 for lift in found.lifts))
@@ -329,7 +301,7 @@ def _head_fit_table(heads: list[HeadFit]) -> Table:
     return _table("Each head's largest skip-trigrams, counted in the text", (), names, rows, caption)
 
 
-def _evidence_table(heads: list[HeadFit], text: TokenText) -> Table:
+def _evidence_table(heads: list[validation.HeadFit], text: TokenText) -> Table:
     title, rows = "Of each head, the largest that are seen enough", []
     for found in heads:
         for triple, counts in [pair for pair in found.triples if pair[1].supported][:3]:
@@ -338,15 +310,15 @@ def _evidence_table(heads: list[HeadFit], text: TokenText) -> Table:
     return _table(title, ("head", *TRIPLE), ("attention", "logit", "lift"), rows)
 
 
-def _pattern_table(weights: CircuitWeights, counts: TextCounts, text: TokenText) -> Table:
+def _pattern_table(weights: CircuitWeights, counts: validation.TextCounts, text: TokenText) -> Table:
     names, rows = ("head", "attention", "logit", "lift", "shown"), []
-    for name, *pieces in PATTERNS:
+    for name, *pieces in validation.PATTERNS:
         try:
             tokens = [text.token(piece) for piece in pieces]
         except ValueError as error:
             strength = ("", "", "", "", str(error))
         else:
-            best, lift = pattern_strength(weights, *tokens), f"{counts(*tokens).lift:.2f}"
+            best, lift = validation.pattern_strength(weights, *tokens), f"{counts(*tokens).lift:.2f}"
             attention = f"{best.attention:+.2f} ({best.attention_rank})"
             logit = f"{best.logit:+.2f} ({best.logit_rank})"
             strength = (label_name(best.head), attention, logit, lift, "yes" if best.shown else "no")

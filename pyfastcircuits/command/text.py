@@ -15,8 +15,6 @@ from torch import Tensor
 
 from pyfastcircuits.adapters.files import model_folder
 
-__all__ = ["TokenText", "corpus_tokens", "held_out_text", "read_tokens", "rows_of", "sequences_of", "stdlib_files"]
-
 START = "[START]"
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
