@@ -1,4 +1,4 @@
-"""A Hugging Face configuration and its named tensors, of a model in memory or of a folder, read alike."""
+"""The configuration and the named tensors of a Hugging Face model, in memory or in a folder: both are read alike."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ _REQUIRED = object()
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that is read from it is checked; what is missing or has another shape is named.
+    """A checkpoint that checks what is read from it: errors name an option or tensor that is missing or does not fit.
 
     Attributes:
-        where: what messages call it.
-        config: config.json, or its equal.
-        tensors: the tensor of each name, by a call.
-        prefix: of the names inside the model body, which a folder may leave out.
+        where: the name of the checkpoint in messages.
+        config: the content of config.json, or of the model's configuration.
+        tensors: for each name, a call that gives the tensor.
+        prefix: the name of the model body, with which tensor names start; a folder may leave it out.
     """
 
     where: str
@@ -32,10 +32,10 @@ class Checkpoint:
 
     @property
     def n_layers(self) -> int:
-        """L.
+        """The number of layers.
 
         Raises:
-            ValueError: none, or fewer than one.
+            ValueError: the configuration has none, or fewer than one.
         """
         count = int(self.option("num_hidden_layers", self.config.get("n_layer", 0)))
         if count < 1:
@@ -46,7 +46,7 @@ class Checkpoint:
         """A value of the configuration; null counts as missing.
 
         Raises:
-            ValueError: it is missing and there is no default.
+            ValueError: the value is missing and has no default.
         """
         value = self.config.get(name)
         if value is not None:
@@ -56,7 +56,7 @@ class Checkpoint:
         return default
 
     def refuse(self, name: str, why: str) -> None:
-        """Raise ValueError where an option is on that is not supported."""
+        """Raise ValueError if this option, which is not supported, is on."""
         if self.config.get(name):
             raise ValueError(f"{self.where}: {name} is {self.config[name]!r}, and {why}")
 
@@ -65,10 +65,10 @@ class Checkpoint:
         return any(n in self.tensors for n in self._names(name))
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        """A tensor: a view of what is there (float16 is converted to float32).
+        """The tensor of this name as a view (float16 is converted to float32).
 
         Raises:
-            ValueError: no such tensor, or one of another shape.
+            ValueError: there is no such tensor, or it has another shape.
         """
         for found in self._names(name):
             if found in self.tensors:
@@ -95,15 +95,15 @@ class Checkpoint:
 
 
 def by_head(count: int) -> Callable[[Tensor], Tensor]:
-    """A view of a bias [count * r]: [count, r]."""
+    """How to view a bias [count * r] by heads: [count, r]."""
     return lambda bias: bias.unflatten(0, (count, -1))
 
 
 def heads_in(count: int) -> Callable[[Tensor], Tensor]:
-    """A view of a torch Linear's weight [count * r, d] that makes queries, keys or values: [count, d, r]."""
+    """How to view the weight [count * r, d] of a Linear that makes queries, keys or values, by heads: [count, d, r]."""
     return lambda weight: weight.unflatten(0, (count, -1)).mT
 
 
 def heads_out(count: int) -> Callable[[Tensor], Tensor]:
-    """A view of a torch Linear's weight [d, count * r] that reads all heads: [count, r, d]."""
+    """How to view the weight [d, count * r] of a Linear that reads all heads, by heads: [count, r, d]."""
     return lambda weight: weight.unflatten(1, (count, -1)).permute(1, 2, 0)

@@ -10,7 +10,7 @@ __all__ = ["FAMILY"]
 
 
 def read(c: Checkpoint) -> dict[str, Any]:
-    """As Llama's; norms multiply by 1 + weight, and embeddings are tied unless the configuration says otherwise."""
+    """The arguments of CircuitWeights: Llama's, but gains are 1 + weight, and embeddings are tied by default."""
     c.refuse("use_bidirectional_attention", "attention that is not causal is not supported")
     d = c.option("hidden_size")
     tied = {"tie_word_embeddings": c.option("tie_word_embeddings", True), "head_dim": c.option("head_dim", 256)}

@@ -12,7 +12,7 @@ __all__ = ["FAMILY"]
 
 
 def read(c: Checkpoint) -> dict[str, Any]:
-    """What CircuitWeights takes."""
+    """The arguments of CircuitWeights."""
     c.refuse("add_cross_attention", "attention to another model is not supported")
     c.refuse("scale_attn_by_inverse_layer_idx", "attention scales that differ between layers are not supported")
     d, V, H = c.option("n_embd"), c.option("vocab_size"), c.option("n_head")

@@ -1,5 +1,6 @@
-"""GPT-NeoX (Pythia): layernorms with biases, rotary positions of a part of each head, every head's queries, keys and
-values side by side in one matrix. MLPs that read beside the attention instead of after it are sources all the same.
+"""GPT-NeoX (Pythia): layernorms with biases, rotary positions of a part of each head, and a joint matrix of Q, K and V.
+
+The MLPs read beside the attention and not after it, but that changes nothing here: they are frozen sources either way.
 """
 
 from dataclasses import replace
@@ -15,7 +16,7 @@ __all__ = ["FAMILY"]
 
 
 def read(c: Checkpoint) -> dict[str, Any]:
-    """What CircuitWeights takes."""
+    """The arguments of CircuitWeights."""
     d, V, H = c.option("hidden_size"), c.option("vocab_size"), c.option("num_attention_heads")
     layer = "gpt_neox.layers.{}."
     out: dict[str, Any] = {

@@ -24,10 +24,10 @@ FAMILIES = ("gemma2", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3") 
 
 
 def family_of(model_type: str | None, where: str) -> Family:
-    """The adapter of a family.
+    """The description of a model type's family.
 
     Raises:
-        ValueError: a family that has none.
+        ValueError: the family is not supported.
     """
     if model_type not in FAMILIES:
         raise ValueError(f"{where}: model_type {model_type!r} is not supported, only {', '.join(FAMILIES)}")
@@ -36,7 +36,7 @@ def family_of(model_type: str | None, where: str) -> Family:
 
 
 def read_checkpoint(family: Family, checkpoint: Checkpoint) -> CircuitWeights:
-    """The weights of a checkpoint of the family. Not those of its MLPs: `attention_only` is False."""
+    """The circuits of a checkpoint, without its MLPs: `attention_only` is False."""
     checkpoint.refuse("quantization_config", "quantized weights are not supported")
     return CircuitWeights(**family.read(checkpoint), attention_only=False)
 
@@ -54,7 +54,7 @@ def weights_of(model: Any) -> CircuitWeights:
 def record(
     model: Any, weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, store: str = "patterns"
 ) -> Recording:
-    """One forward pass of the model below its output embedding."""
+    """Record one forward pass of the model below its output embedding."""
     family = family_of(model.config.model_type, type(model).__name__)
     body = model.get_submodule(family.body)
     layers = list(body.get_submodule(family.layers))
@@ -100,7 +100,7 @@ def _keep_post_norm(attended: Tensor, written: Tensor, seen: Recording) -> None:
 class HuggingFaceForward(ModelForward):
     """The Forward through transformers' attention interface: a function of ours stands where values are mixed."""
 
-    tiled: bool  # whether the clean run kept no patterns
+    tiled: bool  # the clean run worked on tiles and kept no patterns
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""
@@ -122,7 +122,7 @@ class HuggingFaceForward(ModelForward):
             return super().run(layer, stream)
 
     def _attend(self, rows: int) -> Callable[..., tuple[Tensor, Pattern]]:
-        """As in the clean run."""
+        """The attention function of the clean run, for so many rows of tokens."""
         if not self.tiled:
             return _eager
         return partial(_tiled, padding=None if self.mask is None else self.mask.repeat(rows // self.batch, 1))
@@ -142,7 +142,7 @@ def _stop(_: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **given: Any) -> 
 def _eager(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, Pattern]:
-    """The family's own attention that gives its patterns: heads [B, T, H, r] and [B, H, T, T]."""
+    """Attention by the family's own eager function, which gives heads [B, T, H, r] and patterns [B, H, T, T]."""
     if getattr(module, "reorder_and_upcast_attn", False):  # of GPT-2, which asks for "eager" by its name
         out: tuple[Tensor, Tensor] = module._upcast_and_reordered_attn(q, k, v, attention_mask)
     else:
@@ -164,7 +164,7 @@ def _tiled(
     softcap: float | None = None,
     **given: Any,
 ) -> tuple[Tensor, Pattern]:
-    """The same in memory that grows with T, unless gradients of queries or keys need a layer's patterns."""
+    """The same attention in memory that grows with T; gradients of queries or keys still need a layer's patterns."""
     dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     pattern: Pattern
@@ -177,7 +177,7 @@ def _tiled(
 
 @contextmanager
 def _attending(config: Any, attend: Callable[..., Any], *, masked: bool = False) -> Iterator[None]:
-    """With another attention in a configuration's modules: `masked`, it is given masks as "eager" is, else none."""
+    """Put another attention function into a configuration's modules; if `masked`, it is given masks as "eager" is."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -9,7 +9,7 @@ __all__ = ["FAMILY", "read"]
 
 
 def read(c: Checkpoint, *, qkv_bias: bool | None = None) -> dict[str, Any]:
-    """What CircuitWeights takes. `qkv_bias`: whether queries, keys and values have biases; None if the options say."""
+    """The arguments of CircuitWeights. `qkv_bias` says whether Q, K and V have biases; if None, the options say it."""
     d, V, H = c.option("hidden_size"), c.option("vocab_size"), c.option("num_attention_heads")
     kv, r = c.option("num_key_value_heads", H), c.option("head_dim", d // H)
     attention = "model.layers.{}.self_attn."

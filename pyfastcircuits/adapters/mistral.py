@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window, which is in the patterns of a run."""
+"""Mistral: Llama with a sliding window, which shows in the patterns of a run alone."""
 
 from pyfastcircuits.adapters.llama import FAMILY
 

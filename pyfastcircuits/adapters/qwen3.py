@@ -1,6 +1,6 @@
-"""Qwen 3: Llama with norms of every head's queries and keys, which are in the patterns of a run.
+"""Qwen 3: Llama with norms of every head's queries and keys, which show in the patterns of a run alone.
 
-QK circuits read from the weights alone are those in front of these norms.
+The QK circuits of the weights are those in front of these norms.
 """
 
 from dataclasses import replace

@@ -59,7 +59,7 @@ def weights_of(model: Any) -> CircuitWeights:
 def record(
     model: Any, weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, store: str = "patterns"
 ) -> Recording:
-    """One forward pass of the model. The padding of a mask shifts positions, as TransformerLens does it."""
+    """Record one forward pass of the model. The padding of a mask shifts positions, as TransformerLens does it."""
     seen = Recording()
     norms = [_head_norms(block.attn) for block in model.blocks]
 
@@ -139,7 +139,7 @@ class TransformerLensForward(ModelForward):
         return QKPattern.of(q[0], k[0], self.score_scale(layer), self.mask, window, cap if cap and cap > 0 else None)
 
     def _until(self, products: "_Scores", layer: Layer, read: Tensor) -> tuple[Tensor, Tensor]:
-        """An attention on [N * B, T, d] as far as the product that `products` stops at: its two factors."""
+        """Run an attention on [N * B, T, d] up to the product that `products` stops at, and give its two factors."""
         shift = layer.block_call.kwargs.get("shortformer_pos_embed")
         placed = read if shift is None else read + shift
         try:
@@ -155,7 +155,7 @@ class TransformerLensForward(ModelForward):
 
 
 class _Reached(Exception):
-    """The way out of an attention at one of its products."""
+    """Leaves an attention at one of its products, with its factors."""
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self.factors = left, right
@@ -184,7 +184,7 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 @contextmanager
 def _one_input(cfg: Any) -> Iterator[None]:
-    """With attention that takes one input for all its heads."""
+    """Let attention take one input for all its heads."""
     split = [name for name in ("use_split_qkv_input", "use_attn_in") if getattr(cfg, name, False)]
     try:
         for name in split:
@@ -196,7 +196,7 @@ def _one_input(cfg: Any) -> Iterator[None]:
 
 
 def _values(attention: Any) -> Any:
-    """The module that gives values, of all heads side by side or not."""
+    """The module whose output is the values, with or without a dimension of heads."""
     return attention.v if hasattr(attention, "original_component") else attention.hook_v
 
 
@@ -219,7 +219,7 @@ def _refuse(model: Any) -> None:
 
 
 def _stored(owner: Any, name: str) -> Any:
-    """A weight as it is stored, None if there is none: of key/value heads, before they are repeated for query heads."""
+    """A weight as it is stored, before key/value heads are repeated for query heads; None if there is none."""
     try:
         own = getattr(owner, f"_{name}", None)
         return getattr(owner, name) if own is None else own
@@ -233,7 +233,7 @@ def _original(component: Any) -> Any:
 
 
 def _parameters(norm: Any) -> tuple[Any, Any]:
-    """What a norm multiplies by and adds; None where that is folded away."""
+    """The gain and the bias of a norm; None where they are folded away."""
     own = _original(norm)
     gain, bias = (getattr(own, long, getattr(own, short, None)) for long, short in (("weight", "w"), ("bias", "b")))
     return 1 + gain if gain is not None and getattr(norm, "uses_weight_offset", False) else gain, bias
@@ -249,7 +249,7 @@ def _positional(cfg: Any) -> str:
 
 
 def _attention_scale(model: Any) -> float | None:
-    """What scores are divided by; of a TransformerBridge, by the attention that it stands in for."""
+    """The divisor of attention scores; a TransformerBridge has it in the attention that it stands in for."""
     scaling = getattr(_original(model.blocks[0].attn), "scaling", None)
     scale = getattr(model.cfg, "attn_scale", None) if scaling is None else 1 / scaling
     return float(scale) if scale is not None and scale > 0 else None
@@ -263,7 +263,7 @@ def _logit_cap(model: Any) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """Weights without gradients, float16 as float32."""
+    """A weight without gradients, float16 as float32; an option as it is."""
     if isinstance(value, LayerStack):
         return LayerStack([_plain(layer) for layer in value])
     if isinstance(value, Tensor):
@@ -272,7 +272,7 @@ def _plain(value: Any) -> Any:
 
 
 def _attention_only(cfg: Any, options: dict[str, Any]) -> bool:
-    """Whether CircuitWeights can make the patterns on their own, with nothing beside the heads."""
+    """Whether the heads are the whole model, and CircuitWeights can make their patterns."""
     special = ("use_local_attn", "use_qk_norm", "scale_attn_by_inverse_layer_idx", "parallel_attn_mlp")
     capped = (getattr(cfg, "attn_scores_soft_cap", None) or -1) > 0
     folded = options.get("ln_w") is None and options.get("ln_b") is None

@@ -81,11 +81,8 @@ class SkipTrigrams:
             i, j, m = place // n**2, place // n % n, place % n
             s = int(kept[i])
             source, destination, output = self.sources[s], self.destinations[s, j], self.outputs[s, m]
-            found.append(
-                SkipTrigram(
-                    int(source), int(destination), int(output), float(self.attention[s, j]), float(self.logits[s, m])
-                )
-            )
+            strengths = float(self.attention[s, j]), float(self.logits[s, m])
+            found.append(SkipTrigram(int(source), int(destination), int(output), *strengths))
         return found
 
     def table(self) -> Any:

@@ -143,15 +143,7 @@ def qk_tables(
     norm, or, where positions are not added to the residual stream, with `normed`. With "standard" positions and a norm,
     the norm scales of a run multiply the terms: `trace.scales[0]` at the destination times that at the source.
 
-    Args:
-        weights: the model.
-        head: (layer, head).
-        scaled: scores are divided by the attention scale, as the softmax sees them.
-        normed: each embedding goes through the norm first; see ov_circuit.
-        offset: with rotary positions, the destination stands so many positions after the source.
-
-    Raises:
-        ValueError, IndexError: as qk_circuit.
+    Args, errors: as qk_circuit; `scaled`, the default, gives the scores that the softmax sees.
     """
     head = parse_head(weights, head)
     queries, keys = _queries_and_keys(weights, head, embedded_tokens(weights, normed), scaled, offset, biased=True)

@@ -1,7 +1,7 @@
 """The tables that the command shows on the terminal (rich)."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -10,40 +10,12 @@ from rich.text import Text
 from torch import Tensor
 
 from pyfastcircuits import CircuitWeights, CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
+from pyfastcircuits.command import validation
 from pyfastcircuits.command.text import TokenText, corpus_tokens, rows_of
-from pyfastcircuits.command.validation import (
-    PATTERNS,
-    BigramFit,
-    HeadFit,
-    TextCounts,
-    bigram_fit,
-    check_readable,
-    head_fit,
-    pattern_strength,
-    rebuilt_errors,
-)
 from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.result import label_name
 from pyfastcircuits.run.nodes import Head, Kind, Path
-
-__all__ = [
-    "METRIC_NAMES",
-    "Composition",
-    "composition_table",
-    "copying_table",
-    "effect_table",
-    "entry_table",
-    "head_table",
-    "marginal_table",
-    "of_pairs",
-    "order_rows",
-    "order_table",
-    "row_table",
-    "source_table",
-    "triple_table",
-    "validation_tables",
-]
 
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)
@@ -59,22 +31,30 @@ METRIC_NAMES = {
 HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
 SEEN = 500  # a token of the text is looked at from so many occurrences on
 TRIPLES = 100  # skip-trigrams counted for each head
+TRIPLE = ("source ...", "destination", "-> output")
 STRENGTHS = "attention: score less the destination's mean over sources; logit: less the mean over outputs"
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str], *, narrow: bool = False) -> Table:
-    """An empty table: columns of text, then of figures. If `narrow`, a small window folds names and no figures."""
-    table = Table(title=title, collapse_padding=narrow)
+def _table(
+    title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
+) -> Table:
+    """A table with columns of text, then of figures. Cells are plain text: a token such as "[START]" is no markup."""
+    table = Table(title=title, caption=caption)
     for name in left:
         table.add_column(name)
     for name in right:
-        table.add_column(name, justify="right", overflow="fold" if narrow else "ellipsis")
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
-def _add_row(table: Table, *cells: str) -> None:
-    """Add a row of plain text, in which a token such as "[START]" is no markup."""
-    table.add_row(*map(Text, cells))
+def _narrowed(table: Table) -> Table:
+    """The table, such that a narrow window folds the names of its columns and none of their figures."""
+    table.collapse_padding = True
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
 
 
 def _quoted(text: TokenText, token: int) -> str:
@@ -97,24 +77,22 @@ def order_rows(sweep: Sweep) -> list[tuple[str, float]]:
 def order_table(sweep: Sweep) -> Table:
     """The loss with the paths of each order added, beside the article's two-layer model."""
     title = "Term importance: loss with all paths up to an order, in nats"
-    table, before = _table(title, ("paths",), ("loss", "fall", "article's fall")), None
-    for i, (name, loss) in enumerate(order_rows(sweep)):
-        article = f"{ARTICLE_ORDERS[i - 1]}" if 1 <= i <= len(ARTICLE_ORDERS) and name != "full model" else ""
-        fall = "" if before is None else f"{round(before - loss, 4) + 0.0:.4f}"  # no negative zero
-        _add_row(table, name, f"{loss:.4f}", fall, article)
-        before = loss
-    return table
+    steps, rows = order_rows(sweep), []
+    articles = ["", *map(str, ARTICLE_ORDERS[: len(steps) - 2]), *[""] * len(steps)]
+    for (name, loss), (_, before), article in zip(steps, [("", math.nan), *steps], articles, strict=False):
+        fall = "" if math.isnan(before) else f"{round(before - loss, 4) + 0.0:.4f}"  # no negative zero
+        rows.append((name, f"{loss:.4f}", fall, article))
+    return _table(title, ("paths",), ("loss", "fall", "article's fall"), rows)
 
 
 def marginal_table(sweep: Sweep) -> Table:
     """The order-1 terms of each layer's heads, beside the article's two-layer model."""
     title = "Marginal effect of each layer's single-head paths: fall of the loss, in nats"
-    columns = ("layer", "given the direct path alone", "article", "given the other layers too", "article")
-    table = _table(title, (), columns)
-    for layer, values in enumerate(zip(*(m.tolist() for m in sweep.marginals), strict=True)):
+    names, rows = ("layer", "given the direct path alone", "article", "given the other layers too", "article"), []
+    for layer, (alone, too) in enumerate(zip(*(m.tolist() for m in sweep.marginals), strict=True)):
         article = ARTICLE_MARGINALS[layer] if len(sweep.orders) == 3 else ("", "")
-        _add_row(table, f"{layer + 1}", f"{values[0]:.4f}", f"{article[0]}", f"{values[1]:.4f}", f"{article[1]}")
-    return table
+        rows.append((f"{layer + 1}", f"{alone:.4f}", f"{article[0]}", f"{too:.4f}", f"{article[1]}"))
+    return _table(title, (), names, rows)
 
 
 def of_pairs(found: Result) -> bool:
@@ -129,7 +107,7 @@ def effect_table(found: Result, examples: list[Example], text: TokenText) -> Tab
     unit = ", in nats" if found.metric in ("nll", "kl") else ""
     names = ["source", "dest"] if of_pairs(found) else ["layer" if isinstance(found.labels[0], int) else "head"]
     title = f"{kind} matters most: {verb} of the {METRIC_NAMES[found.metric]} without it{unit}"
-    table = _table(title, (), (*names, verb, "kl"))
+    table = _table(title, (), (*names, verb, "kl"), ())
     table.add_column("hit hardest: context -> token (with, without)")
     kl = dict(zip(found.labels, found.kl.flatten().tolist(), strict=True)) if "kl" in found.measured else {}
     for (label, change), example in zip(found.top(len(examples)), examples, strict=True):
@@ -159,7 +137,12 @@ def composition_table(found: Composition, top: int) -> Table:
     title = f"{found.kind}-composition: pairs that stand out most from a random rotation"
     spectra = ("composed QK", "largest") if len(found.eigenvalues) else ()
     names = ("source", "dest", "score", "random", "z", "source copies", "dest copies", *spectra)
-    table = _table(title, (), names, narrow=True)
+    caption = "random: mean score under a random rotation; z: score**2 against it. copies: eigenvalue copying score."
+    if spectra:
+        caption += (
+            "\ncomposed QK: positivity of the K-composed QK circuit's eigenvalues; largest: real part of the largest."
+        )
+    rows = []
     for i in found.z.argsort(descending=True)[:top].tolist():
         pair = found.pairs[i]
         row = [*map(label_name, pair), *(f"{float(x[i]):.4f}" for x in (found.score, found.baseline))]
@@ -168,23 +151,22 @@ def composition_table(found: Composition, top: int) -> Table:
             spectrum = found.eigenvalues[i]
             largest = complex(spectrum[spectrum.abs().argmax()])
             row += [f"{float(positivity(spectrum)):+.2f}", f"{largest.real:.1e}"]
-        _add_row(table, *row)
-    table.caption = (
-        "random: mean score under a random rotation; z: score**2 against it. copies: eigenvalue copying score."
-    )
-    if spectra:
-        table.caption += (
-            "\ncomposed QK: positivity of the K-composed QK circuit's eigenvalues; largest: real part of the largest."
-        )
-    return table
+        rows.append(row)
+    return _narrowed(_table(title, (), names, rows, caption))
 
 
 def head_table(scores: Result, found: Result | None, top: int) -> Table:
     """Heads by induction score, of head_scores; with the evidence of their weights, of induction_heads."""
     evidence = () if found is None else ("after", "K-comp. z", "matching", "OV copies")
     names = ("head", *(name.replace("_", " ") for name in HEAD_SCORES), *evidence)
-    table = _table("Heads by induction score, on random tokens that come again", (), names, narrow=True)
-    pairs = [] if found is None else found.pairs.tolist()
+    caption = "copying: share of what a head raises that is for the tokens it attends to; -1: none, 1: all."
+    if found is not None:
+        caption += (
+            "\nafter: the earlier head that attends most to the previous token. By the weights alone: K-comp. z, how\n"
+            "their K-composition stands out from a random rotation; matching, positivity of the eigenvalues of their\n"
+            "composed QK circuit; OV copies, that of the head's OV circuit."
+        )
+    pairs, rows = [] if found is None else found.pairs.tolist(), []
     places = {tuple(destination): i for i, (_, destination) in enumerate(pairs)}
     measured = [getattr(scores, name).flatten() for name in HEAD_SCORES]
     for i in scores.values.flatten().argsort(descending=True, stable=True)[:top].tolist():
@@ -193,15 +175,8 @@ def head_table(scores: Result, found: Result | None, top: int) -> Table:
         if found is not None and (at := places.get(head)) is not None:
             row += ["{}.{}".format(*pairs[at][0]), f"{float(found.k_composition[at]):+.1f}"]
             row += [f"{float(x[at]):+.3f}" for x in (found.matching, found.copying)]
-        _add_row(table, *row, *[""] * (len(names) - len(row)))
-    table.caption = "copying: share of what a head raises that is for the tokens it attends to; -1: none, 1: all."
-    if found is not None:
-        table.caption += (
-            "\nafter: the earlier head that attends most to the previous token. By the weights alone: K-comp. z, how\n"
-            "their K-composition stands out from a random rotation; matching, positivity of the eigenvalues of their\n"
-            "composed QK circuit; OV copies, that of the head's OV circuit."
-        )
-    return table
+        rows.append(row)
+    return _narrowed(_table("Heads by induction score, on random tokens that come again", (), names, rows, caption))
 
 
 def _strengths(text: TokenText, tokens: Tensor, values: Tensor) -> str:
@@ -211,51 +186,49 @@ def _strengths(text: TokenText, tokens: Tensor, values: Tensor) -> str:
 
 def entry_table(title: str, names: tuple[str, str, str], found: TopEntries, text: TokenText) -> Table:
     """Single entries of a table over the vocabulary: row token, column token, value."""
-    table = _table(title, names[:2], names[2:])
-    for value, *tokens in zip(*(x.tolist() for x in found), strict=True):
-        _add_row(table, *(_quoted(text, token) for token in tokens), f"{value:+.2f}")
-    return table
+    entries = zip(*(x.tolist() for x in found), strict=True)
+    rows = ([*(_quoted(text, token) for token in tokens), f"{value:+.2f}"] for value, *tokens in entries)
+    return _table(title, names[:2], names[2:], rows)
 
 
 def row_table(title: str, names: tuple[str, str], found: TopEntries, text: TokenText) -> Table:
     """The best entries of some rows of such a table: row token, column tokens with their values."""
-    table = _table(title, names, ())
-    for row, columns, values in zip(found.rows[:, 0].tolist(), found.columns, found.values, strict=True):
-        _add_row(table, _quoted(text, row), _strengths(text, columns, values))
-    return table
+    entries = zip(found.rows[:, 0].tolist(), found.columns, found.values, strict=True)
+    return _table(title, names, (), ([_quoted(text, row), _strengths(text, *best)] for row, *best in entries))
 
 
 def source_table(found: SkipTrigrams, text: TokenText) -> Table:
     """For each source, as in the article: the destinations that attend to it and the outputs it raises."""
     names = ("source", "destinations that attend to it", "outputs it raises")
-    table = _table(f"Skip-trigrams of head {label_name(found.head)}", names, ())
-    for i, source in enumerate(found.sources.tolist()):
-        seen = _strengths(text, found.destinations[i], found.attention[i])
-        _add_row(table, _quoted(text, source), seen, _strengths(text, found.outputs[i], found.logits[i]))
-    table.caption = STRENGTHS
-    return table
+    seen = zip(found.destinations, found.attention, strict=True)
+    raised = zip(found.outputs, found.logits, strict=True)
+    rows = (
+        [_quoted(text, source), _strengths(text, *before), _strengths(text, *after)]
+        for source, before, after in zip(found.sources.tolist(), seen, raised, strict=True)
+    )
+    return _table(f"Skip-trigrams of head {label_name(found.head)}", names, (), rows, STRENGTHS)
 
 
 def triple_table(found: SkipTrigrams, text: TokenText) -> Table:
     """A head's largest skip-trigrams, as many as were kept of each source: source ... destination -> output."""
     title = f"Largest skip-trigrams of head {label_name(found.head)}"
-    table = _table(title, ("source ...", "destination", "-> output"), ("attention", "logit", "product"))
-    for triple in found.top(found.logits.shape[1]):
-        strengths = (f"{x:+.2f}" for x in (triple.attention, triple.logit, triple.score))
-        _add_row(table, *(_quoted(text, token) for token in triple[:3]), *strengths)
-    table.caption = STRENGTHS
-    return table
+    rows = (
+        [*(_quoted(text, t) for t in x[:3]), f"{x.attention:+.2f}", f"{x.logit:+.2f}", f"{x.score:+.2f}"]
+        for x in found.top(found.logits.shape[1])
+    )
+    return _table(title, TRIPLE, ("attention", "logit", "product"), rows, STRENGTHS)
 
 
 def copying_table(found: CopyingAccuracy, eigenvalues: Tensor) -> Table:
     """How far each head raises the token it attends to; `eigenvalues` are the copying scores [L, H]."""
     names = ("head", "top 1", "top 5", "positive", "eigenvalues")
-    table = _table("Copying: a token's own logit in its row of the OV circuit", (), names)
-    for head, score in ((divmod(i, eigenvalues.shape[1]), x) for i, x in enumerate(eigenvalues.flatten().tolist())):
-        _add_row(table, label_name(head), *(f"{float(x[head]):.1%}" for x in found), f"{score:+.2f}")
-    table.caption = "share of tokens whose own logit is the largest, among the five largest, above zero;\n"
-    table.caption += "eigenvalues: copying score of the spectrum, from -1 to 1"
-    return table
+    heads = [divmod(i, eigenvalues.shape[1]) for i in range(eigenvalues.numel())]
+    rows = ([label_name(x), *(f"{float(y[x]):.1%}" for y in found), f"{float(eigenvalues[x]):+.2f}"] for x in heads)
+    caption = (
+        "share of tokens whose own logit is the largest, among the five largest, above zero;\n"
+        "eigenvalues: copying score of the spectrum, from -1 to 1"
+    )
+    return _table("Copying: a token's own logit in its row of the OV circuit", (), names, rows, caption)
 
 
 def validation_tables(weights: CircuitWeights, text: TokenText, backend: Backend) -> Iterator[Table | str]:
@@ -264,33 +237,31 @@ def validation_tables(weights: CircuitWeights, text: TokenText, backend: Backend
     Raises:
         ValueError: the model is of another kind, or has no tokenizer.
     """
-    check_readable(weights)
+    validation.check_readable(weights)
     tokens = corpus_tokens(text, held_out=False).to(weights.device)
     rows = rows_of(text, tokens, weights.n_ctx or 128)
     yield f"training files of the standard library: {len(tokens)} tokens, {len(rows)} sequences of {rows.shape[1]}"
-    patterns, logits = rebuilt_errors(weights, rows[:: max(1, len(rows) // 8)][:8])
+    patterns, logits = validation.rebuilt_errors(weights, rows[:: max(1, len(rows) // 8)][:8])
     yield f"rebuilt from the tables, in float64: logits differ from the model's by {logits:.1e} at most, " + (
         f"attention patterns by {patterns:.1e}" if weights.n_layers else "which has no attention patterns"
     )
     if not weights.n_layers:
         held_out = corpus_tokens(text, held_out=True).to(weights.device)
-        fits = [bigram_fit(weights, part, backend=backend) for part in (tokens, held_out)]
+        fits = [validation.bigram_fit(weights, part, backend=backend) for part in (tokens, held_out)]
         yield _bigram_table(fits)
         yield _successor_table(fits[0], text)
         return
-    counts = TextCounts(rows)
+    counts = validation.TextCounts(rows)
     among = counts.frequent(SEEN)
     heads = (Head(0, index) for index in range(weights.n_heads))
-    found = [head_fit(weights, head, counts, among, TRIPLES, backend=backend) for head in heads]
+    found = [validation.head_fit(weights, head, counts, among, TRIPLES, backend=backend) for head in heads]
     yield _head_fit_table(found)
     yield _evidence_table(found, text)
     yield _pattern_table(weights, counts, text)
 
 
-def _bigram_table(fits: Sequence[BigramFit]) -> Table:
-    names = ("training files", "held-out files")
-    table = _table("The bigram table against bigrams of the standard library's source", ("what",), names)
-    rows: list[tuple[str, Callable[[BigramFit], str]]] = [
+def _bigram_table(fits: Sequence[validation.BigramFit]) -> Table:
+    facts: list[tuple[str, Callable[[validation.BigramFit], str]]] = [
         ("bigrams (different ones)", lambda x: f"{x.bigrams} ({x.distinct})"),
         ("loss under the table's rows, nats a token", lambda x: f"{x.loss:.4f}"),
         ("entropy by counts: the least that any bigram table reaches", lambda x: f"{x.entropy:.4f}"),
@@ -301,63 +272,58 @@ def _bigram_table(fits: Sequence[BigramFit]) -> Table:
         ("correlation of their log-probabilities", lambda x: f"{x.correlation:.3f}"),
         ("positions whose likeliest successor agrees", lambda x: f"{x.agreement:.1%}"),
     ]
-    for name, value in rows:
-        _add_row(table, name, *map(value, fits))
-    return table
+    title = "The bigram table against bigrams of the standard library's source"
+    rows = ([name, *map(value, fits)] for name, value in facts)
+    return _table(title, ("what",), ("training files", "held-out files"), rows)
 
 
-def _successor_table(fit: BigramFit, text: TokenText) -> Table:
-    title = "Likeliest successors of the most frequent tokens"
-    table = _table(title, ("token", "by counts", "by the table"), ("seen",))
+def _successor_table(fit: validation.BigramFit, text: TokenText) -> Table:
+    title, rows = "Likeliest successors of the most frequent tokens", []
     columns = (x.tolist() for x in (fit.sources, fit.seen, fit.by_text, fit.by_table))
     for token, seen, *both in zip(*columns, strict=True):
         successors = ("  ".join(_quoted(text, t) for t in tokens if t >= 0) for tokens in both)
-        _add_row(table, _quoted(text, token), *successors, f"{seen}")
-    return table
+        rows.append([_quoted(text, token), *successors, f"{seen}"])
+    return _table(title, ("token", "by counts", "by the table"), ("seen",), rows)
 
 
-def _head_fit_table(heads: list[HeadFit]) -> Table:
-    names = ("head", "triples", "seen enough", "lift > 1", "median lift", "control")
-    table = _table("Each head's largest skip-trigrams, counted in the text", (), names)
+def _head_fit_table(heads: list[validation.HeadFit]) -> Table:
+    names, rows = ("head", "triples", "seen enough", "lift > 1", "median lift", "control"), []
     for found in heads:
-        lifts = found.lifts
-        counts = (len(found.triples), len(lifts), sum(lift > 1 for lift in lifts))
-        middle = (f"{median(x):.2f}" if x else "-" for x in (lifts, found.control))
-        _add_row(table, label_name(found.head), *map(str, counts), *middle)
-    table.caption = (
+        counts = (len(found.triples), len(found.lifts), sum(lift > 1 for lift in found.lifts))
+        middle = (f"{median(x):.2f}" if x else "-" for x in (found.lifts, found.control))
+        rows.append([label_name(found.head), *map(str, counts), *middle])
+    caption = (
         f"of tokens seen {SEEN} times. lift: P(output | source before, destination now) / P(output | destination now)\n"
         "seen enough: source before destination 100 times, destination before output 20 times.\n"
         "control: median lift of the same destinations and outputs behind a source drawn at random."
     )
-    return table
+    return _table("Each head's largest skip-trigrams, counted in the text", (), names, rows, caption)
 
 
-def _evidence_table(heads: list[HeadFit], text: TokenText) -> Table:
-    names = ("head", "source ...", "destination", "-> output")
-    table = _table("Of each head, the largest that are seen enough", names, ("attention", "logit", "lift"))
+def _evidence_table(heads: list[validation.HeadFit], text: TokenText) -> Table:
+    title, rows = "Of each head, the largest that are seen enough", []
     for found in heads:
         for triple, counts in [pair for pair in found.triples if pair[1].supported][:3]:
             values = (f"{triple.attention:+.2f}", f"{triple.logit:+.2f}", f"{counts.lift:.2f}")
-            _add_row(table, label_name(found.head), *(_quoted(text, token) for token in triple[:3]), *values)
-    return table
+            rows.append([label_name(found.head), *(_quoted(text, token) for token in triple[:3]), *values])
+    return _table(title, ("head", *TRIPLE), ("attention", "logit", "lift"), rows)
 
 
-def _pattern_table(weights: CircuitWeights, counts: TextCounts, text: TokenText) -> Table:
-    names = ("pattern", "source ...", "destination", "-> output")
-    table = _table("Patterns of Python", names, ("head", "attention", "logit", "lift", "shown"))
-    for pattern in PATTERNS:
-        named = (pattern.name, *map(_python, pattern[1:]))
+def _pattern_table(weights: CircuitWeights, counts: validation.TextCounts, text: TokenText) -> Table:
+    names, rows = ("head", "attention", "logit", "lift", "shown"), []
+    for name, *pieces in validation.PATTERNS:
         try:
-            tokens = [text.token(piece) for piece in pattern[1:]]
+            tokens = [text.token(piece) for piece in pieces]
         except ValueError as error:
-            _add_row(table, *named, "", "", "", "", str(error))
-            continue
-        best, lift = pattern_strength(weights, *tokens), counts(*tokens).lift
-        attention = f"{best.attention:+.2f} ({best.attention_rank})"
-        logit = f"{best.logit:+.2f} ({best.logit_rank})"
-        _add_row(table, *named, label_name(best.head), attention, logit, f"{lift:.2f}", "yes" if best.shown else "no")
-    table.caption = (
+            strength = ("", "", "", "", str(error))
+        else:
+            best, lift = validation.pattern_strength(weights, *tokens), f"{counts(*tokens).lift:.2f}"
+            attention = f"{best.attention:+.2f} ({best.attention_rank})"
+            logit = f"{best.logit:+.2f} ({best.logit_rank})"
+            strength = (label_name(best.head), attention, logit, lift, "yes" if best.shown else "no")
+        rows.append([name, *map(_python, pieces), *strength])
+    caption = (
         "of the head that shows it best; in brackets, how many tokens stand above, as destination and as output.\n"
         "shown: the attention is above the mean token's, and the output among the first 40."
     )
-    return table
+    return _table("Patterns of Python", ("pattern", *TRIPLE), names, rows, caption)

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from pyfastcircuits.adapters.files import model_folder
 
-__all__ = ["TokenText", "corpus_tokens", "held_out_text", "read_tokens", "rows_of", "sequences_of", "stdlib_files"]
-
 START = "[START]"
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -46,23 +44,15 @@ class TokenText:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
-
-        Raises:
-            ValueError: the model has no tokenizer.
-        """
-        return self.encode_all([text])[0]
-
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of many texts, on all cores.
+    def encode(self, *texts: str) -> list[list[int]]:
+        """Token ids of each text, on all cores.
 
         Raises:
             ValueError: the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer.json, so it reads token ids and no text; pass --tokens")
-        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [encoded.ids for encoded in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def token(self, text: str) -> int:
         """The token of a text that is one token; "\\n" and "\\t" stand for a line break and a tab.
@@ -76,7 +66,7 @@ class TokenText:
             if not text.isdecimal():
                 raise ValueError(f"{text!r} is no token id, and this model has no tokenizer.json")
             return int(text)
-        ids = self.encode(text.replace("\\n", "\n").replace("\\t", "\t"))
+        (ids,) = self.encode(text.replace("\\n", "\n").replace("\\t", "\t"))
         if len(ids) != 1:
             pieces = ", ".join(repr(self.decode([i])) for i in ids) or "none"
             raise ValueError(f"{text!r} is {len(ids)} tokens, expected one: {pieces}")
@@ -128,12 +118,9 @@ def corpus_tokens(text: TokenText, held_out: bool) -> Tensor:
     Raises:
         ValueError: the model has no tokenizer.
     """
-    contents = list(map(read_text, stdlib_files(held_out)))
     lead = [] if text.start is None else [text.start]
-    ids: list[int] = []
-    for encoded in text.encode_all(contents):
-        ids += lead + encoded
-    return torch.tensor(ids)
+    files = text.encode(*map(read_text, stdlib_files(held_out)))
+    return torch.tensor([token for file in files for token in (*lead, *file)])
 
 
 def rows_of(text: TokenText, ids: Tensor, length: int) -> Tensor:
@@ -152,7 +139,7 @@ def sequences_of(text: TokenText, content: str, length: int, most: int) -> Tenso
     Raises:
         ValueError: the text has no tokens; the model has no tokenizer.
     """
-    ids = torch.tensor(text.encode(content), dtype=torch.long)
+    ids = torch.tensor(text.encode(content)[0], dtype=torch.long)
     if not len(ids):
         raise ValueError("the text is empty: it has no tokens")
     rows = rows_of(text, ids, length)

@@ -25,21 +25,6 @@ from pyfastcircuits.circuits.tables import row_logsumexp
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run.nodes import Head
 
-__all__ = [
-    "PATTERNS",
-    "BigramFit",
-    "CodePattern",
-    "Counts",
-    "HeadFit",
-    "PatternStrength",
-    "TextCounts",
-    "bigram_fit",
-    "check_readable",
-    "head_fit",
-    "pattern_strength",
-    "rebuilt_errors",
-]
-
 
 def check_readable(weights: CircuitWeights) -> None:
     """Raise ValueError unless tables and patterns make up the model's logits completely."""

@@ -10,29 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from pyfastcircuits import (
-    CircuitWeights,
-    Result,
-    Sweep,
-    bigrams,
-    copying_accuracy,
-    copying_scores,
-    skip_trigrams,
-    top_entries,
-)
+import pyfastcircuits as fc
 from pyfastcircuits.command.show import METRIC_NAMES, Composition, of_pairs, order_rows
 from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.result import label_name
-
-__all__ = [
-    "composition_heatmap",
-    "effect_heatmap",
-    "write_composition",
-    "write_head_tables",
-    "write_orders",
-    "write_table",
-]
 
 HEAD_TABLES = {
     "ov": ("layer", "head", "rank", "source", "output", "logit"),
@@ -52,7 +34,7 @@ def write_table(table: pa.Table, file: Path) -> None:
     partial.replace(file)
 
 
-def write_orders(sweep: Sweep, file: Path) -> None:
+def write_orders(sweep: fc.Sweep, file: Path) -> None:
     """Write one row for each step of the order table: paths, loss, fall (nats)."""
     names, losses = zip(*order_rows(sweep), strict=True)
     falls = [None, *(a - b for a, b in itertools.pairwise(losses))]
@@ -76,7 +58,7 @@ def write_composition(found: Composition, file: Path) -> None:
 
 
 def write_head_tables(
-    weights: CircuitWeights,
+    weights: fc.CircuitWeights,
     k: int,
     out: Path,
     text: TokenText,
@@ -95,18 +77,18 @@ def write_head_tables(
         The files.
     """
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in HEAD_TABLES}
-    eigenvalues = copying_scores(weights)
+    eigenvalues = fc.copying_scores(weights)
     for layer, head in itertools.product(range(weights.n_layers), range(weights.n_heads)):
-        found = skip_trigrams(weights, (layer, head), k=k, normed=normed, offset=offset, backend=backend)
+        found = fc.skip_trigrams(weights, (layer, head), k=k, normed=normed, offset=offset, backend=backend)
         for name, tokens, values in (("ov", found.outputs, found.logits), ("qk", found.destinations, found.attention)):
             best = values.flatten().sort(descending=True, stable=True).indices[:k]  # each row's k largest hold them
             columns = (found.sources[best // k], tokens.flatten()[best], values.flatten()[best])
             rows[name] += [(layer, head, *entry) for entry in _ranked(columns)]
         rows["skip-trigrams"] += [(layer, head, i, *t, t.score) for i, t in enumerate(found.top(k))]
-        shares = copying_accuracy(weights, [(layer, head)], backend=backend)
+        shares = fc.copying_accuracy(weights, [(layer, head)], backend=backend)
         rows["copying"].append((layer, head, *map(float, shares), float(eigenvalues[layer, head])))
         progress(1)
-    entries = top_entries(bigrams(weights, normed=normed), k, normalize="center", backend=backend)
+    entries = fc.top_entries(fc.bigrams(weights, normed=normed), k, normalize="center", backend=backend)
     rows["bigrams"] += _ranked((entries.rows, entries.columns, entries.values))
     for name, names in HEAD_TABLES.items():
         write_table(_with_text(names, rows[name], text), out / f"{name}.parquet")
@@ -128,7 +110,7 @@ def _with_text(names: tuple[str, ...], rows: list[tuple[float, ...]], text: Toke
     return pa.table(arrays)
 
 
-def effect_heatmap(found: Result, file: Path, title: str) -> None:
+def effect_heatmap(found: fc.Result, file: Path, title: str) -> None:
     """Draw the change of the metric: by source and destination for pairs, by layer and head for heads and layers."""
     label = f"change of the {METRIC_NAMES[found.metric]}"
     if of_pairs(found):

@@ -1,6 +1,7 @@
 """TransformerLens on the kernels of this package, without a change to the code that uses it.
 
-Both up to 3.9 (HookedTransformer) and from 4 (TransformerBridge) are known by what they offer, not by version.
+HookedTransformer (up to 3.9) and TransformerBridge (from 4) are both recognised by the attributes they have, not by a
+version.
 """
 
 import sys
@@ -24,7 +25,7 @@ _later_layers_only: ContextVar[bool] = ContextVar("later_layers_only", default=F
 
 
 class Acceleration:
-    """What `accelerate` has put in place; leaving it as a context, or `undo`, takes it back."""
+    """The replacements that `accelerate` has made; leaving it as a context, or `undo`, takes them back."""
 
     def __init__(self) -> None:
         """Nothing is replaced yet."""
@@ -45,7 +46,7 @@ class Acceleration:
                 setattr(owner, name, value)
 
     def __enter__(self) -> "Acceleration":
-        """Itself: everything is in place already."""
+        """Enter the context; everything is in place already."""
         return self
 
     def __exit__(
@@ -102,7 +103,7 @@ def _models(library: Any) -> list[Any]:
 
 
 def _of_later_layers(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method as it is; while it runs, scores that it will set to zero are not computed."""
+    """Wrap the method: while it runs, scores that it will set to zero anyway are not computed."""
 
     @wraps(method)
     def all_composition_scores(*args: Any, **kwargs: Any) -> Any:

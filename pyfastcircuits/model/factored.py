@@ -1,4 +1,4 @@
-"""A matrix kept as a product of two: what every circuit of an attention head is."""
+"""A matrix kept as a product of two, as every circuit of an attention head is one, and the algebra of such matrices."""
 
 import warnings
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ class FactoredMatrix:
         has_leading_dims: whether there are any.
 
     Raises:
-        AssertionError: inner dimensions that differ.
-        RuntimeError: "Shape mismatch", leading dimensions that do not broadcast.
+        AssertionError: the inner dimensions differ.
+        RuntimeError: "Shape mismatch", the leading dimensions do not broadcast.
 
     Both kinds of error, here and in the products, are those of TransformerLens.
     """
@@ -42,7 +42,7 @@ class FactoredMatrix:
     __array_ufunc__ = None
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
-        """Check and broadcast; nothing is copied."""
+        """Check the factors and broadcast them; nothing is copied."""
         assert A.size(-1) == B.size(-2), (
             f"Factored matrix must match on inner dimension, shapes were a: {A.shape}, b: {B.shape}"
         )
@@ -74,12 +74,12 @@ class FactoredMatrix:
 
     @property
     def device(self) -> torch.device:
-        """Where the factors are."""
+        """The device of the factors."""
         return self.A.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the product."""
+        """The dtype of the product."""
         return torch.promote_types(self.A.dtype, self.B.dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> "FactoredMatrix":
@@ -104,7 +104,7 @@ class FactoredMatrix:
         """The product the other way round [..., mdim, mdim]: its eigenvalues are the nonzero ones of AB.
 
         Raises:
-            AssertionError: a matrix that is not square.
+            AssertionError: the matrix is not square.
         """
         assert self.rdim == self.ldim, f"Can only take BA if ldim==rdim, shapes were self: {self.shape}"
         return self.B @ self.A
@@ -115,7 +115,7 @@ class FactoredMatrix:
         return type(self)(self.B.transpose(-2, -1), self.A.transpose(-2, -1))
 
     def __matmul__(self, other: Any) -> Any:
-        """With a matrix or another factored matrix: factored. With a vector [rdim]: the vector [..., ldim]."""
+        """The product with a (factored) matrix, factored; with a vector [rdim], the vector [..., ldim]."""
         if _is_factored(other):
             return (self @ other.A) @ other.B
         if other.ndim < 2:
@@ -128,7 +128,7 @@ class FactoredMatrix:
         return type(self)(self.AB, other)
 
     def __rmatmul__(self, other: Any) -> Any:
-        """A matrix times this one: factored. A vector [ldim] times this one: the vector [..., rdim]."""
+        """The product of a matrix with this one, factored; of a vector [ldim] with it, the vector [..., rdim]."""
         assert other.size(-1) == self.ldim, (
             f"Left matrix must match on inner dimension, shapes were self: {self.shape}, other: {other.shape}"
         )
@@ -139,10 +139,10 @@ class FactoredMatrix:
         return type(self)(other, self.AB)
 
     def __mul__(self, scalar: Any) -> "FactoredMatrix":
-        """Times a number or a tensor of one element.
+        """This matrix times a number or a tensor of one element.
 
         Raises:
-            AssertionError: a tensor of another size.
+            AssertionError: the tensor has more elements.
         """
         assert not isinstance(scalar, Tensor) or scalar.numel() == 1, (
             f"Tensor must be a scalar for use with * but was of shape {scalar.shape}. "
@@ -156,7 +156,7 @@ class FactoredMatrix:
         """The sum with another factored matrix, by stacking the factors: inner dimensions add up.
 
         Raises:
-            ValueError: matrices of different sizes.
+            ValueError: the matrices have different sizes.
         """
         if not _is_factored(other):
             return NotImplemented
@@ -226,7 +226,7 @@ class FactoredMatrix:
         """Complex [..., mdim], in no order: those of AB, less zeros, or with zeros where mdim > ldim.
 
         Raises:
-            AssertionError: a matrix that is not square.
+            AssertionError: the matrix is not square.
         """
         values: Tensor = torch.linalg.eigvals(computable(self.BA))
         return values
@@ -255,7 +255,7 @@ class FactoredMatrix:
         return self.A[(*leading, slice(k))] @ self.B[(*leading, slice(None), slice(k))]
 
     def unsqueeze(self, k: int) -> "FactoredMatrix":
-        """With a new leading dimension at k."""
+        """The same matrices with a new leading dimension at k."""
         return type(self)(self.A.unsqueeze(k), self.B.unsqueeze(k))
 
     def __getitem__(self, index: Any) -> "FactoredMatrix":
@@ -264,8 +264,8 @@ class FactoredMatrix:
         Tensors and lists on a matrix axis select from it alone: they are not paired with those on other axes.
 
         Raises:
-            ValueError: more indices than dimensions.
-            IndexError: an index that is out of range, or two `...`.
+            ValueError: there are more indices than dimensions.
+            IndexError: an index is out of range, or there are two `...`.
         """
         entries = _expanded(index if isinstance(index, tuple) else (index,), self.shape)
         kept: list[Any] = []

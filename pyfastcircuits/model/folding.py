@@ -1,4 +1,4 @@
-"""Equivalent weights: what can be folded into others without changing what the model computes."""
+"""Equivalent weights: norm parameters, means and value biases folded into other weights; logits do not change."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,14 +25,14 @@ def fold_norm(
     CircuitWeights can hold such parameters too (`ln_w` and the like), and then nothing is copied.
 
     Args:
-        weights: without parameters of their norms.
+        weights: the model, whose norms have no parameters.
         gain: [L, d], of the norm in front of each layer's heads.
         final_gain: [d], of the norm in front of W_U.
         bias, final_bias: likewise, of a layernorm.
 
     Raises:
-        ValueError: weights without a norm, or with shortformer positions (added after the norm: a gain would scale
-            them too), or whose norms have parameters already; a parameter of the wrong shape.
+        ValueError: the weights have no norm, or shortformer positions (these are added after the norm, so that a gain
+            would scale them too), or their norms have parameters already; a parameter has the wrong shape.
     """
     if weights.norm is None:
         raise ValueError("weights.norm is None: there is no norm whose parameters could be folded")
@@ -64,13 +64,13 @@ def fold_norm(
 
 @torch.no_grad()
 def center(weights: CircuitWeights) -> CircuitWeights:
-    """Weights that write nothing along the mean of the residual stream, which a layernorm takes out anyway.
+    """Weights that write nothing along the mean of the residual stream, which a layernorm subtracts anyway.
 
-    Every layernorm is then an RMS norm, and the result says so: what its circuits read is all linear. Logits do not
-    change.
+    Every layernorm is then an RMS norm, and the result says so: its circuits read the residual stream linearly, up to
+    the norm's scale. Logits do not change.
 
     Raises:
-        ValueError: norm is not "layernorm": another norm sees the mean.
+        ValueError: norm is not "layernorm"; another norm sees the mean.
     """
     if weights.norm != "layernorm":
         raise ValueError(
@@ -85,10 +85,10 @@ def center(weights: CircuitWeights) -> CircuitWeights:
 
 @torch.no_grad()
 def fold_value_biases(weights: CircuitWeights) -> CircuitWeights:
-    """Weights without b_V: rows of an attention pattern sum to 1, so it reaches b_O whole. Logits do not change."""
+    """Weights whose b_O holds b_V too: rows of a pattern sum to 1, so b_V is written whole. Logits do not change."""
     if weights.b_V is None:
         return weights
-    bare = replace(weights, ln_b=None, ln_post_w=None)  # what these do to b_V and b_O they do after this too
+    bare = replace(weights, ln_b=None, ln_post_w=None)  # these act on the new b_O as they did on b_V and b_O
     written = torch.stack([bare.written_bias(layer) for layer in range(weights.n_layers)])
     return replace(weights, b_V=None, b_O=written.to(weights.W_O.dtype))
 

@@ -1,4 +1,4 @@
-"""Tensors of every layer that index like one, where a model keeps them apart."""
+"""One weight of all layers as a tensor [L, ...], or as a stack of tensors where a model keeps its layers apart."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,8 +12,8 @@ class LayerStack:
     """L tensors of one shape [...], one for each layer, that index like one tensor [L, ...]; none is copied.
 
     Raises:
-        ValueError: no tensor at all, shapes or devices that differ (with the layer).
-        TypeError: dtypes that differ.
+        ValueError: there is no tensor, or shapes or devices differ (the message names the layer).
+        TypeError: dtypes differ.
     """
 
     def __init__(self, layers: Sequence[Tensor]) -> None:
@@ -32,7 +32,7 @@ class LayerStack:
         self.dtype, self.device = first.dtype, first.device
 
     def __len__(self) -> int:
-        """L."""
+        """The number of layers."""
         return len(self._layers)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -40,17 +40,17 @@ class LayerStack:
         return iter(self._layers)
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Tensor:
-        """A layer's tensor, or with more indices a part of it: a view."""
+        """The tensor of a layer, or with more indices a part of it, as a view."""
         if isinstance(index, int):
             return self._layers[index]
         return self._layers[index[0]][index[1:]]
 
     def dim(self) -> int:
-        """Number of dimensions, that of the layers included."""
+        """The number of dimensions, with that of the layers."""
         return len(self.shape)
 
     def to(self, target: torch.device | torch.dtype | str) -> "LayerStack":
-        """On another device or in another dtype."""
+        """The same stack on another device or in another dtype."""
         return LayerStack([layer.to(target) for layer in self])
 
 

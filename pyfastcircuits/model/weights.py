@@ -289,22 +289,12 @@ class CircuitWeights:
                 "not be zero, and W_Q's heads a multiple of W_K's"
             )
         shapes: dict[str, tuple[int, ...]] = {
-            "W_Q": (layers, heads, d, r),
-            "W_K": (layers, kv, d, r),
-            "W_V": (layers, kv, d, r),
-            "W_O": (layers, heads, r, d),
-            "W_U": (d, vocabulary),
-            "b_Q": (layers, heads, r),
-            "b_K": (layers, kv, r),
-            "b_V": (layers, kv, r),
-            "b_O": (layers, d),
-            "b_U": (vocabulary,),
-            "ln_w": (layers, d),
-            "ln_b": (layers, d),
-            "ln_final_w": (d,),
-            "ln_final_b": (d,),
-            "ln_post_w": (layers, d),
-        }
+            "W_Q": (layers, heads, d, r), "W_K": (layers, kv, d, r), "W_V": (layers, kv, d, r),
+            "W_O": (layers, heads, r, d), "W_U": (d, vocabulary),
+            "b_Q": (layers, heads, r), "b_K": (layers, kv, r), "b_V": (layers, kv, r),
+            "b_O": (layers, d), "b_U": (vocabulary,),
+            "ln_w": (layers, d), "ln_b": (layers, d), "ln_final_w": (d,), "ln_final_b": (d,), "ln_post_w": (layers, d),
+        }  # fmt: skip
         if self.W_pos is not None:
             shapes["W_pos"] = (len(self.W_pos), d)
         for name, shape in shapes.items():
