@@ -61,21 +61,22 @@ HEADLINES = (
 INTRODUCTION = """\
 # Performance
 
-`make bench` writes this page and the headline ratios in [README.md](../README.md); nobody edits either by hand. Every
-ratio compares functions that ran in turn, round after round, in one process on one machine, so a noisy machine hits
-both alike; times and rates are medians over the rounds. A ratio "theirs / ours" above 1 means that this library is
-faster. The limits are what the machine itself does: loops in registers measure its multiply-add (FMA) and exponential
-rates in the same run. A goal is what the project asks of itself. A bench that differs by CPU tier has a goal for each.
+`make bench` writes this page and the headline ratios of [README.md](../README.md); nobody edits either by hand.
 
-The times that were measured on other days or machines differ by more than these ratios do: run `make bench` yourself.
+A ratio compares functions that take turns, round after round, in one process on one machine, so that whatever else the
+machine does hits them alike. A ratio "theirs / ours" above 1 means that this library is faster. Times and rates are
+medians over the rounds. Times differ between machines and from day to day: compare ratios of one run only.
+
+A limit is what the machine itself can do: loops that stay in registers measure its rates of multiply-adds (FMA) and of
+exponentials in the same run. A goal is a bound that this project sets itself; some goals differ by CPU tier.
 """
 
 GPU = """\
 ## GPU
 
-The CUDA and Triton kernels are compiled for sm_80, sm_90a and sm_100, checked for register spills, and run in an
-interpreter by the tests. They are not yet measured on a GPU: `make gpu` builds, tests and measures on a machine that
-has one, and writes [bench/RESULTS.md](../bench/RESULTS.md).
+The CUDA and Triton kernels are not yet measured on a GPU. The tests compile them for sm_80, sm_90a and sm_100, check
+them for register spills, and run them in an interpreter or thread by thread on the CPU. `make gpu` builds, tests and
+measures on a machine that has a GPU, and writes [bench/RESULTS.md](../bench/RESULTS.md).
 """
 
 
