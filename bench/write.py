@@ -162,7 +162,7 @@ def headline_block(benches: Sequence[Bench]) -> str:
     """The headline ratios and the machine, from BEGIN to END."""
     lines = [BEGIN, "| work | beside | theirs / ours |", "| --- | --- | --- |"]
     lines += [f"| {h.work} | {h.beside} | {ratio_of(h, benches)} |" for h in HEADLINES]
-    machines = _machines(benches)
+    machines = _machines([bench for bench in benches if bench.name in {h.bench for h in HEADLINES}])
     facts = machines[0] if machines else {}
     words = [str(facts.get("CPU", "")), f"{facts.get('threads')} threads", f"tier {facts.get('CPU tier')}"]
     words += [
@@ -173,7 +173,7 @@ def headline_block(benches: Sequence[Bench]) -> str:
     if len(machines) > 1:
         machine = "The benches ran on more than one machine or commit."
     else:
-        machine = f"Measured on: {', '.join(words)}." if facts else "No bench has run yet: run `make bench`."
+        machine = f"Measured on: {', '.join(words)}." if facts else "None of these benches has run: run `make bench`."
     return "\n".join([*lines, "", machine, END])
 
 
@@ -199,8 +199,8 @@ def page(benches: Sequence[Bench]) -> str:
         out.append("These benches ran on more than one machine, build or commit: compare figures of one bench only.\n")
     out += ["## Headline ratios\n", headline_block(benches) + "\n", "## Goals\n", _goals(benches)]
     for bench in benches:
-        out += [f"## {bench.title}\n", f"File: `bench/test_bench_{bench.name}.py`.\n"]
-        out += [f"- {problem}." for problem in bench.problems] + [""] * bool(bench.problems)
+        out += [f"## {bench.name}\n", f"{bench.title} File: `bench/test_bench_{bench.name}.py`.\n"]
+        out += [f"- {_capital(problem)}." for problem in bench.problems] + [""] * bool(bench.problems)
         if bench.rows:
             out.append(_table(bench.rows))
     return "\n".join([*out, GPU]).rstrip() + "\n"
@@ -209,10 +209,16 @@ def page(benches: Sequence[Bench]) -> str:
 def _goals(benches: Sequence[Bench]) -> str:
     met = sum(row["met"] is True for bench in benches for row in bench.rows)
     missed = [miss for bench in benches for miss in bench.missed]
-    silent = [f"`{bench.name}`: {problem}" for bench in benches for problem in bench.problems]
+    silent = [f"`{bench.name}`" for bench in benches if not bench.machine]
+    broken = [f"`{bench.name}`: {problem}" for bench in benches if bench.machine for problem in bench.problems]
     lines = [f"Goals met: {met}. Goals missed: {len(missed)}.", ""]
-    lines += [f"- Missed: {text}." for text in missed] + [f"- Without a result: {text}." for text in silent]
+    lines += [f"- Missed: {text}." for text in missed] + [f"- Without a result: {text}." for text in broken]
+    lines += [f"- Not run: {', '.join(silent)}."] if silent else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
