@@ -1,6 +1,5 @@
 """README and docs: their snippets run, their links lead somewhere, their figures are those that the benches found."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -253,7 +252,6 @@ def test_writing_fills_the_readme_and_reports_by_its_status(tmp_path, capsys):
     assert "sweep: not measured" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformer_lens") is None, reason="needs transformer_lens")
 def test_snippets_that_need_transformer_lens_are_python():
     for page in PAGES:
         for text, _ in snippets(page):
