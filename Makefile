@@ -51,13 +51,13 @@ lens-%: .venv-lens-%/ready
 notebooks: .venv-lens-$(firstword $(LENS))/ready
 	for file in examples/*.ipynb; do .venv-lens-$(firstword $(LENS))/bin/python tests/support/run_notebook.py $$file || exit 1; done
 
+# Every bench in a process of its own, so that one that fails stops no other and peaks of memory are its own. Then
+# docs/performance.md and the headline ratios of README.md are written of what they found; see bench/write.py.
 bench: build
 	$(BIN)/pip install -q "transformer-lens==$(firstword $(LENS))"
-	$(BIN)/pytest bench/test_bench_sweep.py bench/test_bench_sweep_nll.py -W default
-	$(BIN)/pytest bench/test_bench_composition.py -W default
-	$(BIN)/pytest bench/test_bench_factored_topk.py bench/test_bench_diagonal_ranks.py -W default
-	$(BIN)/pytest bench/test_bench_frozen_attention.py bench/test_bench_models.py -W default
-	$(BIN)/pytest bench/test_bench_experiments.py -W default
+	rm -rf build/bench
+	@failed=0; for file in bench/test_bench_*.py; do $(BIN)/pytest $$file -W default || failed=1; done; \
+	$(BIN)/python -m bench.write || failed=1; exit $$failed
 
 lint: build
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Top entries of a vocabulary-sized product on the CPU against the product made in chunks, and what the machine can do."""
+"""`factored_topk` on the CPU: the largest entries of a full circuit, beside torch in chunks and the multiply-add rate."""
 
 import statistics
 import time
@@ -62,7 +62,7 @@ def test_top_entries(factors, benchmark, found):
     if "screened" in functions:
         found(f"{shape}: without / with the bfloat16 screen", f"{ratio(times, 'ours', 'screened'):.2f}", ">= 1.4")
         same = all(torch.equal(x, y) for x, y in zip(functions["screened"](), ours, strict=True))
-        found("  the same values, rows and columns", str(same), "True")
+        found("  values, rows and columns are the same", str(same), "True")
         assert same
     for name in list(functions)[1:]:
         found(f"  memory beyond the factors, {name}", f"{peak_bytes(functions[name]) / 2**20:.1f} MiB", "<= 64")
@@ -73,7 +73,7 @@ def test_top_entries(factors, benchmark, found):
     result, slow = theirs
     slow *= V / len(few[0])
     found(f"{shape}: torch in chunks of {CHUNK} rows / ours", f"{slow / seconds['ours']:.1f}", ">= 12")
-    found("  torch", f"{slow:.1f} s ({len(few[0])} rows, scaled), {peak / 2**20:.0f} MiB")
+    found("  time and memory of torch", f"{slow:.1f} s ({len(few[0])} rows, scaled), {peak / 2**20:.0f} MiB")
     found("  entries of these rows that both find", f"{_common(factored_topk(*few, 100), result)} of 100")
     benchmark.pedantic(functions["ours"], rounds=1)
 
@@ -117,7 +117,10 @@ def test_bundled_model(found):
         common += _common(ours, (best.values, best.indices // width, best.indices % width))
         exact = circuit.A[ours.rows].double() * circuit.B[:, ours.columns].mT.double()
         error = max(error, float((ours.values / exact.sum(1) - 1).abs().max()))
-    found("top 100 of each OV circuit of induction-2l", f"{common} of {100 * len(heads)} as torch's, materialised")
+    found(
+        "top 100 of each OV circuit of induction-2l: entries that torch finds too, materialised",
+        f"{common} of {100 * len(heads)}",
+    )
     found("  relative error of their values", f"{error:.1e}")
 
 

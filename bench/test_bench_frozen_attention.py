@@ -1,4 +1,4 @@
-"""frozen_attention on the CPU against torch's attention of the same total value width, and the machine's limit."""
+"""`frozen_attention` on the CPU, beside torch's attention of the same total value width and the machine's limit."""
 
 import statistics
 
@@ -50,7 +50,7 @@ def test_frozen_attention(benchmark, found, streams):
     found(f"{shape}: ours / (FMA time + exp time)", f"{limit:.2f}")
     for name in ("one call", "one padded call", "a call a stream"):
         found(f"{shape}: ours / torch, {name}", f"{ratio(times, 'ours', name):.2f}", "<= 1.4")
-    found(f"{shape}: without lse / with", f"{ratio(times, 'without lse', 'ours'):.2f}")
+    found(f"{shape}: without a logsumexp / with one", f"{ratio(times, 'without lse', 'ours'):.2f}")
     if "bf16" in functions:
         found(f"{shape}: ours fp32 / ours bf16", f"{ratio(times, 'ours', 'bf16'):.2f}")
     exact = ops.frozen_attention(*(x[..., :256, :].double() for x in (q, k, values)))

@@ -1,4 +1,4 @@
-"""Real models: GPT-2 small's shape with random weights. Pairs against hooks, memory, and the cost of a trace."""
+"""GPT-2 small's shape with random weights: path ablation of pairs beside hooks, its memory, and the cost of a trace."""
 
 import statistics
 
@@ -74,18 +74,21 @@ def test_pairs_against_hooks(lens, tokens, found):
     losses = fc.path_ablation(run, pairs).loss
     worst = max(abs(float(hooked(*pairs[i]) - losses[i])) for i in sample)
     each = statistics.median(times["ours"]) / len(pairs)
-    found(f"GPT-2 small shape, T={T}: TransformerLens hooks / ours, a pair",
+    found(f"GPT-2 small shape, T={T}, paths through two heads ablated: one hooked forward pass / ours, each",
           f"{ratio(times, 'hooks', 'ours') * len(pairs) / len(sample):.1f}", ">= 50")  # fmt: skip
-    found("  hooks", f"{statistics.median(times['hooks']) / len(sample) * 1e3:.0f} ms a pair (sample of {len(sample)}); "
-          f"largest difference of a loss {worst:.1e} nats")  # fmt: skip
+    found(
+        "  time of each, hooks", f"{statistics.median(times['hooks']) / len(sample) * 1e3:.0f} ms, {len(sample)} pairs"
+    )
+    found("  largest difference of a loss", f"{worst:.1e} nats")
     limit = (T - 1) * V * (2 * R / cpu_rate("fma") + 1 / cpu_rate("exp"))
-    found("  ours", f"{each * 1e3:.2f} ms a pair over {len(pairs)} pairs, {limit / each:.0%} of the limit")
+    found("  time of each, ours", f"{each * 1e3:.2f} ms, {len(pairs)} pairs")
+    found("  share of the machine's limit", f"{limit / each:.0%}")
 
 
 def test_the_whole_sweep(lens, tokens, found):
     peak = peak_bytes(lambda: fc.pair_ablation(fc.trace(lens, tokens), kl=True))
     found(
-        "all 9,504 pairs with kl, trace included: peak memory beyond the weights", f"{peak / 2**30:.2f} GiB", "<= 2 GB"
+        "all 9,504 pairs with KL, trace included: peak memory beyond the weights", f"{peak / 2**30:.2f} GiB", "<= 2 GB"
     )
 
 
@@ -110,5 +113,5 @@ def test_the_cost_of_a_trace(family, batch, length, found):
             model(tokens)
 
     times = interleaved({"forward": forward, "trace": lambda: fc.trace(model, tokens)}, rounds=5)
-    found(f"trace / one eager forward pass, {family} {config.num_hidden_layers} layers, {batch} x {length}",
+    found(f"{family} shape, {config.num_hidden_layers} layers, {batch} x {length} tokens: trace / one eager forward pass",
           f"{1 / ratio(times, 'forward', 'trace'):.2f}", "<= 1.3")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The article's two-layer shape: all pairs against hooks, memory, and the graded pass."""
+"""The article's two-layer shape: all pairs of heads beside hooks, peak memory, and the losses of all orders in one pass."""
 
 import statistics
 
@@ -83,16 +83,16 @@ def test_all_pairs_against_hooks(weights, tokens, benchmark, found):
     pairs, shape = len(result.loss), f"all {LAYERS}x{HEADS} pairs, d={D} V={V} T={T}, fp32"
     each = statistics.median(times["hooks"]) / len(sample)
     found(
-        f"{shape}: TransformerLens hooks / ours, a pair",
+        f"{shape}: one hooked forward pass / ours, a pair",
         f"{ratio(times, 'hooks', 'ours') * pairs / len(sample):.1f}",
         ">= 25",
     )
     found(
-        "  hooks",
-        f"{each * 1e3:.0f} ms a pair (sample of {len(sample)}); largest difference of a loss {worst:.1e} nats",
+        "  time, hooks",
+        f"{each * 1e3:.0f} ms a pair ({len(sample)} pairs); largest difference of a loss {worst:.1e} nats",
     )
-    found("  ours", f"{statistics.median(times['ours']):.2f} s for {pairs} pairs")
-    found("  low_memory / held clean logits", f"{ratio(times, 'ours, low memory', 'ours'):.2f}")
+    found("  time, ours", f"{statistics.median(times['ours']):.2f} s for {pairs} pairs")
+    found("  low_memory=True / False", f"{ratio(times, 'ours, low memory', 'ours'):.2f}")
     benchmark.pedantic(lambda: fc.pair_ablation(run), rounds=1)
 
 
@@ -103,11 +103,11 @@ def test_memory_of_a_sweep(weights, tokens, found):
     for name, low_memory, more in (("", False, held), (", low_memory", True, 0)):
         peak = peak_bytes(lambda low_memory=low_memory: fc.pair_ablation(run, kl=True, low_memory=low_memory))
         what = "beyond weights and clean logits" if more else "beyond weights, no clean logits held"
-        found(f"peak memory of all pairs{name}: {what}", f"{(peak - more) / 2**20:.0f} MiB", "<= 128")
+        found(f"all pairs{name}: peak memory {what}", f"{(peak - more) / 2**20:.0f} MiB", "<= 128")
     long = fc.trace(make_weights(4), tokens)
     peak = peak_bytes(lambda: fc.pair_ablation(long))
     found(
-        "peak memory, 4 layers, 864 pairs: beyond weights and clean logits",
+        "864 pairs of 4 layers: peak memory beyond weights and clean logits",
         f"{(peak - held) / 2**20:.0f} MiB",
         "<= 128",
     )
@@ -126,5 +126,5 @@ def test_graded_pass(layers, tokens, found):
     times = interleaved(
         {"graded": lambda: order_streams(run, layers), "plain": lambda: [plain() for _ in range(layers + 1)]}, rounds=9
     )
-    found(f"graded pass, {layers} layers: {layers + 1} orders / {layers + 1} plain frozen passes",
+    found(f"losses of orders, {layers} layers: one pass of {layers + 1} orders / {layers + 1} plain frozen passes",
           f"{ratio(times, 'graded', 'plain'):.2f}", "<= 1.3")  # fmt: skip
