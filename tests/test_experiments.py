@@ -113,12 +113,12 @@ def test_direct_effects_store_no_basis(length, fused, monkeypatch):
     """The kernel makes them; few positions need none."""
     given = []
 
-    def spy(*arguments):
-        given.append(arguments[-1])
-        return sweep(*arguments)
+    def spy(*arguments, outer=None, **options):
+        given.append(outer)
+        return sweep(*arguments, outer=outer, **options)
 
-    sweep = effects.sweep_statistics
-    monkeypatch.setattr(effects, "sweep_statistics", spy)
+    sweep = effects.sweep_partial
+    monkeypatch.setattr(effects, "sweep_partial", spy)
     fc.head_ablation(fc.trace(model(), tokens(2, length)), effect="direct", backend="cpu")
     assert any(outer is not None for outer in given) == fused
 

@@ -7,7 +7,7 @@ import torch
 from accuracy import assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep_cases import Sweep, eager, exact, make, not_finite
+from sweep_cases import Sweep, eager, exact, make, not_finite, partial
 from torch import Tensor
 
 import pyfastcircuits as fc
@@ -122,7 +122,7 @@ def test_an_outer_does_not_depend_on_threads_strides_or_the_other_rows(tier):
 def test_an_outer_elsewhere_is_multiplied_out():
     sweep, outer = with_outer(8, 20, dtype=torch.float64)
     for mine, truth in zip(
-        fc.ops.sweep_statistics(*sweep, backend="reference", outer=outer),
+        partial(sweep, backend="reference", outer=outer),
         exact(multiplied_out(sweep, outer)),
         strict=True,
     ):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.model.weights import CircuitWeights, Weight
-from pyfastcircuits.ops import Backend, Precision, pair_statistics
+from pyfastcircuits.ops import Backend, Precision, factored_pair_norms
 from pyfastcircuits.ops.pair_norms import multiplied
 
 __all__ = [
@@ -210,7 +210,7 @@ def _product_norms(
                 continue
             bound = (before[columns] - rows.start).clamp(0, rows.stop - rows.start).repeat(kinds)
             given = [side.given(columns) for side in destinations]
-            norms, left, right = pair_statistics(
+            norms, left, right = factored_pair_norms(
                 inner,
                 [factors.mT for _, factors in given],
                 left_outer=outer,

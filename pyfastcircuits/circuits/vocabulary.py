@@ -15,7 +15,7 @@ from torch import Tensor
 from pyfastcircuits.circuits.composition import KINDS, Head, Kind, checked_head
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights, Weight
-from pyfastcircuits.ops.onednn import FastProducts
+from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.run.forward import centered, norm_scale, rotate
 from pyfastcircuits.run.paths import checked_path
 from pyfastcircuits.run.trace import FrozenTrace
@@ -184,7 +184,7 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
 
 def _unembed_embed(weights: CircuitWeights) -> Tensor:
     """W_U @ W_E, [d, d]."""
-    with FastProducts():
+    with OneDnnMatmul():
         product = weights.W_U.to(weights.compute_dtype) @ weights.W_E.to(weights.compute_dtype)
     return _to_logits(weights, product.mT).mT * weights.embed_scale
 

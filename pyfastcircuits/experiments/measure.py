@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from pyfastcircuits.experiments.metrics import WORSE, Metric, Positions, Scoring, next_tokens, scoring
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import Backend, Precision, joint_statistics, rank_statistics, sweep_statistics
-from pyfastcircuits.ops.onednn import FastProducts
+from pyfastcircuits.ops import Backend, Precision, SweepPartial, joint_partial, rank_partial, sweep_partial
+from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.forward import norm_scale, toward_logits
 from pyfastcircuits.run.trace import FrozenTrace
@@ -231,7 +231,7 @@ class _Basis:
         return block
 
     def factors(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """Basis and outer of `sweep_statistics`."""
+        """Basis and outer of `sweep_partial`."""
         return (unembed_columns(self.weights, columns)[None], self.outer) if self.fused else (self(columns), None)
 
 
@@ -266,24 +266,23 @@ def _merged(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, target logit and expected change over the whole vocabulary, fp64 [P, N]."""
     cap = clean.weights.logit_cap
-    total: tuple[Tensor, Tensor, Tensor] | None = None
+    total: SweepPartial | None = None
     for part in columns:
         base, (through, outer), tokens = clean(part), basis.factors(part), (targets - part.start)[:, None]
         group = _groups(delta, through if outer is None else outer)
         if pairs is None:
-            statistics = sweep_statistics(
-                base, delta, through, tokens, group, ratio, clean_lse, precision, backend, cap, outer
-            )
+            partial = sweep_partial(
+                base, delta, through, tokens, group=group, scale=ratio, clean_lse=clean_lse, cap=cap, outer=outer,
+                precision=precision, backend=backend,
+            )  # fmt: skip
         else:
-            statistics = joint_statistics(
-                base, delta, through, tokens, group, pairs, clean_lse, precision, backend, cap
-            )
-        if total is None:
-            total = statistics
-        else:
-            total = (torch.logaddexp(total[0], statistics[0]), total[1] + statistics[1], total[2] + statistics[2])
+            partial = joint_partial(
+                base, delta, through, tokens, pairs, group=group, clean_lse=clean_lse, cap=cap,
+                precision=precision, backend=backend,
+            )  # fmt: skip
+        total = partial if total is None else total.merged(partial)
     assert total is not None
-    return total[0], total[1][..., 0], total[2]
+    return total.lse, total.picked[..., 0], total.change
 
 
 class _Part:
@@ -400,9 +399,9 @@ class _Part:
         options, total = self.options, torch.zeros_like(own)
         for part in columns:
             through = basis(part)
-            total += rank_statistics(
-                self.clean(part), delta, through, tokens - part.start, _groups(delta, through), own,
-                options.precision, options.backend,
+            total += rank_partial(
+                self.clean(part), delta, through, tokens - part.start, own, group=_groups(delta, through),
+                precision=options.precision, backend=options.backend,
             )  # fmt: skip
         return total
 
@@ -410,7 +409,7 @@ class _Part:
 @torch.no_grad()
 def measure(trace: FrozenTrace, changes: Sequence[Change], options: Options) -> Measured:
     """Every experiment of every change, in the order their `indices` give."""
-    with FastProducts():
+    with OneDnnMatmul():
         return _measure(trace, changes, options)
 
 

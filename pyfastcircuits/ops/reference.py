@@ -9,7 +9,6 @@ __all__ = [
     "frozen_attention",
     "joint_nll",
     "pair_norms",
-    "pair_norms_gradients",
     "sweep_nll",
     "target_ranks",
 ]
@@ -96,18 +95,6 @@ def pair_norms(
     if before is None:
         return norms
     return torch.where(torch.arange(len(left), device=left.device)[:, None] < before, norms, 0.0)
-
-
-def pair_norms_gradients(left: Tensor, right: Tensor, norms: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """d||X|| = <X, dX> / ||X|| for each product X, made again for one left factor at a time; 0 where X is 0."""
-    share = torch.where(norms > 0, gradient / norms, 0)
-    wide = right.to(norms.dtype)
-    rows, columns = [], torch.zeros_like(wide)
-    for i, factor in enumerate(left.to(norms.dtype)):
-        product = (factor @ wide) * share[i, :, None, None]
-        rows.append((product @ wide.mT).sum(0))
-        columns = columns + factor.mT @ product
-    return torch.stack(rows).to(left.dtype), columns.to(right.dtype)
 
 
 def factored_topk(

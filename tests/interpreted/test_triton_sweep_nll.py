@@ -135,7 +135,7 @@ def test_errors() -> None:
     sweep = make(P=2, T=5, V=50, r=3)
     with pytest.raises(ValueError, match=r"delta has shape \[2, 4, 3\], expected \[2, 5, 3\]"):
         sweep_nll_triton(*sweep._replace(delta=sweep.delta[:, :4]), "ieee")
-    with pytest.raises(ValueError, match=r"precision is 'tf32', but base is float64"):
+    with pytest.raises(ValueError, match=r"precision is 'tf32', but float64 tensors have only 'ieee'"):
         sweep_nll_triton(*make(P=2, T=5, V=50, r=3, dtype=torch.float64), "tf32")
 
 
