@@ -79,7 +79,7 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
         "fp64": (32, 32, 16, 4, 2),
     }[dtype]
     block_k = _depth(rank, deepest)
-    # Ablations of a block share a tile of clean logits, so as many as their groups hold, and at least 16 positions.
+    # Ablations of a block share a tile of clean logits: it has as many as a group holds, and at least 16 positions.
     block_p = min(rows // 16, _power_above(pairs // max(shape["G"], 1)))
     block_t = rows // block_p
     row_blocks = _blocks(pairs, block_p) * _blocks(positions, block_t)
@@ -98,7 +98,7 @@ def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     }[dtype]
     block_t, block_v = min(block_t, max(16, _power_above(positions))), 32
     block_k = _depth(rank, deepest)
-    # No more programs than can run at a time, for each has a scratch, and all of them have to fit the L2 cache.
+    # There are no more programs than can run at a time: each has a scratch, and all of those have to fit the L2 cache.
     wanted = _blocks(2 * MULTIPROCESSORS.get(arch, 132), _blocks(positions, block_t))
     splits = max(1, min(wanted, _blocks(vocabulary, block_v)))
     return Config({"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}, splits, 4, stages)
@@ -118,12 +118,12 @@ def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
 
 
 def _factored_topk(shape: dict[str, int], dtype: str, arch: int) -> Config:
-    # As wide in every arithmetic: what one has screened in segments, another confirms.
+    # Tiles are as wide in every arithmetic: the segments that one screens, another confirms.
     return _product(shape, dtype, arch, {"bf16": (128, 128), "fp32": (64, 128), "fp64": (32, 128)}[dtype])
 
 
 def _diagonal_ranks(shape: dict[str, int], dtype: str, arch: int) -> Config:
-    # Square: the tile of a block's diagonal entries is multiplied as all others are.
+    # Tiles are square: that of a block's diagonal entries is multiplied as all others are.
     return _product(shape, dtype, arch, {"bf16": (128, 128), "fp32": (64, 64), "fp64": (32, 32)}[dtype])
 
 
@@ -163,9 +163,9 @@ def _depth(rank: int, deepest: int) -> int:
 
 
 def _part(rank: int, heads: int, size: int) -> int:
-    """Rows of each head in a tile of `size`: of those that leave the fewest of all tiles unused, the most.
+    """Rows of each head in a tile of `size`: those that leave the least of all tiles unused; of equal counts the most.
 
-    From 16 on where the heads have as many: the more heads a tile has, the fewer tiles there are to go round.
+    It is at least 16 where heads have as many: the more heads a tile has, the fewer tiles there are to go round.
     """
 
     def tiled(part: int) -> int:

@@ -1,7 +1,7 @@
-"""diagonal_ranks on the tile core: the epilogue counts the entries of each row that are greater than one of them.
+"""diagonal_ranks on the tile core: the epilogue counts the entries of each row that are greater than the one asked for.
 
-That one comes from a tile of its own, the columns asked for by a block's rows, multiplied as all tiles are: entries of
-equal columns are equal to the bit, and none counts against itself.
+That entry comes from a tile of its own, of the columns that a block's rows ask for, multiplied as all tiles are:
+entries of equal columns are equal to the bit, and none counts against itself.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastcircuits.kernels.common import configure, laid_out
-from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of, work_type
+from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
 from pyfastcircuits.shapes import check_product, check_shapes, diagonal_ranks_outputs
 
 __all__ = ["diagonal_ranks_triton"]
@@ -32,8 +32,7 @@ def diagonal_ranks_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Adds what one block of rows finds in one split of the columns."""
-    T: tl.constexpr = work_type(A.dtype.element_ty)
+    """Adds the counts of one block of rows in one split of the columns."""
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -41,8 +40,7 @@ def diagonal_ranks_kernel(
     left = load_left(pointers, 0, DEPTH, BLOCK_K)
 
     own = tl.minimum(block * BLOCK_M + tl.arange(0, BLOCK_N), rows - 1)
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], T)
-    tile = multiply(zeros, left, pointers, B, stride, tl.load(asked + own), stride, DEPTH, BLOCK_K, "ieee")
+    tile = multiply(left, pointers, B, stride, tl.load(asked + own), stride, DEPTH, BLOCK_K, "ieee")
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_N)[None, :]
     bar = tl.sum(tl.where(diagonal, tile, 0.0), 1)
 
@@ -50,10 +48,9 @@ def diagonal_ranks_kernel(
     first, end = tiles_of(split, tiles_a_split, columns, BLOCK_N)
     for place in range(first, end):
         here = place * BLOCK_N + tl.arange(0, BLOCK_N)
-        zeros = tl.zeros([BLOCK_M, BLOCK_N], T)
-        entries = multiply(zeros, left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
+        entries = multiply(left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
         count += tl.sum(((entries > bar[:, None]) & (here < columns)[None, :]).to(tl.int32), 1)
-    tl.atomic_add(ranks + row, count.to(tl.int64), row < rows, sem="relaxed")  # of integers: in any order the same
+    tl.atomic_add(ranks + row, count.to(tl.int64), row < rows, sem="relaxed")  # integers, in any order
 
 
 @torch.library.custom_op("pyfastcircuits::diagonal_ranks_triton", mutates_args=())

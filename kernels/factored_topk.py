@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyfastcircuits.kernels.common import architecture, configure, laid_out
 from pyfastcircuits.kernels.configs import Config, choose
-from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of, work_type
+from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
 from pyfastcircuits.shapes import (
     MOST,
     MOST_PER_ROW,
@@ -72,10 +72,8 @@ def _entries(
     BLOCK_K: tl.constexpr,
 ):
     """The entries [M, N] of a tile; -inf for NaN and past the last column."""
-    T: tl.constexpr = work_type(B.dtype.element_ty)
     here = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], T)
-    product = multiply(zeros, left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
+    product = multiply(left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
     if shift is not None:
         product -= shift[:, None]
     return tl.where((here < columns)[None, :] & (product == product), product, float("-inf"))
@@ -333,7 +331,7 @@ def _part(
 
 
 def _first(x: Tensor, k: int, exists: Tensor | None = None) -> Tensor:
-    """Places of the k largest of every row of x [G, n], of equal ones the first; ascending. All where k >= n."""
+    """Places of the k largest of every row of x [G, n], ascending; of equal ones the first. All n where k >= n."""
     groups, n = x.shape
     if k >= n:
         return torch.arange(n, device=x.device).expand(groups, n)
@@ -347,7 +345,7 @@ def _first(x: Tensor, k: int, exists: Tensor | None = None) -> Tensor:
 
 
 def _of_best_rows(best: Tensor, k: int) -> Tensor:
-    """_first of all segments [N, S], looked for in the k rows that have the best ones: [1, k]."""
+    """`_first` of all segments [N, S] as one row [1, k]: only the k rows with the best segments are searched."""
     rows = _first(best.amax(1)[None], k)[0]
     chosen = _first(best[rows].view(1, -1), k)
     segments = best.shape[1]
@@ -355,7 +353,7 @@ def _of_best_rows(best: Tensor, k: int) -> Tensor:
 
 
 def _bound(norms: Tensor) -> Tensor:
-    """Norms for the screen's bounds, infinite where rounding to bfloat16 could be."""
+    """Norms for the screen's bounds: infinite where factors rounded to bfloat16 could be."""
     return torch.where(norms < HUGE.value, norms + FLOOR, torch.inf).float()
 
 

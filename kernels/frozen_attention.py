@@ -32,7 +32,6 @@ def _scores(
     sources,  # pointer to [T, DEPTH]
     n,  # [N]
     positions,
-    zeros,  # [M, N]
     DEPTH: tl.constexpr,
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
@@ -42,7 +41,7 @@ def _scores(
     """Scores of a tile [M, N]; those of sources past the last repeat its."""
     columns = tl.minimum(n, positions - 1).to(tl.int64) * DEPTH
     end = positions.to(tl.int64) * DEPTH
-    return capped(multiply(zeros, left, rows, sources, 1, columns, end, DEPTH, BLOCK_K, PRECISION) * SCALE, CAP)
+    return capped(multiply(left, rows, sources, 1, columns, end, DEPTH, BLOCK_K, PRECISION) * SCALE, CAP)
 
 
 @triton.jit
@@ -83,9 +82,8 @@ def attention_lse_kernel(
         seen = (n[None, :] <= m[:, None]) & (m[:, None] - n[None, :] < window)
         if mask is not None:
             seen = seen & (tl.load(mask + batch * positions + n, n < positions, 0.0) > 0)[None, :]
-        zeros = tl.zeros([BLOCK_M, BLOCK_N], T)
         sources = k + head * positions * DEPTH
-        x = _scores(left, rows, sources, n, positions, zeros, DEPTH, SCALE, CAP, BLOCK_K, PRECISION)
+        x = _scores(left, rows, sources, n, positions, DEPTH, SCALE, CAP, BLOCK_K, PRECISION)
         top, total = online_sum(top, total, tl.where(seen, x, float("-inf")), SUBTRACT_FIRST=True)
     tl.store(highest + place, finite(top), m < positions)
     tl.store(totals + place, total, m < positions)
@@ -148,8 +146,7 @@ def frozen_attention_kernel(
         home = (batch * heads_from + source).to(tl.int64) * positions
         for start in range(first, last, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            zeros = tl.zeros([BLOCK_M, BLOCK_N], T)
-            x = _scores(left, rows, sources + home * DEPTH, n, positions, zeros, DEPTH, SCALE, CAP, BLOCK_K, PRECISION)
+            x = _scores(left, rows, sources + home * DEPTH, n, positions, DEPTH, SCALE, CAP, BLOCK_K, PRECISION)
             there = n < positions
             if TRANSPOSED:
                 seen = (m[:, None] <= n[None, :]) & (n[None, :] - m[:, None] < window)

@@ -26,7 +26,7 @@ CHANGES_WARPS = 2  # times as many where changes are summed too: the registers o
 def joint_nll_kernel(
     base,  # [T, V]
     delta,  # [S, T, r]
-    basis,  # [G, r, basis_stride]
+    basis,  # [G, r, stride]
     tokens,  # [T, K]
     group,  # [S]
     starts,  # [S + 1]: where each single's pairs, of which it is the first, start and end
@@ -44,7 +44,7 @@ def joint_nll_kernel(
     vocabulary,
     groups,
     choices,
-    basis_stride,
+    stride,
     splits,
     tiles_a_split,
     RANK: tl.constexpr,
@@ -74,9 +74,8 @@ def joint_nll_kernel(
             home, poison = existing(tl.load(group + single), groups)
             rows = delta + (single * positions + t) * RANK
             left = load_left(rows, 0, RANK, BLOCK_K)
-            zeros = tl.zeros([BLOCK_T, BLOCK_V], T)
-            right = basis + home * RANK * basis_stride
-            product = multiply(zeros, left, rows, right, basis_stride, columns, basis_stride, RANK, BLOCK_K, PRECISION)
+            start = basis + home * RANK * stride
+            product = multiply(left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
             tl.store(products + single * TILE + cell, product + poison.to(T))
         tl.debug_barrier()
 

@@ -1,4 +1,4 @@
-"""pair_norms on the tile core: the epilogue sums the squares of a tile's products, block of a pair by block of a pair.
+"""pair_norms on the tile core: the epilogue adds the squares of a tile of products to the sum of each pair.
 
 A program has the products of BLOCK_N left factors with BLOCK_M right ones. It walks over them by BLOCK_R rows and
 BLOCK_S columns of every factor at a time, so that a tile is full whatever the ranks; both factors are read along their
@@ -65,9 +65,8 @@ def pair_norms_kernel(
             for first_column in range(0, WIDTH, BLOCK_S):
                 across = first_column + column % BLOCK_S
                 columns = (source + tl.minimum(across, WIDTH - 1)) * DEPTH
-                zeros = tl.zeros([BLOCK_N * BLOCK_R, BLOCK_M * BLOCK_S], T)
                 end = rights * tl.full([], WIDTH * DEPTH, tl.int64)
-                product = multiply(zeros, kept, rows, right, 1, columns, end, DEPTH, BLOCK_K, PRECISION)
+                product = multiply(kept, rows, right, 1, columns, end, DEPTH, BLOCK_K, PRECISION)
                 product = tl.where((within < RANK)[:, None] & (across < WIDTH)[None, :], product, 0.0)
                 sums = tl.sum(tl.reshape(product * product, [BLOCK_N * BLOCK_R, BLOCK_M, BLOCK_S]), 2)
                 total += tl.sum(tl.reshape(sums, [BLOCK_N, BLOCK_R, BLOCK_M]), 1)

@@ -1,6 +1,6 @@
 """Registers every Triton op as torch.ops.pyfastcircuits.<op>_triton: importing this imports triton."""
 
-from pyfastcircuits.kernels import (
+from pyfastcircuits.kernels import (  # noqa: F401
     diagonal_ranks,
     factored_topk,
     frozen_attention,
@@ -9,13 +9,3 @@ from pyfastcircuits.kernels import (
     sweep_nll,
     target_ranks,
 )
-
-__all__ = [
-    "diagonal_ranks",
-    "factored_topk",
-    "frozen_attention",
-    "joint_nll",
-    "pair_norms",
-    "sweep_nll",
-    "target_ranks",
-]

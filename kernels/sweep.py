@@ -64,9 +64,8 @@ def next_group(home, after, groups):
 
 @triton.jit
 def logits_of(
-    base,  # [M] pointers
+    base,  # [M] pointers to the rows of clean logits
     scale,  # [M] or None
-    total,  # [M, N] zeros
     left,
     rows,
     start,
@@ -80,7 +79,7 @@ def logits_of(
 ):
     """The ablated logits [M, N] and the clean ones as they are given; -inf in columns from `end` on."""
     # Added to the base afterwards: a sum that starts from a large logit would round at every step.
-    product = multiply(total, left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
+    product = multiply(left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
     clean = tl.load(base[:, None] + columns[None, :], (columns < end)[None, :], float("-inf"))
     logits = product + clean
     if scale is not None:

@@ -26,7 +26,7 @@ CHANGES_OPTIONS = {"maxnreg": 255}
 def sweep_nll_kernel(
     base,  # [T, V]
     delta,  # [P, T, r]
-    basis,  # [G, r, basis_stride]
+    basis,  # [G, r, stride]
     order,  # [P] ablations sorted by group
     group,  # [P]
     scale,  # [P, T] or None
@@ -38,7 +38,7 @@ def sweep_nll_kernel(
     positions,
     vocabulary,
     groups,
-    basis_stride,
+    stride,
     splits,
     tiles_a_split,
     RANK: tl.constexpr,
@@ -54,6 +54,7 @@ def sweep_nll_kernel(
     block, split = block_and_split(pairs, splits, BLOCK_P)
     pair, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     out = pair * positions + t
+    base += t * vocabulary
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
     if scale is not None:
@@ -63,27 +64,14 @@ def sweep_nll_kernel(
     first, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
     g = next_group(home, -1, groups)
     while g < groups:
-        start = basis + g * RANK * basis_stride
+        start = basis + g * RANK * stride
         highest = tl.full([BLOCK_P * BLOCK_T], float("-inf"), T)
         total = tl.zeros([BLOCK_P * BLOCK_T], T)
         change = tl.zeros([BLOCK_P * BLOCK_T], T)
         for tile in range(first, end):
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            zeros = tl.zeros([BLOCK_P * BLOCK_T, BLOCK_V], T)
             logits, clean = logits_of(
-                base + t * vocabulary,
-                scale,
-                zeros,
-                left,
-                rows,
-                start,
-                basis_stride,
-                columns,
-                vocabulary,
-                RANK,
-                BLOCK_K,
-                PRECISION,
-                CAP,
+                base, scale, left, rows, start, stride, columns, vocabulary, RANK, BLOCK_K, PRECISION, CAP
             )
             if clean_lse is not None:
                 change += expected(logits, clean, clean_lse, (columns < vocabulary)[None, :], CAP)
@@ -101,7 +89,7 @@ def sweep_nll_kernel(
 def sweep_nll_tokens_kernel(
     base,  # [T, V]
     delta,  # [P, T, r]
-    basis,  # [G, r, basis_stride]
+    basis,  # [G, r, stride]
     order,  # [P] ablations sorted by group
     group,  # [P]
     scale,  # [P, T] or None
@@ -114,7 +102,7 @@ def sweep_nll_tokens_kernel(
     positions,
     vocabulary,
     groups,
-    basis_stride,
+    stride,
     choices,
     RANK: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -125,13 +113,14 @@ def sweep_nll_tokens_kernel(
 ):
     """Logits of the tokens, and the expected change, of one block of rows.
 
-    The tokens of its positions are a tile like those of the sweep, multiplied in the same order: equal logits stay
-    equal. Apart from the sweep, whose registers this would fill.
+    The tokens of the block's positions are a tile like those of the sweep, multiplied in the same order: equal logits
+    stay equal. The sweep does not do this itself, for its registers are full.
     """
     T: tl.constexpr = work_type(base.dtype.element_ty)
     block = tl.program_id(0)
     pair, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     out = pair * positions + t
+    base += t * vocabulary
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
     if scale is not None:
@@ -143,24 +132,13 @@ def sweep_nll_tokens_kernel(
     g = next_group(home, -1, groups)
     while g < groups:
         here = inside & (home == g)
+        start = basis + g * RANK * stride
         for k in range(choices):
             token = tl.load(tokens + place * choices + k)
             there = (token >= 0) & (token < vocabulary)
-            zeros = tl.zeros([BLOCK_P * BLOCK_T, BLOCK_T], T)
+            columns = tl.where(there, token, vocabulary)
             logits, _ = logits_of(
-                base + t * vocabulary,
-                scale,
-                zeros,
-                left,
-                rows,
-                basis + g * RANK * basis_stride,
-                basis_stride,
-                tl.where(there, token, vocabulary),
-                vocabulary,
-                RANK,
-                BLOCK_K,
-                PRECISION,
-                CAP,
+                base, scale, left, rows, start, stride, columns, vocabulary, RANK, BLOCK_K, PRECISION, CAP
             )
             value = tl.sum(tl.where(own & there[None, :], logits, 0.0), 1)
             tl.store(picked + out * choices + k, value.to(tl.float64) + poison, here)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastcircuits.kernels.sweep import block_and_split, logits_of, next_group, prepared, rows_of
-from pyfastcircuits.kernels.tile import load_left, tiles_of, work_type
+from pyfastcircuits.kernels.tile import load_left, tiles_of
 from pyfastcircuits.shapes import check_shapes, target_ranks_outputs, work_dtype
 
 __all__ = ["target_ranks_triton"]
@@ -16,7 +16,7 @@ __all__ = ["target_ranks_triton"]
 def target_ranks_kernel(
     base,  # [T, V]
     delta,  # [P, T, r]
-    basis,  # [G, r, basis_stride]
+    basis,  # [G, r, stride]
     order,  # [P] ablations sorted by group
     group,  # [P]
     tokens,  # [T]
@@ -26,7 +26,7 @@ def target_ranks_kernel(
     positions,
     vocabulary,
     groups,
-    basis_stride,
+    stride,
     splits,
     tiles_a_split,
     RANK: tl.constexpr,
@@ -36,11 +36,11 @@ def target_ranks_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what one block of rows finds in one split of the vocabulary."""
-    T: tl.constexpr = work_type(base.dtype.element_ty)
+    """Adds the counts of one block of rows in one split of the vocabulary."""
     block, split = block_and_split(pairs, splits, BLOCK_P)
     pair, t, home, _poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     out = pair * positions + t
+    base += t * vocabulary
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
     bar = tl.load(thresholds + out)
@@ -48,29 +48,16 @@ def target_ranks_kernel(
     first, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
     g = next_group(home, -1, groups)
     while g < groups:
-        start = basis + g * RANK * basis_stride
+        start = basis + g * RANK * stride
         count = tl.zeros([BLOCK_P * BLOCK_T], tl.int32)
         for tile in range(first, end):
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            zeros = tl.zeros([BLOCK_P * BLOCK_T, BLOCK_V], T)
             logits, _clean = logits_of(
-                base + t * vocabulary,
-                None,
-                zeros,
-                left,
-                rows,
-                start,
-                basis_stride,
-                columns,
-                vocabulary,
-                RANK,
-                BLOCK_K,
-                PRECISION,
-                None,
+                base, None, left, rows, start, stride, columns, vocabulary, RANK, BLOCK_K, PRECISION, None
             )
             others = (columns < vocabulary)[None, :] & (columns[None, :] != token[:, None])
             count += tl.sum(((logits > bar[:, None]) & others).to(tl.int32), 1)
-        # Of integers: in any order the same.
+        # Integers add up to the same in any order.
         tl.atomic_add(ranks + out, count.to(tl.int64), inside & (home == g), sem="relaxed")
         g = next_group(home, g, groups)
 

@@ -1,8 +1,8 @@
 """The tile core: one tile of a low-rank product, which the op's epilogue consumes before anything is stored.
 
 A kernel holds pointers to the rows of its left factor and to the start of its right one, both contiguous along their
-last axis. `multiply` adds the product of one tile to a given tile, in registers; the op is the epilogue that follows. A
-left tile that spans the whole inner dimension is loaded once, by `load_left`, and kept.
+last axis. `multiply` gives one tile of the product, in registers; the op is the epilogue that follows. A left tile that
+spans the whole inner dimension is loaded once, by `load_left`, and kept.
 """
 
 import os
@@ -74,7 +74,6 @@ def dot(
 
 @triton.jit
 def multiply(
-    total,  # [M, N]
     left,  # [M, BLOCK_K], used where DEPTH <= BLOCK_K
     rows,  # [M] pointers, used where DEPTH > BLOCK_K
     start,
@@ -85,7 +84,8 @@ def multiply(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """total + (rows of the left factor) @ (columns of the right factor)."""
+    """The product [M, N] of rows of the left factor and columns of the right one, in the type of sums."""
+    total = tl.zeros([rows.shape[0], columns.shape[0]], work_type(left.dtype))
     if DEPTH <= BLOCK_K:
         total = dot(left, load_right(start, stride, columns, end, 0, DEPTH, BLOCK_K), total, PRECISION)
     else:

@@ -243,7 +243,7 @@ def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
     warps = config.num_warps * (CHANGES_WARPS if name == "joint_nll_capped" else 1)
     options = {"num_warps": warps, "num_stages": config.num_stages}
     options |= {"sweep_nll_tokens": TOKENS_OPTIONS, "sweep_nll_capped": CHANGES_OPTIONS}.get(name, {})
-    return _compiled(kernel, types, constants, {"basis_stride"}, options, arch, ones)
+    return _compiled(kernel, types, constants, {"stride"}, options, arch, ones)
 
 
 def _compiled(

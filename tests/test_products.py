@@ -64,6 +64,34 @@ def test_biases_and_gradients(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
 
 
+def multiplied_by_torch(monkeypatch) -> bool:
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    left, right = matrices("rows")
+    with Seen() as seen, products.OneDnnMatmul():
+        ours = left @ right
+    return not hasattr(seen, "factors") and torch.equal(ours, left @ right)
+
+
+def test_torch_is_one_whose_operator_is_known():
+    """A torch that fails this has changed it: see what SCHEMA says, and whether products are as exact and as fast."""
+    assert products.available() == torch.backends.mkldnn.is_available()
+
+
+def test_the_switch(monkeypatch):
+    monkeypatch.setenv("PYFASTCIRCUITS_ONEDNN", "0")
+    assert multiplied_by_torch(monkeypatch)
+    monkeypatch.setenv("PYFASTCIRCUITS_ONEDNN", "1")
+    assert multiplied_by_torch(monkeypatch) != products.available()
+
+
+def test_a_torch_without_the_operator_multiplies_itself(monkeypatch):
+    products.available.cache_clear()
+    monkeypatch.setattr(products, "SCHEMA", "another")
+    assert not products.available()
+    assert multiplied_by_torch(monkeypatch)
+    products.available.cache_clear()
+
+
 def test_the_compiler_is_not_imported():
     """Torch would import it at the first product, which takes a second."""
     code = (

@@ -1,13 +1,13 @@
 """Losses of pairs of ablations at once, each of which changes the clean logits by a low-rank term."""
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
-from pyfastcircuits.ops.sweep_nll import SweepOptions, SweepPartial, check_sweep, clean_logsumexp
+from pyfastcircuits.ops.sweep_nll import SweepPartial, check_sweep, clean_logsumexp
 from pyfastcircuits.shapes import (
     PRECISIONS,
     check_choice,
@@ -17,9 +17,6 @@ from pyfastcircuits.shapes import (
     joint_nll_outputs,
     work_dtype,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 torch.library.register_fake("pyfastcircuits::joint_nll", joint_nll_outputs)
 
@@ -58,8 +55,11 @@ def joint_nll(
     targets: Tensor,
     pairs: Tensor,
     *,
+    group: Tensor | None = None,
+    cap: float | None = None,
     kl: Literal[False] = False,
-    **options: "Unpack[SweepOptions]",
+    precision: Precision = "ieee",
+    backend: Backend = "auto",
 ) -> Tensor: ...
 @overload
 def joint_nll(
@@ -69,8 +69,11 @@ def joint_nll(
     targets: Tensor,
     pairs: Tensor,
     *,
+    group: Tensor | None = None,
+    cap: float | None = None,
     kl: bool = False,
-    **options: "Unpack[SweepOptions]",
+    precision: Precision = "ieee",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def joint_nll(
     base: Tensor,

@@ -30,7 +30,7 @@ def sweep_nll(
     logits = base + delta @ basis[group]
     if scale is not None:
         logits = logits * scale.to(dtype)[..., None]
-    return _statistics(base, logits, tokens, clean_lse, cap)
+    return _partial(base, logits, tokens, clean_lse, cap)
 
 
 def joint_nll(
@@ -44,14 +44,14 @@ def joint_nll(
     cap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with both ablations of each pair at once."""
+    """The same results, with both ablations of each pair at once."""
     base = base.to(dtype)
     singles = delta.to(dtype) @ basis.to(dtype)[group]
     first, second = pairs.unbind(-1)
-    return _statistics(base, base + singles[first] + singles[second], tokens, clean_lse, cap)
+    return _partial(base, base + singles[first] + singles[second], tokens, clean_lse, cap)
 
 
-def _statistics(
+def _partial(
     base: Tensor,  # [T, V]
     logits: Tensor,  # [P, T, V]
     tokens: Tensor,  # [T, K]

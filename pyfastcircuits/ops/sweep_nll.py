@@ -1,8 +1,8 @@
 """Losses of many ablations, each of which changes the clean logits by a low-rank term."""
 
 from collections.abc import Mapping
-from functools import reduce
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from functools import partial, reduce
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from pyfastcircuits.shapes import (
     work_dtype,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 torch.library.register_fake("pyfastcircuits::sweep_nll", sweep_nll_outputs)
 
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
@@ -37,7 +34,7 @@ class SweepPartial(NamedTuple):
     change: Tensor  # [P, T] expected change of the logits under the clean run; [0, T] if not asked for
 
     def merged(self, other: "SweepPartial") -> "SweepPartial":
-        """Of both slices together."""
+        """What both slices together give."""
         lse = torch.logaddexp(self.lse, other.lse)
         return SweepPartial(lse, self.picked + other.picked, self.change + other.change)
 
@@ -62,9 +59,9 @@ def sweep_partial(
     they become cap * tanh(. / cap), the clean ones too. With `clean_lse`, the logsumexp of the clean logits over the
     whole vocabulary, the result's `change` is E[logits - clean logits] under the clean run's probabilities.
 
-    With `outer` the bases are outer @ basis[0], as of heads whose W_O[head] @ W_U they are; no more than SCRATCH bytes
-    of them are stored. From FUSED_GROUPS groups on the CPU kernel makes them a stripe of the vocabulary at a time; else
-    they are multiplied out in slices of the vocabulary. Shapes alone decide, so that no result depends on threads.
+    With `outer` the bases are the products outer @ basis[0]: of heads, W_O[head] @ W_U. From FUSED_GROUPS groups on the
+    CPU kernel makes them a stripe of the vocabulary at a time and stores none; else they are multiplied out in slices
+    of the vocabulary, SCRATCH bytes at a time. Shapes alone decide, so that no result depends on threads.
     """
     chosen = resolve_backend(backend, base.device)
     check_choice("precision", precision, PRECISIONS)
@@ -72,37 +69,20 @@ def sweep_partial(
     if outer is not None and not (chosen == "cpu" and len(outer) >= FUSED_GROUPS):
         bytes_a_column = base.element_size() * (outer[..., 0].numel() + 2 * len(basis[0]))
         width = max(COLUMNS, SCRATCH // max(bytes_a_column, 1) // COLUMNS * COLUMNS)
-        return reduce(
-            SweepPartial.merged,
-            (
-                sweep_partial(
-                    base[:, first : first + width],
-                    delta,
-                    (outer.flatten(0, 1) @ basis[0, :, first : first + width]).unflatten(0, outer.shape[:2]),
-                    tokens - first,
-                    group=group,
-                    scale=scale,
-                    clean_lse=clean_lse,
-                    cap=cap,
-                    precision=precision,
-                    backend=backend,
-                )
-                for first in range(0, max(base.shape[1], 1), width)
-            ),
+        slices = (slice(first, first + width) for first in range(0, max(base.shape[1], 1), width))
+        of_slice = partial(
+            sweep_partial, group=group, scale=scale, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend
         )
+        rows = outer.flatten(0, 1)
+        parts = (
+            of_slice(base[:, c], delta, (rows @ basis[0][:, c]).unflatten(0, outer.shape[:2]), tokens - c.start)
+            for c in slices
+        )
+        return reduce(SweepPartial.merged, parts)
     if chosen == "reference":
         return SweepPartial(*reference.sweep_nll(base, delta, basis, tokens, group, scale, clean_lse, cap))
     arguments = base, delta, basis, tokens, group, scale, clean_lse, precision, cap
     return SweepPartial(*kernel_of("sweep_nll", chosen)(*arguments, *([] if outer is None else [outer])))
-
-
-class SweepOptions(TypedDict, total=False):
-    """Keywords of `sweep_nll` and `joint_nll` alike."""
-
-    group: Tensor | None
-    cap: float | None
-    precision: Precision
-    backend: Backend
 
 
 @overload
@@ -112,10 +92,13 @@ def sweep_nll(
     basis: Tensor,
     targets: Tensor,
     *,
+    group: Tensor | None = None,
     scale: Tensor | None = None,
+    cap: float | None = None,
     kl: Literal[False] = False,
     logit_difference: None = None,
-    **options: "Unpack[SweepOptions]",
+    precision: Precision = "ieee",
+    backend: Backend = "auto",
 ) -> Tensor: ...
 @overload
 def sweep_nll(
@@ -124,10 +107,13 @@ def sweep_nll(
     basis: Tensor,
     targets: Tensor,
     *,
+    group: Tensor | None = None,
     scale: Tensor | None = None,
+    cap: float | None = None,
     kl: bool = False,
     logit_difference: tuple[Tensor, Tensor] | None = None,
-    **options: "Unpack[SweepOptions]",
+    precision: Precision = "ieee",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, ...]: ...
 def sweep_nll(
     base: Tensor,
