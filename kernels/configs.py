@@ -1,6 +1,11 @@
-"""Block sizes: a pure function of op, shape, arithmetic and architecture. No result's meaning depends on them."""
+"""Block sizes of the Triton kernels: a pure function of op, shape, arithmetic and architecture.
+
+No result's meaning depends on them. A block is as large as the registers of its warps hold, and the columns are split
+into as many parts as it takes to give every multiprocessor work.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Config", "arithmetic", "choose"]
 
@@ -17,9 +22,28 @@ class Config:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of the launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.blocks}
+
+    def count(self, size: int, block: str) -> int:
+        """Blocks that cover `size`, by the name of the block."""
+        return _blocks(size, self.blocks[block])
+
+    def tiles(self, columns: int, block: str) -> int:
+        """Tiles of columns in a split."""
+        return _blocks(self.count(columns, block), self.splits)
+
 
 def arithmetic(dtype: str, precision: str) -> str:
-    """What multiplies: "fp64", "fp32", "tf32" or "bf16". bfloat16 inputs multiply exactly on tensor cores."""
+    """What multiplies: "fp64", "fp32", "tf32" or "bf16". Tensor cores multiply bfloat16 inputs exactly.
+
+    Raises:
+        ValueError: a precision that float64 does not have.
+    """
+    if dtype == "float64" and precision != "ieee":
+        raise ValueError(f"precision is {precision!r}, but float64 tensors have only 'ieee'")
     if dtype in ("bfloat16", "float64"):
         return {"bfloat16": "bf16", "float64": "fp64"}[dtype]
     return "fp32" if precision == "ieee" else precision
@@ -54,8 +78,8 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
         "fp32": (64, 32, 32, 4, 2),
         "fp64": (32, 32, 16, 4, 2),
     }[dtype]
-    block_k = _power_above(max(rank, 16)) if rank <= deepest else min(deepest, 64)
-    # Ablations of a block share a tile of clean logits, so as many as their groups hold, and at least 16 positions.
+    block_k = _depth(rank, deepest)
+    # Ablations of a block share a tile of clean logits: it has as many as a group holds, and at least 16 positions.
     block_p = min(rows // 16, _power_above(pairs // max(shape["G"], 1)))
     block_t = rows // block_p
     row_blocks = _blocks(pairs, block_p) * _blocks(positions, block_t)
@@ -73,8 +97,8 @@ def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
         "fp64": (32, 16, 2),
     }[dtype]
     block_t, block_v = min(block_t, max(16, _power_above(positions))), 32
-    block_k = _power_above(max(rank, 16)) if rank <= deepest else min(deepest, 64)
-    # No more programs than can run at a time, for each has a scratch, and all of them have to fit the L2 cache.
+    block_k = _depth(rank, deepest)
+    # There are no more programs than can run at a time: each has a scratch, and all of those have to fit the L2 cache.
     wanted = _blocks(2 * MULTIPROCESSORS.get(arch, 132), _blocks(positions, block_t))
     splits = max(1, min(wanted, _blocks(vocabulary, block_v)))
     return Config({"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}, splits, 4, stages)
@@ -94,12 +118,12 @@ def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
 
 
 def _factored_topk(shape: dict[str, int], dtype: str, arch: int) -> Config:
-    # As wide in every arithmetic: what one has screened in segments, another confirms.
+    # Tiles are as wide in every arithmetic: the segments that one screens, another confirms.
     return _product(shape, dtype, arch, {"bf16": (128, 128), "fp32": (64, 128), "fp64": (32, 128)}[dtype])
 
 
 def _diagonal_ranks(shape: dict[str, int], dtype: str, arch: int) -> Config:
-    # Square: the tile of a block's diagonal entries is multiplied as all others are.
+    # Tiles are square: that of a block's diagonal entries is multiplied as all others are.
     return _product(shape, dtype, arch, {"bf16": (128, 128), "fp32": (64, 64), "fp64": (32, 32)}[dtype])
 
 
@@ -109,7 +133,7 @@ def _product(shape: dict[str, int], dtype: str, arch: int, tile: tuple[int, int]
     block_m, block_n = tile
     deepest = {"bf16": 128, "fp32": 32, "fp64": 16}[dtype]
     warps = 8 if block_n > 64 else 4
-    block_k = _power_above(max(rank, 16)) if rank <= deepest else min(deepest, 64)
+    block_k = _depth(rank, deepest)
     splits = _splits(_blocks(rows, block_m), _blocks(columns, block_n), arch)
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, splits, warps, num_stages=2)
 
@@ -127,17 +151,21 @@ def _frozen_attention(shape: dict[str, int], dtype: str, arch: int) -> Config:
         "fp32": (64, 32, 64, 32, 8, 2),
         "fp64": (32, 32, 32, 16, 8, 2),
     }[dtype]
-    rank = max(shape["r"], 16)
-    block_k = _power_above(rank) if rank <= deepest else min(deepest, 64)
+    block_k = _depth(max(shape["r"], 16), deepest)
     block_c = min(widest, _power_above(max(shape["C"], 16)))
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": block_k}
     return Config(blocks, 1, warps, stages)
 
 
-def _part(rank: int, heads: int, size: int) -> int:
-    """Rows of each head in a tile of `size`: of those that leave the fewest of all tiles unused, the most.
+def _depth(rank: int, deepest: int) -> int:
+    """Inner indices of a tile: all of them up to `deepest`, so that the left factor is loaded once."""
+    return _power_above(max(rank, 16)) if rank <= deepest else min(deepest, 64)
 
-    From 16 on where the heads have as many: the more heads a tile has, the fewer tiles there are to go round.
+
+def _part(rank: int, heads: int, size: int) -> int:
+    """Rows of each head in a tile of `size`: those that leave the least of all tiles unused; of equal counts the most.
+
+    It is at least 16 where heads have as many: the more heads a tile has, the fewer tiles there are to go round.
     """
 
     def tiled(part: int) -> int:

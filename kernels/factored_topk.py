@@ -1,5 +1,6 @@
-"""factored_topk on the tile core: the epilogue keeps the best entry of every segment of a row; the k best segments hold
-the k best entries.
+"""factored_topk on the tile core: the epilogue keeps the best entry of every segment of a row.
+
+The k best segments hold the k best entries.
 
 A segment is a run of consecutive columns of one row. Order segments by their best entry, equal ones by row, then
 column: an entry outside the k best segments has k entries before it, the best of each, so it is none of the k best,
@@ -10,9 +11,9 @@ the bit. Per row the same holds with segments of the row; they are shorter, so t
 A screen is one pass more, before these, in bfloat16: it bounds the best entry of every segment from below and above.
 No tile is multiplied in full whose bounds from above all lie below the k-th best bound from below.
 
-Costs, as products in full of A and B: 1 for a whole matrix, or that share of it which holds the k best, with a screen;
-2 per row, since every tile holds some of a row's best. Nothing is read back by the host. Memory: SCRATCH entries at a
-time. An entry that overflows to NaN counts as -inf (+inf where the smallest are wanted).
+A whole matrix costs one product of A and B in full, or with a screen that share of it which holds the k best; the best
+of each row cost two, since every tile holds some of a row's best. The host reads nothing back. Memory is SCRATCH
+entries at a time. An entry that overflows to NaN counts as -inf (+inf where the smallest are wanted).
 """
 
 import math
@@ -22,13 +23,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.configs import Config, arithmetic, choose
-from pyfastcircuits.kernels.tile import load_left, multiply
-from pyfastcircuits.ops.factored_topk import MOST, MOST_PER_ROW, SCREENS
+from pyfastcircuits.kernels.common import architecture, configure, laid_out
+from pyfastcircuits.kernels.configs import Config, choose
+from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
+from pyfastcircuits.shapes import (
+    MOST,
+    MOST_PER_ROW,
+    SCREENS,
+    check_choice,
+    check_product,
+    check_shapes,
+    factored_topk_outputs,
+    work_dtype,
+)
 
 __all__ = ["factored_topk_triton"]
 
-ALIGNMENT = 16  # elements between rows of B, so that loads are wide and can run ahead
 NARROWEST, WIDEST = 8, 128  # columns of a segment: at most those of a tile, at least what registers hold well
 SCRATCH = 1 << 25  # segments, or entries of the k best ones, of the rows that are taken together
 HUGE = tl.constexpr(3e38)  # bounds of products that might go beyond are infinite
@@ -37,14 +47,14 @@ FLOOR = 2.0**-60  # of a norm: covers what bfloat16 and float32 lose below their
 
 @triton.jit
 def _block(A, rows, splits, tiles_a_split, columns, DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A program's rows [M], whether they exist, pointers to them, and its first and last tile of columns.
+    """A program's rows [M], whether they exist, pointers to them, its first tile of columns and the end of its tiles.
 
     Rows past the end repeat the last.
     """
     row = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(0) % splits * tiles_a_split
+    first, end = tiles_of(tl.program_id(0) % splits, tiles_a_split, columns, BLOCK_N)
     kept = tl.minimum(row, rows - 1).to(tl.int64)
-    return kept, row < rows, A + kept * DEPTH, first, tl.minimum(first + tiles_a_split, tl.cdiv(columns, BLOCK_N))
+    return kept, row < rows, A + kept * DEPTH, first, end
 
 
 @triton.jit
@@ -62,10 +72,8 @@ def _entries(
     BLOCK_K: tl.constexpr,
 ):
     """The entries [M, N] of a tile; -inf for NaN and past the last column."""
-    T: tl.constexpr = tl.float64 if B.dtype.element_ty == tl.float64 else tl.float32
     here = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], T)
-    product = multiply(zeros, left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
+    product = multiply(left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
     if shift is not None:
         product -= shift[:, None]
     return tl.where((here < columns)[None, :] & (product == product), product, float("-inf"))
@@ -105,14 +113,14 @@ def factored_topk_screen_kernel(
     """
     SLACK: tl.constexpr = 0.00394 + DEPTH * 9.5367431640625e-07
     ROUNDING: tl.constexpr = 4.76837158203125e-07  # 2^-21: of taking the shift and of adding bounds
-    row, inside, pointers, first, last = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
+    row, inside, pointers, first, end = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
     left = load_left(pointers, 0, DEPTH, BLOCK_K)
     size = tl.load(row_norm + row)
     offset = tl.zeros([BLOCK_M], tl.float32)
     if shift is not None:
         shift = tl.load(shift + row)
         offset = tl.abs(shift)
-    for tile in range(first, last):
+    for tile in range(first, end):
         entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_M, BLOCK_N, BLOCK_K)
         best = _best(entries, BLOCK_M, BLOCK_N, SEGMENT)
         segment = tile * (BLOCK_N // SEGMENT) + tl.arange(0, BLOCK_N // SEGMENT)
@@ -150,13 +158,13 @@ def factored_topk_segments_kernel(
 ):
     """The best entry of every segment; -inf in tiles none of whose bounds `upper` reaches the floor."""
     T: tl.constexpr = best.dtype.element_ty
-    row, inside, pointers, first, last = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
+    row, inside, pointers, first, end = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
     left = load_left(pointers, 0, DEPTH, BLOCK_K)
     if shift is not None:
         shift = tl.load(shift + row)
     if upper is not None:
         bar = tl.load(floor + row * PER_ROW)
-    for tile in range(first, last):
+    for tile in range(first, end):
         segment = tile * (BLOCK_N // SEGMENT) + tl.arange(0, BLOCK_N // SEGMENT)
         place = row[:, None] * segments + segment[None, :]
         here = inside[:, None] & (segment < segments)[None, :]
@@ -191,12 +199,12 @@ def factored_topk_entries_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """All entries of the wanted segments, each segment in its slot."""
-    row, inside, pointers, first, last = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
+    row, inside, pointers, first, end = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
     left = load_left(pointers, 0, DEPTH, BLOCK_K)
     if shift is not None:
         shift = tl.load(shift + row)
     column = tl.arange(0, BLOCK_N)
-    for tile in range(first, last):
+    for tile in range(first, end):
         segment = tile * (BLOCK_N // SEGMENT) + tl.arange(0, BLOCK_N // SEGMENT)
         place = slots + row[:, None] * segments
         here = inside[:, None] & (segment < segments)[None, :]
@@ -220,23 +228,25 @@ def factored_topk_triton(
     """torch.ops.pyfastcircuits.factored_topk by Triton: the same arguments and results.
 
     Raises:
-        ValueError: shapes that do not fit, or a screen that the dtype does not have.
+        ValueError, TypeError: shapes or dtypes that do not fit, or a screen that the dtype does not have.
         RuntimeError: a screen that the GPU does not have.
     """
-    _check(A, B, k, per_row, shift, screen)
-    (rows, rank), columns = A.shape, B.shape[1]
-    arch = 90
-    if A.is_cuda:
-        major, minor = torch.cuda.get_device_capability(A.device)
-        arch = 10 * major + minor
+    sizes = check_product(A=(A, "N r"), B=(B, "r M"))
+    check_shapes(A=(A, "N r"), shift=(shift, "N", float))
+    check_choice("screen", screen, SCREENS)
+    rows, columns = len(A), B.shape[1]
+    most = min(MOST_PER_ROW["triton"], columns) if per_row else min(MOST["triton"], rows * columns)
+    if not 1 <= k <= most:
+        raise ValueError(f"k is {k}, expected 1 to {most}")
     segment = segment_width(columns if per_row else rows * columns, k)
     segments = triton.cdiv(columns, segment)
     step = max(1, SCRATCH // (max(segments, min(k, segments) * segment) if per_row else segments))
-    shape = {"N": min(rows, step), "M": columns, "r": rank}
-    config = choose("factored_topk", shape, arithmetic(str(A.dtype).removeprefix("torch."), "ieee"), arch)
-    screening = choose("factored_topk", shape, "bf16", arch) if _screened(screen, A.dtype, per_row, arch) else None
-    A, B = A.contiguous(), torch.nn.functional.pad(B, (0, -columns % ALIGNMENT)).contiguous()
-    shift = None if shift is None else shift.to(torch.promote_types(A.dtype, torch.float32)).contiguous()
+    sizes["N"] = min(rows, step)
+    config, kind = configure("factored_topk", sizes, A)
+    arch = architecture(A)
+    screening = choose("factored_topk", sizes, "bf16", arch) if _screened(screen, A.dtype, per_row, arch) else None
+    A, B = A.contiguous(), laid_out(B, kind)
+    shift = None if shift is None else shift.to(work_dtype(A)).contiguous()
     if not largest:  # negation is exact, in every sum as in its terms
         A, shift = -A, None if shift is None else -shift
     found: list[tuple[Tensor, Tensor]] = []
@@ -280,14 +290,11 @@ def _part(
     groups = rows if per_row else 1
 
     def launch(kernel: triton.JITFunction, config: Config, A: Tensor, B: Tensor, *rest: object, **more: object) -> None:
-        tiles = triton.cdiv(triton.cdiv(columns, config.blocks["BLOCK_N"]), config.splits)
-        sizes = (rows, columns, B.shape[1], segments, config.splits, tiles)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]) * config.splits,)](
-            A, B, shift, *rest, *sizes, DEPTH=A.shape[1], SEGMENT=segment, **more, **options, **config.blocks
-        )
+        grid = (config.count(rows, "BLOCK_M") * config.splits,)
+        sizes = (rows, columns, B.shape[1], segments, config.splits, config.tiles(columns, "BLOCK_N"))
+        kernel[grid](A, B, shift, *rest, *sizes, DEPTH=A.shape[1], SEGMENT=segment, **more, **config.options)
 
-    work = torch.promote_types(A.dtype, torch.float32)
+    work = work_dtype(A)
     if k < rows * segments // groups:
         upper, floor = None, None
         if screening is not None:
@@ -324,7 +331,7 @@ def _part(
 
 
 def _first(x: Tensor, k: int, exists: Tensor | None = None) -> Tensor:
-    """Places of the k largest of every row of x [G, n], of equal ones the first; ascending. All where k >= n."""
+    """Places of the k largest of every row of x [G, n], ascending; of equal ones the first. All n where k >= n."""
     groups, n = x.shape
     if k >= n:
         return torch.arange(n, device=x.device).expand(groups, n)
@@ -338,7 +345,7 @@ def _first(x: Tensor, k: int, exists: Tensor | None = None) -> Tensor:
 
 
 def _of_best_rows(best: Tensor, k: int) -> Tensor:
-    """_first of all segments [N, S], looked for in the k rows that have the best ones: [1, k]."""
+    """`_first` of all segments [N, S] as one row [1, k]: only the k rows with the best segments are searched."""
     rows = _first(best.amax(1)[None], k)[0]
     chosen = _first(best[rows].view(1, -1), k)
     segments = best.shape[1]
@@ -346,7 +353,7 @@ def _of_best_rows(best: Tensor, k: int) -> Tensor:
 
 
 def _bound(norms: Tensor) -> Tensor:
-    """Norms for the screen's bounds, infinite where rounding to bfloat16 could be."""
+    """Norms for the screen's bounds: infinite where factors rounded to bfloat16 could be."""
     return torch.where(norms < HUGE.value, norms + FLOOR, torch.inf).float()
 
 
@@ -366,24 +373,4 @@ def _screened(screen: str, dtype: torch.dtype, per_row: bool, arch: int) -> bool
     return screen == "bf16"
 
 
-@factored_topk_triton.register_fake
-def _outputs(
-    A: Tensor, B: Tensor, k: int, largest: bool, per_row: bool, shift: Tensor | None, screen: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (len(A), k) if per_row else (k,)
-    values = A.new_empty(shape, dtype=torch.promote_types(A.dtype, torch.float32))
-    return values, values.new_empty(shape, dtype=torch.long), values.new_empty(shape, dtype=torch.long)
-
-
-def _check(A: Tensor, B: Tensor, k: int, per_row: bool, shift: Tensor | None, screen: str) -> None:
-    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != B.shape[0]:
-        raise ValueError(f"A has shape {list(A.shape)} and B {list(B.shape)}, expected [N, r] and [r, M]")
-    if B.dtype != A.dtype:
-        raise ValueError(f"A is {A.dtype} and B {B.dtype}: expected one dtype")
-    if shift is not None and shift.shape != A.shape[:1]:
-        raise ValueError(f"shift has shape {list(shift.shape)}, expected {[len(A)]}")
-    if screen not in SCREENS:
-        raise ValueError(f"screen is {screen!r}, expected one of {', '.join(SCREENS)}")
-    most = min(MOST_PER_ROW["triton"], B.shape[1]) if per_row else min(MOST["triton"], len(A) * B.shape[1])
-    if not 1 <= k <= most:
-        raise ValueError(f"k is {k}, expected 1 to {most}")
+factored_topk_triton.register_fake(factored_topk_outputs)

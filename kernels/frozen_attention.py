@@ -1,43 +1,28 @@
-"""frozen_attention on the tile core: a tile of scores becomes weights in registers by the known logsumexp and is
-multiplied with a block of columns of the values of all streams; no running maximum, nothing is rescaled.
+"""frozen_attention on the tile core: tiles of the attention patterns are recomputed and multiplied with the values.
 
-A program has BLOCK_M destinations of one head and BLOCK_C columns of streams x width. Transposed, keys are the
-destinations, and the query heads that share them their sources, from a key's own position on.
+A tile of scores becomes a tile of the pattern in registers, by the logsumexp of the clean run, so that nothing keeps a
+running maximum or is rescaled; it is multiplied with a block of columns of the values of all streams. A program has
+BLOCK_M destinations of one head and BLOCK_C columns of streams x width. In the transposed form (the backward pass) keys
+are the destinations, and the query heads that share them their sources, from a key's own position on.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfastcircuits.kernels.common import architecture, laid_out, rounded
 from pyfastcircuits.kernels.configs import Config, arithmetic, choose
-from pyfastcircuits.kernels.tile import dot, load_left, multiply
-from pyfastcircuits.ops.frozen_attention import frozen_attention_fake, save_patterns, transposed_patterns
+from pyfastcircuits.kernels.exp_sums import LOG2E, capped, finite, online_sum
+from pyfastcircuits.kernels.gradients import register_frozen_attention
+from pyfastcircuits.kernels.tile import dot, load_left, multiply, work_type
+from pyfastcircuits.shapes import check_shapes, frozen_attention_outputs
 
 __all__ = ["frozen_attention_triton"]
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.1219444005469057e-4)
-ALIGNMENT = 16  # elements between rows of q and k, so that loads are wide and can run ahead
-# A score that were fused into a subtraction in one kernel alone would not be the one whose logsumexp was taken. Left to
+# A score that is fused into a subtraction in one kernel alone would not be the one whose logsumexp was taken. Left to
 # itself, ptxas would rather spill than have few warps.
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
-
-
-@triton.jit
-def _tanh(x):
-    """By expm1, for what is small beside 1."""
-    x = tl.minimum(tl.maximum(x, -20.0), 20.0) * 2
-    n = tl.floor(x * LOG2E + 0.5)
-    f = x - n * LN2_HIGH - n * LN2_LOW
-    series = tl.zeros_like(f) + 1.0
-    for k in tl.static_range(14 if x.dtype == tl.float64 else 8):
-        series = 1.0 + series * f / (15.0 - k if x.dtype == tl.float64 else 9.0 - k)
-    power = tl.exp2(n)
-    less_one = series * f * power + (power - 1)
-    return less_one / (less_one + 2)
 
 
 @triton.jit
@@ -47,18 +32,16 @@ def _scores(
     sources,  # pointer to [T, DEPTH]
     n,  # [N]
     positions,
-    zeros,  # [M, N]
     DEPTH: tl.constexpr,
     SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores of a tile [M, N]; those of sources past the last repeat its."""
     columns = tl.minimum(n, positions - 1).to(tl.int64) * DEPTH
     end = positions.to(tl.int64) * DEPTH
-    scores = multiply(zeros, left, rows, sources, 1, columns, end, DEPTH, BLOCK_K, PRECISION) * SCALE
-    return _tanh(scores / SOFTCAP) * SOFTCAP if SOFTCAP > 0 else scores
+    return capped(multiply(left, rows, sources, 1, columns, end, DEPTH, BLOCK_K, PRECISION) * SCALE, CAP)
 
 
 @triton.jit
@@ -74,14 +57,14 @@ def attention_lse_kernel(
     window,
     DEPTH: tl.constexpr,
     SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Largest score of each query of a block, and the sum of exponentials relative to it."""
-    T: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    T: tl.constexpr = work_type(q.dtype.element_ty)
     blocks = tl.cdiv(positions, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks  # the last see the most keys
     row = tl.program_id(0) // blocks
@@ -99,16 +82,10 @@ def attention_lse_kernel(
         seen = (n[None, :] <= m[:, None]) & (m[:, None] - n[None, :] < window)
         if mask is not None:
             seen = seen & (tl.load(mask + batch * positions + n, n < positions, 0.0) > 0)[None, :]
-        zeros = tl.zeros([BLOCK_M, BLOCK_N], T)
         sources = k + head * positions * DEPTH
-        x = _scores(left, rows, sources, n, positions, zeros, DEPTH, SCALE, SOFTCAP, BLOCK_K, PRECISION)
-        x = tl.where(seen, x, float("-inf"))
-        taller = tl.maximum(top, tl.max(x, 1))
-        reference = tl.where(tl.abs(taller) < float("inf"), taller, 0.0)
-        total = tl.where(total == 0, 0.0, total * tl.exp2((top - reference) * LOG2E))
-        total += tl.sum(tl.exp2((x - reference[:, None]) * LOG2E), 1)
-        top = taller
-    tl.store(highest + place, tl.where(tl.abs(top) < float("inf"), top, 0.0), m < positions)
+        x = _scores(left, rows, sources, n, positions, DEPTH, SCALE, CAP, BLOCK_K, PRECISION)
+        top, total = online_sum(top, total, tl.where(seen, x, float("-inf")), SUBTRACT_FIRST=True)
+    tl.store(highest + place, finite(top), m < positions)
     tl.store(totals + place, total, m < positions)
 
 
@@ -132,7 +109,7 @@ def frozen_attention_kernel(
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    CAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -141,7 +118,7 @@ def frozen_attention_kernel(
     PRECISION: tl.constexpr,
 ):
     """Results of one block of destinations and of columns."""
-    T: tl.constexpr = tl.float64 if to.dtype.element_ty == tl.float64 else tl.float32
+    T: tl.constexpr = work_type(to.dtype.element_ty)
     blocks = tl.cdiv(positions, BLOCK_M)
     block = tl.program_id(0) % blocks
     if not TRANSPOSED:
@@ -169,10 +146,7 @@ def frozen_attention_kernel(
         home = (batch * heads_from + source).to(tl.int64) * positions
         for start in range(first, last, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            zeros = tl.zeros([BLOCK_M, BLOCK_N], T)
-            x = _scores(
-                left, rows, sources + home * DEPTH, n, positions, zeros, DEPTH, SCALE, SOFTCAP, BLOCK_K, PRECISION
-            )
+            x = _scores(left, rows, sources + home * DEPTH, n, positions, DEPTH, SCALE, CAP, BLOCK_K, PRECISION)
             there = n < positions
             if TRANSPOSED:
                 seen = (m[:, None] <= n[None, :]) & (n[None, :] - m[:, None] < window)
@@ -221,71 +195,54 @@ def frozen_attention_triton(
     """torch.ops.pyfastcircuits.frozen_attention by Triton: the same arguments and results, precision "tf32" as well.
 
     Raises:
-        ValueError: shapes that do not fit, a precision that the dtype does not have, or a transposed call without lse.
+        ValueError, TypeError: shapes or dtypes that do not fit, a precision that the dtype does not have, or a
+            transposed call without lse.
     """
-    _check(q, k, values, lse, pre, post, mask, transposed, precision)
-    arguments = (q, k, values, lse, pre, post, mask, scale, window, softcap, transposed, precision)
-    out, found = frozen_attention_fake(*arguments)
-    batches, heads, positions, rank = q.shape
+    if transposed and lse is None:
+        raise ValueError("lse is None, but the transposed form needs it")
+    sizes = check_shapes(
+        q=(q, "B H T r"),
+        k=(k, "B Hkv T r"),
+        values=(values, "S B H T s" if transposed else "S B Hkv T s"),
+        lse=(lse, "B H T", float),
+        pre=(pre, "B T", float),
+        post=(post, "B T", float),
+        mask=(mask, "B T", bool),
+    )
+    out, found = frozen_attention_outputs(
+        q, k, values, lse, pre, post, mask, scale, window, softcap, transposed, precision
+    )
+    batches, heads, positions = (sizes[x] for x in "BHT")
     if batches * heads * positions == 0:
         return out, found
-    arch = 90
-    if q.is_cuda:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        arch = 10 * major + minor
-    config, kind = launch(values.shape, rank, str(q.dtype).removeprefix("torch."), precision, arch)
-    # Memory holds rows of a head in order; for bf16 products, all factors are rounded here, once.
-    q, k = (_packed(x, kind) for x in (q, k))
-    values = (values.bfloat16() if kind == "bf16" else values).contiguous()
+    if not sizes["Hkv"] or heads % sizes["Hkv"]:
+        raise ValueError(f"q has {heads} heads, no multiple of k's {sizes['Hkv']}")
+    config, kind = launch(values.shape, sizes["r"], str(q.dtype).removeprefix("torch."), precision, architecture(q))
+    q, k, values = laid_out(q, kind), laid_out(k, kind), rounded(values, kind)
     # In the factors' own type: a narrower one would have fp64 products laid out as their instruction cannot have them.
-    mask = None if mask is None else mask.to(out.dtype).contiguous()
+    pre, post, mask = (None if x is None else x.to(out.dtype).contiguous() for x in (pre, post, mask))
     window = positions if window is None else min(window, positions)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
-    constants = {"DEPTH": q.shape[3], "SCALE": scale, "SOFTCAP": softcap or 0.0, "PRECISION": precision}
-    tiles = {name: config.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-    blocks = triton.cdiv(positions, tiles["BLOCK_M"])
+    constants = {"DEPTH": q.shape[3], "SCALE": scale, "CAP": softcap, "PRECISION": precision}
+    options = constants | config.options | OPTIONS
+    columns = options.pop("BLOCK_C")
+    blocks = config.count(positions, "BLOCK_M") * batches
     with torch.cuda.device_of(q):
         if lse is None:
             highest, totals = q.new_empty(2, batches, heads, positions, dtype=out.dtype)
-            attention_lse_kernel[(blocks * batches * heads,)](
-                q, k, mask, highest, totals, heads, k.shape[1], positions, window, **constants, **tiles, **options
+            attention_lse_kernel[(blocks * heads,)](
+                q, k, mask, highest, totals, heads, sizes["Hkv"], positions, window, **options
             )
-            found = highest.double() + totals.double().log()
-            lse = found
+            lse = found = highest.double() + totals.double().log()
         if values.numel():
             lse = lse.double().contiguous()
             high = lse.to(out.dtype)
             low = torch.where(high.isfinite(), lse - high, 0.0).to(out.dtype)
-            before, after = (
-                None if x is None else x.to(out.dtype).contiguous()
-                for x in ((post, pre) if transposed else (pre, post))
-            )
-            to, sources = (k, q) if transposed else (q, k)
-            frozen_attention_kernel[
-                (blocks * batches * to.shape[1], triton.cdiv(len(values) * values.shape[4], config.blocks["BLOCK_C"]))
-            ](
-                to,
-                sources,
-                values,
-                high,
-                low,
-                before,
-                after,
-                mask,
-                out,
-                batches,
-                to.shape[1],
-                sources.shape[1],
-                positions,
-                len(values),
-                window,
-                WIDTH=values.shape[4],
-                TRANSPOSED=transposed,
-                BLOCK_C=config.blocks["BLOCK_C"],
-                **constants,
-                **tiles,
-                **options,
-            )
+            to, sources, before, after = (k, q, post, pre) if transposed else (q, k, pre, post)
+            tensors = to, sources, values, high, low, before, after, mask, out
+            counts = batches, to.shape[1], sources.shape[1], positions, len(values), window
+            options |= {"WIDTH": sizes["s"], "TRANSPOSED": transposed, "BLOCK_C": columns}
+            grid = blocks * to.shape[1], config.count(len(values) * sizes["s"], "BLOCK_C")
+            frozen_attention_kernel[grid](*tensors, *counts, **options)
     return out, found
 
 
@@ -296,50 +253,5 @@ def launch(values: torch.Size, rank: int, dtype: str, precision: str, arch: int)
     return choose("frozen_attention", sizes, kind, arch), kind
 
 
-def _packed(x: Tensor, kind: str) -> Tensor:
-    if kind == "bf16":
-        x = x.bfloat16()
-    padding = ALIGNMENT if x.shape[3] == 0 else -x.shape[3] % ALIGNMENT
-    return torch.nn.functional.pad(x, (0, padding)).contiguous()
-
-
-@frozen_attention_triton.register_fake
-def _outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return frozen_attention_fake(*arguments)
-
-
-frozen_attention_triton.register_autograd(transposed_patterns(frozen_attention_triton), setup_context=save_patterns)
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    lse: Tensor | None,
-    pre: Tensor | None,
-    post: Tensor | None,
-    mask: Tensor | None,
-    transposed: bool,
-    precision: str,
-) -> None:
-    if q.dtype == torch.float64 and precision != "ieee":
-        raise ValueError(f"precision is {precision!r}, but q is float64, which has only 'ieee'")
-    if {k.dtype, values.dtype} != {q.dtype}:
-        raise ValueError(f"q is {q.dtype}, k {k.dtype} and values {values.dtype}: expected one dtype")
-    if transposed and lse is None:
-        raise ValueError("lse is None, but the transposed form needs it")
-    if q.dim() != 4 or k.dim() != 4 or (q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]):
-        raise ValueError(f"q has shape {list(q.shape)} and k {list(k.shape)}, expected [B, H, T, r] and [B, Hkv, T, r]")
-    batches, heads, positions, rank = q.shape
-    source_heads = heads if transposed else k.shape[1]
-    expected = {
-        "k": (k, (batches, k.shape[1], positions, rank)),
-        "values": (values, (len(values), batches, source_heads, positions, values.shape[-1])),
-        "lse": (lse, (batches, heads, positions)),
-        "pre": (pre, (batches, positions)),
-        "post": (post, (batches, positions)),
-        "mask": (mask, (batches, positions)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+frozen_attention_triton.register_fake(frozen_attention_outputs)
+register_frozen_attention(frozen_attention_triton, frozen_attention_triton)

@@ -1,9 +1,9 @@
-"""joint_nll on the tile core: the products of all single ablations with a tile of the vocabulary, then all their pairs.
+"""joint_nll on the tile core: a tile of the vocabulary is multiplied for all single ablations, then added up by pairs.
 
-Which rows a pair adds is known at run time alone, and registers cannot be chosen then: a program leaves its products in
-a scratch of its own, which is small enough for the caches, and reads them back for every pair. Each pair's running
-maximum and sum lie beside it, in two copies: tiles read one and write the other, in turn, so that no thread can see
-what another has already written.
+Which single ablations a pair adds is known at run time alone, and registers cannot be chosen then: a program stores its
+products in a scratch of its own, which is small enough for the caches, and reads them back for every pair. The running
+maximum and sum of each pair's online softmax lie beside it, in two copies: tiles read one and write the other, in turn,
+so that no thread can see what another has already written.
 """
 
 import torch
@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.exp_sums import LOG2E, capped, clean_means, expected, logsumexp, reference
-from pyfastcircuits.kernels.sweep import check_changes, configured, padded
-from pyfastcircuits.kernels.tile import load_left, multiply
+from pyfastcircuits.kernels.common import configure, laid_out, rounded
+from pyfastcircuits.kernels.exp_sums import LOG2E, capped, clean_means, expected, logsumexp, online_sum
+from pyfastcircuits.kernels.sweep import existing
+from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of, work_type
+from pyfastcircuits.shapes import check_shapes, joint_nll_outputs, work_dtype
 
 __all__ = ["joint_nll_triton"]
 
@@ -24,7 +26,7 @@ CHANGES_WARPS = 2  # times as many where changes are summed too: the registers o
 def joint_nll_kernel(
     base,  # [T, V]
     delta,  # [S, T, r]
-    basis,  # [G, r, basis_stride]
+    basis,  # [G, r, stride]
     tokens,  # [T, K]
     group,  # [S]
     starts,  # [S + 1]: where each single's pairs, of which it is the first, start and end
@@ -42,7 +44,7 @@ def joint_nll_kernel(
     vocabulary,
     groups,
     choices,
-    basis_stride,
+    stride,
     splits,
     tiles_a_split,
     RANK: tl.constexpr,
@@ -53,7 +55,7 @@ def joint_nll_kernel(
     CAP: tl.constexpr,
 ):
     """Sums of exponentials of all pairs at one block of positions over one split of the vocabulary."""
-    T: tl.constexpr = tl.float64 if base.dtype.element_ty == tl.float64 else tl.float32
+    T: tl.constexpr = work_type(base.dtype.element_ty)
     TILE: tl.constexpr = BLOCK_T * BLOCK_V
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -64,20 +66,16 @@ def joint_nll_kernel(
     cell = row[:, None] + tl.arange(0, BLOCK_V)[None, :]
     if clean_lse is not None:
         clean_lse = tl.load(clean_lse + t).to(T)
-    begin = split * tiles_a_split
-    end = tl.minimum((split + 1) * tiles_a_split, tl.cdiv(vocabulary, BLOCK_V))
+    begin, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
     for tile in range(begin, end):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         there = (columns < vocabulary)[None, :]
         for single in range(singles):
-            asked = tl.load(group + single)
-            home = tl.minimum(tl.maximum(asked, 0), groups - 1)
-            poison = tl.where(asked == home, 0.0, float("nan"))  # a group that does not exist is not to be read
+            home, poison = existing(tl.load(group + single), groups)
             rows = delta + (single * positions + t) * RANK
             left = load_left(rows, 0, RANK, BLOCK_K)
-            zeros = tl.zeros([BLOCK_T, BLOCK_V], T)
-            right = basis + home * RANK * basis_stride
-            product = multiply(zeros, left, rows, right, basis_stride, columns, basis_stride, RANK, BLOCK_K, PRECISION)
+            start = basis + home * RANK * stride
+            product = multiply(left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
             tl.store(products + single * TILE + cell, product + poison.to(T))
         tl.debug_barrier()
 
@@ -92,17 +90,12 @@ def joint_nll_kernel(
             begun = clean + tl.load(products + single * TILE + cell)
             for p in range(place, stop):
                 logits = begun + tl.load(products + tl.load(second + p) * TILE + cell)
-                if CAP is not None:
-                    logits = capped(logits, CAP)
-                logits = tl.where(there, logits, float("-inf"))
+                logits = tl.where(there, capped(logits, CAP), float("-inf"))
                 source = (old.to(tl.int64) * pairs + p) * positions + t
                 target = (new.to(tl.int64) * pairs + p) * positions + t
                 before = tl.load(highest + source, inside & (tile > begin), float("-inf"))
                 total = tl.load(totals + source, inside & (tile > begin), 0.0)
-                tallest = tl.maximum(before, tl.max(logits, 1))
-                level = reference(tallest)
-                total = tl.where(total == 0, 0.0, total * tl.exp2(reference(before) - level))
-                total += tl.sum(tl.exp2(logits * LOG2E - level[:, None]), 1)
+                tallest, total = online_sum(before, total, logits)
                 tl.store(highest + target, tallest, inside)
                 tl.store(totals + target, total, inside)
                 if clean_lse is not None:
@@ -119,10 +112,8 @@ def joint_nll_kernel(
                 for p in range(pairs):
                     one = tl.load(products + tl.load(first + p) * TILE + row + offset, here, 0.0)
                     other = tl.load(products + tl.load(second + p) * TILE + row + offset, here, 0.0)
-                    logit = start + one + other
-                    if CAP is not None:
-                        logit = capped(logit, CAP)
-                    tl.store(picked + (p * positions + t) * choices + k, logit.to(tl.float64), here)
+                    logit = capped(start + one + other, CAP).to(tl.float64)
+                    tl.store(picked + (p * positions + t) * choices + k, logit, here)
         tl.debug_barrier()
 
 
@@ -144,65 +135,48 @@ def joint_nll_triton(
     this.
 
     Raises:
-        ValueError: shapes that do not fit, or a precision that the dtype does not have.
+        ValueError, TypeError: shapes or dtypes that do not fit, or a precision that the dtype does not have.
     """
-    (singles, positions, rank), vocabulary = delta.shape, base.shape[1]
-    wanted = {"tokens": (tokens, (positions, tokens.shape[-1])), "clean_lse": (clean_lse, (positions,))}
-    check_changes(base, delta, basis, group, precision, **wanted, pairs=(pairs, (len(pairs), 2)))
-    if len(pairs) > singles == 0:
-        raise ValueError(f"pairs has shape {list(pairs.shape)}, but delta {list(delta.shape)} holds no ablation")
-    lse, picked, change = _outputs(base, delta, basis, tokens, group, pairs, clean_lse, precision)
+    sizes = check_shapes(
+        base=(base, "T V"),
+        delta=(delta, "S T r"),
+        basis=(basis, "G r V"),
+        tokens=(tokens, "T K", int),
+        group=(group, "S", int),
+        pairs=(pairs, "P 2", int),
+        clean_lse=(clean_lse, "T", float),
+    )
+    if len(pairs) > 0 and 0 in (sizes["S"], sizes["G"]):
+        shapes = f"delta {list(delta.shape)} holds no ablation or basis {list(basis.shape)} no group"
+        raise ValueError(f"pairs has shape {list(pairs.shape)}, but {shapes}")
+    lse, picked, change = joint_nll_outputs(base, delta, basis, tokens, group, pairs, clean_lse)
     if lse.numel() == 0:
         return lse, picked, change
-    sizes = {"S": singles, "T": positions, "V": vocabulary, "r": rank}
-    config, kind = configured("joint_nll", base, sizes, precision)
-    work = torch.promote_types(base.dtype, torch.float32)
+    config, kind = configure("joint_nll", sizes, base, precision)
+    work, singles, positions = work_dtype(base), len(delta), len(base)
     chosen = pairs.clamp(0, singles - 1)
     order = chosen[:, 0].argsort(stable=True)
     first, second = chosen[order].T.contiguous()
     starts = torch.searchsorted(first, torch.arange(singles + 1, device=base.device))
-    if kind == "bf16":
-        delta, basis = delta.bfloat16(), basis.bfloat16()
-    moved = None if cap or clean_lse is None else _singles_change(base, delta, basis, group, clean_lse, work)
-    basis = padded(basis)
-    programs = triton.cdiv(positions, config.blocks["BLOCK_T"]) * config.splits
-    tile = config.blocks["BLOCK_T"] * config.blocks["BLOCK_V"]
+    delta, basis = rounded(delta, kind), laid_out(basis, kind)
     shape = (2, config.splits, len(pairs), positions)
     highest, totals = base.new_full(shape, -torch.inf, dtype=work), base.new_zeros(shape, dtype=work)
-    changes = torch.zeros_like(totals) if clean_lse is not None and cap else None
+    changes, moved = None, None
+    if clean_lse is not None and cap:
+        clean_lse, changes = clean_lse.contiguous(), torch.zeros_like(totals)
+    elif clean_lse is not None:
+        moved, clean_lse = _singles_change(base, delta, basis, group, clean_lse, work), None
+    programs = config.count(positions, "BLOCK_T") * config.splits
+    products = base.new_empty(programs, singles, config.blocks["BLOCK_T"] * config.blocks["BLOCK_V"], dtype=work)
     sorted_picked = torch.zeros_like(picked)
+    tensors = base.contiguous(), delta, basis, tokens.contiguous(), group.contiguous(), starts, first, second
+    results = clean_lse, products, highest, totals, changes, sorted_picked
+    counts = singles, len(pairs), *base.shape, len(basis), tokens.shape[1], basis.shape[2], config.splits
+    options = config.options | {"num_warps": config.num_warps * (1 if changes is None else CHANGES_WARPS)}
+    constants = {"RANK": sizes["r"], "PRECISION": precision, "CAP": cap}
     with torch.cuda.device_of(base):
-        joint_nll_kernel[(programs,)](
-            base.contiguous(),
-            delta.contiguous(),
-            basis,
-            tokens.contiguous(),
-            group.contiguous(),
-            starts,
-            first,
-            second,
-            None if changes is None else clean_lse.contiguous(),
-            base.new_empty(programs, singles, tile, dtype=work),
-            highest,
-            totals,
-            changes,
-            sorted_picked,
-            singles,
-            len(pairs),
-            positions,
-            vocabulary,
-            len(basis),
-            tokens.shape[1],
-            basis.shape[2],
-            config.splits,
-            triton.cdiv(triton.cdiv(vocabulary, config.blocks["BLOCK_V"]), config.splits),
-            RANK=rank,
-            PRECISION=precision,
-            CAP=cap,
-            num_warps=config.num_warps * (1 if changes is None else CHANGES_WARPS),
-            num_stages=config.num_stages,
-            **config.blocks,
-        )
+        tiles = config.tiles(base.shape[1], "BLOCK_V")
+        joint_nll_kernel[(programs,)](*tensors, *results, *counts, tiles, **constants, **options)
         tallest = highest[0]
         references = torch.where(tallest.isfinite(), tallest * LOG2E.value, 0.0)
         poison = torch.where((pairs == chosen).all(-1), 0.0, torch.nan).double()[:, None]
@@ -228,19 +202,4 @@ def _singles_change(
     return torch.where((group == home)[:, None], moved, torch.nan)
 
 
-@joint_nll_triton.register_fake
-def _outputs(
-    base: Tensor,
-    delta: Tensor,
-    basis: Tensor,
-    tokens: Tensor,
-    group: Tensor,
-    pairs: Tensor,
-    clean_lse: Tensor | None,
-    precision: str,
-    cap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    P, T = len(pairs), len(base)
-    shapes = ((P, T), (P, T, tokens.shape[1]), (0 if clean_lse is None else P, T))
-    lse, picked, change = (base.new_empty(shape, dtype=torch.float64) for shape in shapes)
-    return lse, picked, change
+joint_nll_triton.register_fake(joint_nll_outputs)

@@ -1,46 +1,71 @@
-"""The logits base[t] + delta[p, t] @ basis[group[p]] of many ablations p, a tile at a time.
+"""The ablated logits base[t] + delta[p, t] @ basis[group[p]], a tile at a time: what sweep_nll and target_ranks share.
 
 A block's rows are BLOCK_P ablations x BLOCK_T positions: ablations at the same position share a row of clean logits,
-those of one group a tile of the basis.
+those of one group a tile of the basis. Ablations are sorted by group, and a block walks over the vocabulary once for
+each group that it has:
+
+    g = next_group(home, -1, groups)
+    while g < groups:
+        ...
+        g = next_group(home, g, groups)
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.configs import Config, arithmetic, choose
+from pyfastcircuits.kernels.common import configure, laid_out, rounded
+from pyfastcircuits.kernels.configs import Config
 from pyfastcircuits.kernels.exp_sums import capped
 from pyfastcircuits.kernels.tile import multiply
 
-__all__ = ["ALIGNMENT", "check_changes", "configured", "logits_of", "padded", "rows_of"]
+__all__ = ["block_and_split", "existing", "logits_of", "next_group", "prepared", "rows_of"]
 
-ALIGNMENT = 16  # elements between rows of the basis, so that loads are wide and can run ahead
+
+@triton.jit
+def block_and_split(pairs, splits, BLOCK_P: tl.constexpr):
+    """A program's block of rows and split of the vocabulary.
+
+    Programs that run together differ in their ablations first: they read the same clean logits from the L2 cache.
+    """
+    pair_blocks = tl.cdiv(pairs, BLOCK_P)
+    place = tl.program_id(0) // pair_blocks
+    return place // splits * pair_blocks + tl.program_id(0) % pair_blocks, place % splits
+
+
+@triton.jit
+def existing(asked, groups):
+    """The group to read for one that is asked for, and what to add to its results: NaN where there is no such group."""
+    home = tl.minimum(tl.maximum(asked, 0), groups - 1)
+    return home, tl.where(asked == home, 0.0, float("nan"))
 
 
 @triton.jit
 def rows_of(order, group, pairs, positions, groups, block, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Ablation, position, group and whether to store, of every row of a block; all [M].
+    """Ablation, position, group, NaN or 0 to add, and whether to store, of every row of a block; all [M].
 
-    Rows past the ends repeat the last ablation or position. A group that does not exist is not to be read: NaN is
-    stored instead.
+    Rows past the ends repeat the last ablation or position.
     """
     row = tl.arange(0, BLOCK_P * BLOCK_T)
     pair_blocks = tl.cdiv(pairs, BLOCK_P)
     slot = block % pair_blocks * BLOCK_P + row // BLOCK_T
     t = block // pair_blocks * BLOCK_T + row % BLOCK_T
     pair = tl.load(order + tl.minimum(slot, pairs - 1))
-    asked = tl.load(group + pair)
-    home = tl.minimum(tl.maximum(asked, 0), groups - 1)
-    poison = tl.where(asked == home, 0.0, float("nan"))
-    return pair, tl.minimum(t, positions - 1).to(tl.int64), home, poison, (slot < pairs) & (t < positions)
+    home, poison = existing(tl.load(group + pair), groups)
+    inside = (slot < pairs) & (t < positions)
+    return pair, tl.minimum(t, positions - 1).to(tl.int64), home.to(tl.int32), poison, inside
+
+
+@triton.jit
+def next_group(home, after, groups):
+    """The lowest group above `after` of a block's rows; `groups` where there is none."""
+    return tl.min(tl.where(home > after, home, groups)).to(tl.int64)
 
 
 @triton.jit
 def logits_of(
-    base,  # [M] pointers
+    base,  # [M] pointers to the rows of clean logits
     scale,  # [M] or None
-    total,  # [M, N] zeros
     left,
     rows,
     start,
@@ -54,7 +79,7 @@ def logits_of(
 ):
     """The ablated logits [M, N] and the clean ones as they are given; -inf in columns from `end` on."""
     # Added to the base afterwards: a sum that starts from a large logit would round at every step.
-    product = multiply(total, left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
+    product = multiply(left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
     clean = tl.load(base[:, None] + columns[None, :], (columns < end)[None, :], float("-inf"))
     logits = product + clean
     if scale is not None:
@@ -64,42 +89,18 @@ def logits_of(
     return logits, clean
 
 
-def configured(op: str, base: Tensor, sizes: dict[str, int], precision: str) -> tuple[Config, str]:
-    """How `op` is launched on base's device, and what multiplies."""
-    arch = 90
-    if base.is_cuda:
-        major, minor = torch.cuda.get_device_capability(base.device)
-        arch = 10 * major + minor
-    kind = arithmetic(str(base.dtype).removeprefix("torch."), precision)
-    return choose(op, sizes, kind, arch), kind
+def prepared(
+    op: str, sizes: dict[str, int], base: Tensor, delta: Tensor, basis: Tensor, group: Tensor, precision: str
+) -> tuple[Config, tuple[Tensor, ...], tuple[int, ...]]:
+    """How `op` is launched; base, delta, basis, the order of ablations by group, and group, as kernels read them; and
+    the sizes P, T, V, G and the basis' row stride.
 
-
-def padded(basis: Tensor) -> Tensor:
-    """Contiguous, with aligned rows."""
-    return torch.nn.functional.pad(basis, (0, -basis.shape[-1] % ALIGNMENT)).contiguous()
-
-
-def check_changes(
-    base: Tensor,
-    delta: Tensor,
-    basis: Tensor,
-    group: Tensor,
-    precision: str,
-    **others: tuple[Tensor | None, tuple[int, ...]],
-) -> None:
-    """Raise ValueError for shapes or dtypes that do not fit; `others`: more tensors and the shapes they are to have."""
-    if base.dtype == torch.float64 and precision != "ieee":
-        raise ValueError(f"precision is {precision!r}, but base is float64, which has only 'ieee'")
-    if {delta.dtype, basis.dtype} != {base.dtype}:
-        raise ValueError(f"base is {base.dtype}, delta {delta.dtype} and basis {basis.dtype}: expected one dtype")
-    pairs, _, rank = delta.shape
-    positions, vocabulary = base.shape
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "delta": (delta, (pairs, positions, rank)),
-        "basis": (basis, (max(len(basis), 1), rank, vocabulary)),
-        "group": (group, (pairs,)),
-        **others,
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    Raises:
+        ValueError: no group at all, or a precision that float64 does not have.
+    """
+    if len(basis) == 0:
+        raise ValueError(f"basis has shape {list(basis.shape)}: no groups")
+    config, kind = configure(op, sizes, base, precision)
+    basis = laid_out(basis, kind)
+    tensors = base.contiguous(), rounded(delta, kind), basis, group.argsort(stable=True), group.contiguous()
+    return config, tensors, (len(delta), *base.shape, len(basis), basis.shape[2])

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.sweep import check_changes, configured, logits_of, padded, rows_of
-from pyfastcircuits.kernels.tile import load_left
+from pyfastcircuits.kernels.sweep import block_and_split, logits_of, next_group, prepared, rows_of
+from pyfastcircuits.kernels.tile import load_left, tiles_of
+from pyfastcircuits.shapes import check_shapes, target_ranks_outputs, work_dtype
 
 __all__ = ["target_ranks_triton"]
 
@@ -15,17 +16,17 @@ __all__ = ["target_ranks_triton"]
 def target_ranks_kernel(
     base,  # [T, V]
     delta,  # [P, T, r]
-    basis,  # [G, r, basis_stride]
-    tokens,  # [T]
+    basis,  # [G, r, stride]
     order,  # [P] ablations sorted by group
     group,  # [P]
+    tokens,  # [T]
     thresholds,  # [P, T]
     ranks,  # [P, T] zeros
     pairs,
     positions,
     vocabulary,
     groups,
-    basis_stride,
+    stride,
     splits,
     tiles_a_split,
     RANK: tl.constexpr,
@@ -35,45 +36,30 @@ def target_ranks_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what one block of rows finds in one split of the vocabulary."""
-    T: tl.constexpr = tl.float64 if base.dtype.element_ty == tl.float64 else tl.float32
-    pair_blocks = tl.cdiv(pairs, BLOCK_P)
-    split = tl.program_id(0) // pair_blocks % splits
-    block = tl.program_id(0) // pair_blocks // splits * pair_blocks + tl.program_id(0) % pair_blocks
+    """Adds the counts of one block of rows in one split of the vocabulary."""
+    block, split = block_and_split(pairs, splits, BLOCK_P)
     pair, t, home, _poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     out = pair * positions + t
+    base += t * vocabulary
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
     bar = tl.load(thresholds + out)
     token = tl.load(tokens + t)
-    g = tl.min(home)
-    last = tl.max(home)
-    while g <= last:
-        start = basis + g * RANK * basis_stride
+    first, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
+    g = next_group(home, -1, groups)
+    while g < groups:
+        start = basis + g * RANK * stride
         count = tl.zeros([BLOCK_P * BLOCK_T], tl.int32)
-        for tile in range(split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tl.cdiv(vocabulary, BLOCK_V))):
+        for tile in range(first, end):
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            zeros = tl.zeros([BLOCK_P * BLOCK_T, BLOCK_V], T)
             logits, _clean = logits_of(
-                base + t * vocabulary,
-                None,
-                zeros,
-                left,
-                rows,
-                start,
-                basis_stride,
-                columns,
-                vocabulary,
-                RANK,
-                BLOCK_K,
-                PRECISION,
-                None,
+                base, None, left, rows, start, stride, columns, vocabulary, RANK, BLOCK_K, PRECISION, None
             )
             others = (columns < vocabulary)[None, :] & (columns[None, :] != token[:, None])
             count += tl.sum(((logits > bar[:, None]) & others).to(tl.int32), 1)
-        # Of integers: in any order the same.
+        # Integers add up to the same in any order.
         tl.atomic_add(ranks + out, count.to(tl.int64), inside & (home == g), sem="relaxed")
-        g = tl.min(tl.where(home > g, home, last + 1))
+        g = next_group(home, g, groups)
 
 
 @torch.library.custom_op("pyfastcircuits::target_ranks_triton", mutates_args=())
@@ -91,51 +77,31 @@ def target_ranks_triton(
     A group outside [0, G) gives -1: CUDA tensors are not read to check this.
 
     Raises:
-        ValueError: shapes that do not fit, or a precision that the dtype does not have.
+        ValueError, TypeError: shapes or dtypes that do not fit, or a precision that the dtype does not have.
     """
-    (pairs, positions, rank), vocabulary = delta.shape, base.shape[1]
-    wanted = {"tokens": (tokens, (positions,)), "thresholds": (thresholds, (pairs, positions))}
-    check_changes(base, delta, basis, group, precision, **wanted)
-    ranks = _outputs(base, delta, basis, tokens, group, thresholds, precision).zero_()
+    sizes = check_shapes(
+        base=(base, "T V"),
+        delta=(delta, "P T r"),
+        basis=(basis, "G r V"),
+        tokens=(tokens, "T", int),
+        group=(group, "P", int),
+        thresholds=(thresholds, "P T", float),
+    )
+    ranks = target_ranks_outputs(base, delta).zero_()
     if ranks.numel() == 0:
         return ranks
-    sizes = {"P": pairs, "T": positions, "V": vocabulary, "r": rank, "G": len(basis)}
-    config, kind = configured("target_ranks", base, sizes, precision)
-    if kind == "bf16":
-        delta, basis = delta.bfloat16(), basis.bfloat16()
-    basis = padded(basis)
-    # The largest number not above each: what a logit exceeds just where it exceeds the threshold.
-    bars = thresholds.to(torch.promote_types(base.dtype, torch.float32))
+    config, tensors, counts = prepared("target_ranks", sizes, base, delta, basis, group, precision)
+    # The largest number not above each threshold: a logit exceeds the one just where it exceeds the other.
+    bars = thresholds.to(work_dtype(base))
     bars = torch.where(bars.double() > thresholds, bars.nextafter(torch.full_like(bars, -torch.inf)), bars)
-    row_blocks = triton.cdiv(pairs, config.blocks["BLOCK_P"]) * triton.cdiv(positions, config.blocks["BLOCK_T"])
+    tensors = *tensors, tokens.contiguous(), bars.contiguous(), ranks
+    row_blocks = config.count(len(delta), "BLOCK_P") * config.count(len(base), "BLOCK_T")
+    tiles = config.tiles(base.shape[1], "BLOCK_V")
     with torch.cuda.device_of(base):
         target_ranks_kernel[(row_blocks * config.splits,)](
-            base.contiguous(),
-            delta.contiguous(),
-            basis,
-            tokens.contiguous(),
-            group.argsort(stable=True),
-            group.contiguous(),
-            bars.contiguous(),
-            ranks,
-            pairs,
-            positions,
-            vocabulary,
-            len(basis),
-            basis.shape[2],
-            config.splits,
-            triton.cdiv(triton.cdiv(vocabulary, config.blocks["BLOCK_V"]), config.splits),
-            RANK=rank,
-            PRECISION=precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **config.blocks,
+            *tensors, *counts, config.splits, tiles, RANK=sizes["r"], PRECISION=precision, **config.options
         )
         return torch.where(((group < 0) | (group >= len(basis)))[:, None], -1, ranks)
 
 
-@target_ranks_triton.register_fake
-def _outputs(
-    base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, group: Tensor, thresholds: Tensor, precision: str
-) -> Tensor:
-    return base.new_empty(delta.shape[:2], dtype=torch.long)
+target_ranks_triton.register_fake(target_ranks_outputs)

@@ -1,8 +1,8 @@
-"""The tile core: a low-rank product consumed by an epilogue before it is stored.
+"""The tile core: one tile of a low-rank product, which the op's epilogue consumes before anything is stored.
 
 A kernel holds pointers to the rows of its left factor and to the start of its right one, both contiguous along their
-last axis. `multiply` adds the product of one tile to a given tile, in registers; what the kernel then does with it is
-the op. A left tile that spans the whole inner dimension is loaded once, by `load_left`, and kept.
+last axis. `multiply` gives one tile of the product, in registers; the op is the epilogue that follows. A left tile that
+spans the whole inner dimension is loaded once, by `load_left`, and kept.
 """
 
 import os
@@ -12,6 +12,18 @@ import triton.language as tl
 
 # The interpreter multiplies the bit patterns of bfloat16 operands.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.constexpr_function
+def work_type(element):
+    """The type of sums: the factors' own, and float32 for bfloat16."""
+    return tl.float64 if element == tl.float64 else tl.float32
+
+
+@triton.jit
+def tiles_of(split, tiles_a_split, columns, BLOCK: tl.constexpr):
+    """The first tile of columns of a split, and the end of its tiles."""
+    return split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tl.cdiv(columns, BLOCK))
 
 
 @triton.jit
@@ -62,7 +74,6 @@ def dot(
 
 @triton.jit
 def multiply(
-    total,  # [M, N]
     left,  # [M, BLOCK_K], used where DEPTH <= BLOCK_K
     rows,  # [M] pointers, used where DEPTH > BLOCK_K
     start,
@@ -73,7 +84,8 @@ def multiply(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """total + (rows of the left factor) @ (columns of the right factor)."""
+    """The product [M, N] of rows of the left factor and columns of the right one, in the type of sums."""
+    total = tl.zeros([rows.shape[0], columns.shape[0]], work_type(left.dtype))
     if DEPTH <= BLOCK_K:
         total = dot(left, load_right(start, stride, columns, end, 0, DEPTH, BLOCK_K), total, PRECISION)
     else:

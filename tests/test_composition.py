@@ -291,8 +291,8 @@ def test_errors():
 def test_every_pair_of_the_trained_model(kind, route, monkeypatch):
     weights = load_weights("induction-2l")
     exact = composition_scores(weights.to(torch.float64), kind)
-    chosen = partial(ops.pair_statistics, route=route)
-    monkeypatch.setattr("pyfastcircuits.circuits.composition.pair_statistics", chosen)
+    chosen = partial(ops.factored_pair_norms, route=route)
+    monkeypatch.setattr("pyfastcircuits.circuits.composition.factored_pair_norms", chosen)
     ours = composition_scores(weights, kind).double()
     assert float(((ours - exact).abs() / exact.where(exact > 0, 1)).max()) <= 1e-5
 

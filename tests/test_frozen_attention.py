@@ -324,7 +324,7 @@ BAD = {
     "precision": ({"precision": "fp8"}, ValueError, "precision is 'fp8', expected one of ieee"),
     "tf32 on the CPU": ({"precision": "tf32"}, RuntimeError, "precision is 'tf32', expected 'ieee' or 'bf16'"),
     "backend": ({"backend": "tpu"}, ValueError, "backend is 'tpu', expected one of auto"),
-    "cuda": ({"backend": "cuda"}, RuntimeError, r"backend='cuda': frozen_attention has no CUDA C\+\+ kernel"),
+    "cuda": ({"backend": "cuda"}, RuntimeError, r"no CUDA C\+\+ kernel of frozen_attention; take"),
 }
 
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.sweep_cases import make
+from support.sweep_cases import make, partial
 from support.topk_cases import whole_numbers
 
 import pyfastcircuits
-from pyfastcircuits import ops
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -118,7 +117,7 @@ def test_cuda_without_a_device() -> None:
     with pytest.raises(RuntimeError, match="no CUDA device"):
         torch.ops.pyfastcircuits.sweep_nll.default.redispatch(key, *sweep, "ieee")
     with pytest.raises(RuntimeError, match="backend='cuda' needs a CUDA device"):
-        ops.sweep_statistics(*sweep, backend="cuda")
+        partial(sweep, backend="cuda")
     A, B, shift = whole_numbers(4, 6, 3)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         torch.ops.pyfastcircuits.factored_topk.default.redispatch(key, A, B, 2, True, False, shift, "auto")

@@ -186,7 +186,9 @@ def test_factors_that_are_products_and_shared(tier, route, dtype):
     x = left_outer.double() @ left.double().repeat_interleave(2, 0)
     y = right.double().repeat_interleave(2, 0) @ right_outer.double()
     before = torch.tensor([6, 0, 2, 5])
-    ours = ops.pair_statistics(left, right, left_outer=left_outer, right_outer=right_outer, before=before, route=route)
+    ours = ops.factored_pair_norms(
+        left, right, left_outer=left_outer, right_outer=right_outer, before=before, route=route
+    )
     # bfloat16 factors are rounded once more where they are stored
     rounding = 1e-2 if dtype == torch.bfloat16 and route == "products" else 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(ours.norms.double(), reference.pair_norms(x, y, before), rtol=rounding, atol=0)
@@ -204,7 +206,7 @@ def test_several_rights_stand_one_after_the_other(tier, route):
     left[4, :, 64:] = 0
     rights, outers = [right, other.mT.contiguous().mT], [torch.randn(6, 16, 16), torch.eye(16).expand(2, -1, -1)]
     before = torch.tensor([10, 0, 3, 9, 10, 7, 5, 10])
-    ours = ops.pair_statistics(left, rights, right_outer=outers, before=before, route=route)
+    ours = ops.factored_pair_norms(left, rights, right_outer=outers, before=before, route=route)
     y = torch.cat([right.repeat_interleave(2, 0) @ outers[0], other])
     exact = reference.pair_norms(left, y, before)
     torch.testing.assert_close(ours.norms.double(), exact, rtol=1e-5, atol=0)
@@ -217,7 +219,7 @@ def test_gradients_reach_outer_factors():
     left.requires_grad_()
     for route in ROUTES:
         assert torch.autograd.gradcheck(
-            lambda a, o, route=route: ops.pair_statistics(a, right, left_outer=o, route=route).norms, (left, outer)
+            lambda a, o, route=route: ops.factored_pair_norms(a, right, left_outer=o, route=route).norms, (left, outer)
         )
 
 
@@ -234,18 +236,18 @@ def test_gradients_reach_outer_factors():
 def test_errors_of_outer_factors(outer, error, message):
     left, right = factors(4, 5, 3, 7, 2, torch.float32)
     with pytest.raises(error, match=message):
-        ops.pair_statistics(left, right, left_outer=outer)
+        ops.factored_pair_norms(left, right, left_outer=outer)
 
 
 def test_errors_of_several_rights():
     left, right = factors(4, 5, 3, 7, 2, torch.float32)
     wide = torch.ones(5, 7, 3)
     with pytest.raises(ValueError, match="right has 2 tensors and right_outer 1"):
-        ops.pair_statistics(left, [right, right], right_outer=[torch.ones(5, 2, 2)])
+        ops.factored_pair_norms(left, [right, right], right_outer=[torch.ones(5, 2, 2)])
     with pytest.raises(ValueError, match="right has 0 tensors"):
-        ops.pair_statistics(left, [])
+        ops.factored_pair_norms(left, [])
     with pytest.raises(ValueError, match=r"end in \[2, 3\] columns"):
-        ops.pair_statistics(left, [right, wide])
+        ops.factored_pair_norms(left, [right, wide])
     op = torch.ops.pyfastcircuits.pair_grams
     for arguments, message in (
         ((left, [], None, [], None), "right is empty"),
@@ -302,7 +304,7 @@ def test_reference_backend():
         ({"route": "fast"}, ValueError, "route is 'fast'"),
         ({"route": "gram", "precision": "bf16"}, ValueError, "route='gram'"),
         ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),
-        ({"backend": "cuda"}, RuntimeError, "backend='cuda': pair_norms has no CUDA C\\+\\+ kernel; use 'triton'"),
+        ({"backend": "cuda"}, RuntimeError, "no CUDA C\\+\\+ kernel of pair_norms; take backend='triton'"),
     ],
 )
 def test_errors(change, error, message):

@@ -36,7 +36,7 @@ class Seen(TorchDispatchMode):
 def test_products(layout, monkeypatch):
     left, right = matrices(layout)
     monkeypatch.setattr(products, "SMALLEST", 1)
-    with Seen() as seen, products.FastProducts():
+    with Seen() as seen, products.OneDnnMatmul():
         ours = torch.bmm(left, right) if left.dim() == 3 else left @ right
     assert_as_accurate(ours, left @ right, left.double() @ right.double(), tiny=1e-4)
     if torch.backends.mkldnn.is_available():
@@ -47,7 +47,7 @@ def test_no_large_copies(monkeypatch):
     monkeypatch.setattr(products, "SMALLEST", 1)
     monkeypatch.setattr(products, "COPIED", 4 * 130 * 497 - 1)
     left, right = matrices("a slice")
-    with Seen() as seen, products.FastProducts():
+    with Seen() as seen, products.OneDnnMatmul():
         ours = left @ right
     assert torch.equal(ours, left @ right)
     assert not hasattr(seen, "factors")
@@ -57,18 +57,46 @@ def test_biases_and_gradients(monkeypatch):
     monkeypatch.setattr(products, "SMALLEST", 1)
     left, right = (x.requires_grad_() for x in matrices("rows"))
     bias = torch.randn(600, requires_grad=True)
-    with products.FastProducts():
+    with products.OneDnnMatmul():
         ours = torch.autograd.grad(torch.addmm(bias, left, right).square().sum(), (bias, left, right))
     theirs = torch.autograd.grad(torch.addmm(bias, left, right).square().sum(), (bias, left, right))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
 
 
+def multiplied_by_torch(monkeypatch) -> bool:
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    left, right = matrices("rows")
+    with Seen() as seen, products.OneDnnMatmul():
+        ours = left @ right
+    return not hasattr(seen, "factors") and torch.equal(ours, left @ right)
+
+
+def test_torch_is_one_whose_operator_is_known():
+    """A torch that fails this has changed it: see what SCHEMA says, and whether products are as exact and as fast."""
+    assert products.available() == torch.backends.mkldnn.is_available()
+
+
+def test_the_switch(monkeypatch):
+    monkeypatch.setenv("PYFASTCIRCUITS_ONEDNN", "0")
+    assert multiplied_by_torch(monkeypatch)
+    monkeypatch.setenv("PYFASTCIRCUITS_ONEDNN", "1")
+    assert multiplied_by_torch(monkeypatch) != products.available()
+
+
+def test_a_torch_without_the_operator_multiplies_itself(monkeypatch):
+    products.available.cache_clear()
+    monkeypatch.setattr(products, "SCHEMA", "another")
+    assert not products.available()
+    assert multiplied_by_torch(monkeypatch)
+    products.available.cache_clear()
+
+
 def test_the_compiler_is_not_imported():
     """Torch would import it at the first product, which takes a second."""
     code = (
-        "import sys, torch; from pyfastcircuits.ops.onednn import FastProducts\n"
-        "with FastProducts(): torch.ones(2048, 1024) @ torch.ones(1024, 1024)\n"
+        "import sys, torch; from pyfastcircuits.ops.onednn import OneDnnMatmul\n"
+        "with OneDnnMatmul(): torch.ones(2048, 1024) @ torch.ones(1024, 1024)\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,13 +1,14 @@
 """sweep_nll on the CPU: every tier against fp64, no worse than torch at the same dtype."""
 
 import os
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
-from support.sweep_cases import Sweep, eager, exact, make, not_finite
+from support.sweep_cases import Sweep, eager, exact, make, not_finite, partial
 from torch import Tensor
 
 import pyfastcircuits as fc
@@ -122,11 +123,36 @@ def test_an_outer_does_not_depend_on_threads_strides_or_the_other_rows(tier):
 def test_an_outer_elsewhere_is_multiplied_out():
     sweep, outer = with_outer(8, 20, dtype=torch.float64)
     for mine, truth in zip(
-        fc.ops.sweep_statistics(*sweep, backend="reference", outer=outer),
+        partial(sweep, backend="reference", outer=outer),
         exact(multiplied_out(sweep, outer)),
         strict=True,
     ):
         torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+@pytest.mark.parametrize("scratch", [1, 22 << 20])
+def test_who_multiplies_an_outer_does_not_depend_on_threads(groups, scratch, monkeypatch):
+    """Few groups are multiplied out, in slices of the vocabulary; many are the kernel's work, whatever the threads."""
+    module = sys.modules["pyfastcircuits.ops.sweep_nll"]
+    monkeypatch.setattr(module, "SCRATCH", scratch)
+    given, kernel_of = [], module.kernel_of
+    monkeypatch.setattr(module, "kernel_of", lambda *names: lambda *x: given.append(x) or kernel_of(*names)(*x))
+    sweep = make(9, 21, 1500, 16, groups, 2, scale=True, clean=True)
+    outer = make(1, 1, 200, 16, groups).basis / 200**0.5
+    sweep = sweep._replace(basis=make(1, 1, 1500, 200).basis)
+    threads, outcomes = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outcomes.append(partial(sweep, outer=outer))
+    torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(outcomes[0], other, strict=True))
+    assert len(given) == 3 * (4 if groups == 2 and scratch == 1 else 1)
+    assert {len(x) for x in given} == {10 if groups == 8 else 9}
+    theirs = eager(multiplied_out(sweep, outer, torch.float32))
+    for mine, other, truth in zip(outcomes[0], theirs, exact(multiplied_out(sweep, outer)), strict=True):
+        assert_as_accurate(mine, other, truth, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -261,15 +287,14 @@ def test_results_do_not_depend_on_threads_or_on_the_other_rows(tier):
 
 
 def test_slices_of_the_vocabulary_merge():
-    a = inputs(V=1000)
-    whole = torch.ops.pyfastcircuits.sweep_nll(*a, "ieee")
-    lse, picked = torch.full((7, 13), -torch.inf, dtype=torch.float64), torch.zeros(7, 13, 2, dtype=torch.float64)
+    a = inputs(V=1000, clean=True)
+    whole, merged = partial(a), None
     for part in (slice(0, 130), slice(130, 131), slice(131, 1000)):
         cut = a._replace(base=a.base[:, part], basis=a.basis[..., part], tokens=a.tokens - part.start)
-        one = torch.ops.pyfastcircuits.sweep_nll(*cut, "ieee")
-        lse, picked = torch.logaddexp(lse, one[0]), picked + one[1]
-    torch.testing.assert_close(lse, whole[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(picked, whole[1], rtol=0, atol=0)
+        merged = partial(cut) if merged is None else merged.merged(partial(cut))
+    torch.testing.assert_close(merged.lse, whole.lse, rtol=1e-6, atol=0)
+    torch.testing.assert_close(merged.picked, whole.picked, rtol=0, atol=0)
+    torch.testing.assert_close(merged.change, whole.change, rtol=1e-5, atol=1e-6)
 
 
 def test_public_form_returns_what_is_asked_for():

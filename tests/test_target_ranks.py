@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sweep_cases import Sweep, make, not_finite, whole_numbers
+from support.sweep_cases import Sweep, make, not_finite, partial, whole_numbers
 from torch import Tensor
 
 import pyfastcircuits as fc
@@ -194,17 +194,16 @@ def test_results_do_not_depend_on_threads(tier):
 
 def test_slices_of_the_vocabulary_add_up():
     s = inputs(V=1000)
-    _, picked, _ = fc.ops.sweep_statistics(*s)
-    thresholds = picked[..., 0]
-    whole = fc.ops.rank_statistics(s.base, s.delta, s.basis, s.tokens[:, 0], s.group, thresholds)
+    thresholds = partial(s).picked[..., 0]
+    whole = fc.ops.rank_partial(s.base, s.delta, s.basis, s.tokens[:, 0], thresholds, group=s.group)
     total = torch.zeros(7, 13, dtype=torch.int64)
     for part in (slice(0, 130), slice(130, 131), slice(131, 1000)):
         cut = s._replace(base=s.base[:, part], basis=s.basis[..., part], tokens=s.tokens - part.start)
-        total += fc.ops.rank_statistics(cut.base, cut.delta, cut.basis, cut.tokens[:, 0], s.group, thresholds)
+        total += fc.ops.rank_partial(cut.base, cut.delta, cut.basis, cut.tokens[:, 0], thresholds, group=s.group)
     assert torch.equal(total, whole)
     check(s, whole)
-    empty = (s.base[:, :0], s.delta, s.basis[..., :0], s.tokens[:, 0], s.group, thresholds)
-    assert not fc.ops.rank_statistics(*empty).any()
+    empty = (s.base[:, :0], s.delta, s.basis[..., :0], s.tokens[:, 0], thresholds)
+    assert not fc.ops.rank_partial(*empty, group=s.group).any()
 
 
 def test_neither_scale_nor_cap_moves_a_rank():
@@ -268,9 +267,7 @@ def test_errors_of_the_bare_op(monkeypatch):
         torch.ops.pyfastcircuits.target_ranks(*good[:-1], "bf16")
 
 
-def test_no_cuda_kernel_is_said(monkeypatch):
-    module = sys.modules["pyfastcircuits.ops.target_ranks"]
-    monkeypatch.setattr(module, "resolve_backend", lambda backend, device: backend)
+def test_no_cuda_kernel_is_said():
     with pytest.raises(RuntimeError, match=r"no CUDA C\+\+ kernel of target_ranks; take backend='triton'"):
         public(inputs(), backend="cuda")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfastcircuits.circuits.head_factors import HeadFactors, both_sides, earlier_sources, in_asked_order
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import Backend, Precision, pair_statistics
+from pyfastcircuits.ops import Backend, Precision, factored_pair_norms
 from pyfastcircuits.run.nodes import KINDS, Kind
 
 __all__ = ["ComponentScores", "component_scores", "composition_scores"]
@@ -93,7 +93,7 @@ def _product_norms(
                 continue
             bound = (before[columns] - rows.start).clamp(0, rows.stop - rows.start).repeat(kinds)
             triangles, readers = zip(*(side.pair(columns) for side in destinations), strict=True)
-            norms, left, right = pair_statistics(
+            norms, left, right = factored_pair_norms(
                 inner,
                 [reader.mT for reader in readers],
                 left_outer=outer,

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyfastcircuits.circuits.vocabulary import through_final_gain
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops.onednn import FastProducts
+from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.run.nodes import parse_path
 
 __all__ = [
@@ -156,7 +156,7 @@ def _eigenvalues(matrices: Tensor) -> Tensor:
 
 def _unembed_embed(weights: CircuitWeights) -> Tensor:
     """W_U @ W_E, [d, d]."""
-    with FastProducts():
+    with OneDnnMatmul():
         product = weights.W_U.to(weights.compute_dtype) @ weights.W_E.to(weights.compute_dtype)
     return through_final_gain(weights, product.mT).mT * weights.embed_scale
 

@@ -15,8 +15,8 @@ from pyfastcircuits import ops
 from pyfastcircuits.circuits.vocabulary import ov_circuit
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import Backend, TopEntries, check_range
-from pyfastcircuits.ops.factored_topk import check_finite
+from pyfastcircuits.ops import Backend, TopEntries
+from pyfastcircuits.shapes import check_finite, check_range
 
 __all__ = [
     "CopyingAccuracy",
@@ -179,7 +179,7 @@ def row_logsumexp(A: Tensor, B: Tensor, backend: Backend) -> Tensor:
     base = A.new_zeros(POSITIONS, B.shape[1])
     none = torch.zeros(POSITIONS, 0, dtype=torch.long, device=A.device)
     group = torch.zeros(len(rows), dtype=torch.long, device=A.device)
-    return ops.sweep_statistics(base, rows, B[None], none, group, backend=backend)[0].flatten()[: len(A)]
+    return ops.sweep_partial(base, rows, B[None], none, group=group, backend=backend).lse.flatten()[: len(A)]
 
 
 def checked_indices(

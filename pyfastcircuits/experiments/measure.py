@@ -20,7 +20,7 @@ from pyfastcircuits.experiments.options import Measurement
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import SweepPartial, rank_partial
-from pyfastcircuits.ops.onednn import FastProducts
+from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.losses import CleanLogits, LogitBasis, Unembedding, basis_group, changed_partial, slices
@@ -207,7 +207,7 @@ class _ChangedRows:
 @torch.no_grad()
 def measure(trace: FrozenTrace, interventions: Sequence[Intervention], how: Measurement) -> Measured:
     """Every experiment of every intervention, in the order of their places."""
-    with FastProducts():
+    with OneDnnMatmul():
         return _measure(trace, interventions, how)
 
 

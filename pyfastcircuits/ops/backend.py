@@ -1,29 +1,29 @@
-"""Which backend runs, and the checks that the ops share."""
+"""Which backend runs an op, and the kernel that it runs."""
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from pyfastcircuits.ops import library
+from pyfastcircuits.shapes import check_choice
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "reference"]
 Precision = Literal["ieee", "tf32", "bf16"]
 BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
-PRECISIONS = ("ieee", "tf32", "bf16")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CUDA_OPS = ("sweep_nll", "factored_topk", "diagonal_ranks")  # those that have a CUDA C++ kernel
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs tensors of `device`, or an error that says what is missing.
+def resolve_backend(backend: str, device: torch.device, op: str = "sweep_nll") -> str:
+    """The backend that runs `op` on tensors of `device`, or an error that says what is missing.
 
     Raises:
         ValueError: an unknown backend, or one that does not run on this device.
-        RuntimeError: a backend that this build or machine lacks.
+        RuntimeError: a backend that this op, build or machine lacks.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    check_choice("backend", backend, BACKENDS)
+    if backend == "cuda" and op not in CUDA_OPS:
+        raise RuntimeError(f"backend='cuda': there is no CUDA C++ kernel of {op}; take backend='triton'")
     if backend == "auto":
         backend = "triton" if device.type == "cuda" else "cpu"
     if backend == "triton" and not library.has_triton():
@@ -40,26 +40,13 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def check_precision(precision: str) -> None:
-    """Raise ValueError unless it is one of PRECISIONS."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+def kernel_of(op: str, backend: str) -> Any:
+    """The kernel of `op` for a backend that `resolve_backend` gave: it takes what torch.ops.pyfastcircuits.<op> does.
 
+    Triton kernels are loaded here and nowhere else: triton is optional, and without a GPU importing it is time lost.
+    """
+    if backend == "triton":
+        import pyfastcircuits.kernels.register  # noqa: F401
 
-def check_cap(cap: float | None) -> None:
-    """Raise ValueError unless it is positive or None."""
-    if cap is not None and not cap > 0:
-        raise ValueError(f"cap is {cap}, expected a positive number")
-
-
-def no_cuda_kernel(op: str) -> RuntimeError:
-    """The error of an op that Triton alone has on a GPU."""
-    return RuntimeError(f"backend='cuda': there is no CUDA C++ kernel of {op}; take backend='triton'")
-
-
-def check_range(name: str, values: Tensor, end: int) -> None:
-    """Raise IndexError, with the first offender and its place, unless all are in [0, end)."""
-    bad = (values < 0) | (values >= end)
-    if bad.any():
-        place = bad.nonzero()[0].tolist()
-        raise IndexError(f"{name}{place or ''} is {int(values[tuple(place)])}, expected 0 to {end - 1}")
+        op += "_triton"
+    return getattr(torch.ops.pyfastcircuits, op)

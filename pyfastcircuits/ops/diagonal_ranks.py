@@ -1,11 +1,13 @@
-"""Where one entry of each row stands among the others, without the rows."""
+"""The rank of one entry of each row of a low-rank product among the others of the row; no row is formed."""
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import reference
-from pyfastcircuits.ops.backend import Backend, check_range, resolve_backend
-from pyfastcircuits.ops.factored_topk import check_finite, check_product
+from pyfastcircuits.ops.backend import Backend, kernel_of, resolve_backend
+from pyfastcircuits.shapes import check_finite, check_product, check_range, check_shapes, diagonal_ranks_outputs
+
+torch.library.register_fake("pyfastcircuits::diagonal_ranks", diagonal_ranks_outputs)
 
 
 def diagonal_ranks(
@@ -35,32 +37,18 @@ def diagonal_ranks(
         IndexError: a column outside [0, M).
         RuntimeError: a backend that is not there.
     """
-    check_product(A, B)
+    check_product(A=(A, "N r"), B=(B, "r M"))
     if columns is None:
         if len(A) != B.shape[1]:
             raise ValueError(f"A has shape {list(A.shape)} and B {list(B.shape)}: not square, so say which `columns`")
         columns = torch.arange(len(A), device=A.device)
-    if columns.shape != A.shape[:1]:
-        raise ValueError(f"columns has shape {list(columns.shape)}, expected {[len(A)]}")
-    if columns.is_floating_point() or columns.dtype == torch.bool:
-        raise TypeError(f"columns has dtype {columns.dtype}, expected integers")
-    if columns.device != A.device:
-        raise ValueError(f"columns is on {columns.device}, but A is on {A.device}")
-    chosen = resolve_backend(backend, A.device)
+    check_shapes(A=(A, "N r"), columns=(columns, "N", int))
+    chosen = resolve_backend(backend, A.device, "diagonal_ranks")
     check_finite(A=A, B=B)
     if not torch.compiler.is_compiling():
         check_range("columns", columns, B.shape[1])
     columns = columns.long()
     if chosen == "reference":
         return reference.diagonal_ranks(A, B, columns)
-    if chosen == "triton":
-        from pyfastcircuits.kernels.diagonal_ranks import diagonal_ranks_triton as kernel
-    else:
-        kernel = torch.ops.pyfastcircuits.diagonal_ranks
-    return kernel(A, B, columns)  # type: ignore[no-any-return]
-
-
-@torch.library.register_fake("pyfastcircuits::diagonal_ranks")  # type: ignore[untyped-decorator]
-def diagonal_ranks_fake(A: Tensor, B: Tensor, columns: Tensor) -> Tensor:
-    """Shape alone, for torch.compile."""
-    return A.new_empty(len(A), dtype=torch.long)
+    ranks: Tensor = kernel_of("diagonal_ranks", chosen)(A, B, columns)
+    return ranks

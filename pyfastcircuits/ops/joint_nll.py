@@ -6,67 +6,45 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import reference
-from pyfastcircuits.ops.backend import (
-    Backend,
-    Precision,
-    check_cap,
-    check_precision,
+from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
+from pyfastcircuits.ops.sweep_nll import SweepPartial, check_sweep, clean_logsumexp
+from pyfastcircuits.shapes import (
+    PRECISIONS,
+    check_choice,
+    check_positive,
     check_range,
-    no_cuda_kernel,
-    resolve_backend,
+    check_shapes,
+    joint_nll_outputs,
+    work_dtype,
 )
-from pyfastcircuits.ops.sweep_nll import check_sweep, checked_group, clean_logsumexp
+
+torch.library.register_fake("pyfastcircuits::joint_nll", joint_nll_outputs)
 
 
-def joint_statistics(
+def joint_partial(
     base: Tensor,  # [T, V]
     delta: Tensor,  # [S, T, r]
     basis: Tensor,  # [G, r, V]
     tokens: Tensor,  # [T, K]
-    group: Tensor,  # [S]
     pairs: Tensor,  # [P, 2]
+    *,
+    group: Tensor,  # [S]
     clean_lse: Tensor | None = None,  # [T]
+    cap: float | None = None,
     precision: Precision = "ieee",
     backend: Backend = "auto",
-    cap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a slice of the vocabulary adds to a sweep of pairs: the raw op, whose results of slices can be merged.
+) -> SweepPartial:
+    """What a slice of the vocabulary gives for a sweep of pairs of ablations, as `sweep_partial` does for single ones.
 
-    Logits are `base[t] + C[pairs[p, 0], t] + C[pairs[p, 1], t]` with `C[i] = delta[i] @ basis[group[i]]`. Returns what
-    `sweep_statistics` does: logsumexp [P, T], logits of `tokens` [P, T, K], expected change [P, T] (or [0, T]).
+    The logits of pair p are `base[t] + C[pairs[p, 0], t] + C[pairs[p, 1], t]` with `C[i] = delta[i] @ basis[group[i]]`.
     """
-    chosen = resolve_backend(backend, base.device)
-    check_precision(precision)
-    check_cap(cap)
+    chosen = resolve_backend(backend, base.device, "joint_nll")
+    check_choice("precision", precision, PRECISIONS)
+    check_positive("cap", cap)
     if chosen == "reference":
-        return reference.joint_nll(base, delta, basis, tokens, group, pairs, clean_lse, cap)
-    if chosen == "cuda":
-        raise no_cuda_kernel("joint_nll")
-    if chosen == "triton":
-        from pyfastcircuits.kernels.joint_nll import joint_nll_triton as kernel
-    else:
-        kernel = torch.ops.pyfastcircuits.joint_nll
-    lse, picked, change = kernel(base, delta, basis, tokens, group, pairs, clean_lse, precision, cap)
-    return lse, picked, change
-
-
-@torch.library.register_fake("pyfastcircuits::joint_nll")  # type: ignore[untyped-decorator]
-def joint_nll_fake(
-    base: Tensor,
-    delta: Tensor,
-    basis: Tensor,
-    tokens: Tensor,
-    group: Tensor,
-    pairs: Tensor,
-    clean_lse: Tensor | None,
-    precision: str,
-    cap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes alone, for torch.compile."""
-    P, T = len(pairs), len(base)
-    shapes = ((P, T), (P, T, tokens.shape[1]), (0 if clean_lse is None else P, T))
-    lse, picked, change = (base.new_empty(shape, dtype=torch.float64) for shape in shapes)
-    return lse, picked, change
+        return SweepPartial(*reference.joint_nll(base, delta, basis, tokens, group, pairs, clean_lse, cap))
+    kernel = kernel_of("joint_nll", chosen)
+    return SweepPartial(*kernel(base, delta, basis, tokens, group, pairs, clean_lse, precision, cap))
 
 
 @overload
@@ -142,25 +120,14 @@ def joint_nll(
     Source: with frozen patterns and norms the heads of a layer write independently into the residual stream
     (Elhage et al. 2021, section "Attention Heads as Independent and Additive").
     """
-    group = checked_group(group, delta, basis)
-    check_sweep(base, delta, basis, group, None, [("targets", targets)])
-    _check_pairs(pairs, base, len(delta))
-    tokens = targets.long()[:, None]
-    clean_lse = clean_logsumexp(base, precision, backend, cap) if kl else None
-    lse, picked, change = joint_statistics(
-        base, delta, basis, tokens, group, pairs.long(), clean_lse, precision, backend, cap
-    )
-    dtype = torch.float32 if base.dtype == torch.bfloat16 else base.dtype
-    nll = (lse - picked[..., 0]).to(dtype)
-    return nll if clean_lse is None else (nll, (lse - clean_lse - change).to(dtype))
-
-
-def _check_pairs(pairs: Tensor, base: Tensor, singles: int) -> None:
-    if pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs has shape {list(pairs.shape)}, expected [P, 2]")
-    if pairs.is_floating_point() or pairs.dtype == torch.bool:
-        raise TypeError(f"pairs has dtype {pairs.dtype}, expected integers")
-    if pairs.device != base.device:
-        raise ValueError(f"pairs is on {pairs.device}, but base is on {base.device}")
+    group = check_sweep(base, delta, basis, group, {"targets": targets})
+    check_shapes(base=(base, "T V"), pairs=(pairs, "P 2", int))
     if base.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_range("pairs", pairs, singles)
+        check_range("pairs", pairs, len(delta))
+    clean_lse = clean_logsumexp(base, cap, precision, backend) if kl else None
+    lse, picked, change = joint_partial(
+        base, delta, basis, targets.long()[:, None], pairs.long(),
+        group=group, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend,
+    )  # fmt: skip
+    nll = (lse - picked[..., 0]).to(work_dtype(base))
+    return nll if clean_lse is None else (nll, (lse - clean_lse - change).to(nll.dtype))

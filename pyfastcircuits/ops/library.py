@@ -31,6 +31,11 @@ def has_triton() -> bool:
     return _HAS_TRITON
 
 
+def stripe_columns() -> int:
+    """The number of columns of the vocabulary that the CPU kernels pack together, for float32 and the tier in force."""
+    return int(host.build_facts().get("stripe_columns", 192))
+
+
 def build_info() -> dict[str, Any]:
     """Facts of this build and machine.
 

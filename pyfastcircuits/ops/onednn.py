@@ -1,26 +1,53 @@
 """Large fp32 matrix products on a CPU, by the faster of the two libraries that torch brings.
 
 torch.mm asks MKL, which on AMD processors leaves AVX-512 alone; oneDNN uses it wherever it is: twice as fast there.
+torch has no public way to ask oneDNN, so inside `OneDnnMatmul` torch's own products are handed to a private operator of
+its compiler. Where this torch has no such operator, or with the environment variable PYFASTCIRCUITS_ONEDNN=0 (read when
+an OneDnnMatmul is entered), products stay torch's.
 """
 
+import os
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FastProducts"]
+__all__ = ["OneDnnMatmul", "available"]
 
 SMALLEST = 1 << 21  # multiply-adds: below, finding out costs more than it brings
 COPIED = 32 << 20  # bytes: of larger matrices with gaps no copy is made for oneDNN, and torch multiplies them
+SCHEMA = (  # of torch 2.11 to 2.13
+    "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+)
 _MM, _ADDMM, _BMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default
 
 
-class FastProducts(TorchDispatchMode):
-    """Inside, products of fp32 matrices on a CPU, by whomever they are asked for, are oneDNN's; all else is as it was.
+@cache
+def available() -> bool:
+    """Whether this torch has oneDNN, and its operator with the arguments that this module passes."""
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return torch.backends.mkldnn.is_available() and operator is not None and str(operator.default._schema) == SCHEMA
 
-    Full fp32 precision, as torch.mm; sums are taken in another order.
+
+class OneDnnMatmul(TorchDispatchMode):
+    """Inside, oneDNN multiplies fp32 matrices on a CPU, whoever asks for the product; all else is as it was.
+
+    It has full fp32 precision, as torch.mm; sums are taken in another order.
     """
+
+    def __enter__(self) -> "OneDnnMatmul":
+        """Take over products, unless oneDNN is switched off or not there."""
+        self.entered = os.environ.get("PYFASTCIRCUITS_ONEDNN") != "0" and available()
+        if self.entered:
+            super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Give them back."""
+        if self.entered:
+            super().__exit__(*error)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -43,7 +70,7 @@ def _worthwhile(left: Tensor, right: Tensor) -> bool:
     fitting = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
     fitting = fitting and (left.is_contiguous() or 4 * left.numel() <= COPIED)
     fitting = fitting and (right.is_contiguous() or right.mT.is_contiguous() or 4 * right.numel() <= COPIED)
-    return fitting and len(left) * right.numel() >= SMALLEST and torch.backends.mkldnn.is_available()
+    return fitting and len(left) * right.numel() >= SMALLEST
 
 
 def _linear(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:

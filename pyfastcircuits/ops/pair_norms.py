@@ -1,4 +1,9 @@
-"""Frobenius norms of all pairs of products."""
+"""Frobenius norms of the products of all pairs of factors: what composition scores are made of.
+
+Two routes give the same norms. One multiplies each pair out and sums the squares of the product's tiles. The other uses
+||A B||^2 = <A.T A, B B.T>: one inner product of two Gram matrices for each pair. It cancels where the norm is far
+below what the factors allow, and such norms are multiplied out.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -6,8 +11,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.kernels.gradients import pair_norms_gradients, register_pair_norms
 from pyfastcircuits.ops import reference
-from pyfastcircuits.ops.backend import DTYPES, Backend, Precision, check_precision, resolve_backend
+from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
+from pyfastcircuits.shapes import (
+    PRECISIONS,
+    check_choice,
+    check_product,
+    check_shapes,
+    pair_norms_outputs,
+    work_dtype,
+)
+
+torch.library.register_fake("pyfastcircuits::pair_norms", pair_norms_outputs)
+register_pair_norms("pyfastcircuits::pair_norms")
 
 Route = Literal["auto", "products", "gram"]
 ROUTES = ("auto", "products", "gram")
@@ -46,10 +63,10 @@ def pair_norms(
 
     Source: the composition scores of "A Mathematical Framework for Transformer Circuits" (Elhage et al. 2021).
     """
-    return pair_statistics(left, right, before=before, precision=precision, route=route, backend=backend).norms
+    return factored_pair_norms(left, right, before=before, precision=precision, route=route, backend=backend).norms
 
 
-class PairStatistics(NamedTuple):
+class FactoredPairNorms(NamedTuple):
     """Frobenius norms of all products, and of the factors."""
 
     norms: Tensor  # [N, M]
@@ -57,7 +74,7 @@ class PairStatistics(NamedTuple):
     right: Tensor  # [M]
 
 
-def pair_statistics(
+def factored_pair_norms(
     left: Tensor,  # [N, r, d]
     right: Tensor | Sequence[Tensor],  # [M, d, s]
     *,
@@ -67,8 +84,8 @@ def pair_statistics(
     precision: Precision = "ieee",
     route: Route = "auto",
     backend: Backend = "auto",
-) -> PairStatistics:
-    """What pair_norms returns and the norms of the factors, which may be given as products themselves.
+) -> FactoredPairNorms:
+    """The norms that `pair_norms` gives, and those of the factors, which may be given as products themselves.
 
     The factors are left_outer[i] @ left[i] and right[j] @ right_outer[j]; the Gram route does not store them. Where
     `left` or `right` is shared, as by the query heads of one key/value head, it holds each once: left_outer's N is a
@@ -77,14 +94,10 @@ def pair_statistics(
     """
     rights = [right] if isinstance(right, Tensor) else list(right)
     outers = [right_outer] if isinstance(right_outer, Tensor) else list(right_outer or [])
-    _check_pairs(left, rights, outers, before)
-    _check_outer("left", left, left_outer, 1, 2)
-    if backend == "cuda":
-        raise RuntimeError("backend='cuda': pair_norms has no CUDA C++ kernel; use 'triton'")
-    chosen = resolve_backend(backend, left.device)
-    check_precision(precision)
-    if route not in ROUTES:
-        raise ValueError(f"route is {route!r}, expected one of {', '.join(ROUTES)}")
+    _check(left, rights, left_outer, outers, before)
+    chosen = resolve_backend(backend, left.device, "pair_norms")
+    check_choice("precision", precision, PRECISIONS)
+    check_choice("route", route, ROUTES)
     possible = precision == "ieee" and chosen in ("cpu", "reference")
     if route == "gram" and not possible:
         raise ValueError(f"route='gram' has precision='ieee' and the CPU kernels, not {precision!r} on {chosen!r}")
@@ -107,15 +120,10 @@ def pair_statistics(
     if gram:
         norms = _by_grams(left, rights, None, [], before).norms
     elif chosen == "reference":
-        norms = reference.pair_norms(left, both, before)
-        norms = norms.to(torch.float32 if left.dtype == torch.bfloat16 else left.dtype)
-    elif chosen == "triton":
-        from pyfastcircuits.kernels.pair_norms import pair_norms_triton
-
-        norms = pair_norms_triton(left, both, before, precision)
+        norms = reference.pair_norms(left, both, before).to(work_dtype(left))
     else:
-        norms = torch.ops.pyfastcircuits.pair_norms(left, both, before, precision)
-    return PairStatistics(norms, *(torch.linalg.matrix_norm(x.to(norms.dtype)) for x in (left, both)))
+        norms = kernel_of("pair_norms", chosen)(left, both, before, precision)
+    return FactoredPairNorms(norms, *(torch.linalg.matrix_norm(x.to(norms.dtype)) for x in (left, both)))
 
 
 def multiplied(factors: Tensor, outer: Tensor | None, which: Tensor | slice = slice(None)) -> Tensor:
@@ -141,12 +149,12 @@ def _gram_is_cheaper(pairs: int, rows: int, left: torch.Size, right: torch.Size)
 
 def _by_grams(
     left: Tensor, rights: list[Tensor], left_outer: Tensor | None, outers: list[Tensor], before: Tensor | None
-) -> PairStatistics:
+) -> FactoredPairNorms:
     """The Gram route, with the norms multiplied out that rounding of the Gram matrices could have spoiled.
 
     <P, N> is wrong by a few rounding errors of ||P|| ||N||; four bound every case tried, see tests/test_pair_norms.py.
     """
-    dtype = torch.float32 if left.dtype == torch.bfloat16 else left.dtype
+    dtype = work_dtype(left)
     inner, *moments = torch.ops.pyfastcircuits.pair_grams(left, rights, left_outer, outers, before)
     norms = torch.where(inner > 0, inner, 1).sqrt().where(inner > 0, inner.clamp_min(0)).to(dtype)
     P, N = (m[:, 1].sqrt() for m in moments)
@@ -155,7 +163,7 @@ def _by_grams(
         doubtful &= torch.arange(len(inner), device=left.device)[:, None] < before
     if doubtful.any():
         norms = _mended(norms, doubtful, left, rights, left_outer, outers, before)
-    return PairStatistics(norms, *(m[:, 0].sqrt().to(dtype) for m in moments))
+    return FactoredPairNorms(norms, *(m[:, 0].sqrt().to(dtype) for m in moments))
 
 
 def _mended(
@@ -184,13 +192,6 @@ def _mended(
     return norms
 
 
-@torch.library.register_fake("pyfastcircuits::pair_norms")  # type: ignore[untyped-decorator]
-def pair_norms_fake(left: Tensor, right: Tensor, before: Tensor | None, precision: str) -> Tensor:
-    """Shape alone, for torch.compile."""
-    dtype = torch.float32 if left.dtype == torch.bfloat16 else left.dtype
-    return left.new_empty(len(left), len(right), dtype=dtype)
-
-
 @torch.library.register_fake("pyfastcircuits::pair_grams")  # type: ignore[untyped-decorator]
 def pair_grams_fake(
     left: Tensor, right: list[Tensor], left_outer: Tensor | None, right_outer: list[Tensor], before: Tensor | None
@@ -210,18 +211,6 @@ def triangles_fake(factors: Tensor) -> tuple[Tensor, Tensor]:
     return triangles, factors.new_empty(len(factors), dtype=torch.bool)
 
 
-def _save_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2], output)
-
-
-def _pair_norms_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    left, right, norms = ctx.saved_tensors
-    return *reference.pair_norms_gradients(left, right, norms, gradient), None, None
-
-
-torch.library.register_autograd("pyfastcircuits::pair_norms", _pair_norms_backward, setup_context=_save_pairs)
-
-
 def _save_grams(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     left, right, left_outer, right_outer, _ = inputs
     if left_outer is not None or right_outer or len(right) > 1:
@@ -233,53 +222,35 @@ def _save_grams(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _pair_grams_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     left, right, inner = ctx.saved_tensors
     norms = inner.clamp_min(0).sqrt()
-    left_gradient, right_gradient = reference.pair_norms_gradients(left, right, norms, 2 * norms * gradient)
+    left_gradient, right_gradient = pair_norms_gradients(left, right, norms, 2 * norms * gradient)
     return left_gradient, [right_gradient], None, [], None
 
 
 torch.library.register_autograd("pyfastcircuits::pair_grams", _pair_grams_backward, setup_context=_save_grams)
 
 
-def _check_outer(name: str, factors: Tensor, outer: Tensor | None, rows: int, entries: int) -> None:
-    if outer is None:
-        return
-    fits = outer.dim() == 3 and outer.shape[entries] == factors.shape[rows]
-    if not fits or (len(outer) % len(factors) if len(factors) else len(outer)):
-        raise ValueError(f"{name}_outer has shape {list(outer.shape)}, which does not fit {name} {list(factors.shape)}")
-    if outer.dtype != factors.dtype:
-        raise TypeError(f"{name}_outer has dtype {outer.dtype}, but {name} has {factors.dtype}")
-    if outer.device != factors.device:
-        raise ValueError(f"{name}_outer is on {outer.device}, but {name} is on {factors.device}")
-
-
-def _check_pairs(left: Tensor, rights: list[Tensor], outers: list[Tensor], before: Tensor | None) -> None:
+def _check(
+    left: Tensor, rights: list[Tensor], left_outer: Tensor | None, outers: list[Tensor], before: Tensor | None
+) -> None:
     if not rights or len(outers) not in (0, len(rights)):
         raise ValueError(
             f"right has {len(rights)} tensors and right_outer {len(outers)}; expected as many, or no outer"
         )
-    for name, tensor, shape in (("left", left, "[N, r, d]"), *(("right", x, "[M, d, s]") for x in rights)):
-        if tensor.dim() != 3:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {shape}")
-    if left.dtype not in DTYPES:
-        raise TypeError(f"left has dtype {left.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     for right in rights:
-        if left.shape[2] != right.shape[1]:
-            raise ValueError(f"left has shape {list(left.shape)} and right {list(right.shape)}: their d differ")
-        if right.dtype != left.dtype:
-            raise TypeError(f"right has dtype {right.dtype}, but left has {left.dtype}")
-        if right.device != left.device:
-            raise ValueError(f"right is on {right.device}, but left is on {left.device}")
+        check_product(left=(left, "N r d"), right=(right, "M d s"))
     for right, outer in zip(rights, outers, strict=bool(outers)):
         _check_outer("right", right, outer, 2, 1)
     widths = {x.shape[2] for x in outers or rights}
     if len(widths) > 1:
         raise ValueError(f"the tensors of right end in {sorted(widths)} columns, expected the same")
-    if before is None:
-        return
-    count = sum(map(len, outers or rights))
-    if before.shape != (count,):
-        raise ValueError(f"before has shape {list(before.shape)}, expected {[count]}")
-    if before.is_floating_point() or before.dtype == torch.bool:
-        raise TypeError(f"before has dtype {before.dtype}, expected integers")
-    if before.device != left.device:
-        raise ValueError(f"before is on {before.device}, but left is on {left.device}")
+    check_shapes(left=(left, "N r d"), before=(before, str(sum(map(len, outers or rights))), int))
+    if left_outer is not None:
+        _check_outer("left", left, left_outer, 1, 2)
+
+
+def _check_outer(name: str, factors: Tensor, outer: Tensor, rows: int, entries: int) -> None:
+    """Raise unless the last but one (of left) or last axis of the factors is what `outer` multiplies."""
+    fits = outer.dim() == 3 and outer.shape[entries] == factors.shape[rows]
+    if not fits or (len(outer) % len(factors) if len(factors) else len(outer)):
+        raise ValueError(f"{name}_outer has shape {list(outer.shape)}, which does not fit {name} {list(factors.shape)}")
+    check_shapes(**{name: (factors, "N r d"), f"{name}_outer": (outer, "M q s")})

@@ -9,7 +9,6 @@ __all__ = [
     "frozen_attention",
     "joint_nll",
     "pair_norms",
-    "pair_norms_gradients",
     "sweep_nll",
     "target_ranks",
 ]
@@ -31,7 +30,7 @@ def sweep_nll(
     logits = base + delta @ basis[group]
     if scale is not None:
         logits = logits * scale.to(dtype)[..., None]
-    return _statistics(base, logits, tokens, clean_lse, cap)
+    return _partial(base, logits, tokens, clean_lse, cap)
 
 
 def joint_nll(
@@ -45,14 +44,14 @@ def joint_nll(
     cap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with both ablations of each pair at once."""
+    """The same results, with both ablations of each pair at once."""
     base = base.to(dtype)
     singles = delta.to(dtype) @ basis.to(dtype)[group]
     first, second = pairs.unbind(-1)
-    return _statistics(base, base + singles[first] + singles[second], tokens, clean_lse, cap)
+    return _partial(base, base + singles[first] + singles[second], tokens, clean_lse, cap)
 
 
-def _statistics(
+def _partial(
     base: Tensor,  # [T, V]
     logits: Tensor,  # [P, T, V]
     tokens: Tensor,  # [T, K]
@@ -96,18 +95,6 @@ def pair_norms(
     if before is None:
         return norms
     return torch.where(torch.arange(len(left), device=left.device)[:, None] < before, norms, 0.0)
-
-
-def pair_norms_gradients(left: Tensor, right: Tensor, norms: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """d||X|| = <X, dX> / ||X|| for each product X, made again for one left factor at a time; 0 where X is 0."""
-    share = torch.where(norms > 0, gradient / norms, 0)
-    wide = right.to(norms.dtype)
-    rows, columns = [], torch.zeros_like(wide)
-    for i, factor in enumerate(left.to(norms.dtype)):
-        product = (factor @ wide) * share[i, :, None, None]
-        rows.append((product @ wide.mT).sum(0))
-        columns = columns + factor.mT @ product
-    return torch.stack(rows).to(left.dtype), columns.to(right.dtype)
 
 
 def factored_topk(

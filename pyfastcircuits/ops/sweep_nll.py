@@ -1,80 +1,88 @@
-"""Losses of many ablations that each change the clean logits by a low-rank term."""
+"""Losses of many ablations, each of which changes the clean logits by a low-rank term."""
 
-from typing import Literal, overload
+from collections.abc import Mapping
+from functools import partial, reduce
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import reference
-from pyfastcircuits.ops.backend import (
-    DTYPES,
-    Backend,
-    Precision,
-    check_cap,
-    check_precision,
+from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
+from pyfastcircuits.shapes import (
+    PRECISIONS,
+    check_choice,
+    check_positive,
     check_range,
-    resolve_backend,
+    check_shapes,
+    sweep_nll_outputs,
+    work_dtype,
 )
 
+torch.library.register_fake("pyfastcircuits::sweep_nll", sweep_nll_outputs)
 
-def sweep_statistics(
+FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
+SCRATCH = 22 << 20  # bytes of bases that are multiplied out at a time, and of the copies a product makes of factors
+COLUMNS = 384  # of the vocabulary, at least, and in multiples: whole tiles of every kernel
+
+
+class SweepPartial(NamedTuple):
+    """What one slice of the vocabulary gives, in fp64; `merged` joins slices."""
+
+    lse: Tensor  # [P, T] logsumexp of the slice's logits
+    picked: Tensor  # [P, T, K] logits of the tokens, 0 for those outside the slice
+    change: Tensor  # [P, T] expected change of the logits under the clean run; [0, T] if not asked for
+
+    def merged(self, other: "SweepPartial") -> "SweepPartial":
+        """What both slices together give."""
+        lse = torch.logaddexp(self.lse, other.lse)
+        return SweepPartial(lse, self.picked + other.picked, self.change + other.change)
+
+
+def sweep_partial(
     base: Tensor,  # [T, V]
     delta: Tensor,  # [P, T, r]
     basis: Tensor,  # [G, r, V]
     tokens: Tensor,  # [T, K]
+    *,
     group: Tensor,  # [P]
     scale: Tensor | None = None,  # [P, T]
     clean_lse: Tensor | None = None,  # [T]
-    precision: Precision = "ieee",
-    backend: Backend = "auto",
     cap: float | None = None,
     outer: Tensor | None = None,  # [G, r, d] where basis is [1, d, V]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a slice of the vocabulary adds to a sweep: the raw op, whose results of several slices can be merged.
+    precision: Precision = "ieee",
+    backend: Backend = "auto",
+) -> SweepPartial:
+    """What a slice of the vocabulary gives for a sweep of ablations: the raw op, whose results can be merged.
 
-    Logits are `scale[p, t] * (base[t] + delta[p, t] @ basis[group[p]])`, and where there is a `cap` then cap * tanh(. /
-    cap), the clean ones too. Returns, in fp64, their logsumexp [P, T]; the
-    logits of `tokens` [P, T, K], 0 for a token outside the slice; and, with `clean_lse` (logsumexp of the clean logits
-    over the whole vocabulary), E[logits - clean logits] under the clean run's probabilities [P, T], else [0, T].
+    The logits of ablation p are `scale[p, t] * (base[t] + delta[p, t] @ basis[group[p]])`, and where there is a `cap`
+    they become cap * tanh(. / cap), the clean ones too. With `clean_lse`, the logsumexp of the clean logits over the
+    whole vocabulary, the result's `change` is E[logits - clean logits] under the clean run's probabilities.
 
-    With `outer` the bases are outer @ basis[0]; the CPU kernel makes them a stripe of the vocabulary at a time and
-    stores none.
+    With `outer` the bases are the products outer @ basis[0]: of heads, W_O[head] @ W_U. From FUSED_GROUPS groups on the
+    CPU kernel makes them a stripe of the vocabulary at a time and stores none; else they are multiplied out in slices
+    of the vocabulary, SCRATCH bytes at a time. Shapes alone decide, so that no result depends on threads.
     """
     chosen = resolve_backend(backend, base.device)
-    if outer is not None and chosen != "cpu":
-        basis, outer = (outer.flatten(0, 1) @ basis[0]).unflatten(0, outer.shape[:2]), None
-    check_precision(precision)
-    check_cap(cap)
+    check_choice("precision", precision, PRECISIONS)
+    check_positive("cap", cap)
+    if outer is not None and not (chosen == "cpu" and len(outer) >= FUSED_GROUPS):
+        bytes_a_column = base.element_size() * (outer[..., 0].numel() + 2 * len(basis[0]))
+        width = max(COLUMNS, SCRATCH // max(bytes_a_column, 1) // COLUMNS * COLUMNS)
+        slices = (slice(first, first + width) for first in range(0, max(base.shape[1], 1), width))
+        of_slice = partial(
+            sweep_partial, group=group, scale=scale, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend
+        )
+        rows = outer.flatten(0, 1)
+        parts = (
+            of_slice(base[:, c], delta, (rows @ basis[0][:, c]).unflatten(0, outer.shape[:2]), tokens - c.start)
+            for c in slices
+        )
+        return reduce(SweepPartial.merged, parts)
     if chosen == "reference":
-        return reference.sweep_nll(base, delta, basis, tokens, group, scale, clean_lse, cap)
+        return SweepPartial(*reference.sweep_nll(base, delta, basis, tokens, group, scale, clean_lse, cap))
     arguments = base, delta, basis, tokens, group, scale, clean_lse, precision, cap
-    if chosen == "triton":
-        from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton
-
-        lse, picked, change = sweep_nll_triton(*arguments)
-    else:
-        lse, picked, change = torch.ops.pyfastcircuits.sweep_nll(*arguments, outer)
-    return lse, picked, change
-
-
-@torch.library.register_fake("pyfastcircuits::sweep_nll")  # type: ignore[untyped-decorator]
-def sweep_nll_fake(
-    base: Tensor,
-    delta: Tensor,
-    basis: Tensor,
-    tokens: Tensor,
-    group: Tensor,
-    scale: Tensor | None,
-    clean_lse: Tensor | None,
-    precision: str,
-    cap: float | None = None,
-    outer: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes alone, for torch.compile."""
-    pairs, positions, _ = delta.shape
-    shapes = ((pairs, positions), (pairs, positions, tokens.shape[1]), (0 if clean_lse is None else pairs, positions))
-    lse, picked, change = (base.new_empty(shape, dtype=torch.float64) for shape in shapes)
-    return lse, picked, change
+    return SweepPartial(*kernel_of("sweep_nll", chosen)(*arguments, *([] if outer is None else [outer])))
 
 
 @overload
@@ -153,88 +161,57 @@ def sweep_nll(
     Source: the loss of "term importance" ablations in "A Mathematical Framework for Transformer Circuits"
     (Elhage et al. 2021), section "Two-Layer Attention-Only Transformers", computed from the path's rank-r term.
     """
-    group = checked_group(group, delta, basis)
-    chosen = [("targets", targets), *_named_pair(logit_difference)]
-    check_sweep(base, delta, basis, group, scale, chosen)
-    tokens = torch.stack([t.long() for _, t in chosen], -1)
-    clean_lse = clean_logsumexp(base, precision, backend, cap) if kl else None
-    lse, picked, change = sweep_statistics(base, delta, basis, tokens, group, scale, clean_lse, precision, backend, cap)
+    chosen = {"targets": targets}
+    chosen |= {f"logit_difference[{i}]": tokens for i, tokens in enumerate(logit_difference or ())}
+    group = check_sweep(base, delta, basis, group, chosen, scale)
+    tokens = torch.stack([t.long() for t in chosen.values()], -1)
+    clean_lse = clean_logsumexp(base, cap, precision, backend) if kl else None
+    lse, picked, change = sweep_partial(
+        base, delta, basis, tokens,
+        group=group, scale=scale, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend,
+    )  # fmt: skip
     out = [lse - picked[..., 0]]
     if clean_lse is not None:
         out.append(lse - clean_lse - change)
     if logit_difference is not None:
         out.append(picked[..., 1] - picked[..., 2])
-    dtype = torch.float32 if base.dtype == torch.bfloat16 else base.dtype
-    results = tuple(x.to(dtype) for x in out)
+    results = tuple(x.to(work_dtype(base)) for x in out)
     return results[0] if len(results) == 1 else results
 
 
-def clean_logsumexp(base: Tensor, precision: Precision, backend: Backend, cap: float | None) -> Tensor:
+def clean_logsumexp(base: Tensor, cap: float | None, precision: Precision, backend: Backend) -> Tensor:
     """Logsumexp [T] of the clean logits, in fp64: of an ablation that changes nothing."""
-    nothing = (base.new_empty(1, len(base), 0), base.new_empty(1, 0, base.shape[1]))
-    zero = torch.zeros(1, dtype=torch.long, device=base.device)
-    no_tokens = zero.new_empty(len(base), 0)
-    return sweep_statistics(base, *nothing, no_tokens, zero, None, None, precision, backend, cap)[0][0]
-
-
-def _named_pair(pair: tuple[Tensor, Tensor] | None) -> list[tuple[str, Tensor]]:
-    return [] if pair is None else [(f"logit_difference[{i}]", tokens) for i, tokens in enumerate(pair)]
-
-
-def checked_group(group: Tensor | None, delta: Tensor, basis: Tensor) -> Tensor:
-    """Which basis each ablation writes through, as int64 [P]; what is wrong with it, delta's or basis' rank raises."""
-    for name, tensor, shape in (("delta", delta, "[P, T, r]"), ("basis", basis, "[G, r, V]")):
-        if tensor.dim() != 3:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {shape}")
-    if group is None:
-        if len(basis) != 1:
-            raise ValueError(f"basis holds {len(basis)} groups, but group is None; say which each ablation uses")
-        return torch.zeros(len(delta), dtype=torch.long, device=delta.device)
-    if group.is_floating_point() or group.dtype == torch.bool:
-        raise TypeError(f"group has dtype {group.dtype}, expected integers")
-    return group.long()
+    delta, basis = base.new_empty(1, len(base), 0), base.new_empty(1, 0, base.shape[1])
+    group = torch.zeros(1, dtype=torch.long, device=base.device)
+    tokens = group.new_empty(len(base), 0)
+    return sweep_partial(base, delta, basis, tokens, group=group, cap=cap, precision=precision, backend=backend).lse[0]
 
 
 def check_sweep(
     base: Tensor,
     delta: Tensor,
     basis: Tensor,
-    group: Tensor,
-    scale: Tensor | None,
-    tokens: list[tuple[str, Tensor]],
-) -> None:
-    """Raise what is wrong with the inputs of a sweep, named with both values; tokens by their names."""
-    if base.dim() != 2:
-        raise ValueError(f"base has shape {list(base.shape)}, expected [T, V]")
-    positions, vocabulary = base.shape
-    pairs, _, rank = delta.shape
-    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("delta", delta, (pairs, positions, rank)),
-        ("basis", basis, (len(basis), rank, vocabulary)),
-        ("group", group, (pairs,)),
-    ]
-    expected += [(name, t, (positions,)) for name, t in tokens]
-    if scale is not None:
-        expected.append(("scale", scale, (pairs, positions)))
-    for name, tensor, shape in expected:
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, expected {list(shape)} "
-                f"(base is {list(base.shape)}, delta {list(delta.shape)})"
-            )
-        if tensor.device != base.device:
-            raise ValueError(f"{name} is on {tensor.device}, but base is on {base.device}")
-    if base.dtype not in DTYPES:
-        raise TypeError(f"base has dtype {base.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    for name, tensor in (("delta", delta), ("basis", basis)):
-        if tensor.dtype != base.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, but base has {base.dtype}")
-    if vocabulary == 0:
+    group: Tensor | None,
+    targets: Mapping[str, Tensor],  # [T] each
+    scale: Tensor | None = None,
+) -> Tensor:
+    """The basis that each ablation writes through, int64 [P]; what is wrong with the inputs of a sweep raises."""
+    check_shapes(
+        base=(base, "T V"),
+        delta=(delta, "P T r"),
+        basis=(basis, "G r V"),
+        group=(group, "P", int),
+        scale=(scale, "P T", float),
+        **{name: (tokens, "T", int) for name, tokens in targets.items()},
+    )
+    if base.shape[1] == 0:
         raise ValueError(f"base has shape {list(base.shape)}: an empty vocabulary")
-    for name, tensor in tokens:
-        if tensor.is_floating_point() or tensor.dtype == torch.bool:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
+    if group is None:
+        if len(basis) != 1:
+            raise ValueError(f"basis holds {len(basis)} groups, but group is None; say which each ablation uses")
+        group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
     if base.device.type == "cpu" and not torch.compiler.is_compiling():
-        for name, tensor in tokens:
-            check_range(name, tensor, vocabulary)
+        for name, tokens in targets.items():
+            check_range(name, tokens, base.shape[1])
         check_range("group", group, len(basis))
+    return group.long()

@@ -1,50 +1,42 @@
-"""Where the target stands among the logits of many ablations."""
+"""How many tokens many ablations rank above the target, from logits that are never stored."""
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import reference
-from pyfastcircuits.ops.backend import Backend, Precision, check_precision, no_cuda_kernel, resolve_backend
-from pyfastcircuits.ops.sweep_nll import check_sweep, checked_group
+from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
+from pyfastcircuits.ops.sweep_nll import check_sweep
+from pyfastcircuits.shapes import PRECISIONS, check_choice, target_ranks_outputs
+
+torch.library.register_fake("pyfastcircuits::target_ranks", target_ranks_outputs)
 
 THRESHOLD_ELEMENTS = 1 << 22  # fp64 columns of the basis that are held at once
 
 
-def rank_statistics(
+def rank_partial(
     base: Tensor,  # [T, V]
     delta: Tensor,  # [P, T, r]
     basis: Tensor,  # [G, r, V]
     tokens: Tensor,  # [T]
-    group: Tensor,  # [P]
     thresholds: Tensor,  # [P, T]
+    *,
+    group: Tensor,  # [P]
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor:
     """What a slice of the vocabulary adds to ranks: the raw op, whose results of several slices add up to the whole.
 
-    How many tokens of the slice, `tokens[t]` left out if it is there, have a logit `base[t] + delta[p, t] @
-    basis[group[p]]` greater than `thresholds[p, t]` (fp64): [P, T] int64. NaN is greater than nothing, and nothing is
-    greater than NaN.
+    It counts the tokens of the slice, `tokens[t]` left out if it is there, whose logit `base[t] + delta[p, t] @
+    basis[group[p]]` is greater than `thresholds[p, t]` (fp64): [P, T] int64. NaN is greater than nothing, and nothing
+    is greater than NaN.
     """
-    chosen = resolve_backend(backend, base.device)
-    check_precision(precision)
+    chosen = resolve_backend(backend, base.device, "target_ranks")
+    check_choice("precision", precision, PRECISIONS)
     if chosen == "reference":
         return reference.target_ranks(base, delta, basis, tokens, group, thresholds)
-    if chosen == "cuda":
-        raise no_cuda_kernel("target_ranks")
-    if chosen == "triton":
-        from pyfastcircuits.kernels.target_ranks import target_ranks_triton as kernel
-    else:
-        kernel = torch.ops.pyfastcircuits.target_ranks
-    return kernel(base, delta, basis, tokens, group, thresholds, precision)  # type: ignore[no-any-return]
-
-
-@torch.library.register_fake("pyfastcircuits::target_ranks")  # type: ignore[untyped-decorator]
-def target_ranks_fake(
-    base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, group: Tensor, thresholds: Tensor, precision: str
-) -> Tensor:
-    """Shape alone, for torch.compile."""
-    return base.new_empty(delta.shape[:2], dtype=torch.long)
+    kernel = kernel_of("target_ranks", chosen)
+    ranks: Tensor = kernel(base, delta, basis, tokens, group, thresholds, precision)
+    return ranks
 
 
 def target_ranks(
@@ -84,20 +76,19 @@ def target_ranks(
             ranks are -1.
         RuntimeError: a backend or precision that is not there.
     """
-    group = checked_group(group, delta, basis)
-    check_sweep(base, delta, basis, group, None, [("targets", targets)])
-    check_precision(precision)
+    group = check_sweep(base, delta, basis, group, {"targets": targets})
+    check_choice("precision", precision, PRECISIONS)
     there = (targets >= 0) & (targets < base.shape[1])
     tokens = torch.where(there, targets.long(), 0)
     thresholds = _target_logits(base, delta, basis, tokens, group, precision)
-    ranks = rank_statistics(base, delta, basis, tokens, group, thresholds, precision, backend)
+    ranks = rank_partial(base, delta, basis, tokens, thresholds, group=group, precision=precision, backend=backend)
     return torch.where(there, ranks, -1)
 
 
 def _target_logits(
     base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, group: Tensor, precision: Precision
 ) -> Tensor:
-    """Logits of tokens[t] [P, T] in fp64, of the factors that `precision` multiplies."""
+    """Logits [P, T] of tokens[t] in fp64, from the factors as `precision` rounds them."""
 
     def factor(x: Tensor) -> Tensor:
         return (x.bfloat16() if precision == "bf16" else x).double()

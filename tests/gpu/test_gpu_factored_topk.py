@@ -6,7 +6,7 @@ from support.topk_cases import assert_best, close_calls, normal, whole_numbers
 
 from pyfastcircuits import ops
 from pyfastcircuits.ops import reference
-from pyfastcircuits.ops.factored_topk import MOST, MOST_PER_ROW
+from pyfastcircuits.shapes import MOST, MOST_PER_ROW
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.accuracy import assert_as_accurate
-from support.sweep_cases import Joint, eager, exact, joint, make, not_finite
+from support.sweep_cases import Joint, eager, exact, joint, make, not_finite, partial
 
 from pyfastcircuits import ops
 
@@ -13,7 +13,7 @@ PRECISIONS = ["ieee", "tf32", "bf16"]
 
 
 def check(case: Joint, precision: str = "ieee", tiny: float = 2e-6, cap: float | None = None) -> None:
-    ours = ops.joint_statistics(*case, precision=precision, cap=cap)
+    ours = partial(case, precision=precision, cap=cap)
     truth_of = case
     if precision == "bf16":  # exact for the rounded factors; their rounding is the caller's choice
         truth_of = case._replace(delta=case.delta.bfloat16().to(case.delta), basis=case.basis.bfloat16().to(case.basis))
@@ -55,7 +55,7 @@ def test_what_is_not_there_gives_nan(cap: float | None) -> None:
     case = joint(make(P=4, T=3, V=40, r=2, G=2, clean=True, device="cuda", cap=cap), 4)
     case.group[:] = torch.tensor([1, 2, 0, 0])
     case.pairs[:] = torch.tensor([[0, 2], [1, 0], [4, 2], [3, -1]])
-    for result in ops.joint_statistics(*case, cap=cap):
+    for result in partial(case, cap=cap):
         assert result[1:].isnan().all()
         assert result[0].isfinite().all()
 
@@ -65,7 +65,7 @@ def test_what_is_not_there_gives_nan(cap: float | None) -> None:
 def test_deterministic(precision: str, cap: float | None) -> None:
     """Also where threads could see what others have already written."""
     case = joint(make(P=12, T=300, V=9000, r=64, G=3, clean=True, device="cuda", cap=cap), 66)
-    runs = [ops.joint_statistics(*case, precision=precision, cap=cap) for _ in range(5)]
+    runs = [partial(case, precision=precision, cap=cap) for _ in range(5)]
     for others in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], others, strict=True))
 
@@ -73,13 +73,13 @@ def test_deterministic(precision: str, cap: float | None) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_host_synchronisation_and_own_stream(precision: str) -> None:
     case = joint(make(P=6, T=70, V=900, r=64, G=2, clean=True, device="cuda"), 15)
-    expected = ops.joint_statistics(*case, precision=precision)
+    expected = partial(case, precision=precision)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.graph(graph):
-            captured = ops.joint_statistics(*case, precision=precision)
+            captured = partial(case, precision=precision)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph.replay()
@@ -98,4 +98,4 @@ def test_compiles() -> None:
 
 def test_no_cuda_kernel_is_said() -> None:
     with pytest.raises(RuntimeError, match=r"no CUDA C\+\+ kernel of joint_nll; take backend='triton'"):
-        ops.joint_statistics(*joint(make(P=2, T=5, V=50, r=3, device="cuda"), 4), backend="cuda")
+        partial(joint(make(P=2, T=5, V=50, r=3, device="cuda"), 4), backend="cuda")

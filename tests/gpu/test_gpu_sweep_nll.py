@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.accuracy import assert_as_accurate
-from support.sweep_cases import Sweep, eager, exact, make, not_finite
+from support.sweep_cases import Sweep, eager, exact, make, not_finite, partial
 
 from pyfastcircuits import ops
 
@@ -14,7 +14,7 @@ EXACT = [("triton", "ieee"), ("cuda", "ieee")]
 
 
 def check(sweep: Sweep, backend: str, precision: str, tiny: float = 2e-6) -> None:
-    ours = ops.sweep_statistics(*sweep, precision=precision, backend=backend)
+    ours = partial(sweep, precision=precision, backend=backend)
     truth_of = sweep
     if precision == "bf16":  # exact for the rounded factors; their rounding is the caller's choice
         truth_of = sweep._replace(
@@ -54,7 +54,7 @@ def test_dtypes(backend: str, precision: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_soft_cap(backend: str, clean: bool, dtype: torch.dtype) -> None:
     sweep = make(P=5, T=40, V=1000, r=64, G=2, K=2, scale=True, clean=clean, dtype=dtype, device="cuda", cap=30.0)
-    ours = ops.sweep_statistics(*sweep, backend=backend, cap=30.0)
+    ours = partial(sweep, backend=backend, cap=30.0)
     tiny = 1e-13 if dtype == torch.float64 else 2e-6
     for mine, other, truth in zip(ours, eager(sweep, 30.0), exact(sweep, 30.0), strict=True):
         assert_as_accurate(mine, other, truth, tiny)
@@ -69,7 +69,7 @@ def test_huge_logits(backend: str, precision: str) -> None:
 def test_a_huge_logit_loses_nothing(backend: str, precision: str) -> None:
     sweep = make(P=3, T=17, V=200, r=64, device="cuda")
     sweep.base[torch.arange(17), sweep.tokens[:, 0]] = 1e4
-    lse, picked, _ = ops.sweep_statistics(*sweep, precision=precision, backend=backend)
+    lse, picked, _ = partial(sweep, precision=precision, backend=backend)
     torch.testing.assert_close(lse, picked[..., 0], rtol=0, atol=1e-6)
 
 
@@ -82,7 +82,7 @@ def test_not_finite(backend: str, precision: str) -> None:
 def test_a_group_that_is_not_there_gives_nan(backend: str, precision: str) -> None:
     sweep = make(P=4, T=3, V=40, r=2, G=2, clean=True, device="cuda")
     sweep.group[:] = torch.tensor([1, 2, 0, -1])
-    lse, _, change = ops.sweep_statistics(*sweep, precision=precision, backend=backend)
+    lse, _, change = partial(sweep, precision=precision, backend=backend)
     for result in (lse, change):
         assert result[[1, 3]].isnan().all()
         assert result[[0, 2]].isfinite().all()
@@ -91,7 +91,7 @@ def test_a_group_that_is_not_there_gives_nan(backend: str, precision: str) -> No
 @pytest.mark.parametrize(("backend", "precision"), FORMS)
 def test_deterministic(backend: str, precision: str) -> None:
     sweep = make(P=40, T=200, V=3000, r=64, G=3, clean=True, device="cuda")
-    runs = [ops.sweep_statistics(*sweep, precision=precision, backend=backend) for _ in range(3)]
+    runs = [partial(sweep, precision=precision, backend=backend) for _ in range(3)]
     for others in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], others, strict=True))
 
@@ -99,13 +99,13 @@ def test_deterministic(backend: str, precision: str) -> None:
 @pytest.mark.parametrize(("backend", "precision"), FORMS)
 def test_no_host_synchronisation_and_own_stream(backend: str, precision: str) -> None:
     sweep = make(P=6, T=70, V=900, r=64, G=2, clean=True, device="cuda")
-    expected = ops.sweep_statistics(*sweep, precision=precision, backend=backend)
+    expected = partial(sweep, precision=precision, backend=backend)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.graph(graph):
-            captured = ops.sweep_statistics(*sweep, precision=precision, backend=backend)
+            captured = partial(sweep, precision=precision, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph.replay()

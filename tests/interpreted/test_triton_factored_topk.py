@@ -171,7 +171,7 @@ def test_errors() -> None:
     A, B, shift = whole_numbers(4, 6, 5)
     with pytest.raises(ValueError, match=r"A has shape \[4, 4\] and B \[5, 6\]"):
         factored_topk_triton(A[:, :4], B, 3, True, False, None, "none")
-    with pytest.raises(ValueError, match=r"A is torch.float32 and B torch.float64"):
+    with pytest.raises(TypeError, match=r"B has dtype torch.float64, but A has torch.float32"):
         factored_topk_triton(A, B.double(), 3, True, False, None, "none")
     with pytest.raises(ValueError, match=r"shift has shape \[3\], expected \[4\]"):
         factored_topk_triton(A, B, 3, True, False, shift[:3], "none")

@@ -146,9 +146,9 @@ def test_errors() -> None:
         frozen_attention_triton(*call._replace(values=call.values[..., 1:, :]), "ieee")
     with pytest.raises(ValueError, match="lse is None, but the transposed form needs it"):
         frozen_attention_triton(*call._replace(transposed=True, values=call.values.expand(-1, -1, 2, -1, -1)), "ieee")
-    with pytest.raises(ValueError, match=r"q is torch.float32, k torch.float64 and values torch.float32"):
+    with pytest.raises(TypeError, match=r"k has dtype torch.float64, but q has torch.float32"):
         frozen_attention_triton(*call._replace(k=call.k.double()), "ieee")
-    with pytest.raises(ValueError, match=r"precision is 'tf32', but q is float64"):
+    with pytest.raises(ValueError, match=r"precision is 'tf32', but float64 tensors have only 'ieee'"):
         frozen_attention_triton(*small(dtype=torch.float64), "tf32")
 
 

@@ -154,9 +154,9 @@ def test_errors() -> None:
         pair_norms_triton(left[..., :6], right, None, "ieee")
     with pytest.raises(ValueError, match=r"before has shape \[4\], expected \[5\]"):
         pair_norms_triton(left, right, torch.arange(4), "ieee")
-    with pytest.raises(ValueError, match=r"left is torch.float32 and right torch.float64"):
+    with pytest.raises(TypeError, match=r"right has dtype torch.float64, but left has torch.float32"):
         pair_norms_triton(left, right.double(), None, "ieee")
-    with pytest.raises(ValueError, match=r"precision is 'tf32', but left is float64"):
+    with pytest.raises(ValueError, match=r"precision is 'tf32', but float64 tensors have only 'ieee'"):
         pair_norms_triton(left.double(), right.double(), None, "tf32")
 
 

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import pyfastcircuits
+from pyfastcircuits.kernels.common import ALIGNMENT
 from pyfastcircuits.kernels.configs import arithmetic, choose
 from pyfastcircuits.kernels.diagonal_ranks import diagonal_ranks_kernel
 from pyfastcircuits.kernels.factored_topk import (
@@ -28,7 +29,6 @@ from pyfastcircuits.kernels.frozen_attention import OPTIONS as ATTENTION_OPTIONS
 from pyfastcircuits.kernels.frozen_attention import attention_lse_kernel, frozen_attention_kernel, launch
 from pyfastcircuits.kernels.joint_nll import CHANGES_WARPS, joint_nll_kernel
 from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
-from pyfastcircuits.kernels.sweep import ALIGNMENT
 from pyfastcircuits.kernels.sweep_nll import CHANGES_OPTIONS, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 from pyfastcircuits.kernels.target_ranks import target_ranks_kernel
 
@@ -197,7 +197,7 @@ def compile_attention(variant: AttentionVariant, ones: bool = False) -> tuple[by
     factor, work = "*bf16" if kind == "bf16" else POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = dict.fromkeys(("q", "k", "to", "sources", "values"), factor)
     types |= dict.fromkeys(("high", "low", "before", "after", "mask", "out", "highest", "totals"), work)
-    constants = {"DEPTH": rank, "WIDTH": rank, "SCALE": 0.125, "SOFTCAP": 50.0 if whole else 0.0}
+    constants = {"DEPTH": rank, "WIDTH": rank, "SCALE": 0.125, "CAP": 50.0 if whole else None}
     constants |= {"TRANSPOSED": name.endswith("transposed"), "PRECISION": precision, **config.blocks}
     if not whole:
         constants |= dict.fromkeys(("before", "after", "mask"))
@@ -243,7 +243,7 @@ def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
     warps = config.num_warps * (CHANGES_WARPS if name == "joint_nll_capped" else 1)
     options = {"num_warps": warps, "num_stages": config.num_stages}
     options |= {"sweep_nll_tokens": TOKENS_OPTIONS, "sweep_nll_capped": CHANGES_OPTIONS}.get(name, {})
-    return _compiled(kernel, types, constants, {"basis_stride"}, options, arch, ones)
+    return _compiled(kernel, types, constants, {"stride"}, options, arch, ones)
 
 
 def _compiled(

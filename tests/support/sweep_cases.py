@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.ops import reference
+from pyfastcircuits import ops
+from pyfastcircuits.ops import SweepPartial, reference
 
 
 class Sweep(NamedTuple):
@@ -30,6 +31,14 @@ class Joint(NamedTuple):
     group: Tensor
     pairs: Tensor
     clean_lse: Tensor | None
+
+
+def partial(case: Sweep | Joint, **options: object) -> SweepPartial:
+    """The raw typed op of the case."""
+    base, delta, basis, tokens, group, other, clean_lse = case
+    if isinstance(case, Joint):
+        return ops.joint_partial(base, delta, basis, tokens, other, group=group, clean_lse=clean_lse, **options)
+    return ops.sweep_partial(base, delta, basis, tokens, group=group, scale=other, clean_lse=clean_lse, **options)
 
 
 def joint(sweep: Sweep, pairs: int) -> Joint:

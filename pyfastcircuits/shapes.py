@@ -1,0 +1,185 @@
+"""Shapes, dtypes and ranges of the ops' arguments and results, in one place below the typed ops and the Triton kernels.
+
+`check_shapes` reads shapes in the letters of the docstrings: `check_shapes(q=(q, "B H T r"), k=(k, "B Hkv T r"))` gives
+the sizes by letter. The functions named `*_outputs` allocate an op's results from its own arguments, not initialised:
+the kernels fill them, and torch.compile takes their shapes.
+"""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+PRECISIONS = ("ieee", "tf32", "bf16")
+SCREENS = ("auto", "none", "bf16")
+MOST = {"cpu": 1 << 24, "triton": 1 << 16, "cuda": 1 << 16}  # k of a whole matrix, in factored_topk
+MOST_PER_ROW = {"cpu": 1 << 16, "triton": 1024, "cuda": 1024}
+
+Argument = tuple[Tensor | None, str] | tuple[Tensor | None, str, type]
+
+
+def check_shapes(**arguments: Argument) -> dict[str, int]:
+    """The sizes by letter of `name=(tensor, "T V")`, or of `name=(tensor, "T", int)` for what is no factor.
+
+    A letter is bound by the first tensor that has it; a number in its place is that size. The first tensor has one of
+    DTYPES, and all others are on its device. The third entry says which dtypes the tensor may have: `int` any integers,
+    `float` any floating point, `bool` that one; without it, that of the first tensor. A tensor that is None is skipped.
+
+    Raises:
+        ValueError: a shape or device that does not fit, with both.
+        TypeError: a dtype that does not fit.
+    """
+    sizes: dict[str, int] = {}
+    start = next(iter(arguments))
+    first = arguments[start][0]
+    assert first is not None
+    for name, (tensor, shape, *kind) in arguments.items():
+        if tensor is None:
+            continue
+        letters = shape.split()
+        if tensor.dim() == len(letters):
+            for letter, size in zip(letters, tensor.shape, strict=True):
+                sizes.setdefault(letter, int(letter) if letter.isdigit() else size)
+        expected = [sizes[x] for x in letters] if sizes.keys() >= set(letters) else letters
+        if list(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(map(str, expected))}]")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {start} is on {first.device}")
+        if tensor is first and tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        if not kind and tensor.dtype != first.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, but {start} has {first.dtype}")
+        if kind == [int] and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
+        if kind == [float] and not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected floating point")
+        if kind == [bool] and tensor.dtype != torch.bool:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.bool")
+    return sizes
+
+
+def check_product(**factors: tuple[Tensor, str]) -> dict[str, int]:
+    """`check_shapes` of the two factors of a product; where their inner sizes differ, the error shows both factors."""
+    (name, (left, rows)), (other, (right, _)) = factors.items()
+    if right.dim() == left.dim() == len(rows.split()) and left.shape[-1] != right.shape[-2]:
+        raise ValueError(
+            f"{name} has shape {list(left.shape)} and {other} {list(right.shape)}: "
+            f"their inner dimensions {rows.split()[-1]} differ"
+        )
+    return check_shapes(**factors)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise ValueError unless `value` is positive or None."""
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} is {value}, expected a positive number")
+
+
+def check_range(name: str, values: Tensor, end: int) -> None:
+    """Raise IndexError, with the first offender and its place, unless all values are in [0, end)."""
+    bad = (values < 0) | (values >= end)
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        raise IndexError(f"{name}{place or ''} is {int(values[tuple(place)])}, expected 0 to {end - 1}")
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """Raise ValueError, with the first offender and its place, unless all are finite; torch.compile skips this."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            place = (~tensor.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"{name}{place} is {tensor[tuple(place)].item()}, expected finite values")
+
+
+def work_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums and of results: the tensor's own, and float32 for bfloat16."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def sweep_nll_outputs(
+    base: Tensor,
+    delta: Tensor,
+    basis: Tensor,
+    tokens: Tensor,
+    group: Tensor,
+    scale: Tensor | None,
+    clean_lse: Tensor | None,
+    *options: object,
+) -> Three:
+    """Logsumexp [P, T], logits of the tokens [P, T, K] and change [P, T] (or [0, T]), fp64."""
+    return _partial(len(delta), base, tokens, clean_lse)
+
+
+def joint_nll_outputs(
+    base: Tensor,
+    delta: Tensor,
+    basis: Tensor,
+    tokens: Tensor,
+    group: Tensor,
+    pairs: Tensor,
+    clean_lse: Tensor | None,
+    *options: object,
+) -> Three:
+    """The same of pairs of ablations."""
+    return _partial(len(pairs), base, tokens, clean_lse)
+
+
+def _partial(count: int, base: Tensor, tokens: Tensor, clean_lse: Tensor | None) -> Three:
+    shape = (count, len(base))
+    lse, picked, change = (
+        base.new_empty(s, dtype=torch.float64)
+        for s in (shape, (*shape, tokens.shape[1]), shape if clean_lse is not None else (0, len(base)))
+    )
+    return lse, picked, change
+
+
+def target_ranks_outputs(base: Tensor, delta: Tensor, *others: object) -> Tensor:
+    """Ranks [P, T] int64."""
+    return base.new_empty(delta.shape[:2], dtype=torch.long)
+
+
+def diagonal_ranks_outputs(A: Tensor, B: Tensor, columns: Tensor) -> Tensor:
+    """Ranks [N] int64."""
+    return A.new_empty(len(A), dtype=torch.long)
+
+
+def factored_topk_outputs(A: Tensor, B: Tensor, k: int, largest: bool, per_row: bool, *others: object) -> Three:
+    """Values, rows and columns of the entries, [k] or [N, k]."""
+    values = A.new_empty((len(A), k) if per_row else (k,), dtype=work_dtype(A))
+    return values, torch.empty_like(values, dtype=torch.long), torch.empty_like(values, dtype=torch.long)
+
+
+def pair_norms_outputs(left: Tensor, right: Tensor, *others: object) -> Tensor:
+    """Norms [N, M]."""
+    return left.new_empty(len(left), len(right), dtype=work_dtype(left))
+
+
+def frozen_attention_outputs(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    lse: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    transposed: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Results [S, B, H, T, s] (transposed [S, B, Hkv, T, s]), and logsumexp [B, H, T] in fp64 or [0, H, T] if given."""
+    streams, batches, _, positions, width = values.shape
+    heads = (k if transposed else q).shape[1]
+    out = values.new_empty(streams, batches, heads, positions, width, dtype=work_dtype(q))
+    return out, q.new_empty(batches if lse is None else 0, q.shape[1], positions, dtype=torch.float64)
