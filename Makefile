@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/*/*.cpp tests/*/*.h)
 SANITIZED := build/sanitized
 LENS ?= 3.9.0 4.3.0
+JOBS ?= 2
 
 LENS_BIN = .venv-lens-$*/bin
+FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test lens notebooks bench lint format sanitize gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone mutations lens notebooks bench lint format sanitize gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -23,24 +25,36 @@ $(BIN)/pyfastcircuits: pyproject.toml setup.py
 sweep: build
 	$(BIN)/pyfastcircuits sweep induction-2l
 
-test: build
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
+# The tests by $(JOBS) processes of a thread each, most being too small for two (those of threads set their number);
+# kernels in Triton's interpreter; and, one by one on a machine that does nothing else, those of time and memory.
+test: test-together test-interpreted test-alone
+
+test-together: build
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not alone"
+
+test-interpreted: build
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) tests/interpreted
+
+test-alone: build
+	$(BIN)/pytest -m alone
 
 # Against Hugging Face models (once) and TransformerLens before and after its version 4, and the latter's own tests of
 # FactoredMatrix with ours in the place of theirs. Each version has an environment of its own, which shares torch and this
-# library with the first.
+# library with ours; all but the first install only what they need another version of.
 lens: $(LENS:%=lens-%)
 
 lens-%: .venv-lens-%/ready
-	$(LENS_BIN)/python -m pytest tests/integrations $(if $(filter $*,$(firstword $(LENS))),tests/adapters,tests/adapters/test_lens*.py)
+	$(LENS_BIN)/python -m pytest tests/integrations $(if $(filter $*,$(FIRST)),tests/adapters,tests/adapters/test_lens*.py)
 	cd .venv-lens-$*/theirs/transformer_lens-$* && PYTHONPATH=$(CURDIR)/tests \
 	../../bin/python -m pytest -q -c /dev/null -p support.ours_in_place tests/unit/factored_matrix
 
 .PRECIOUS: .venv-lens-%/ready
+$(patsubst %,.venv-lens-%/ready,$(filter-out $(FIRST),$(LENS))): .venv-lens-$(FIRST)/ready
+
 .venv-lens-%/ready: | build
 	$(PYTHON) -m venv .venv-lens-$*
-	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+	$(if $(filter $*,$(FIRST)),$(BIN),.venv-lens-$(FIRST)/bin)/python \
+	-c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
 	> "$$($(LENS_BIN)/python -c "import site; print(site.getsitepackages()[0])")/shared.pth"
 	$(LENS_BIN)/pip install -q transformer-lens==$* hatchling poetry-core poetry-dynamic-versioning
 	$(LENS_BIN)/pip download -q --no-deps --no-build-isolation --no-binary :all: -d .venv-lens-$*/theirs transformer-lens==$*
@@ -48,13 +62,13 @@ lens-%: .venv-lens-%/ready
 	@touch $@
 
 # Write into the notebooks what their cells print; `make test` holds them to it.
-notebooks: .venv-lens-$(firstword $(LENS))/ready
-	for file in examples/*.ipynb; do .venv-lens-$(firstword $(LENS))/bin/python tests/support/run_notebook.py $$file || exit 1; done
+notebooks: .venv-lens-$(FIRST)/ready
+	for file in examples/*.ipynb; do .venv-lens-$(FIRST)/bin/python tests/support/run_notebook.py $$file || exit 1; done
 
 # Every bench in a process of its own, so that one that fails stops no other and peaks of memory are its own. Then
 # docs/performance.md and the headline ratios of README.md are written of what they found; see bench/write.py.
 bench: build
-	$(BIN)/pip install -q "transformer-lens==$(firstword $(LENS))"
+	$(BIN)/pip install -q "transformer-lens==$(FIRST)"
 	rm -rf build/bench
 	@failed=0; for file in bench/test_bench_*.py; do $(BIN)/pytest $$file -W default || failed=1; done; \
 	$(BIN)/python -m bench.write || failed=1; exit $$failed
@@ -76,6 +90,10 @@ sanitize: build
 	PYFASTCIRCUITS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -s -m sanitize
+
+# Tests must fail where the code is made wrong: each mutation in a copy of this folder, as in tests/mutations.py.
+mutations: build
+	$(BIN)/python tests/mutations.py
 
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu

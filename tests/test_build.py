@@ -50,11 +50,13 @@ def test_import_is_light():
     assert loaded == before
 
 
+@pytest.mark.alone
 def test_import_takes_a_fifth_of_a_second_over_torch():
     code = "import torch, time; t = time.perf_counter(); import pyfastcircuits; print(time.perf_counter() - t)"
     assert min(float(python(code)) for _ in range(5)) < 0.2
 
 
+@pytest.mark.alone
 def test_a_build_without_torch_says_what_to_run(tmp_path):
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)

@@ -85,7 +85,6 @@ def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     monkeypatch.setitem(train.RECIPES, "tiny", recipe)
     files = stdlib_files(held_out=True)[:2]
     monkeypatch.setattr(train, "stdlib_files", lambda held_out: files)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train.train("tiny", tmp_path / "whole", 100)
 
@@ -101,7 +100,6 @@ def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         train.train("tiny", tmp_path / "killed", 2)
     monkeypatch.setattr(train, "learning_rate", real)
     train.train("tiny", tmp_path / "killed", 2)
-    torch.set_num_threads(threads)
     whole, resumed = (dict(fc.load_weights(tmp_path / name).tensors()) for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert "# tiny" in (tmp_path / "whole" / "README.md").read_text()

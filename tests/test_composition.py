@@ -297,15 +297,9 @@ def test_every_pair_of_the_trained_model(kind, route, monkeypatch):
     assert float(((ours - exact).abs() / exact.where(exact > 0, 1)).max()) <= 1e-5
 
 
-@pytest.mark.parametrize("tier", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_triangles(tier, dtype, monkeypatch):
-    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", tier)
+def test_triangles(tier, dtype):
     op = torch.ops.pyfastcircuits.triangles
-    try:
-        op(torch.ones(0, 1, 1))
-    except RuntimeError as error:
-        pytest.skip(str(error))
     for shape in ((3, 40, 17), (2, 5, 1), (4, 300, 64)):
         W = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         for given in (W, W.mT.contiguous().mT):

@@ -1,25 +1,14 @@
 """diagonal_ranks against the materialised product: every tier; equal entries never count."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pyfastcircuits as fc
 from pyfastcircuits.ops import diagonal_ranks, reference
 
-TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
-HERE = TIERS[: TIERS.index(fc.build_info()["best_cpu_tier"]) + 1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 pytestmark = pytest.mark.sanitize
-
-
-@pytest.fixture(params=HERE)
-def tier(request, monkeypatch):
-    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", request.param)
-    return request.param
 
 
 def integers(N, M, r, dtype=torch.float32, high=4, seed=0):
@@ -91,12 +80,10 @@ def test_strided_inputs(tier):
 def test_results_do_not_depend_on_threads(tier):
     g = torch.Generator().manual_seed(0)
     A, B = torch.randn(500, 16, generator=g), torch.randn(16, 500, generator=g)
-    threads = torch.get_num_threads()
     outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         outcomes.append(diagonal_ranks(A, B))
-    torch.set_num_threads(threads)
     assert torch.equal(outcomes[0], outcomes[1])
     assert torch.equal(outcomes[0], outcomes[2])
 
@@ -162,7 +149,7 @@ def test_errors_of_the_bare_op():
             torch.ops.pyfastcircuits.diagonal_ranks(*arguments)
 
 
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="compiles")
+@pytest.mark.processes
 def test_opcheck_and_compile():
     A, B, columns = integers(9, 70, 4)
     torch.library.opcheck(torch.ops.pyfastcircuits.diagonal_ranks.default, (A, B, columns))

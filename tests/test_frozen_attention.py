@@ -9,22 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
-from support.attention_cases import Attention, eager, exact, forward, make, tiny
+from support.attention_cases import Attention, assert_as_accurate_rows, eager, exact, forward, make
 
-import pyfastcircuits as fc
 from pyfastcircuits import ops
 
-TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
-BEST = fc.build_info()["best_cpu_tier"]
-HERE = TIERS[: TIERS.index(BEST) + 1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 pytestmark = pytest.mark.sanitize
-
-
-@pytest.fixture(params=HERE)
-def tier(request, monkeypatch):
-    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", request.param)
-    return request.param
 
 
 def bare(call: Attention, precision="ieee"):
@@ -34,20 +24,15 @@ def bare(call: Attention, precision="ieee"):
 def check(call: Attention) -> None:
     out, lse = bare(call)
     assert out.dtype == (torch.float64 if call.q.dtype == torch.float64 else torch.float32)
-    theirs, truth = eager(call), exact(call)
-    assert_as_accurate(out, theirs[0], truth[0], tiny(call))
+    assert_as_accurate_rows(call, (out, lse), eager(call), exact(call))
     if call.lse is None:
         assert lse.dtype == torch.float64
-        assert_as_accurate(lse, theirs[1], truth[1], tiny(call))
         again, none = bare(call._replace(lse=lse))
         assert torch.equal(again.nan_to_num(7), out.nan_to_num(7))
         assert none.numel() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 37, 64, 129])
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.matrix(dtype=DTYPES, rank=[0, 1, 37, 64, 129], whole=[False, True], transposed=[False, True])
 def test_against_fp64(tier, dtype, rank, whole, transposed):
     check(make(r=rank, dtype=dtype, whole=whole, transposed=transposed))
 
@@ -160,7 +145,7 @@ def test_a_value_that_is_nan_reaches_no_row_before_its_panel(tier):
     assert out.isfinite().all()
 
 
-@pytest.mark.skipif(BEST != "avx512_bf16", reason="this CPU has no bfloat16 dot products")
+@pytest.mark.avx512_bf16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_bf16_dot_products(dtype, transposed):
@@ -204,14 +189,10 @@ def test_strided_inputs(tier, transposed):
 
 def test_results_do_not_depend_on_threads_or_on_what_else_is_asked(tier):
     call = make(S=3, T=400, r=16, s=16, whole=True)
-    threads = torch.get_num_threads()
     outcomes = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            outcomes.append(bare(call))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outcomes.append(bare(call))
     for other in outcomes[1:]:
         assert all(torch.equal(x, y) for x, y in zip(outcomes[0], other, strict=True))
     alone = bare(call._replace(values=call.values[1:2]))
@@ -356,7 +337,7 @@ def test_errors_of_the_bare_op(change, message):
         bare(make()._replace(**change))
 
 
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="compiles and forks")
+@pytest.mark.processes
 class TestTorchIntegration:
     def test_opcheck(self):
         op = torch.ops.pyfastcircuits.frozen_attention.default

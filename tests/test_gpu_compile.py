@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -38,19 +38,35 @@ from support.gpu_resources import (
 )
 
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+MAIN = 90
+Any = Variant | PairVariant | ProductVariant | AttentionVariant
 
 
-@pytest.mark.parametrize("variant", variants(), ids=str)
+def chosen(everything: Iterable[Any]) -> list[Any]:
+    """All variants on one architecture; on each other one for each kernel, with every arithmetic met in its turn."""
+    taken: list[Any] = []
+    others: dict[tuple[str, int], list[Any]] = {}
+    for variant in everything:
+        if variant.arch == MAIN:
+            taken.append(variant)
+        else:
+            others.setdefault((getattr(variant, "kernel", ""), variant.arch), []).append(variant)
+    for turn, of_one in enumerate(others.values()):
+        taken.append(of_one[turn % len(of_one)])
+    return taken
+
+
+@pytest.mark.parametrize("variant", chosen(variants()), ids=str)
 def test_triton_sweeps(variant: Variant) -> None:
     check(variant, *compile_sweep(variant))
 
 
-@pytest.mark.parametrize("variant", pair_variants(), ids=str)
+@pytest.mark.parametrize("variant", chosen(pair_variants()), ids=str)
 def test_triton_pair_norms(variant: PairVariant) -> None:
     check(variant, *compile_pairs(variant))
 
 
-@pytest.mark.parametrize("variant", product_variants(), ids=str)
+@pytest.mark.parametrize("variant", chosen(product_variants()), ids=str)
 def test_triton_products(variant: ProductVariant) -> None:
     cubin, shared = compile_product(variant)
     check(variant, cubin, shared)
@@ -62,9 +78,9 @@ def test_triton_products(variant: ProductVariant) -> None:
 @pytest.mark.parametrize(
     ("compiled", "variant"),
     [
-        *((compile_sweep, v) for v in variants() if v.arch == 90 and v.precision == "tf32"),
-        *((compile_pairs, v) for v in pair_variants() if v.arch == 90 and v.precision == "tf32"),
-        *((compile_product, v) for v in product_variants() if v.arch == 90 and v.dtype == "float32"),
+        *((compile_sweep, v) for v in variants() if v.arch == MAIN and v.precision == "tf32"),
+        *((compile_pairs, v) for v in pair_variants() if v.arch == MAIN and v.precision == "tf32"),
+        *((compile_product, v) for v in product_variants() if v.arch == MAIN and v.dtype == "float32"),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
@@ -73,12 +89,12 @@ def test_sizes_of_one(compiled: Callable[..., object], variant: object) -> None:
     compiled(variant, ones=True)
 
 
-@pytest.mark.parametrize("variant", attention_variants(), ids=str)
+@pytest.mark.parametrize("variant", chosen(attention_variants()), ids=str)
 def test_triton_frozen_attention(variant: AttentionVariant) -> None:
     check(variant, *compile_attention(variant))
 
 
-def check(variant: Variant | PairVariant | ProductVariant | AttentionVariant, cubin: bytes, shared: int) -> None:
+def check(variant: Any, cubin: bytes, shared: int) -> None:
     """It fits, nothing spills, and tensor cores multiply where they may."""
     [(_, _, used)] = resources(cubin)
     assert shared <= ARCHITECTURES[variant.arch]

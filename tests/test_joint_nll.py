@@ -1,27 +1,15 @@
 """joint_nll on the CPU: every tier against fp64, no worse than torch at the same dtype."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.accuracy import assert_as_accurate
-from support.sweep_cases import Joint, eager, exact, joint, make, not_finite, partial
+from support.sweep_cases import Joint, assert_partials_as_accurate, eager, exact, joint, make, not_finite, partial
 
 import pyfastcircuits as fc
 
-TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
-BEST = fc.build_info()["best_cpu_tier"]
-HERE = TIERS[: TIERS.index(BEST) + 1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 pytestmark = pytest.mark.sanitize
-
-
-@pytest.fixture(params=HERE)
-def tier(request, monkeypatch):
-    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", request.param)
-    return request.param
 
 
 def inputs(S=5, T=13, V=1001, r=37, G=3, K=2, P=9, **options) -> Joint:
@@ -38,19 +26,15 @@ def check(case: Joint, precision="ieee", cap=None) -> None:
     if precision == "bf16":
         case = case._replace(delta=case.delta.bfloat16().to(case.delta), basis=case.basis.bfloat16().to(case.basis))
     tiny = 1e-6 if case.base.dtype != torch.float64 else 1e-13  # one rounding of a sum of exponentials near 1
-    for mine, theirs, truth in zip(ours, eager(case, cap), exact(case, cap), strict=True):
-        assert_as_accurate(mine, theirs, truth, tiny)
+    assert_partials_as_accurate(ours, eager(case, cap), exact(case, cap), tiny)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 37, 129])
-@pytest.mark.parametrize("clean", [False, True])
-@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.matrix(dtype=DTYPES, rank=[0, 1, 37, 129], clean=[False, True], cap=[None, 3.0])
 def test_against_fp64(tier, dtype, rank, clean, cap):
     check(inputs(r=rank, dtype=dtype, clean=clean, cap=cap), cap=cap)
 
 
-@pytest.mark.skipif(BEST != "avx512_bf16", reason="this CPU has no bfloat16 dot products")
+@pytest.mark.avx512_bf16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bf16_dot_products_round_the_factors_and_nothing_else(dtype):
     check(inputs(dtype=dtype, clean=True), precision="bf16")
@@ -137,12 +121,10 @@ def test_strided_inputs(tier):
 
 def test_results_do_not_depend_on_threads_or_on_the_other_pairs(tier):
     case = inputs(S=12, T=70, V=700, r=16, P=30)
-    threads = torch.get_num_threads()
     outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         outcomes.append(run(case))
-    torch.set_num_threads(threads)
     for other in outcomes[1:]:
         assert all(torch.equal(x, y) for x, y in zip(outcomes[0], other, strict=True))
     order = torch.arange(29, -1, -3)
@@ -238,7 +220,7 @@ def test_no_cuda_kernel_is_said():
         partial(inputs(), backend="cuda")
 
 
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="compiles and forks")
+@pytest.mark.processes
 def test_opcheck_and_compile():
     a = inputs(2, 3, 60, 4, 2, 1, 3, clean=True)
     torch.library.opcheck(torch.ops.pyfastcircuits.joint_nll.default, (*a, "ieee"))

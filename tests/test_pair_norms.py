@@ -10,18 +10,7 @@ from pyfastcircuits import ops
 from pyfastcircuits.ops import reference
 
 pytestmark = pytest.mark.sanitize
-TIERS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 ROUTES = ["products", "gram"]
-
-
-@pytest.fixture(params=TIERS)
-def tier(request, monkeypatch):
-    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", request.param)
-    try:
-        torch.ops.pyfastcircuits.cpu_rate("exp", 0.0)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return request.param
 
 
 def bare(left, right, route, before=None):
@@ -39,9 +28,7 @@ def relative_error(ours, exact):
 SHAPES = [(5, 6, 4, 7, 3), (13, 11, 9, 300, 17), (1, 1, 1, 1, 1), (60, 55, 8, 50, 33), (3, 4, 64, 700, 64)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.matrix(shape=SHAPES, dtype=[torch.float32, torch.float64, torch.bfloat16], route=ROUTES)
 def test_matches_the_products(tier, shape, dtype, route):
     left, right = factors(*shape, dtype)
     exact = reference.pair_norms(left, right)
@@ -92,14 +79,10 @@ def test_views_of_any_strides(route):
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_same_to_the_bit_whatever_the_threads(route):
     left, right = factors(40, 37, 16, 130, 20, torch.float32)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(ops.pair_norms(left, right, route=route))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.pair_norms(left, right, route=route))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

@@ -1,6 +1,5 @@
 """sweep_nll on the CPU: every tier against fp64, no worse than torch at the same dtype."""
 
-import os
 import sys
 
 import pytest
@@ -8,21 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
-from support.sweep_cases import Sweep, eager, exact, make, not_finite, partial
+from support.sweep_cases import Sweep, assert_partials_as_accurate, eager, exact, make, not_finite, partial
 from torch import Tensor
 
 import pyfastcircuits as fc
 
-TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
-BEST = fc.build_info()["best_cpu_tier"]
-HERE = TIERS[: TIERS.index(BEST) + 1]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 pytestmark = pytest.mark.sanitize
-
-
-@pytest.fixture(params=HERE)
-def tier(request, monkeypatch):
-    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", request.param)
-    return request.param
 
 
 def inputs(P=7, T=13, V=1001, r=37, G=3, K=2, **options) -> Sweep:
@@ -37,22 +28,15 @@ def check(sweep: Sweep, precision="ieee", cap=None) -> None:
             delta=sweep.delta.bfloat16().to(sweep.delta), basis=sweep.basis.bfloat16().to(sweep.basis)
         )
     tiny = 1e-6 if sweep.base.dtype != torch.float64 else 1e-13  # one rounding of a sum of exponentials near 1
-    for mine, theirs, truth in zip(ours, eager(sweep, cap), exact(sweep, cap), strict=True):
-        assert_as_accurate(mine, theirs, truth, tiny)
+    assert_partials_as_accurate(ours, eager(sweep, cap), exact(sweep, cap), tiny)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 2, 37, 64, 129])
-@pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.matrix(dtype=DTYPES, rank=[0, 1, 2, 37, 64, 129], scale=[False, True], clean=[False, True])
 def test_against_fp64(tier, dtype, rank, scale, clean):
     check(inputs(r=rank, dtype=dtype, scale=scale, clean=clean))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cap", [0.5, 3.0, 30.0, 1e6])
-@pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.matrix(dtype=DTYPES, cap=[0.5, 3.0, 30.0, 1e6], scale=[False, True], clean=[False, True])
 def test_a_soft_cap(tier, dtype, cap, scale, clean):
     check(inputs(dtype=dtype, scale=scale, clean=clean, cap=cap), cap=cap)
 
@@ -79,19 +63,20 @@ def multiplied_out(sweep: Sweep, outer: Tensor, dtype=None) -> Sweep:
     return wide._replace(basis=outer.to(dtype) @ sweep.basis[0].to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rank", "depth"), [(0, 5), (1, 1), (9, 4), (37, 200), (64, 401)])
-@pytest.mark.parametrize("more", [{}, {"scale": True, "clean": True, "K": 3}], ids=["plain", "scaled, with KL"])
-def test_bases_made_of_an_outer(tier, dtype, rank, depth, more):
-    sweep, outer = with_outer(rank, depth, dtype=dtype, **more)
+@pytest.mark.matrix(
+    dtype=DTYPES,
+    shape=[(0, 5), (1, 1), (9, 4), (37, 200), (64, 401)],
+    more=[{}, {"scale": True, "clean": True, "K": 3}],
+)
+def test_bases_made_of_an_outer(tier, dtype, shape, more):
+    sweep, outer = with_outer(*shape, dtype=dtype, **more)
     ours = torch.ops.pyfastcircuits.sweep_nll(*sweep, "ieee", None, outer)
     theirs = eager(multiplied_out(sweep, outer, torch.promote_types(dtype, torch.float32)))
     tiny = 1e-6 if dtype != torch.float64 else 1e-13
-    for mine, other, truth in zip(ours, theirs, exact(multiplied_out(sweep, outer)), strict=True):
-        assert_as_accurate(mine, other, truth, tiny)
+    assert_partials_as_accurate(ours, theirs, exact(multiplied_out(sweep, outer)), tiny)
 
 
-@pytest.mark.skipif(BEST != "avx512_bf16", reason="this CPU has no bfloat16 dot products")
+@pytest.mark.avx512_bf16
 def test_an_outer_with_bf16_dot_products():
     """The basis is rounded once it is made: as wrong as one given in fp32, no more."""
     sweep, outer = with_outer(64, 300)
@@ -106,11 +91,10 @@ def test_an_outer_with_bf16_dot_products():
 
 def test_an_outer_does_not_depend_on_threads_strides_or_the_other_rows(tier):
     sweep, outer = with_outer(20, 50, P=40, T=70)
-    threads, outcomes = torch.get_num_threads(), []
+    outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         outcomes.append(torch.ops.pyfastcircuits.sweep_nll(*sweep, "ieee", None, outer))
-    torch.set_num_threads(threads)
     strided = sweep._replace(basis=sweep.basis.mT.contiguous().mT)
     outcomes.append(torch.ops.pyfastcircuits.sweep_nll(*strided, "ieee", None, outer.mT.contiguous().mT))
     for other in outcomes[1:]:
@@ -171,7 +155,7 @@ def test_a_bad_outer_is_named(outer, message):
         torch.ops.pyfastcircuits.sweep_nll(*sweep, "ieee", None, outer)
 
 
-@pytest.mark.skipif(BEST != "avx512_bf16", reason="this CPU has no bfloat16 dot products")
+@pytest.mark.avx512_bf16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 37, 64])
 @pytest.mark.parametrize("clean", [False, True])
@@ -273,12 +257,10 @@ def test_strided_inputs(tier):
 
 def test_results_do_not_depend_on_threads_or_on_the_other_rows(tier):
     sweep = inputs(P=40, T=70, V=700, r=16)
-    threads = torch.get_num_threads()
     outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         outcomes.append(torch.ops.pyfastcircuits.sweep_nll(*sweep, "ieee"))
-    torch.set_num_threads(threads)
     for other in outcomes[1:]:
         assert all(torch.equal(x, y) for x, y in zip(outcomes[0], other, strict=True))
     some = sweep._replace(delta=sweep.delta[11:14], group=sweep.group[11:14])
@@ -384,7 +366,7 @@ def test_unknown_tier_is_named(monkeypatch):
         check(inputs())
 
 
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="compiles and forks")
+@pytest.mark.processes
 class TestTorchIntegration:
     def test_opcheck(self):
         for more in ({}, {"scale": True, "clean": True}):

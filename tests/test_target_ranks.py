@@ -1,6 +1,5 @@
 """target_ranks on the CPU: every tier against fp64; what ties to within rounding may count or not, nothing else."""
 
-import os
 import sys
 
 import pytest
@@ -13,17 +12,8 @@ from torch import Tensor
 import pyfastcircuits as fc
 from pyfastcircuits.ops import reference
 
-TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
-BEST = fc.build_info()["best_cpu_tier"]
-HERE = TIERS[: TIERS.index(BEST) + 1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 pytestmark = pytest.mark.sanitize
-
-
-@pytest.fixture(params=HERE)
-def tier(request, monkeypatch):
-    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", request.param)
-    return request.param
 
 
 def inputs(P=7, T=13, V=1001, r=37, G=3, **options) -> Sweep:
@@ -80,7 +70,7 @@ def test_equals_the_reference_where_sums_are_exact(tier, dtype):
     assert ours.min() < 50 < ours.max()
 
 
-@pytest.mark.skipif(BEST != "avx512_bf16", reason="this CPU has no bfloat16 dot products")
+@pytest.mark.avx512_bf16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bf16_dot_products_round_the_factors_and_nothing_else(dtype):
     s = inputs(dtype=dtype)
@@ -183,12 +173,10 @@ def test_strided_inputs(tier):
 
 def test_results_do_not_depend_on_threads(tier):
     s = inputs(P=40, T=70, V=700, r=16)
-    threads = torch.get_num_threads()
     outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         outcomes.append(public(s))
-    torch.set_num_threads(threads)
     assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
 
 
@@ -272,7 +260,7 @@ def test_no_cuda_kernel_is_said():
         public(inputs(), backend="cuda")
 
 
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="compiles and forks")
+@pytest.mark.processes
 def test_opcheck_and_compile():
     s = make(2, 3, 60, 4, 2)
     thresholds = torch.zeros(2, 3, dtype=torch.float64)

@@ -8,8 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of its process", allow_module_level=True)
 
-from support.accuracy import assert_as_accurate
-from support.attention_cases import Attention, eager, exact, forward, make, tiny
+from support.attention_cases import Attention, assert_as_accurate_rows, eager, exact, forward, make
 
 from pyfastcircuits import ops
 from pyfastcircuits.kernels.frozen_attention import frozen_attention_triton
@@ -25,10 +24,8 @@ def small(**options) -> Attention:
 def check(call: Attention) -> None:
     out, lse = frozen_attention_triton(*call, "ieee")
     assert out.dtype == (torch.float64 if call.q.dtype == torch.float64 else torch.float32)
-    theirs, truth = eager(call), exact(call)
-    assert_as_accurate(out, theirs[0], truth[0], tiny(call))
+    assert_as_accurate_rows(call, (out, lse), eager(call), exact(call))
     if call.lse is None:
-        assert_as_accurate(lse, theirs[1], truth[1], tiny(call))
         again, none = frozen_attention_triton(*call._replace(lse=lse), "ieee")
         assert torch.equal(again.nan_to_num(7), out.nan_to_num(7))
         assert none.numel() == 0

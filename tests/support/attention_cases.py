@@ -1,4 +1,4 @@
-"""Inputs of frozen_attention, and what torch makes of them at their own dtype."""
+"""Inputs of frozen_attention, what torch makes of them at their own dtype, and what is allowed of ours."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.ops import reference
+from support.accuracy import assert_as_accurate
 
 
 class Attention(NamedTuple):
@@ -85,3 +86,28 @@ def tiny(call: Attention) -> float:
     if call.q.dtype != torch.float64:
         return 1e-6
     return 2e-14 * (1 + float(call.q.abs().max() if call.q.numel() else 0))
+
+
+def largest_scores(call: Attention) -> Tensor:
+    """Of every row [B, H, T] of queries, or of keys [B, Hkv, T] where transposed; without the cap, whose slope is 1."""
+    group = call.q.shape[1] // max(call.k.shape[1], 1)
+    scores = call.scale * call.q.double() @ call.k.double().repeat_interleave(group, 1).mT
+    scores = scores.abs().nan_to_num(0, 0).tril()
+    if call.mask is not None:
+        scores = scores * call.mask[:, None, None]
+    if not scores.numel():
+        return scores.new_zeros(())
+    return scores.amax(-2).unflatten(1, (-1, group)).amax(2) if call.transposed else scores.amax(-1)
+
+
+def assert_as_accurate_rows(
+    call: Attention, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]
+) -> None:
+    """Outputs row by row, logsumexps (if ours are there) position by position: as wrong as rounded scores make them."""
+    scores = largest_scores(call)
+    size = 1.0
+    for x in (call.values, call.pre, call.post):
+        size *= 1.0 if x is None or not x.numel() else float(x.double().abs().nan_to_num(0, 0, 0).max())
+    assert_as_accurate(ours[0], theirs[0], truth[0], tiny(call), [1, 2, 3], through=size * scores[..., None])
+    if ours[1].numel():
+        assert_as_accurate(ours[1], theirs[1], truth[1], tiny(call), [2], through=scores)

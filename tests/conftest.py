@@ -1,0 +1,76 @@
+"""What suites share: tiers of the CPU, threads, and how much of a matrix of cases is run where.
+
+`tier` runs a test on every tier that this CPU has. `@pytest.mark.matrix(dtype=[...], rank=[...])` runs it for every
+combination of the values on the best tier; on smaller ones, and under the sanitizers, for so few that any two values of
+different axes still meet: the code of all tiers is one text, and a fault of two things at once is found.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+import pyfastcircuits
+
+TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
+BEST = pyfastcircuits.build_info()["best_cpu_tier"]
+HERE = TIERS[: TIERS.index(BEST) + 1]
+SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
+SKIPPED = {
+    "avx512_bf16": (BEST != "avx512_bf16", "this CPU has no bfloat16 dot products"),
+    "processes": (SANITIZED, "compiles or starts a process, which is not what the sanitizers are to watch"),
+}
+
+
+@pytest.fixture
+def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every tier this CPU has, in force."""
+    monkeypatch.setenv("PYFASTCIRCUITS_CPU_TIER", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def pairwise(axes: Sequence[Sequence[object]]) -> list[tuple[object, ...]]:
+    """Some of the product's rows: few, always the same, and any two values of different axes meet in one of them."""
+    rows = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    together = {row: set(itertools.combinations(enumerate(row), min(2, len(axes)))) for row in rows}
+    missing, chosen = set().union(*together.values()), []
+    while missing:
+        best = max(rows, key=lambda row: len(missing & together[row]))
+        missing -= together[best]
+        chosen.append(best)
+    return [tuple(axis[i] for axis, i in zip(axes, row, strict=True)) for row in sorted(chosen)]
+
+
+def _id(values: Sequence[object]) -> str:
+    words = ("+".join(value) or "plain" if isinstance(value, dict) else str(value) for value in values)
+    return "-".join(word.removeprefix("torch.") for word in words)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tiers and matrices."""
+    marker = metafunc.definition.get_closest_marker("matrix")
+    axes = marker.kwargs if marker else {}
+    whole, few = list(itertools.product(*axes.values())), pairwise(list(axes.values()))
+    if "tier" in metafunc.fixturenames:
+        cases = [(tier, *x) for tier in HERE for x in (whole if tier == BEST and not SANITIZED else few)]
+        metafunc.parametrize(("tier", *axes), cases, indirect=["tier"], ids=map(_id, cases))
+    elif axes:
+        cases = few if SANITIZED else whole
+        metafunc.parametrize(tuple(axes), cases, ids=map(_id, cases))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What this machine or this run is not for."""
+    for marker, (skipped, reason) in SKIPPED.items():
+        if skipped and item.get_closest_marker(marker):
+            pytest.skip(reason)
