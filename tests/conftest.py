@@ -14,6 +14,8 @@ import torch
 
 import pyfastcircuits
 
+os.environ.pop("COLUMNS", None)  # xdist hands its workers the terminal's width, which tables would keep to
+
 TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
 BEST = pyfastcircuits.build_info()["best_cpu_tier"]
 HERE = TIERS[: TIERS.index(BEST) + 1]
