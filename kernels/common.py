@@ -5,8 +5,6 @@ from torch import Tensor
 
 from pyfastcircuits.kernels.configs import Config, arithmetic, choose
 
-__all__ = ["ALIGNMENT", "architecture", "configure", "laid_out", "rounded"]
-
 ALIGNMENT = 16  # elements between rows of a factor, so that loads are wide and can run ahead
 
 

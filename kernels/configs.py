@@ -7,8 +7,6 @@ into as many parts as it takes to give every multiprocessor work.
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Config", "arithmetic", "choose"]
-
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 WAVES = 8  # blocks wanted for each multiprocessor, so that the last ones do not leave most of them idle
 

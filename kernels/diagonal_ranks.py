@@ -13,8 +13,6 @@ from pyfastcircuits.kernels.common import configure, laid_out
 from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
 from pyfastcircuits.shapes import check_product, check_shapes, diagonal_ranks_outputs
 
-__all__ = ["diagonal_ranks_triton"]
-
 
 @triton.jit
 def diagonal_ranks_kernel(

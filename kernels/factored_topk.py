@@ -37,8 +37,6 @@ from pyfastcircuits.shapes import (
     work_dtype,
 )
 
-__all__ = ["factored_topk_triton"]
-
 NARROWEST, WIDEST = 8, 128  # columns of a segment: at most those of a tile, at least what registers hold well
 SCRATCH = 1 << 25  # segments, or entries of the k best ones, of the rows that are taken together
 HUGE = tl.constexpr(3e38)  # bounds of products that might go beyond are infinite

@@ -18,8 +18,6 @@ from pyfastcircuits.kernels.gradients import register_frozen_attention
 from pyfastcircuits.kernels.tile import dot, load_left, multiply, work_type
 from pyfastcircuits.shapes import check_shapes, frozen_attention_outputs
 
-__all__ = ["frozen_attention_triton"]
-
 # A score that is fused into a subtraction in one kernel alone would not be the one whose logsumexp was taken. Left to
 # itself, ptxas would rather spill than have few warps.
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}

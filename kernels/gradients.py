@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["pair_norms_gradients", "register_frozen_attention", "register_pair_norms"]
-
 
 def register_pair_norms(op: Any) -> None:
     """Make pair_norms, by the name of the op or the op itself, differentiable."""

@@ -17,8 +17,6 @@ from pyfastcircuits.kernels.sweep import existing
 from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of, work_type
 from pyfastcircuits.shapes import check_shapes, joint_nll_outputs, work_dtype
 
-__all__ = ["joint_nll_triton"]
-
 CHANGES_WARPS = 2  # times as many where changes are summed too: the registers of fewer would spill
 
 

@@ -15,8 +15,6 @@ from pyfastcircuits.kernels.gradients import register_pair_norms
 from pyfastcircuits.kernels.tile import load_left, multiply, work_type
 from pyfastcircuits.shapes import check_product, check_shapes, pair_norms_outputs
 
-__all__ = ["pair_norms_triton"]
-
 GROUP = tl.constexpr(8)  # blocks of left factors that share a block of right ones, from the L2 cache
 
 

@@ -19,8 +19,6 @@ from pyfastcircuits.kernels.configs import Config
 from pyfastcircuits.kernels.exp_sums import capped
 from pyfastcircuits.kernels.tile import multiply
 
-__all__ = ["block_and_split", "existing", "logits_of", "next_group", "prepared", "rows_of"]
-
 
 @triton.jit
 def block_and_split(pairs, splits, BLOCK_P: tl.constexpr):

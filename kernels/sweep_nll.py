@@ -15,8 +15,6 @@ from pyfastcircuits.kernels.sweep import block_and_split, logits_of, next_group,
 from pyfastcircuits.kernels.tile import load_left, tiles_of, work_type
 from pyfastcircuits.shapes import check_shapes, sweep_nll_outputs, work_dtype
 
-__all__ = ["sweep_nll_triton"]
-
 # Left to itself, ptxas would rather spill than have few warps.
 TOKENS_OPTIONS = {"num_stages": 1, "maxnreg": 255}
 CHANGES_OPTIONS = {"maxnreg": 255}

@@ -9,8 +9,6 @@ from pyfastcircuits.kernels.sweep import block_and_split, logits_of, next_group,
 from pyfastcircuits.kernels.tile import load_left, tiles_of
 from pyfastcircuits.shapes import check_shapes, target_ranks_outputs, work_dtype
 
-__all__ = ["target_ranks_triton"]
-
 
 @triton.jit
 def target_ranks_kernel(

@@ -7,8 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Harm", "Label", "Result", "label_name"]
-
 _PLACES = ("sequence", "position", "source_position")
 Label = Hashable  # a path or set of heads ((layer, head), ...); a layer; the name of a node
 Harm = Literal["rise", "fall", "size"]

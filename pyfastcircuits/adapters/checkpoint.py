@@ -9,8 +9,6 @@ from torch import Tensor
 
 from pyfastcircuits.model.layers import Layers, LayerStack
 
-__all__ = ["Checkpoint", "by_head", "heads_in", "heads_out"]
-
 _REQUIRED = object()
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 
-__all__ = ["Family", "rotary"]
-
 
 @dataclass(frozen=True)
 class Family:

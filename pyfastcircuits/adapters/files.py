@@ -18,8 +18,6 @@ from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.hugging_face import family_of, read_checkpoint
 from pyfastcircuits.model.weights import METADATA, CircuitWeights
 
-__all__ = ["BUNDLED", "load_model", "load_weights", "model_folder"]
-
 BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"

@@ -14,8 +14,6 @@ from pyfastcircuits.model.weights import CircuitWeights
 
 PROVENANCE = ("_name_or_path", "name_or_path", "model_name", "architectures", "transformers_version", "tokenizer_name")
 
-__all__ = ["Layer", "ModelForward", "layers_of", "watch"]
-
 
 @dataclass(frozen=True, eq=False)
 class Layer:

@@ -6,8 +6,6 @@ from typing import Any
 from pyfastcircuits.adapters import llama
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 
-__all__ = ["FAMILY"]
-
 
 def read(c: Checkpoint) -> dict[str, Any]:
     """The arguments of CircuitWeights: Llama's, but gains are 1 + weight, and embeddings are tied by default."""

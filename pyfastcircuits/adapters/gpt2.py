@@ -8,8 +8,6 @@ from torch import Tensor
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family
 
-__all__ = ["FAMILY"]
-
 
 def read(c: Checkpoint) -> dict[str, Any]:
     """The arguments of CircuitWeights."""

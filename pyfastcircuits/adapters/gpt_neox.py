@@ -12,8 +12,6 @@ from torch import Tensor
 from pyfastcircuits.adapters.checkpoint import Checkpoint, heads_out
 from pyfastcircuits.adapters.family import Family, rotary
 
-__all__ = ["FAMILY"]
-
 
 def read(c: Checkpoint) -> dict[str, Any]:
     """The arguments of CircuitWeights."""

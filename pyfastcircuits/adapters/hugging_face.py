@@ -18,8 +18,6 @@ from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.patterns import Pattern, QKPattern, apply_pattern, softmax_pattern
 
-__all__ = ["FAMILIES", "HuggingFaceForward", "family_of", "read_checkpoint", "record", "weights_of"]
-
 FAMILIES = ("gemma2", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # config.model_type, a module each
 
 

@@ -5,8 +5,6 @@ from typing import Any
 from pyfastcircuits.adapters.checkpoint import Checkpoint, by_head, heads_in, heads_out
 from pyfastcircuits.adapters.family import Family, rotary
 
-__all__ = ["FAMILY", "read"]
-
 
 def read(c: Checkpoint, *, qkv_bias: bool | None = None) -> dict[str, Any]:
     """The arguments of CircuitWeights. `qkv_bias` says whether Q, K and V have biases; if None, the options say it."""

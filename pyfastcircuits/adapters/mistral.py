@@ -1,5 +1,1 @@
 """Mistral: Llama with a sliding window, which shows in the patterns of a run alone."""
-
-from pyfastcircuits.adapters.llama import FAMILY
-
-__all__ = ["FAMILY"]

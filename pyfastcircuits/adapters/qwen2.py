@@ -5,6 +5,4 @@ from functools import partial
 
 from pyfastcircuits.adapters import llama
 
-__all__ = ["FAMILY"]
-
 FAMILY = replace(llama.FAMILY, read=partial(llama.read, qkv_bias=True))

@@ -7,6 +7,4 @@ from dataclasses import replace
 
 from pyfastcircuits.adapters import llama
 
-__all__ = ["FAMILY"]
-
 FAMILY = replace(llama.FAMILY, head_norms=("q_norm", "k_norm"))

@@ -14,8 +14,6 @@ from pyfastcircuits.run.model_guard import ModelGuard
 from pyfastcircuits.run.patterns import Pattern
 from pyfastcircuits.run.trace import FrozenModel, FrozenTrace
 
-__all__ = ["Call", "Hooks", "Recording", "freeze"]
-
 STREAMS = ("hidden_states", "query_input", "key_input", "value_input")  # names that modules read the stream by
 
 

@@ -15,8 +15,6 @@ from pyfastcircuits.run.model_guard import ModelGuard
 from pyfastcircuits.run.patterns import Pattern, QKPattern, apply_pattern, softmax_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["checked_mask", "checked_tokens", "trace", "weights_of"]
-
 
 def trace(
     model: Any,

@@ -19,8 +19,6 @@ from pyfastcircuits.model.norms import normalized
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.patterns import QKPattern
 
-__all__ = ["TransformerLensForward", "record", "weights_of"]
-
 
 def weights_of(model: Any) -> CircuitWeights:
     """Views of the model's weights; errors as CircuitWeights.from_model."""

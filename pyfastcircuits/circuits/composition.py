@@ -19,8 +19,6 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend, Precision, factored_pair_norms
 from pyfastcircuits.run.nodes import KINDS, Kind
 
-__all__ = ["ComponentScores", "component_scores", "composition_scores"]
-
 
 def composition_scores(
     weights: CircuitWeights,

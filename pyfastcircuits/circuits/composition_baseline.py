@@ -11,8 +11,6 @@ from pyfastcircuits.circuits.head_factors import HeadFactors, both_sides, earlie
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.nodes import Kind
 
-__all__ = ["CompositionBaseline", "composition_baseline", "composition_z_scores"]
-
 
 class CompositionBaseline(NamedTuple):
     """Composition score of each pair if the source wrote in a uniformly random rotation of the residual stream.

@@ -17,8 +17,6 @@ from pyfastcircuits.model.weights import CircuitWeights, Weight
 from pyfastcircuits.ops.pair_norms import multiplied
 from pyfastcircuits.run.nodes import KINDS, Head, parse_head
 
-__all__ = ["HeadFactors", "both_sides", "earlier_sources", "in_asked_order", "triangle"]
-
 BLOCK = 512 << 20  # bytes of one side's factors held at a time
 _DESTINATIONS: dict[str, tuple[Weight, Weight]] = {"Q": ("W_K", "W_Q"), "K": ("W_Q", "W_K"), "V": ("W_O", "W_V")}
 

@@ -19,8 +19,6 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run.nodes import Head, parse_head
 
-__all__ = ["SkipTrigram", "SkipTrigrams", "skip_trigrams"]
-
 
 class SkipTrigram(NamedTuple):
     """A source token seen before, the present token, and the output token that the head then raises."""

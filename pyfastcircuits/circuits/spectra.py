@@ -18,18 +18,6 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.run.nodes import parse_path
 
-__all__ = [
-    "DiagonalStatistics",
-    "circuit_eigenvalues",
-    "composed_eigenvalues",
-    "copying_scores",
-    "diagonal_statistics",
-    "effective_rank",
-    "positivity",
-    "qk_positivity",
-    "trace_ratios",
-]
-
 
 @torch.no_grad()
 def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -> Tensor:

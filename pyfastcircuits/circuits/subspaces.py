@@ -15,8 +15,6 @@ from pyfastcircuits.run.nodes import KINDS, Head, Kind, parse_head
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["Subspaces", "subspaces"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Subspaces(Result):

@@ -18,17 +18,6 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.shapes import check_finite, check_range
 
-__all__ = [
-    "CopyingAccuracy",
-    "Indices",
-    "checked_indices",
-    "copying_accuracy",
-    "diagonal_ranks",
-    "row_logsumexp",
-    "top_entries",
-    "top_per_row",
-]
-
 Indices = Sequence[int] | Tensor
 Normalize = Literal["center", "log_softmax"] | None
 NORMALIZE = (None, "center", "log_softmax")

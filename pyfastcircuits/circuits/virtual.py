@@ -17,8 +17,6 @@ from pyfastcircuits.model.weights import CircuitWeights, Weight
 from pyfastcircuits.run.nodes import KINDS, Kind, parse_head, parse_path
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["VirtualHead", "virtual_head", "virtual_weights"]
-
 _READS: dict[str, Weight] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
 
 

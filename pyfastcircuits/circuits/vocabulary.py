@@ -20,19 +20,6 @@ from pyfastcircuits.model.norms import centered, norm_scale, rotate
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.nodes import Head, parse_head, parse_path
 
-__all__ = [
-    "OVTables",
-    "QKTables",
-    "bigrams",
-    "composed_qk_circuit",
-    "embedded_tokens",
-    "ov_circuit",
-    "ov_tables",
-    "qk_circuit",
-    "qk_tables",
-    "through_final_gain",
-]
-
 
 def embedded_tokens(weights: CircuitWeights, normed: bool = False) -> Tensor:
     """The embeddings of all tokens [V, d] in the computing dtype; each goes through a norm without gain if `normed`."""

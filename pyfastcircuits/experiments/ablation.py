@@ -31,7 +31,6 @@ from pyfastcircuits.run.trace import FrozenTrace
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Scope", "all_pairs", "head_ablation", "layer_ablation", "pair_ablation", "path_ablation"]
 
 Scope = Literal["path", "direct", "edge", "joint"]
 

@@ -9,8 +9,6 @@ from pyfastcircuits.run import memory
 from pyfastcircuits.run.nodes import Outputs
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["AblationValue", "AverageOver", "Mode", "check_same_model"]
-
 Mode = Literal["zero", "mean", "resample"]
 AverageOver = Literal["all", "positions", "batch"]
 

@@ -12,8 +12,6 @@ from pyfastcircuits.run.nodes import Head, NonHeads, heads_written, nodes_before
 from pyfastcircuits.run.patterns import head_pattern, stored
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["QKTerms", "qk_terms"]
-
 Split = Literal["layer", "head", "component"]
 
 

@@ -21,7 +21,6 @@ from pyfastcircuits.run.trace import FrozenTrace
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["direct_logit_attribution", "logit_lens", "project"]
 
 Part = Literal["component", "head", "source", "path"]
 UNEMBED_BIAS = "b_U"

@@ -17,16 +17,6 @@ from pyfastcircuits.run.nodes import Edge, Head, HeadOutputs, Inputs, Node
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = [
-    "EdgeRemoval",
-    "Effect",
-    "edge_removals",
-    "frozen_edge_z",
-    "frozen_removal",
-    "removed_z",
-    "rerun_removal",
-]
-
 Effect = Literal["total", "direct"]
 SCORES = 64 << 20  # bytes of attention scores made at a time, at least one experiment's
 ROWS = 1024  # positions rerun at a time, at least one experiment's: what a layer makes of more leaves the caches

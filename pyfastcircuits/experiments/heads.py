@@ -18,8 +18,6 @@ from pyfastcircuits.result import Result
 from pyfastcircuits.run.nodes import Head
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["head_scores", "induction_heads"]
-
 ATTENTION = ("induction", "previous_token", "prefix_matching", "duplicate_token")
 
 

@@ -27,8 +27,6 @@ from pyfastcircuits.run.losses import CleanLogits, LogitBasis, Unembedding, basi
 from pyfastcircuits.run.nodes import Head
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = ["Intervention", "Measured", "measure"]
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Intervention(ABC):

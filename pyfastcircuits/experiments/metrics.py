@@ -12,24 +12,6 @@ from pyfastcircuits.ops import check_range
 from pyfastcircuits.result import Harm
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = [
-    "KL",
-    "METRICS",
-    "NLL",
-    "Asked",
-    "LogitDifference",
-    "Metric",
-    "MetricName",
-    "MetricSpec",
-    "Positions",
-    "Probability",
-    "Rank",
-    "Rows",
-    "Top1",
-    "asked",
-    "metric_spec",
-]
-
 Positions = int | Sequence[int] | Tensor
 Tokens = Tensor | int | None  # an integer, [B], or [B, T]; None: the next token
 MetricName = Literal["nll", "kl", "logit_difference", "probability", "rank", "top1"]

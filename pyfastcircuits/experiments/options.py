@@ -15,7 +15,6 @@ from pyfastcircuits.run.trace import FrozenTrace
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
 
-__all__ = ["Attention", "FinalNorm", "MeasureOptions", "Measurement", "measured", "measurement"]
 
 Attention = Literal["frozen", "recomputed"]
 FinalNorm = Literal["frozen", "recomputed"]

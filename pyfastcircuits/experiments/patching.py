@@ -23,7 +23,6 @@ from pyfastcircuits.run.trace import FrozenTrace
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["activation_patching", "composition_ablation", "edge_attribution", "path_patching"]
 
 Direction = Literal["denoise", "noise"]
 

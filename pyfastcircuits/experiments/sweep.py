@@ -21,7 +21,6 @@ from pyfastcircuits.run.trace import FrozenTrace
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Example", "Sweep", "SweepScope", "count_ablations", "limit_seconds", "sweep", "uniform_loss"]
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 

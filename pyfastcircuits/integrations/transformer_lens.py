@@ -18,8 +18,6 @@ from pyfastcircuits.circuits.head_factors import triangle
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.ops import pair_norms
 
-__all__ = ["Acceleration", "accelerate"]
-
 _ABSENT = object()
 _later_layers_only: ContextVar[bool] = ContextVar("later_layers_only", default=False)
 

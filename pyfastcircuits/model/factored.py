@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FactoredMatrix", "computable"]
-
 
 class FactoredMatrix:
     """The matrix A @ B [..., ldim, rdim], never formed: a drop-in for TransformerLens' class of the same name.

@@ -9,8 +9,6 @@ from torch import Tensor
 from pyfastcircuits.model.layers import stacked
 from pyfastcircuits.model.weights import CircuitWeights
 
-__all__ = ["center", "fold_norm", "fold_value_biases"]
-
 
 @torch.no_grad()
 def fold_norm(

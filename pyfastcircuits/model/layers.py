@@ -5,8 +5,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LayerStack", "Layers", "stacked"]
-
 
 class LayerStack:
     """L tensors of one shape [...], one for each layer, that index like one tensor [L, ...]; none is copied.

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from pyfastcircuits.model.weights import CircuitWeights
 
-__all__ = ["centered", "final_norm_gain", "norm_scale", "normalized", "rotate"]
-
 
 def centered(stream: Tensor, weights: CircuitWeights) -> Tensor:
     """The linear part of a layernorm over the last dimension; other norms leave the stream as it is."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
 
-__all__ = ["METADATA", "CircuitWeights", "Weight"]
-
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
 Weight = Literal["W_Q", "W_K", "W_V", "W_O"]

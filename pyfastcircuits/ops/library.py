@@ -8,7 +8,6 @@ import torch
 
 _FOLDER = Path(__file__).parents[1]
 
-__all__ = ["build_info", "has_triton", "host"]
 
 try:
     import pyfastcircuits._host as host

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["OneDnnMatmul", "available"]
-
 SMALLEST = 1 << 21  # multiply-adds: below, finding out costs more than it brings
 COPIED = 32 << 20  # bytes: of larger matrices with gaps no copy is made for oneDNN, and torch multiplies them
 SCHEMA = (  # of torch 2.11 to 2.13

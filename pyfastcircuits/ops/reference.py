@@ -3,16 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = [
-    "diagonal_ranks",
-    "factored_topk",
-    "frozen_attention",
-    "joint_nll",
-    "pair_norms",
-    "sweep_nll",
-    "target_ranks",
-]
-
 
 def sweep_nll(
     base: Tensor,  # [T, V]

@@ -15,8 +15,6 @@ from pyfastcircuits.model.norms import normalized, rotate
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.patterns import softmax_pattern
 
-__all__ = ["Forward", "WeightsForward"]
-
 
 class Forward(Protocol):
     """The parts of a forward pass that experiments run again, in the weights' computing dtype, all differentiable.

@@ -18,8 +18,6 @@ from pyfastcircuits.ops import Backend, Precision, SweepPartial, joint_partial, 
 from pyfastcircuits.ops.library import stripe_columns
 from pyfastcircuits.run import memory
 
-__all__ = ["CleanLogits", "LogitBasis", "Unembedding", "changed_partial", "row_losses", "slices"]
-
 Columns = slice | Tensor  # of the vocabulary
 
 

@@ -11,8 +11,6 @@ from pyfastcircuits.model.layers import LayerStack
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.forward import Forward
 
-__all__ = ["ModelGuard"]
-
 
 @dataclass(frozen=True, eq=False)
 class ModelGuard:

@@ -17,29 +17,6 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = [
-    "KINDS",
-    "Edge",
-    "Embedding",
-    "Head",
-    "HeadOutputs",
-    "Inputs",
-    "Kind",
-    "Node",
-    "NonHeads",
-    "Outputs",
-    "Path",
-    "Receiver",
-    "heads_written",
-    "nodes_before",
-    "one_or_several",
-    "parse_head",
-    "parse_heads",
-    "parse_pair",
-    "parse_path",
-    "written",
-]
-
 Kind = Literal["Q", "K", "V"]  # of composition: by queries, keys or values
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Inputs = Literal["Q", "K", "V", "QKV"]

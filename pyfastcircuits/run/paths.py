@@ -16,18 +16,6 @@ from pyfastcircuits.run.nodes import Head, Path, parse_path
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
-__all__ = [
-    "LayerMarginals",
-    "PathOutputs",
-    "count_paths",
-    "enumerate_paths",
-    "layer_marginals",
-    "order_losses",
-    "order_streams",
-    "path_logits",
-    "path_z",
-]
-
 Key = TypeVar("Key", bound=Hashable)
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from pyfastcircuits.ops import attention_lse, frozen_attention
 
-__all__ = ["Pattern", "QKPattern", "apply_pattern", "head_pattern", "select_sequences", "softmax_pattern", "stored"]
-
 
 @dataclass(frozen=True, eq=False)
 class QKPattern:

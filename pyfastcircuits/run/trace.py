@@ -14,8 +14,6 @@ from pyfastcircuits.run.losses import row_losses
 from pyfastcircuits.run.model_guard import ModelGuard
 from pyfastcircuits.run.patterns import Pattern, apply_pattern, select_sequences, stored
 
-__all__ = ["FrozenModel", "FrozenTrace"]
-
 
 @dataclass(frozen=True, eq=False)
 class FrozenModel:
