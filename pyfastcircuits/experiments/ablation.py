@@ -238,18 +238,6 @@ def _parse_joint(weights: CircuitWeights, pair: Any) -> Path:
     return heads
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PathRemoval(Intervention):
-    """Each experiment takes out one path that ends in the write head."""
-
-    paths: Sequence[Path]
-    value: AblationValue
-
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """See Intervention."""
-        return self.value.removal(PathOutputs(tuple(self.paths[i] for i in members)), part)
-
-
 @dataclass(frozen=True)
 class _PathSetWrites:
     """The sum of what the paths of each set write to the final residual stream: [P, B, T, d], see nodes.Outputs."""
@@ -266,15 +254,16 @@ class _PathSetWrites:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PathSetRemoval(Intervention):
-    """Each experiment takes out a set of paths, or the direct path."""
+class PathRemoval(Intervention):
+    """Each experiment takes out one path that ends in the write head; without a write head, a set of paths."""
 
-    sets: Sequence[Sequence[Path]]
+    items: Sequence[Any]  # a path or a set of paths for each experiment
     value: AblationValue
 
     def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
         """See Intervention."""
-        return self.value.removal(_PathSetWrites(tuple(tuple(self.sets[i]) for i in members)), part)
+        outputs = PathOutputs if self.write_heads else _PathSetWrites
+        return self.value.removal(outputs(tuple(self.items[i] for i in members)), part)
 
 
 def _path_removals(weights: CircuitWeights, sets: Sequence[Sequence[Path]], value: AblationValue) -> list[Intervention]:
@@ -287,13 +276,12 @@ def _path_removals(weights: CircuitWeights, sets: Sequence[Sequence[Path]], valu
         else:
             others.setdefault(() in paths, []).append(i)
     out: list[Intervention] = [
-        PathRemoval(places=places, write_heads=[head], paths=[sets[i][0] for i in places], value=value)
+        PathRemoval(places=places, write_heads=[head], items=[sets[i][0] for i in places], value=value)
         for head, places in singles.items()
     ]
     for direct, places in others.items():
-        bias = direct and value.mode == "zero"
-        chosen = [sets[i] for i in places]
-        out.append(PathSetRemoval(places=places, removes_unembed_bias=bias, sets=chosen, value=value))
+        bias, chosen = direct and value.mode == "zero", [tuple(sets[i]) for i in places]
+        out.append(PathRemoval(places=places, removes_unembed_bias=bias, items=chosen, value=value))
     return out
 
 

@@ -158,23 +158,18 @@ class _ChangedRows:
     def _sums(self) -> SweepPartial:
         return self.partial(self.part.clean_lse)
 
-    @property
-    def lse(self) -> Tensor:
+    @cached_property
+    def nll(self) -> Tensor:
         """See Rows."""
-        return self._sums.lse
+        return self._sums.lse - self._sums.picked[..., 0]
 
-    @property
-    def target_logit(self) -> Tensor:
-        """See Rows."""
-        return self._sums.picked[..., 0]
-
-    @property
+    @cached_property
     def divergence(self) -> Tensor:
         """See Rows."""
         assert self.part.clean_lse is not None
-        return self.lse - self.part.clean_lse - self._sums.change
+        return self._sums.lse - self.part.clean_lse - self._sums.change
 
-    @property
+    @cached_property
     def token_logits(self) -> tuple[Tensor, ...]:
         """See Rows."""
         cap = self.part.unembedding.cap

@@ -18,32 +18,23 @@ MetricName = Literal["nll", "kl", "logit_difference", "probability", "rank", "to
 
 
 class Rows(Protocol):
-    """What a metric may ask about the changed logits of P experiments at N positions; each is fp64 [P, N]."""
+    """What a metric may ask about the changed logits of P experiments at N positions; each is made when it is asked.
+
+    Attributes:
+        nll: the loss of the targets, fp64 [P, N], in nats.
+        divergence: KL(clean || changed), fp64 [P, N], in nats.
+        token_logits: the logits of the targets, and of the tokens they are compared with, fp64 [P, N] each.
+        rank: the number of tokens that have a larger logit than the target, fp64 [P, N].
+    """
 
     @property
-    def lse(self) -> Tensor:
-        """The logsumexp of the changed logits."""
-        ...
-
+    def nll(self) -> Tensor: ...  # noqa: D102
     @property
-    def target_logit(self) -> Tensor:
-        """The changed logit of the target."""
-        ...
-
+    def divergence(self) -> Tensor: ...  # noqa: D102
     @property
-    def divergence(self) -> Tensor:
-        """KL(clean || changed), in nats."""
-        ...
-
+    def token_logits(self) -> tuple[Tensor, ...]: ...  # noqa: D102
     @property
-    def token_logits(self) -> tuple[Tensor, ...]:
-        """The changed logits of the target and of the token it is compared with, without a pass over the vocabulary."""
-        ...
-
-    @property
-    def rank(self) -> Tensor:
-        """How many tokens have a larger changed logit than the target."""
-        ...
+    def rank(self) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +73,7 @@ class NLL(MetricSpec):
 
     def measure(self, rows: Rows) -> Tensor:
         """See MetricSpec."""
-        return rows.lse - rows.target_logit
+        return rows.nll
 
 
 class Probability(MetricSpec):
@@ -93,7 +84,7 @@ class Probability(MetricSpec):
 
     def measure(self, rows: Rows) -> Tensor:
         """See MetricSpec."""
-        return (rows.target_logit - rows.lse).exp()
+        return (-rows.nll).exp()
 
 
 class KL(MetricSpec):

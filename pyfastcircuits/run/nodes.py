@@ -99,52 +99,51 @@ class Head(NamedTuple):
         return run.apply_post_norm(output @ run.weights.head("W_O", *self), self.layer)
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """The node that writes the embeddings, with positions where those are added to the residual stream."""
+class _Alone:
+    """A node without siblings, which writes its output to the residual stream as it is."""
 
-    layer: ClassVar[int] = -1
-    label: ClassVar[Label] = "embed"
     index: ClassVar[int] = 0
 
     @property
     def outputs(self) -> Outputs:
-        """See Node: it has no siblings."""
+        """See Node."""
         return self
 
     def __call__(self, run: FrozenTrace) -> Tensor:
         """See Outputs: [1, B, T, d]."""
-        return run.embedded[None]
+        raise NotImplementedError
 
     def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
-        """See Node: an output of size d goes to the residual stream as it is."""
+        """See Node."""
         return output
 
 
 @dataclass(frozen=True)
-class NonHeads:
+class Embedding(_Alone):
+    """The node that writes the embeddings, with positions where those are added to the residual stream."""
+
+    layer: ClassVar[int] = -1
+    label: ClassVar[Label] = "embed"
+
+    def __call__(self, run: FrozenTrace) -> Tensor:
+        """See Outputs."""
+        return run.embedded[None]
+
+
+@dataclass(frozen=True)
+class NonHeads(_Alone):
     """The node that writes what a layer adds and none of its heads does: the MLP's output, and biases."""
 
     layer: int
-    index: ClassVar[int] = 0
 
     @property
     def label(self) -> Label:
         """See Node."""
         return f"sources {self.layer}"
 
-    @property
-    def outputs(self) -> Outputs:
-        """See Node: it has no siblings."""
-        return self
-
     def __call__(self, run: FrozenTrace) -> Tensor:
-        """See Outputs: [1, B, T, d]."""
+        """See Outputs."""
         return (run.streams[self.layer + 1] - run.streams[self.layer] - heads_written(run, self.layer))[None]
-
-    def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
-        """See Node: an output of size d goes to the residual stream as it is."""
-        return output
 
 
 class Receiver(NamedTuple):
