@@ -9,7 +9,7 @@ LENS ?= 3.9.0 4.3.0
 
 LENS_BIN = .venv-lens-$*/bin
 
-.PHONY: build sweep test lens notebooks bench lint format sanitize gpu clean
+.PHONY: build sweep test lens notebooks bench neutral lint format sanitize gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -58,6 +58,10 @@ bench: build
 	$(BIN)/pytest bench/test_bench_factored_topk.py bench/test_bench_diagonal_ranks.py -W default
 	$(BIN)/pytest bench/test_bench_frozen_attention.py bench/test_bench_models.py -W default
 	$(BIN)/pytest bench/test_bench_experiments.py -W default
+
+# The CPU kernels of this tree against those of an older revision: instructions and paired times.
+neutral: build
+	$(BIN)/python -m bench.neutral --base $(BASE)
 
 lint: build
 	$(BIN)/ruff check .
