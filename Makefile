@@ -11,7 +11,7 @@ JOBS ?= 2
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone mutations lens notebooks bench lint format sanitize gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone mutations lens notebooks bench neutral lint format sanitize gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -72,6 +72,10 @@ bench: build
 	rm -rf build/bench
 	@failed=0; for file in bench/test_bench_*.py; do $(BIN)/pytest $$file -W default || failed=1; done; \
 	$(BIN)/python -m bench.write || failed=1; exit $$failed
+
+# The CPU kernels of this tree against those of an older revision: instructions and paired times.
+neutral: build
+	$(BIN)/python -m bench.neutral --base $(BASE)
 
 lint: build
 	$(BIN)/ruff check .

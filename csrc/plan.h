@@ -1,5 +1,5 @@
-// How work is cut. Torch-free: the ops and the host module share it. No result depends on a plan, only speed and
-// memory.
+// How a sweep is cut into tasks. Torch-free: the ops and the host module share it. No result depends on a plan, only
+// speed and memory.
 #pragma once
 
 #include <algorithm>
@@ -19,11 +19,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Even blocks: the fewest that are no longer than `longest`.
 inline int64_t even_block(int64_t size, int64_t longest) { return ceil_div(size, ceil_div(size, longest)); }
 
-// The packed left rows of a task fill an L2 cache (1 MiB), and enough of them share a position's base and a group's
-// basis; blocks shrink until every thread has two tasks.
-inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads) {
+// The packed left rows of a task, `depth_bytes` each, fill the L2 cache, and enough of them share a position's clean
+// logits and a group's basis; blocks shrink until every thread has two tasks.
+inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads, int64_t l2_bytes) {
   if (pairs == 0 || positions == 0) return {1, 1, 0};
-  const int64_t rows = std::clamp<int64_t>((1 << 20) / std::max<int64_t>(depth_bytes, 1), 64, 4096);
+  const int64_t rows = std::clamp<int64_t>(l2_bytes / std::max<int64_t>(depth_bytes, 1), 64, 4096);
   TilePlan plan{0, even_block(positions, std::min<int64_t>(128, rows)), 0};
   plan.pair_block = even_block(pairs, std::max<int64_t>(1, rows / plan.position_block));
   const auto tasks = [&] { return ceil_div(pairs, plan.pair_block) * ceil_div(positions, plan.position_block); };
@@ -33,11 +33,12 @@ inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes
   return plan;
 }
 
-// Tasks of whole experiments, for those that make bases of their own: others would make them again. Their packed rows
-// fill half an L2 cache, beside what makes a basis; every thread has two tasks where there are as many experiments.
-inline TilePlan plan_pairs(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads) {
+// The plan of a sweep whose ablations multiply their bases out: a task takes all positions of an ablation, since two
+// tasks would make its basis twice. The packed rows fill half the L2 cache, beside what makes a basis; every thread has
+// two tasks where there are as many ablations.
+inline TilePlan plan_pairs(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads, int64_t l2_bytes) {
   if (pairs == 0 || positions == 0) return {1, 1, 0};
-  const int64_t longest = std::max<int64_t>(1, (512 << 10) / std::max<int64_t>(positions * depth_bytes, 1));
+  const int64_t longest = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(positions * depth_bytes, 1));
   const int64_t block = even_block(pairs, std::min(longest, ceil_div(pairs, 2 * threads)));
   return {block, positions, ceil_div(pairs, block)};
 }

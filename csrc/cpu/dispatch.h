@@ -1,21 +1,66 @@
-// How the torch-facing half of an op reaches its kernels: the kind of arithmetic and the tier in force.
+// How the torch-facing half of an op reaches its kernels, given the arithmetic asked for and the tier in force.
 #pragma once
+
+#include <cstdint>
 
 namespace fc::cpu {
 
-// What the inputs are and how they are multiplied; "by_bf16": both factors rounded to bfloat16.
-enum class Kind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
+template <int N>
+struct Strided {  // a tensor of N dimensions as kernels see it; data is null where there is none
+  const void* data;
+  int64_t stride[N];
+};
+
+// The type of the inputs, and how they are multiplied; "by_bf16": both factors are rounded to bfloat16 first.
+enum class Arithmetic { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
 
 }  // namespace fc::cpu
 
-#ifndef FC_TIER
+#ifdef FC_TIER
+
+#include "tile.h"
+
+namespace fc::cpu::FC_TIER {
+
+// Which inputs an op multiplies by bfloat16 dot products, where the tier has them.
+enum class Dots { none, fp32, all };
+
+// Op<Scheme, Source>::kernels() of an arithmetic: what the torch-facing half calls. Null where the op or the tier has
+// no such arithmetic.
+template <template <class Scheme, class Source> class Op, Dots kDots = Dots::all>
+static auto select(Arithmetic arithmetic) -> decltype(Op<Ieee<float>, float>::kernels()) {
+  switch (arithmetic) {
+    case Arithmetic::fp32:
+      return Op<Ieee<float>, float>::kernels();
+    case Arithmetic::fp64:
+      return Op<Ieee<double>, double>::kernels();
+    case Arithmetic::bf16_inputs:
+      return Op<Ieee<float>, BFloat16>::kernels();
+#if defined(__AVX512BF16__)
+    case Arithmetic::fp32_by_bf16:
+      if constexpr (kDots != Dots::none) return Op<Bf16Dot, float>::kernels();
+      return nullptr;
+    case Arithmetic::bf16_by_bf16:
+      if constexpr (kDots == Dots::all) return Op<Bf16Dot, BFloat16>::kernels();
+      return nullptr;
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace fc::cpu::FC_TIER
+
+#else  // the torch-facing half
 
 #include "../check.h"
+#include "../tensors.h"
+#include "caches.h"
 #include "isa.h"
 #include "tasks.h"
 
-// Declares `Result name(Argument)` of every tier, and pick_name(argument), which calls that of the tier in force. To be
-// used in namespace fc::cpu.
+// Declares `Result name(Argument)` of every tier, and pick_name(argument), which calls the one of the tier in force. To
+// be used in namespace fc::cpu.
 #define FC_DECLARE_OF_TIER(tier, Result, name, Argument) \
   namespace tier {                                       \
   Result name(Argument);                                 \
@@ -35,26 +80,32 @@ enum class Kind { fp32, fp64, bf16_inputs, fp32_by_bf16, bf16_by_bf16 };
 
 namespace fc::cpu {
 
-inline Kind kind_of(const char* name, torch::headeronly::ScalarType dtype, bool rounded = false) {
-  using torch::headeronly::ScalarType;
+template <int N>
+Strided<N> strided(const Tensor& x) {
+  Strided<N> out{x.data_ptr(), {}};
+  for (int i = 0; i < N; ++i) out.stride[i] = x.stride(i);
+  return out;
+}
+
+inline Arithmetic arithmetic_of(const char* name, ScalarType dtype, bool rounded = false) {
   switch (dtype) {
     case ScalarType::Float:
-      return rounded ? Kind::fp32_by_bf16 : Kind::fp32;
+      return rounded ? Arithmetic::fp32_by_bf16 : Arithmetic::fp32;
     case ScalarType::BFloat16:
-      return rounded ? Kind::bf16_by_bf16 : Kind::bf16_inputs;
+      return rounded ? Arithmetic::bf16_by_bf16 : Arithmetic::bf16_inputs;
     case ScalarType::Double:
       STD_TORCH_CHECK(!rounded, "precision is 'bf16' but ", name, " is float64; pass float32 or bfloat16");
-      return Kind::fp64;
+      return Arithmetic::fp64;
     default:
       STD_TORCH_CHECK(false, name, " has an unsupported dtype; expected float32, float64 or bfloat16");
   }
 }
 
-inline Kind kind_of(const char* name, torch::headeronly::ScalarType dtype, const std::string& precision) {
+inline Arithmetic arithmetic_of(const char* name, ScalarType dtype, const std::string& precision) {
   const bool rounded = precision == "bf16";
   STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
                   "', expected 'ieee' or 'bf16' on the CPU");
-  return kind_of(name, dtype, rounded);
+  return arithmetic_of(name, dtype, rounded);
 }
 
 inline void check_instructions(bool found, const char* what) {

@@ -3,6 +3,7 @@
 // library templates with external linkage: the linker would keep one tier's copy for all.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -35,6 +36,17 @@ inline Tier best_tier() {
 #endif
   return Tier::baseline;
 }
+
+// Bytes across a packed panel of the right factor: three vectors.
+inline constexpr int64_t panel_bytes(Tier tier) {
+  return 3 * (tier >= Tier::avx512 ? 64 : tier == Tier::avx2 ? 32 : 16);
+}
+inline constexpr int64_t kWidestPanel = panel_bytes(Tier::avx512) / 4;  // columns, in fp32
+inline constexpr int64_t kPanelsAStripe = 4;  // that a sweep packs together: long reads of the logits and the basis
+
+// The level-1 data cache of every CPU that these tiers run on holds at least this much. Block sizes that have to be
+// constants, because they decide the order of a sum, are chosen to fit it.
+inline constexpr int64_t kSmallestL1 = 32 << 10;
 
 // The tier in force: the best this CPU has, or the one named by PYFASTCIRCUITS_CPU_TIER.
 inline Tier current_tier() {

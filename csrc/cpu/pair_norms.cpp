@@ -1,5 +1,6 @@
-// pair_norms on the CPU: the epilogue sums the squares of each left[i] @ right[j], so that no product reaches memory.
-// Sums run in an order that depends on the shapes alone: results do not depend on threads.
+// pair_norms on the CPU: the Frobenius norms of all left[i] @ right[j]. A task packs some right factors side by side
+// and multiplies left factors by them; the squares of each product are summed before the next, so that none reaches
+// memory. Sums run in an order that depends on the shapes alone: results do not depend on threads.
 #include <cstdint>
 
 #include "dispatch.h"
@@ -7,8 +8,7 @@
 namespace fc::cpu {
 
 struct PairArguments {
-  const void *left, *right;  // [N,r,d] and [M,d,s] of one type, any strides
-  int64_t left_stride[3], right_stride[3];
+  Strided<3> left, right;                     // [N,r,d] and [M,d,s] of one type
   const int64_t* before;                      // [M] or null: only pairs with i < before[j]
   int64_t lefts, rights, rank, depth, width;  // N, M, r, d, s
 };
@@ -16,6 +16,9 @@ struct PairArguments {
 struct PairBlock {
   int64_t first_left, end_left, first_right, end_right;
 };
+
+// Inner indices that are multiplied together: a chunk of all panels of a task stays in the L2 cache.
+constexpr int64_t kStepsAChunk = 256;
 
 struct PairKernels {
   int64_t (*packed_bytes)(const PairArguments&);  // of one left factor
@@ -27,15 +30,8 @@ struct PairKernels {
 
 #ifdef FC_TIER
 
-#include "tile.h"
-
 namespace fc::cpu::FC_TIER {
 namespace {
-
-constexpr int64_t kStepsAChunk = 256;  // of the inner dimension: a chunk of a panel stays in the L1 cache
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
 template <class Scheme, class Source>
 struct Pairs {
@@ -49,40 +45,37 @@ struct Pairs {
   static int64_t packed_bytes(const PairArguments& p) { return packed_size(p) * static_cast<int64_t>(sizeof(Left)); }
   static bool wanted(const PairArguments& p, int64_t i, int64_t j) { return p.before == nullptr || i < p.before[j]; }
   static const Source* left(const PairArguments& p, int64_t i) {
-    return static_cast<const Source*>(p.left) + i * p.left_stride[0];
+    return static_cast<const Source*>(p.left.data) + i * p.left.stride[0];
   }
   static const Source* right(const PairArguments& p, int64_t j) {
-    return static_cast<const Source*>(p.right) + j * p.right_stride[0];
+    return static_cast<const Source*>(p.right.data) + j * p.right.stride[0];
   }
 
   static void pack(const PairArguments& p, void* packed, int64_t i) {
-    Left* head = static_cast<Left*>(packed) + i * packed_size(p);
-    std::memset(static_cast<void*>(head), 0, static_cast<size_t>(packed_bytes(p)));
-    for (int64_t row = 0; row < p.rank; ++row)
-      pack_left<Scheme>(head + row / kRows * kRows * steps<Scheme>(p.depth), static_cast<int>(row % kRows),
-                        left(p, i) + row * p.left_stride[1], p.depth, p.left_stride[2]);
+    pack_rows<Scheme>(static_cast<Left*>(packed) + i * packed_size(p), left(p, i), p.rank, p.depth, p.left.stride[1],
+                      p.left.stride[2]);
   }
 
-  // Right factors first..end side by side as panels [panel][step][kW]: a factor may end in the middle of one.
+  // Packs right factors first..end side by side as panels [panel][step][kW]: a factor may end in the middle of a panel.
   static void pack_rights(const PairArguments& p, Right* panels, int64_t first, int64_t end) {
     const int64_t depth = steps<Scheme>(p.depth), columns = (end - first) * p.width;
-    const int64_t padded = (columns + kW - 1) / kW * kW;
+    const int64_t padded = panels_of<Scheme>(columns) * kW;
     for (int64_t c = 0; c < padded; ++c) {
       Right* out = panels + c / kW * depth * kW + c % kW;
       if (c >= columns) {
         for (int64_t step = 0; step < depth; ++step) out[step * kW] = 0;
         continue;
       }
-      const Source* column = right(p, first + c / p.width) + c % p.width * p.right_stride[2];
+      const Source* column = right(p, first + c / p.width) + c % p.width * p.right.stride[2];
       for (int64_t step = 0; step < depth; ++step)
-        out[step * kW] = Scheme::right(column + step * Scheme::kDepth * p.right_stride[1], p.right_stride[1],
+        out[step * kW] = Scheme::right(column + step * Scheme::kDepth * p.right.stride[1], p.right.stride[1],
                                        p.depth - step * Scheme::kDepth);
     }
   }
 
   static void products(const PairArguments& p, const void* packed, const PairBlock& block, double* squares) {
     const int64_t depth = steps<Scheme>(p.depth), blocks = blocks_of(p.rank);
-    const int64_t columns = (block.end_right - block.first_right) * p.width, panels = (columns + kW - 1) / kW;
+    const int64_t columns = (block.end_right - block.first_right) * p.width, panels = panels_of<Scheme>(columns);
     Buffer<Right> rights{panels * kW * depth};
     pack_rights(p, rights.data, block.first_right, block.end_right);
     Buffer<T> tiles{panels * blocks * kTile};
@@ -120,7 +113,7 @@ struct Pairs {
     }
   }
 
-  // Squares summed down each column, kRows at a time, so that no accumulator takes more than r / kRows addends.
+  // Sums the squares down each column, kRows at a time, so that no accumulator takes more than r / kRows addends.
   static void sum_columns(const T* tiles, int64_t blocks, T* sums) {
     for (int v = 0; v < kVectors; ++v) {
       Vec<T> total{};
@@ -135,75 +128,51 @@ struct Pairs {
       store(sums + v * kLanes<T>, total);
     }
   }
-};
 
-template <class Scheme, class Source>
-const PairKernels* kernels() {
-  using P = Pairs<Scheme, Source>;
-  static constexpr PairKernels table{P::packed_bytes, P::pack, P::products};
-  return &table;
-}
+  static const PairKernels* kernels() {
+    static constexpr PairKernels table{packed_bytes, pack, products};
+    return &table;
+  }
+};
 
 }  // namespace
 
-// Null where this tier has no such instruction.
-const PairKernels* pair_kernels(Kind kind) {
-  switch (kind) {
-    case Kind::fp32:
-      return kernels<Ieee<float>, float>();
-    case Kind::fp64:
-      return kernels<Ieee<double>, double>();
-    case Kind::bf16_inputs:
-      return kernels<Ieee<float>, BFloat16>();
-#if defined(__AVX512BF16__)
-    case Kind::fp32_by_bf16:
-      return kernels<Bf16Dot, float>();
-    case Kind::bf16_by_bf16:
-      return kernels<Bf16Dot, BFloat16>();
-#endif
-    default:
-      return nullptr;
-  }
-}
+const PairKernels* pair_kernels(Arithmetic arithmetic) { return select<Pairs>(arithmetic); }
 
 }  // namespace fc::cpu::FC_TIER
 
 #else  // the torch-facing half
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cmath>
-#include <optional>
 
-#include "../check.h"
 #include "../plan.h"
 #include "scratch.h"
 
 namespace fc::cpu {
 
-FC_TIERS(const PairKernels*, pair_kernels, Kind)
+FC_TIERS(const PairKernels*, pair_kernels, Arithmetic)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-
-// Right factors packed together: the count below 512 columns that fills its panels of 48 best.
-int64_t rights_at_once(int64_t width) {
+// Right factors packed together: as many as fill their panels best, within what the L2 cache holds of a chunk.
+int64_t rights_at_once(int64_t width, int64_t element_bytes) {
+  const int64_t panel = panel_bytes(current_tier()) / element_bytes;
+  const int64_t most = caches().l2 / (kStepsAChunk * element_bytes);  // columns
+  const auto waste = [&](int64_t n) { return static_cast<double>(ceil_div(n * width, panel) * panel) / (n * width); };
   int64_t best = 1;
-  const auto waste = [&](int64_t n) { return static_cast<double>(ceil_div(n * width, 48) * 48) / (n * width); };
-  for (int64_t n = 2; n * width <= 512; ++n)
+  for (int64_t n = 2; n * width <= most; ++n)
     if (waste(n) < waste(best) - 1e-9) best = n;
   return best;
 }
 
-void run_products(const PairArguments& p, const PairKernels& kernels, double* squares) {
+void run_products(const PairArguments& p, const PairKernels& kernels, int64_t element_bytes, double* squares) {
   const int64_t threads = torch::stable::get_num_threads();
-  const Shared packed(p.lefts * kernels.packed_bytes(p));
+  const HugeScratch packed(p.lefts * kernels.packed_bytes(p));
   run_tasks(p.lefts, [&](int64_t i) { kernels.pack(p, packed.data(), i); });
 
-  const int64_t across = rights_at_once(p.width), stripes = ceil_div(p.rights, across);
+  const int64_t across = rights_at_once(p.width, element_bytes), stripes = ceil_div(p.rights, across);
   const int64_t groups = std::min(p.lefts, ceil_div(4 * threads, stripes));
   const int64_t down = ceil_div(p.lefts, groups);
   run_tasks(stripes * groups, [&](int64_t task) {
@@ -215,40 +184,25 @@ void run_products(const PairArguments& p, const PairKernels& kernels, double* sq
 
 Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<Tensor>& before,
                   const std::string& precision) {
-  STD_TORCH_CHECK(left.dim() == 3, "left has shape ", shape_of(left), ", expected [N, r, d]");
-  STD_TORCH_CHECK(right.dim() == 3, "right has shape ", shape_of(right), ", expected [M, d, s]");
-  const int64_t N = left.size(0), r = left.size(1), d = left.size(2), M = right.size(0), s = right.size(2);
-  FC_CHECK_SHAPE(right, (Shape{M, d, s}));
-  STD_TORCH_CHECK(left.scalar_type() == right.scalar_type(), "left and right differ in dtype");
-  std::optional<Tensor> before_c;
-  if (before.has_value()) {
-    FC_CHECK_SHAPE(*before, (Shape{M}));
-    STD_TORCH_CHECK(before->scalar_type() == ScalarType::Long, "before must be int64");
-    before_c = torch::stable::contiguous(*before);
-  }
-  const PairKernels* found = pick_pair_kernels(kind_of("left", left.scalar_type(), precision));
-  check_instructions(found != nullptr, "precision");
-  const PairKernels& kernels = *found;
+  Sizes sizes;
+  sizes("left", left, "N r d");
+  sizes("right", right, "M d s");
+  sizes("before", before, "M", ScalarType::Long);
+  check_dtypes("left and right", {left, right});
+  const int64_t N = sizes["N"], M = sizes["M"], r = sizes["r"], d = sizes["d"], s = sizes["s"];
+  const PairKernels* kernels = pick_pair_kernels(arithmetic_of("left", left.scalar_type(), precision));
+  check_instructions(kernels != nullptr, "precision");
 
   Tensor squares = torch::stable::new_empty(left, {N, M}, ScalarType::Double);
-  auto* out = static_cast<double*>(squares.data_ptr());
-  const PairArguments arguments{
-      .left = left.data_ptr(),
-      .right = right.data_ptr(),
-      .left_stride = {left.stride(0), left.stride(1), left.stride(2)},
-      .right_stride = {right.stride(0), right.stride(1), right.stride(2)},
-      .before = before_c.has_value() ? static_cast<const int64_t*>(before_c->data_ptr()) : nullptr,
-      .lefts = N,
-      .rights = M,
-      .rank = r,
-      .depth = d,
-      .width = s};
+  auto* out = data_of<double>(squares);
+  const std::optional<Tensor> before_c = contiguous_as(before, ScalarType::Long);
+  const PairArguments arguments{strided<3>(left), strided<3>(right), data_of<const int64_t>(before_c), N, M, r, d, s};
   if (N * M == 0 || r == 0 || d == 0 || s == 0)
     std::fill(out, out + N * M, 0.0);
   else
-    run_products(arguments, kernels, out);
+    run_products(arguments, *kernels, result_dtype(left) == ScalarType::Double ? 8 : 4, out);
   for (int64_t n = 0; n < N * M; ++n) out[n] = std::sqrt(out[n]);
-  return torch::stable::to(squares, left.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  return torch::stable::to(squares, result_dtype(left));
 }
 
 }  // namespace

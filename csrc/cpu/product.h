@@ -1,20 +1,26 @@
-// A product A @ B that an op streams through without storing it: B is packed once for all threads, a stripe of columns
-// at a time where the whole would be large, and a task takes some rows of A past all panels of the stripe.
+// Streaming through a product A @ B without storing it: B is packed once for all threads, a stripe of columns at a time
+// where the whole would be large, and a task takes some rows of A past all panels of the stripe. The walk over the
+// tiles of a task is here too; ops whose right factor is packed otherwise (sweep.h) use it as well.
 #pragma once
 
 #include <cstdint>
 
+#include "dispatch.h"
+#include "isa.h"
+
 namespace fc::cpu {
 
 struct Product {
-  const void *A, *B;  // [N,r] and [r,M] of one type, any strides
-  int64_t A_stride[2], B_stride[2];
+  Strided<2> A, B;              // [N,r] and [r,M] of one type
   int64_t rows, columns, rank;  // N, M, r
 };
 
 struct Stripe {  // of columns, packed
   int64_t first, columns;
 };
+
+// Columns that one task packs: whole panels of every tier, whatever the type.
+inline constexpr int64_t kColumnsAPack = 16 * kWidestPanel;
 
 }  // namespace fc::cpu
 
@@ -24,25 +30,94 @@ struct Stripe {  // of columns, packed
 
 namespace fc::cpu::FC_TIER {
 
-inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A tile of products that waits to be consumed, and where it lies.
+// A tile of products, and where it lies.
 template <class T>
 struct Tile {
   T* products;      // [kRows][kColumns], in the L1 cache
   int64_t block;    // of the task's rows
   int64_t panel;    // of the stripe
-  int64_t columns;  // those past them are padding, exactly zero; 0 where no tile waits
+  int64_t columns;  // the products of those past them are exactly zero
 };
 
-// Panels first..end of the stripe, where they lie among all.
+// The walk over the tiles of a product, block after block for each panel. Two buffers take turns: while multiply()
+// fills one, the op consumes the tile in the other, in the shadow of the multiply-adds. An Op has
+//   Tile: what it needs to know of a tile; `products` is where they are, or null in a Tile{};
+//   next(products, block, panel): the Tile to make next; its products may go to memory of the op's own;
+//   consume(tile, i): takes row i of a tile. It must be always_inline: a call would spill the accumulators it runs
+//     beside. It returns nothing, or whether the row is to be looked at again: then the op also has
+//   revisit(tile, rows): looks at rows of a consumed tile again, a bit for each.
+template <class Scheme, class Op>
+class Walk {
+  using T = typename Scheme::Accumulator;
+  using Tile = typename Op::Tile;
+  using Left = typename Scheme::Left;
+  using Right = typename Scheme::Right;
+
+ public:
+  // Blocks and panels are of `depth` steps each.
+  Walk(Op& op, const Left* blocks, const Right* panels, int64_t depth)
+      : op(op), blocks(blocks), panels(panels), depth(depth) {}
+
+  // Multiplies blocks first..end by one panel.
+  void panel(int64_t panel, int64_t first_block, int64_t end_block) {
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const Tile next = op.next(waiting.products == buffers[0] ? buffers[1] : buffers[0], block, panel);
+      const Left* rows = blocks + block * kRows * depth;
+      const Right* columns = panels + panel * kWidth<Scheme> * depth;
+      if (waiting.products == nullptr)
+        start(next.products, rows, columns, depth);
+      else
+        look_again(advance(op, waiting, next.products, rows, columns, depth));
+      waiting = next;
+    }
+  }
+
+  // Consumes the last tile.
+  void finish() {
+    unsigned rows = 0;
+    for (int i = 0; i < kRows && waiting.products != nullptr; ++i) rows |= consume(op, waiting, i);
+    look_again(rows);
+  }
+
+ private:
+  [[gnu::always_inline]] static unsigned consume(Op& op, const Tile& tile, int i) {
+    if constexpr (requires { op.revisit(tile, 0U); }) return static_cast<unsigned>(op.consume(tile, i)) << i;
+    op.consume(tile, i);
+    return 0;
+  }
+
+  void look_again(unsigned rows) {
+    if constexpr (requires { op.revisit(waiting, rows); })
+      if (rows != 0) op.revisit(waiting, rows);
+  }
+
+  // Multiplies a block by a panel while the tile before is consumed. Not inlined: the accumulators need every register.
+  [[gnu::noinline]] static unsigned advance(Op& op, const Tile before, T* products, const Left* rows,
+                                            const Right* columns, int64_t depth) {
+    unsigned again = 0;
+    multiply<Scheme>(products, rows, columns, depth, FromZero{},
+                     [&](int i) __attribute__((always_inline)) { again |= consume(op, before, i); });
+    return again;
+  }
+  [[gnu::noinline]] static void start(T* products, const Left* rows, const Right* columns, int64_t depth) {
+    multiply<Scheme>(products, rows, columns, depth);
+  }
+
+  Op& op;
+  const Left* const blocks;
+  const Right* const panels;
+  const int64_t depth;
+  alignas(64) T buffers[2][kRows * kWidth<Scheme>];
+  Tile waiting{};  // to be consumed
+};
+
+// Packs columns first..end of the stripe as panels, where they lie among all of its panels.
 template <class Scheme, class Source>
-static void pack_panels(const Product& p, const Stripe& stripe, typename Scheme::Right* panels, int64_t first,
-                        int64_t end) {
-  constexpr int64_t width = kWidth<Scheme>;
-  const int64_t begin = first * width, columns = smaller(end * width, stripe.columns) - begin;
-  const Source* source = static_cast<const Source*>(p.B) + (stripe.first + begin) * p.B_stride[1];
-  pack_right<Scheme>(panels + begin * steps<Scheme>(p.rank), source, p.rank, columns, p.B_stride[0], p.B_stride[1]);
+static void pack_columns(const Product& p, const Stripe& stripe, typename Scheme::Right* panels, int64_t first,
+                         int64_t end) {
+  static_assert(kColumnsAPack % kWidth<Scheme> == 0, "two tasks would pack one panel");
+  const Source* source = static_cast<const Source*>(p.B.data) + (stripe.first + first) * p.B.stride[1];
+  pack_right<Scheme>(panels + first * steps<Scheme>(p.rank), source, p.rank, end - first, p.B.stride[0], p.B.stride[1]);
 }
 
 }  // namespace fc::cpu::FC_TIER
@@ -50,48 +125,37 @@ static void pack_panels(const Product& p, const Stripe& stripe, typename Scheme:
 #else  // the torch-facing half
 
 #include "../plan.h"
-#include "dispatch.h"
+#include "../product.h"
 #include "scratch.h"
 
 namespace fc::cpu {
 
-inline constexpr int64_t kStripeBytes = 32 << 20;
-inline constexpr int64_t kColumnsAPack = 768;  // a multiple of every tier's panel
+inline constexpr int64_t kStripeBytes = 32 << 20;  // of packed columns: what scratch.h keeps from call to call
 
 inline Product product_of(const Tensor& A, const Tensor& B) {
-  STD_TORCH_CHECK(A.dim() == 2, "A has shape ", shape_of(A), ", expected [N, r]");
-  STD_TORCH_CHECK(B.dim() == 2, "B has shape ", shape_of(B), ", expected [r, M]");
-  STD_TORCH_CHECK(A.size(1) == B.size(0), "A has shape ", shape_of(A), " and B ", shape_of(B),
-                  ": their inner dimensions r differ");
-  STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "A and B differ in dtype");
-  return {.A = A.data_ptr(),
-          .B = B.data_ptr(),
-          .A_stride = {A.stride(0), A.stride(1)},
-          .B_stride = {B.stride(0), B.stride(1)},
-          .rows = A.size(0),
-          .columns = B.size(1),
-          .rank = A.size(1)};
+  return {strided<2>(A), strided<2>(B), A.size(0), B.size(1), A.size(1)};
 }
 
-// Rows of a task: `row_bytes` of each stay in the L2 cache; every thread has four tasks where there are rows enough.
-inline int64_t rows_a_task(int64_t rows, int64_t row_bytes, int64_t threads) {
-  const int64_t longest = std::clamp<int64_t>((256 << 10) / std::max<int64_t>(row_bytes, 1), 8, 2048);
-  const int64_t even =
-      even_block(std::max<int64_t>(rows, 1), std::min(longest, std::max<int64_t>(8, ceil_div(rows, 4 * threads))));
-  return ceil_div(even, 8) * 8;
+// Rows of a task: `row_bytes` of each stay in a quarter of the L2 cache; every thread has four tasks where there are
+// rows enough.
+inline int64_t rows_a_task(int64_t rows, int64_t row_bytes) {
+  const int64_t longest = std::clamp<int64_t>(caches().l2 / 4 / std::max<int64_t>(row_bytes, 1), 8, 2048);
+  const int64_t shared = std::max<int64_t>(8, ceil_div(rows, 4 * torch::stable::get_num_threads()));
+  return ceil_div(even_block(std::max<int64_t>(rows, 1), std::min(longest, shared)), 8) * 8;
 }
 
-// pack(packed, stripe, first column, end) for all columns of a stripe, then task(packed, stripe, first row, end) for
-// all rows; the stripes in order.
-template <class Pack, class Task>
-void stream(const Product& p, int64_t column_bytes, int64_t rows_at_once, const Pack& pack, const Task& task) {
+// Packs all columns of a stripe, then calls task(packed, stripe, first row, end) for all rows, and goes on to the next
+// stripe.
+template <class Kernels, class Arguments, class Task>
+void stream(const Kernels& kernels, const Arguments& s, int64_t column_bytes, int64_t rows_at_once, const Task& task) {
+  const Product& p = s.product;
   const int64_t fit = kStripeBytes / std::max<int64_t>(column_bytes, 1) / kColumnsAPack;
   const int64_t across = std::min(std::max<int64_t>(fit, 1), ceil_div(p.columns, kColumnsAPack)) * kColumnsAPack;
-  const Shared packed(across * column_bytes);
+  const HugeScratch packed(across * column_bytes);
   for (int64_t first = 0; first < p.columns; first += across) {
     const Stripe stripe{first, std::min(across, p.columns - first)};
     run_tasks(ceil_div(stripe.columns, kColumnsAPack), [&](int64_t i) {
-      pack(packed.data(), stripe, i * kColumnsAPack, std::min((i + 1) * kColumnsAPack, stripe.columns));
+      kernels.pack(s, packed.data(), stripe, i * kColumnsAPack, std::min((i + 1) * kColumnsAPack, stripe.columns));
     });
     run_tasks(ceil_div(p.rows, rows_at_once), [&](int64_t i) {
       task(packed.data(), stripe, i * rows_at_once, std::min((i + 1) * rows_at_once, p.rows));

@@ -1,4 +1,5 @@
-// What this machine can do, measured: the denominators of every "fraction of the limit".
+// cpu_rate: what this machine can do, measured by loops that stay in registers. It is the denominator of every
+// "fraction of the limit" in the benches.
 #include <cstdint>
 
 #include "dispatch.h"
@@ -12,7 +13,6 @@ using RateLoop = int64_t (*)(int64_t rounds, float* sink);
 #ifdef FC_TIER
 
 #include "exp.h"
-#include "tile.h"
 
 namespace fc::cpu::FC_TIER {
 namespace {

@@ -14,15 +14,15 @@
 
 namespace fc::cpu {
 
-// Aligned for vectors; in huge pages where it is large, since tens of megabytes in small ones cost milliseconds. Being
-// given cleared pages costs as much again: large blocks are kept for later calls, kKept bytes of them at most, and the
-// kernel may take their pages back whenever it wants some.
-class Shared {
+// A block of memory, aligned for vectors. A large one lies in huge pages, since tens of megabytes in small pages cost
+// milliseconds. Pages that the kernel has to clear cost as much again, so large blocks are kept for later calls, kKept
+// bytes of them at most; the kernel may take their pages back whenever it wants some.
+class HugeScratch {
  public:
-  explicit Shared(int64_t bytes) : block(take(static_cast<size_t>(bytes))) {}
-  ~Shared() { give(block); }
-  Shared(const Shared&) = delete;
-  Shared& operator=(const Shared&) = delete;
+  explicit HugeScratch(int64_t bytes) : block(take(static_cast<size_t>(bytes))) {}
+  ~HugeScratch() { give(block); }
+  HugeScratch(const HugeScratch&) = delete;
+  HugeScratch& operator=(const HugeScratch&) = delete;
   void* data() const { return block.data; }
 
  private:

@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include "isa.h"
+
 namespace fc::cpu::FC_TIER {
 
 #if defined(__AVX512F__)
@@ -47,6 +49,7 @@ template <class T>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 inline constexpr int kColumns = kVectors * kLanes<T>;  // of one packed panel
+static_assert(kVectors * kVectorBytes == panel_bytes(Tier::FC_TIER) && kColumns<float> <= kWidestPanel);
 
 template <class T>
 static inline Vec<T> load(const T* p) {
@@ -85,7 +88,7 @@ static inline void in_register([[maybe_unused]] V& x) {
   asm("" : "+x"(x));
 #endif
 }
-// Over all lanes, halves added to halves: fewer roundings, shorter chains.
+// The sum of all lanes. Halves are added to halves: a lane is rounded a few times instead of once for each lane.
 template <class T>
 static inline T sum(Vec<T> v) {
 #if defined(__AVX512F__)
@@ -102,13 +105,13 @@ static inline T sum(Vec<T> v) {
 #endif
 }
 
-// Lanes of a and b in turn, the first half of them and the second.
+// Interleaves a and b, lane by lane: `low` is made of the first halves of both, `high` of the second.
 template <class T, int... I>
 static inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high, std::integer_sequence<int, I...>) {
   low = __builtin_shufflevector(a, b, (I % 2 * kLanes<T> + I / 2)...);
   high = __builtin_shufflevector(a, b, (I % 2 * kLanes<T> + I / 2 + kLanes<T> / 2)...);
 }
-// A square of vectors, rows for columns.
+// Transposes a square of as many vectors as one has lanes.
 template <class T>
 static inline void transpose(Vec<T> (&v)[kLanes<T>]) {
   constexpr int n = kLanes<T>;
@@ -122,17 +125,19 @@ static inline void transpose(Vec<T> (&v)[kLanes<T>]) {
     for (int i = 0; i < n; ++i) v[i] = next[i];
   }
 }
-// Lanes of a where bit kBit of the lane's number is clear and of b where it is set, each with the lane across that bit.
+// One step of a butterfly add. Every lane of a is added to the lane whose number differs from its own in bit kBit, and
+// so is every lane of b; the lanes with that bit clear hold sums of a, those with it set sums of b.
 template <class T, int kBit, int... I>
 static inline Vec<T> add_across(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   constexpr int n = kLanes<T>;
   return __builtin_shufflevector(a, b, (I & kBit ? I + n : I)...) +
          __builtin_shufflevector(a, b, (I & kBit ? (I ^ kBit) + n : I ^ kBit)...);
 }
-// The sums of kCount vectors, a power of two of at most as many as there are lanes, in the first lanes.
+// Adds up the lanes of each of kCount vectors by butterfly adds; lane i of the result is the sum of v[i]. kCount is a
+// power of two and at most the number of lanes.
 template <class T, int kCount, int kBit = 1>
 static inline Vec<T> sums(const Vec<T>* v) {
-  constexpr bool paired = kBit < kCount;  // else one vector is left, its lanes alike but for the higher bits
+  constexpr bool paired = kBit < kCount;  // else one vector is left, and is folded with itself
   constexpr int count = paired ? kCount / kBit / 2 : 1;
   if constexpr (kBit == kLanes<T>) {
     return v[0];
@@ -146,94 +151,89 @@ static inline Vec<T> sums(const Vec<T>* v) {
 }
 
 // The larger of the two; x where either is NaN.
-static inline Vec<float> at_least(Vec<float> x, Vec<float> floor) {
+template <class V>
+static inline V at_least(V x, V floor) {
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_max_ps((__m512)floor, (__m512)x);
+  if constexpr (sizeof(x[0]) == 4)
+    return (V)_mm512_max_ps((__m512)floor, (__m512)x);
+  else
+    return (V)_mm512_max_pd((__m512d)floor, (__m512d)x);
 #elif defined(__AVX2__)
-  return (Vec<float>)_mm256_max_ps((__m256)floor, (__m256)x);
-#else
-  return floor > x ? floor : x;
-#endif
-}
-static inline Vec<double> at_least(Vec<double> x, Vec<double> floor) {
-#if defined(__AVX512F__)
-  return (Vec<double>)_mm512_max_pd((__m512d)floor, (__m512d)x);
-#elif defined(__AVX2__)
-  return (Vec<double>)_mm256_max_pd((__m256d)floor, (__m256d)x);
+  if constexpr (sizeof(x[0]) == 4)
+    return (V)_mm256_max_ps((__m256)floor, (__m256)x);
+  else
+    return (V)_mm256_max_pd((__m256d)floor, (__m256d)x);
 #else
   return floor > x ? floor : x;
 #endif
 }
 
-// Whether any lane is above the bound or NaN.
-static inline bool any_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
+// Compares lane by lane: a bit for each lane of x that is above the bound, or NaN on either side with kOrNan.
+template <bool kOrNan, class V>
+static inline uint64_t mask_above(V x, V bound) {
+  [[maybe_unused]] constexpr bool kSingle = sizeof(x[0]) == 4;
 #if defined(__AVX512F__)
-  auto below = _mm512_cmp_ps_mask((__m512)x[0], (__m512)bound, _CMP_LE_OQ);
-  for (int j = 1; j < kVectors; ++j) below = _mm512_mask_cmp_ps_mask(below, (__m512)x[j], (__m512)bound, _CMP_LE_OQ);
-  return !_kortestc_mask16_u8(below, below);
+  constexpr int kAbove = kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ;
+  if constexpr (kSingle)
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)bound, kAbove);
+  else
+    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)bound, kAbove);
 #elif defined(__AVX2__)
-  const auto mask = [&](int j) { return _mm256_cmp_ps((__m256)x[j], (__m256)bound, _CMP_NLE_UQ); };
-  return _mm256_movemask_ps(_mm256_or_ps(mask(0), _mm256_or_ps(mask(1), mask(2)))) != 0;
+  constexpr int kAbove = kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ;
+  if constexpr (kSingle)
+    return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)bound, kAbove)));
+  else
+    return static_cast<uint64_t>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)x, (__m256d)bound, kAbove)));
 #else
-  const auto fine = (x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound);
-  bool all = true;
-  for (int i = 0; i < kLanes<float>; ++i) all &= fine[i] != 0;
-  return !all;
-#endif
-}
-static inline bool any_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
-#if defined(__AVX512F__)
-  auto below = _mm512_cmp_pd_mask((__m512d)x[0], (__m512d)bound, _CMP_LE_OQ);
-  for (int j = 1; j < kVectors; ++j) below = _mm512_mask_cmp_pd_mask(below, (__m512d)x[j], (__m512d)bound, _CMP_LE_OQ);
-  return !_kortestc_mask8_u8(below, below);
-#elif defined(__AVX2__)
-  const auto mask = [&](int j) { return _mm256_cmp_pd((__m256d)x[j], (__m256d)bound, _CMP_NLE_UQ); };
-  return _mm256_movemask_pd(_mm256_or_pd(mask(0), _mm256_or_pd(mask(1), mask(2)))) != 0;
-#else
-  const auto fine = (x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound);
-  bool all = true;
-  for (int i = 0; i < kLanes<double>; ++i) all &= fine[i] != 0;
-  return !all;
+  uint64_t lanes = 0;
+  for (int i = 0; i < kVectorBytes / static_cast<int>(sizeof(x[0])); ++i)
+    lanes |= static_cast<uint64_t>(kOrNan ? !(x[i] <= bound[i]) : x[i] > bound[i]) << i;
+  return lanes;
 #endif
 }
 
-// One bit for each lane that is above the bound: bit j kLanes + i of lane i of x[j]. NaN on either side counts as above
-// with kOrNan.
-template <bool kOrNan>
-static inline uint64_t lanes_above(const Vec<float> (&x)[kVectors], Vec<float> bound) {
+// The same of a panel's row: bit j * kLanes + i stands for lane i of x[j].
+template <bool kOrNan, class V>
+static inline uint64_t lanes_above(const V (&x)[kVectors], V bound) {
   uint64_t bits = 0;
-  for (int j = 0; j < kVectors; ++j) {
-#if defined(__AVX512F__)
-    const uint64_t lanes = _mm512_cmp_ps_mask((__m512)x[j], (__m512)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
-#elif defined(__AVX2__)
-    const auto above = _mm256_cmp_ps((__m256)x[j], (__m256)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
-    const auto lanes = static_cast<uint64_t>(_mm256_movemask_ps(above));
-#else
-    uint64_t lanes = 0;
-    for (int i = 0; i < kLanes<float>; ++i)
-      lanes |= static_cast<uint64_t>(kOrNan ? !(x[j][i] <= bound[i]) : x[j][i] > bound[i]) << i;
-#endif
-    bits |= lanes << (j * kLanes<float>);
-  }
+  for (int j = 0; j < kVectors; ++j)
+    bits |= mask_above<kOrNan>(x[j], bound) << (j * kVectorBytes / static_cast<int>(sizeof(x[0][0])));
   return bits;
 }
-template <bool kOrNan>
-static inline uint64_t lanes_above(const Vec<double> (&x)[kVectors], Vec<double> bound) {
-  uint64_t bits = 0;
-  for (int j = 0; j < kVectors; ++j) {
+
+// Whether any lane of a panel's row is above the bound or NaN.
+template <class V>
+static inline bool any_above(const V (&x)[kVectors], V bound) {
+  [[maybe_unused]] constexpr bool kSingle = sizeof(x[0][0]) == 4;
 #if defined(__AVX512F__)
-    const uint64_t lanes = _mm512_cmp_pd_mask((__m512d)x[j], (__m512d)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
-#elif defined(__AVX2__)
-    const auto above = _mm256_cmp_pd((__m256d)x[j], (__m256d)bound, kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
-    const auto lanes = static_cast<uint64_t>(_mm256_movemask_pd(above));
-#else
-    uint64_t lanes = 0;
-    for (int i = 0; i < kLanes<double>; ++i)
-      lanes |= static_cast<uint64_t>(kOrNan ? !(x[j][i] <= bound[i]) : x[j][i] > bound[i]) << i;
-#endif
-    bits |= lanes << (j * kLanes<double>);
+  if constexpr (kSingle) {
+    auto below = _mm512_cmp_ps_mask((__m512)x[0], (__m512)bound, _CMP_LE_OQ);
+    for (int j = 1; j < kVectors; ++j) below = _mm512_mask_cmp_ps_mask(below, (__m512)x[j], (__m512)bound, _CMP_LE_OQ);
+    return !_kortestc_mask16_u8(below, below);
+  } else {
+    auto below = _mm512_cmp_pd_mask((__m512d)x[0], (__m512d)bound, _CMP_LE_OQ);
+    for (int j = 1; j < kVectors; ++j)
+      below = _mm512_mask_cmp_pd_mask(below, (__m512d)x[j], (__m512d)bound, _CMP_LE_OQ);
+    return !_kortestc_mask8_u8(below, below);
   }
-  return bits;
+#elif defined(__AVX2__)
+  V above[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    if constexpr (kSingle)
+      above[j] = (V)_mm256_cmp_ps((__m256)x[j], (__m256)bound, _CMP_NLE_UQ);
+    else
+      above[j] = (V)_mm256_cmp_pd((__m256d)x[j], (__m256d)bound, _CMP_NLE_UQ);
+  }
+  if constexpr (kSingle)
+    return _mm256_movemask_ps(_mm256_or_ps((__m256)above[0], _mm256_or_ps((__m256)above[1], (__m256)above[2]))) != 0;
+  else
+    return _mm256_movemask_pd(_mm256_or_pd((__m256d)above[0], _mm256_or_pd((__m256d)above[1], (__m256d)above[2]))) != 0;
+#else
+  const auto fine = (x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound);
+  bool all = true;
+  for (int i = 0; i < kVectorBytes / static_cast<int>(sizeof(x[0][0])); ++i) all &= fine[i] != 0;
+  return !all;
+#endif
 }
 
 }  // namespace fc::cpu::FC_TIER

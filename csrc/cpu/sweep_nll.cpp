@@ -1,19 +1,13 @@
-// sweep_nll on the CPU: the epilogue sums exponentials of each tile's logits, so that logits never reach memory.
-#include <cstdint>
-
+// sweep_nll on the CPU: the logsumexp of the ablated logits of every (ablation, position), the logits of some tokens,
+// and how far the ablation moves the logits under the clean run's probabilities. The epilogue sums the exponentials of
+// each tile's logits, so that logits never reach memory.
 #include "dispatch.h"
-#include "sweep.h"
+#include "nll.h"
 
 namespace fc::cpu {
 
-struct SweepArguments {
-  Changes changes;
-  const int64_t* tokens;          // [T,K]; outside [0, V): absent from this vocabulary slice
-  const double* scale;            // [P,T] or null
-  const double* clean_lse;        // [T] or null
-  double cap;                     // logits x become cap * tanh(x / cap); 0: they do not
-  double *lse, *picked, *change;  // [P,T], [P,T,K], [P,T] or null
-  int64_t choices;
+struct SweepArguments : NllArguments {
+  const double* scale;  // [P,T] or null
 };
 
 using SweepTask = void (*)(const SweepArguments&, const Block&);
@@ -22,12 +16,12 @@ using SweepTask = void (*)(const SweepArguments&, const Block&);
 
 #ifdef FC_TIER
 
-#include "exp_sums.h"
-
 namespace fc::cpu::FC_TIER {
 namespace {
 
-constexpr int64_t kStripesAFlush = 16;  // lanes hold at most 192 addends before they join the fp64 total
+// Stripes whose exponentials a row's lanes sum before they join its fp64 total: 16 stripes of 4 panels of 3 vectors are
+// 192 addends a lane, whose rounding stays below that of the logits.
+constexpr int64_t kStripesAFlush = 16;
 
 template <class T>
 struct Row {  // one (ablation, position)
@@ -39,45 +33,36 @@ struct Row {  // one (ablation, position)
 };
 
 template <class Scheme, class Source>
-struct Nll : Epilogue {
+struct Nll : NllEpilogue<Scheme, Source> {
+  using Base = NllEpilogue<Scheme, Source>;
+  using Base::clean, Base::kL, Base::kW, Base::sweep;
   using T = typename Scheme::Accumulator;
-  static constexpr int64_t kW = kWidth<Scheme>;
-  static constexpr int kL = kLanes<T>;
 
   const SweepArguments& s;
-  Sweep<Scheme, Source> sweep;
-  Buffer<T> clean{s.clean_lse ? kPanelsAStripe * kW * sweep.window : 0};  // probabilities of the clean run
   Buffer<Row<T>> rows{sweep.blocks * kRows};
   Buffer<Vec<T>> lanes{sweep.blocks * kRows};
   Buffer<Vec<T>> change_lanes{s.clean_lse ? sweep.blocks * kRows : 0};
   int64_t stripes = 0;
 
-  Nll(const SweepArguments& s, const Block& block) : s(s), sweep{s.changes, block} {
+  Nll(const SweepArguments& s, const Block& block) : Base(s, block), s(s) {
     std::memset(static_cast<void*>(lanes.data), 0, lanes.bytes());
     std::memset(static_cast<void*>(change_lanes.data), 0, change_lanes.bytes());
   }
 
   void row(int64_t i, int64_t p, int64_t t) {
-    const int64_t out = p < 0 ? -1 : p * s.changes.positions + t;
+    const int64_t out = p < 0 ? -1 : p * s.inputs.positions + t;
     rows.data[i] = {{}, out >= 0 && s.scale ? static_cast<T>(s.scale[out]) : T(1), out, t, 0.0};
-    for (int64_t c = 0; c < s.choices && out >= 0; ++c) s.picked[out * s.choices + c] = 0;
-  }
-
-  void base_packed(int64_t row, int64_t here) {
-    if (s.clean_lse == nullptr) return;
-    const double lse = s.clean_lse[sweep.block.first_position + row % sweep.window];
-    probabilities<T>(clean.data + row * kW, sweep.base.data + row * kW, here, lse, s.cap);
   }
 
   bool plain(int64_t columns) const {
     return s.scale == nullptr && s.clean_lse == nullptr && s.cap == 0 && columns % kW == 0;
   }
 
-  // Adds the clean logits, then the exponentials to the row's sum. The products become logits in place where something
-  // else has to read them.
+  // Makes a row of a tile into logits by adding the clean ones, and adds their exponentials to the row's sum. The
+  // logits take the products' place in memory only where something else has to read them.
   template <bool kPlain>
   [[gnu::always_inline]] void consume(const SweepTile<T>& tile, int i) {
-    const int64_t index = tile.block * kRows + i, here = tile.here;
+    const int64_t index = tile.block * kRows + i, here = tile.columns;
     Row<T>& row = rows.data[index];
     T* products = tile.products + i * kW;
     const int64_t base_row = (tile.panel_row + row.position) * kW;
@@ -100,12 +85,12 @@ struct Nll : Epilogue {
     if (!kPlain && here < kW) end_at<T>(here, x, products);
     add_exponentials<T>(row.sum, lanes.data[index], x, products, here);
     if (!kPlain && s.clean_lse != nullptr) change_lanes.data[index] += expected<T>(clean.data + base_row, moved);
-    const int64_t* tokens = s.tokens + row.position * s.choices;
-    for (int64_t c = 0; c < s.choices; ++c) {
+    const int64_t* tokens = s.tokens + row.position * s.tokens_per_position;
+    for (int64_t c = 0; c < s.tokens_per_position; ++c) {
       const auto offset = static_cast<uint64_t>(tokens[c] - tile.first);
       if (offset >= static_cast<uint64_t>(here) || row.out < 0) continue;
       for (int j = 0; j < kVectors; ++j) store(products + j * kL, x[j]);
-      s.picked[row.out * s.choices + c] = products[offset];
+      s.picked[row.out * s.tokens_per_position + c] = products[offset];
     }
   }
 
@@ -123,6 +108,10 @@ struct Nll : Epilogue {
     }
   }
 
+  static SweepTask kernels() {
+    return [](const SweepArguments& s, const Block& block) { Nll(s, block).run(); };
+  }
+
   void run() {
     sweep.run(*this);
     flush();
@@ -135,32 +124,9 @@ struct Nll : Epilogue {
   }
 };
 
-template <class Scheme, class Source>
-void run(const SweepArguments& s, const Block& block) {
-  Nll<Scheme, Source>(s, block).run();
-}
-
 }  // namespace
 
-// Null where this tier has no such instruction.
-SweepTask sweep_nll(Kind kind) {
-  switch (kind) {
-    case Kind::fp32:
-      return run<Ieee<float>, float>;
-    case Kind::fp64:
-      return run<Ieee<double>, double>;
-    case Kind::bf16_inputs:
-      return run<Ieee<float>, BFloat16>;
-#if defined(__AVX512BF16__)
-    case Kind::fp32_by_bf16:
-      return run<Bf16Dot, float>;
-    case Kind::bf16_by_bf16:
-      return run<Bf16Dot, BFloat16>;
-#endif
-    default:
-      return nullptr;
-  }
-}
+SweepTask sweep_nll(Arithmetic arithmetic) { return select<Nll>(arithmetic); }
 
 }  // namespace fc::cpu::FC_TIER
 
@@ -168,51 +134,30 @@ SweepTask sweep_nll(Kind kind) {
 
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
-#include <tuple>
-
 namespace fc::cpu {
 
-FC_TIERS(SweepTask, sweep_nll, Kind)
+FC_TIERS(SweepTask, sweep_nll, Arithmetic)
 
 namespace {
-
-using torch::headeronly::ScalarType;
 
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
                                              const Tensor& tokens, const Tensor& group,
                                              const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
                                              const std::string& precision, std::optional<double> cap,
                                              const std::optional<Tensor>& outer) {
-  const auto [P, T, V, r, G, K] = check_sweep(base, delta, basis, tokens, group, scale, clean_lse, cap, outer);
-  const SweepTask task = pick_sweep_nll(kind_of("base", base.scalar_type(), precision));
+  Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap, outer);
+  sizes("scale", scale, "P T");
+  const int64_t P = sizes["P"], T = sizes["T"], depth_bytes = sizes["r"] * static_cast<int64_t>(base.element_size());
+  const SweepTask task = pick_sweep_nll(arithmetic_of("base", base.scalar_type(), precision));
   check_instructions(task != nullptr, "precision");
 
-  const auto fp64 = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
-    return torch::stable::new_empty(base, size, ScalarType::Double);
-  };
-  Tensor lse = fp64({P, T}), picked = fp64({P, T, K}), change = fp64({clean_lse.has_value() ? P : 0, T});
-  const Tensor tokens_c = torch::stable::contiguous(tokens);
-  std::optional<Tensor> scale_c, clean_c;
-  if (scale.has_value()) scale_c = contiguous_as(*scale, ScalarType::Double);
-  if (clean_lse.has_value()) clean_c = contiguous_as(*clean_lse, ScalarType::Double);
-  const OwnedChanges changes = changes_of(base, delta, basis, group, outer);
-  const SweepArguments arguments{
-      .changes = changes.view,
-      .tokens = static_cast<const int64_t*>(tokens_c.data_ptr()),
-      .scale = scale_c.has_value() ? static_cast<const double*>(scale_c->data_ptr()) : nullptr,
-      .clean_lse = clean_c.has_value() ? static_cast<const double*>(clean_c->data_ptr()) : nullptr,
-      .cap = cap.value_or(0),
-      .lse = static_cast<double*>(lse.data_ptr()),
-      .picked = static_cast<double*>(picked.data_ptr()),
-      .change = clean_c.has_value() ? static_cast<double*>(change.data_ptr()) : nullptr,
-      .choices = K};
-  const int64_t depth_bytes = r * static_cast<int64_t>(base.element_size());
-  const int64_t threads = torch::stable::get_num_threads();
-  run_blocks(arguments.changes,
-             outer.has_value() ? plan_pairs(P, T, depth_bytes, threads) : plan_tiles(P, T, depth_bytes, threads),
+  const NllTensors tensors(inputs_of(base, delta, basis, group, outer), base, P, tokens, clean_lse);
+  const std::optional<Tensor> scale_c = contiguous_as(scale, ScalarType::Double);
+  const SweepArguments arguments{tensors.arguments(cap), data_of<const double>(scale_c)};
+  const auto plan = outer.has_value() ? plan_pairs : plan_tiles;
+  run_blocks(arguments.inputs, plan(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2),
              [&](const Block& block) { task(arguments, block); });
-  return {lse, picked, change};
+  return tensors.results();
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// target_ranks on the CPU: the epilogue compares each tile's logits with one threshold a row and counts.
+// target_ranks on the CPU: how many logits of each (ablation, position) are above its threshold, the target's own
+// aside. The epilogue compares each tile's logits with one threshold a row and counts.
 #include <cstdint>
 
 #include "dispatch.h"
@@ -7,7 +8,7 @@
 namespace fc::cpu {
 
 struct RankedArguments {
-  Changes changes;
+  SweepInputs inputs;
   const int64_t* tokens;     // [T]: not to be counted
   const double* thresholds;  // [P,T]
   int64_t* ranks;            // [P,T]
@@ -25,7 +26,7 @@ using RankTask = void (*)(const RankedArguments&, const Block&);
 namespace fc::cpu::FC_TIER {
 namespace {
 
-// The largest number not above x: what a logit of this type exceeds just where it exceeds x.
+// The largest number of type T not above x: a logit of that type exceeds it exactly where it exceeds x.
 template <class T>
 T rounded_down(double x) {
   const T nearest = static_cast<T>(x);
@@ -43,16 +44,16 @@ template <class Scheme, class Source>
 struct TargetRanks : Epilogue {
   using T = typename Scheme::Accumulator;
   static constexpr int64_t kW = kWidth<Scheme>;
-  static_assert(kW < 64);  // a bit each
+  static_assert(kW < 64);  // a bit for each column
 
   const RankedArguments& s;
   Sweep<Scheme, Source> sweep;
   Buffer<RankedRow<T>> rows{sweep.blocks * kRows};
 
-  TargetRanks(const RankedArguments& s, const Block& block) : s(s), sweep{s.changes, block} {}
+  TargetRanks(const RankedArguments& s, const Block& block) : s(s), sweep{s.inputs, block} {}
 
   void row(int64_t i, int64_t p, int64_t t) {
-    const int64_t out = p < 0 ? -1 : p * s.changes.positions + t;
+    const int64_t out = p < 0 ? -1 : p * s.inputs.positions + t;
     rows.data[i] = {out < 0 ? T(0) : rounded_down<T>(s.thresholds[out]), out, t, s.tokens[t], 0};
   }
 
@@ -66,10 +67,14 @@ struct TargetRanks : Epilogue {
     for (int j = 0; j < kVectors; ++j)
       x[j] = load(start + j * kLanes<T>) + load(tile.products + i * kW + j * kLanes<T>);
     uint64_t above = lanes_above<false>(x, broadcast<T>(row.threshold));
-    if (!kPlain) above &= (uint64_t{1} << tile.here) - 1;
+    if (!kPlain) above &= (uint64_t{1} << tile.columns) - 1;
     const auto offset = static_cast<uint64_t>(row.token - tile.first);
-    if (offset < static_cast<uint64_t>(tile.here)) above &= ~(uint64_t{1} << offset);
+    if (offset < static_cast<uint64_t>(tile.columns)) above &= ~(uint64_t{1} << offset);
     row.count += __builtin_popcountll(above);
+  }
+
+  static RankTask kernels() {
+    return [](const RankedArguments& s, const Block& block) { TargetRanks(s, block).run(); };
   }
 
   void run() {
@@ -79,32 +84,9 @@ struct TargetRanks : Epilogue {
   }
 };
 
-template <class Scheme, class Source>
-void run(const RankedArguments& s, const Block& block) {
-  TargetRanks<Scheme, Source>(s, block).run();
-}
-
 }  // namespace
 
-// Null where this tier has no such instruction.
-RankTask target_ranks(Kind kind) {
-  switch (kind) {
-    case Kind::fp32:
-      return run<Ieee<float>, float>;
-    case Kind::fp64:
-      return run<Ieee<double>, double>;
-    case Kind::bf16_inputs:
-      return run<Ieee<float>, BFloat16>;
-#if defined(__AVX512BF16__)
-    case Kind::fp32_by_bf16:
-      return run<Bf16Dot, float>;
-    case Kind::bf16_by_bf16:
-      return run<Bf16Dot, BFloat16>;
-#endif
-    default:
-      return nullptr;
-  }
-}
+RankTask target_ranks(Arithmetic arithmetic) { return select<TargetRanks>(arithmetic); }
 
 }  // namespace fc::cpu::FC_TIER
 
@@ -114,31 +96,26 @@ RankTask target_ranks(Kind kind) {
 
 namespace fc::cpu {
 
-FC_TIERS(RankTask, target_ranks, Kind)
+FC_TIERS(RankTask, target_ranks, Arithmetic)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-
 Tensor target_ranks(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& tokens,
                     const Tensor& group, const Tensor& thresholds, const std::string& precision) {
-  const auto [P, T, V, r, G] = check_changes(base, delta, basis, tokens, group);
-  FC_CHECK_SHAPE(tokens, (Shape{T}));
-  FC_CHECK_SHAPE(thresholds, (Shape{P, T}));
-  STD_TORCH_CHECK(thresholds.scalar_type() == ScalarType::Double, "thresholds must be float64");
-  STD_TORCH_CHECK(thresholds.device() == base.device(), "the tensors are not all on base's device");
-  const RankTask task = pick_target_ranks(kind_of("base", base.scalar_type(), precision));
+  Sizes sizes = check_sweep(base, delta, basis, group);
+  sizes("tokens", tokens, "T", ScalarType::Long);
+  sizes("thresholds", thresholds, "P T", ScalarType::Double);
+  const int64_t P = sizes["P"], T = sizes["T"], r = sizes["r"];
+  const RankTask task = pick_target_ranks(arithmetic_of("base", base.scalar_type(), precision));
   check_instructions(task != nullptr, "precision");
 
   Tensor ranks = torch::stable::new_empty(base, {P, T}, ScalarType::Long);
   const Tensor tokens_c = torch::stable::contiguous(tokens), thresholds_c = torch::stable::contiguous(thresholds);
-  const OwnedChanges changes = changes_of(base, delta, basis, group);
-  const RankedArguments arguments{.changes = changes.view,
-                                  .tokens = static_cast<const int64_t*>(tokens_c.data_ptr()),
-                                  .thresholds = static_cast<const double*>(thresholds_c.data_ptr()),
-                                  .ranks = static_cast<int64_t*>(ranks.data_ptr())};
+  const OwnedInputs inputs = inputs_of(base, delta, basis, group);
+  const RankedArguments arguments{inputs.view, data_of<const int64_t>(tokens_c), data_of<const double>(thresholds_c),
+                                  data_of<int64_t>(ranks)};
   const int64_t depth_bytes = r * static_cast<int64_t>(base.element_size());
-  run_blocks(arguments.changes, plan_tiles(P, T, depth_bytes, torch::stable::get_num_threads()),
+  run_blocks(arguments.inputs, plan_tiles(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2),
              [&](const Block& block) { task(arguments, block); });
   return ranks;
 }

@@ -9,8 +9,9 @@
 
 namespace fc::cpu {
 
-// Each thread takes the next task when it is done with one: for tasks of unequal length. task(i, slot): no two tasks
-// run in one slot, below the number of threads, at a time.
+// Calls task(i), or task(i, slot), for all tasks. Each thread takes the next task when it is done with one, so that
+// tasks may differ in length. Slots are numbered below the number of threads, and no two tasks run in one slot at a
+// time.
 template <class Task>
 void run_tasks(int64_t tasks, const Task& task) {
   std::atomic<int64_t> next{0};

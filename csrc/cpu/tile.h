@@ -1,9 +1,9 @@
-// The tile core: a low-rank product consumed by an epilogue before it is stored.
+// The tile core: computes a low-rank product a tile at a time, so that an op can consume it before it is stored.
 //
-// A packed block holds kRows rows of the left factor, [k][kRows]; a packed panel holds kColumns columns of the right
-// factor, [k][kColumns]. multiply() runs one block against one panel in registers and leaves the [kRows][kColumns] tile
-// in a buffer that stays in the L1 cache; the op's epilogue reads it there. A Scheme is a precision: the element types
-// of both factors and how one step multiplies.
+// The left factor is packed into blocks of kRows rows, [k][kRows], and the right one into panels of kColumns columns,
+// [k][kColumns]. multiply() multiplies one block by one panel in registers and leaves the [kRows][kColumns] tile in a
+// buffer that stays in the L1 cache, where the op's epilogue reads it. A Scheme is a precision: the element types of
+// both factors, and how one step multiplies and adds.
 #pragma once
 
 #include <cstddef>
@@ -102,22 +102,31 @@ struct Bf16Dot {
 template <class Scheme>
 inline constexpr int kWidth = kColumns<typename Scheme::Accumulator>;
 
+inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// How many steps an inner dimension takes, blocks some rows, panels some columns.
 template <class Scheme>
 static int64_t steps(int64_t depth) {
   return (depth + Scheme::kDepth - 1) / Scheme::kDepth;
 }
+static inline int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
+template <class Scheme>
+static int64_t panels_of(int64_t columns) {
+  return (columns + kWidth<Scheme> - 1) / kWidth<Scheme>;
+}
 
-// Fetches a part of a matrix that is needed next into the L2 cache a few lines at a time, while another is worked on:
-// hardware follows no rows that lie pages apart, and starts anew after each pause.
-struct Ahead {
-  const char* row;
-  int64_t stride, width, rows;  // bytes, bytes, count
-  int64_t times;                // it is fetched in
-  int64_t done = 0;
-  int64_t each = (rows * ((width + 63) / 64) + times - 1) / times;
+// Fetches the part of a matrix that is needed next into the L2 cache, a few lines at a time, while another part is
+// worked on: hardware prefetchers follow no rows that lie pages apart, and start anew after each pause.
+struct Prefetch {
+  const char* row = nullptr;
+  int64_t stride = 0, width = 0, rows = 0;  // of the part: bytes, bytes, count
+  int64_t calls = 1;                        // of fetch() that bring all of it
+  int64_t done = 0;                         // bytes of the row
+  int64_t lines_a_call = (rows * ((width + 63) / 64) + calls - 1) / calls;
 
   void fetch() {
-    for (int64_t lines = each; lines > 0 && rows > 0; --lines) {
+    for (int64_t lines = lines_a_call; lines > 0 && rows > 0; --lines) {
       __builtin_prefetch(row + done, 0, 2);
       done += 64;
       if (done < width) continue;
@@ -126,14 +135,24 @@ struct Ahead {
   }
 };
 
-// Packs one row of the left factor (elements `stride` apart) as row `lane` of a block.
+// Packs one row of the left factor, whose elements lie `stride` apart, as row i of consecutive blocks.
 template <class Scheme, class Source>
-static void pack_left(typename Scheme::Left* block, int lane, const Source* row, int64_t depth, int64_t stride) {
-  for (int64_t k = 0; k < depth; k += Scheme::kDepth, block += kRows)
-    block[lane] = Scheme::left(row + k * stride, stride, depth - k);
+static void pack_left(typename Scheme::Left* blocks, int64_t i, const Source* row, int64_t depth, int64_t stride) {
+  typename Scheme::Left* out = blocks + i / kRows * kRows * steps<Scheme>(depth) + i % kRows;
+  for (int64_t k = 0; k < depth; k += Scheme::kDepth, out += kRows)
+    *out = Scheme::left(row + k * stride, stride, depth - k);
 }
 
-// Calls f with the stride as a compile-time 1 where it is 1: such loops become vector loads.
+// Packs all rows of the left factor; the rows that fill the last block are zero.
+template <class Scheme, class Source>
+static void pack_rows(typename Scheme::Left* blocks, const Source* a, int64_t rows, int64_t depth, int64_t row_stride,
+                      int64_t stride) {
+  const int64_t size = blocks_of(rows) * kRows * steps<Scheme>(depth);
+  std::memset(static_cast<void*>(blocks), 0, static_cast<size_t>(size) * sizeof *blocks);
+  for (int64_t i = 0; i < rows; ++i) pack_left<Scheme>(blocks, i, a + i * row_stride, depth, stride);
+}
+
+// Calls f with the stride, as a compile-time 1 where it is 1: the compiler turns such loops into vector loads.
 template <class F>
 static inline void with_stride(int64_t stride, F f) {
   struct One {
@@ -145,7 +164,8 @@ static inline void with_stride(int64_t stride, F f) {
     f(stride);
 }
 
-// out[k][j] = columns[j][k] for a square of a vector's lanes; out's rows lie `width` apart, columns `stride`.
+// Transposes a square of as many columns as a vector has lanes: out[k][j] = columns[j][k]. The rows of `out` lie
+// `width` apart, the columns `stride`.
 template <class T, class Source>
 static void transpose_square(T* out, int64_t width, const Source* columns, int64_t stride) {
   Vec<T> square[kLanes<T>];
@@ -207,11 +227,12 @@ struct Nothing {
 };
 
 // tile = start + block times panel, [kRows][kColumns].
-// start(i) points at kColumns values for row i, or is null for zeros. Sums of many products start from zero or from
-// such sums: every multiply-add rounds at the size of the whole. meanwhile(i) is called for i in 0..kRows-1, spread
-// over the multiply-adds: an epilogue that consumes row i of the tile before this one runs in the shadow of this one's.
-// kStride: between the block's steps, where the block is a part of something wider. kAcross: vectors of a panel's row,
-// where tile and panel begin within wider ones.
+// start(i) points at the kColumns values that row i starts from, or is null for zeros. A sum of many products starts
+// from zeros or from a part of that sum, since every multiply-add rounds at the size of what it adds to.
+// meanwhile(i) is called for i in 0..kRows-1, spread over the multiply-adds: an epilogue that consumes row i of the
+// tile before this one runs in the shadow of this one's arithmetic. kStride is the distance between the block's steps,
+// for a block that is a part of something wider; kAcross is how many vectors of a panel's row are multiplied, for a
+// tile and a panel that begin within wider ones.
 template <class Scheme, int kStride = kRows, int kAcross = kVectors, class Start = FromZero, class Meanwhile = Nothing>
 static inline void multiply(typename Scheme::Accumulator* tile, const typename Scheme::Left* block,
                             const typename Scheme::Right* panel, int64_t count, Start start = {},
@@ -242,7 +263,7 @@ static inline void multiply(typename Scheme::Accumulator* tile, const typename S
     for (int j = 0; j < kAcross; ++j) store(tile + i * kWidth<Scheme> + j * lanes, c[i][j]);
 }
 
-// f(the number of vectors across, as a constant).
+// Calls f with the number of vectors across, as a compile-time constant.
 template <class F>
 static inline void with_across(int64_t across, F f) {
   static_assert(kVectors == 3);

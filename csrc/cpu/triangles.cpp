@@ -1,15 +1,18 @@
-// triangles on the CPU: the Cholesky factors of many Gram matrices W^T W, made in fp64. LAPACK's QR of a tall factor
-// takes longer than all that is done with the result; rounding in fp64 leaves Cholesky's squared condition number
-// harmless to fp32 factors.
-#include <cstdint>
-
+// triangles on the CPU: for each factor W the upper triangle R with R^T R = W^T W, which stands for W where only norms
+// matter. Each Gram matrix W^T W is made in fp64, a chunk of the depth at a time, and factored by Cholesky. Rounding in
+// fp64 leaves Cholesky's squared condition number harmless to fp32 factors; LAPACK's QR of a tall factor takes longer
+// than all that is done with the result.
+//
+// Why not torch.linalg.cholesky_ex(W64.mT @ W64, upper=True) of fp64 copies W64? Measured in one process, in turn,
+// medians of 25, AVX2, one thread: it takes 4.9 times as long for W [144,768,64] and 4.1 times for [32,4096,128], which
+// makes a whole composition_scores call of GPT-2 small's shape 1.35 times as long. Gram matrices made here and factored
+// by torch.linalg.cholesky_ex would take 1.1 times as long as this op, and round differently.
 #include "dispatch.h"
 
 namespace fc::cpu {
 
 struct TriangleArguments {
-  const void* factors;  // [N,d,r], any strides
-  int64_t stride[3];
+  Strided<3> factors;  // [N,d,r]
   int64_t count, depth, rank;
   void* triangles;  // [N,r,r], upper; fp64 for fp64 factors, else fp32
   bool* regular;    // [N]
@@ -23,14 +26,14 @@ using TriangleTask = void (*)(const TriangleArguments&, int64_t factor);
 
 #include <cmath>
 
-#include "tile.h"
-
 namespace fc::cpu::FC_TIER {
 namespace {
 
-constexpr int64_t kStepsAChunk = 64;  // of the depth: all columns of a chunk stay in the L1 cache
+// Inner indices multiplied together: at r = 64, all columns of a chunk fill the smallest L1 cache.
+constexpr int64_t kStepsAChunk = 64;
+static_assert(kStepsAChunk * 64 * sizeof(double) <= kSmallestL1);
 
-// R in the place of A (its upper half): R^T R = A. False where A is not positive definite. Rows are worked on from the
+// Replaces the upper half of A by R with R^T R = A; returns whether A is positive definite. Rows are worked on from the
 // vector that holds their first entry; what lies left of that entry is cleared when its row's turn comes.
 bool cholesky(double* a, int64_t n) {
   const auto from = [](int64_t k) { return k / kLanes<double> * kLanes<double>; };
@@ -49,108 +52,93 @@ bool cholesky(double* a, int64_t n) {
   return true;
 }
 
-template <class Source, class Out>
-void run(const TriangleArguments& s, int64_t factor) {
-  using Scheme = Ieee<double>;
-  constexpr int width = kWidth<Scheme>, lanes = kLanes<double>;
-  const int64_t r = s.rank, panels = (r + width - 1) / width;
-  const auto* w = static_cast<const Source*>(s.factors) + factor * s.stride[0];
+template <class Scheme, class Source>
+struct Triangle {
+  using Out = typename Scheme::Accumulator;
+  using Wide = Ieee<double>;
+  static constexpr int width = kWidth<Wide>, lanes = kLanes<double>;
   static_assert(width % kRows == 0, "a block of rows lies within one panel");
-  Buffer<double> packed{panels * width * kStepsAChunk}, gram{panels * width * panels * width}, square{r * r};
-  double* const upper = square.data;
-  const int64_t tiles = (r + kRows - 1) / kRows * (panels + 1) / 2;  // of a chunk, about
-  const bool along = s.stride[1] < s.stride[2];                      // whether a column lies in one piece
-  const auto ahead = [&](int64_t k) {  // what is packed next: the chunk from k on, or the next factor's first
-    const Source* from = k < s.depth ? w + k * s.stride[1] : w + s.stride[0];
-    const int64_t left = k < s.depth ? s.depth - k : factor + 1 < s.count ? s.depth : 0;
-    const int64_t count = left < kStepsAChunk ? left : kStepsAChunk, size = sizeof(Source);
-    return Ahead{.row = reinterpret_cast<const char*>(from),
-                 .stride = s.stride[along ? 2 : 1] * size,
-                 .width = (along ? count : r) * size,
-                 .rows = count == 0 ? 0
-                         : along    ? r
-                                    : count,
-                 .times = tiles};
-  };
-  const auto tile = [&](int64_t row, int64_t panel) { return gram.data + (row * panels + panel * kRows) * width; };
-  for (int64_t k = 0; k < s.depth; k += kStepsAChunk) {
-    const int64_t count = s.depth - k < kStepsAChunk ? s.depth - k : kStepsAChunk;
-    pack_right<Scheme>(packed.data, w + k * s.stride[1], count, r, s.stride[1], s.stride[2]);
-    Ahead next = ahead(k + kStepsAChunk);
-    for (int64_t first = 0; first < r; first += kRows)
-      for (int64_t panel = first / width; panel < panels; ++panel) {
-        const double* block = packed.data + first / width * width * count + first % width;
-        const int64_t left = panel == first / width ? first % width / lanes * lanes : 0;
-        const int64_t right = r - panel * width < width ? r - panel * width : width;
-        double* sums = tile(first, panel) + left;
-        next.fetch();
-        with_across((right - left + lanes - 1) / lanes, [&](auto across) {
-          multiply<Scheme, width, across>(sums, block, packed.data + panel * width * count + left, count,
+
+  static void make(const TriangleArguments& s, int64_t factor) {
+    const int64_t r = s.rank, panels = panels_of<Wide>(r);
+    const auto* w = static_cast<const Source*>(s.factors.data) + factor * s.factors.stride[0];
+    Buffer<double> packed{panels * width * kStepsAChunk}, gram{panels * width * panels * width}, square{r * r};
+    double* const upper = square.data;
+    const int64_t tiles = (r + kRows - 1) / kRows * (panels + 1) / 2;  // of a chunk, about
+    const bool along = s.factors.stride[1] < s.factors.stride[2];      // whether a column lies in one piece
+    const auto prefetch = [&](int64_t k) {  // of the chunk from k on, or of the next factor's first
+      const Source* from = k < s.depth ? w + k * s.factors.stride[1] : w + s.factors.stride[0];
+      const int64_t left = k < s.depth ? s.depth - k : factor + 1 < s.count ? s.depth : 0;
+      const int64_t count = smaller(left, kStepsAChunk), size = sizeof(Source);
+      return Prefetch{.row = reinterpret_cast<const char*>(from),
+                      .stride = s.factors.stride[along ? 2 : 1] * size,
+                      .width = (along ? count : r) * size,
+                      .rows = count == 0 ? 0
+                              : along    ? r
+                                         : count,
+                      .calls = tiles};
+    };
+    const auto tile = [&](int64_t row, int64_t panel) { return gram.data + (row * panels + panel * kRows) * width; };
+    for (int64_t k = 0; k < s.depth; k += kStepsAChunk) {
+      const int64_t count = smaller(s.depth - k, kStepsAChunk);
+      pack_right<Wide>(packed.data, w + k * s.factors.stride[1], count, r, s.factors.stride[1], s.factors.stride[2]);
+      Prefetch next = prefetch(k + kStepsAChunk);
+      for (int64_t first = 0; first < r; first += kRows)
+        for (int64_t panel = first / width; panel < panels; ++panel) {
+          const double* block = packed.data + first / width * width * count + first % width;
+          const int64_t left = panel == first / width ? first % width / lanes * lanes : 0;
+          const int64_t right = smaller(r - panel * width, width);
+          double* sums = tile(first, panel) + left;
+          next.fetch();
+          with_across((right - left + lanes - 1) / lanes, [&](auto across) {
+            multiply<Wide, width, across>(sums, block, packed.data + panel * width * count + left, count,
                                           [&](int row) { return k == 0 ? nullptr : sums + row * width; });
-        });
-      }
-  }
-  for (int64_t row = 0; row < r; ++row)
-    for (int64_t panel = row / width; panel < panels; ++panel) {
-      const int64_t columns = r - panel * width < width ? r - panel * width : width;
-      std::memcpy(upper + row * r + panel * width, tile(row / kRows * kRows, panel) + row % kRows * width,
-                  static_cast<size_t>(columns) * sizeof(double));
+          });
+        }
     }
-  double largest = 0;
-  for (int64_t j = 0; j < r; ++j) largest = upper[j * r + j] > largest ? upper[j * r + j] : largest;
-  bool regular = cholesky(upper, r);
-  for (int64_t j = 0; j < r && regular; ++j) regular = upper[j * r + j] * upper[j * r + j] > 1e-13 * largest;
-  auto* const out = static_cast<Out*>(s.triangles) + factor * r * r;
-  for (int64_t n = 0; n < r * r; ++n) out[n] = regular ? static_cast<Out>(upper[n]) : 0;
-  s.regular[factor] = regular;
-}
+    for (int64_t row = 0; row < r; ++row)
+      for (int64_t panel = row / width; panel < panels; ++panel) {
+        const int64_t columns = smaller(r - panel * width, width);
+        std::memcpy(upper + row * r + panel * width, tile(row / kRows * kRows, panel) + row % kRows * width,
+                    static_cast<size_t>(columns) * sizeof(double));
+      }
+    double largest = 0;
+    for (int64_t j = 0; j < r; ++j) largest = upper[j * r + j] > largest ? upper[j * r + j] : largest;
+    bool regular = cholesky(upper, r);
+    for (int64_t j = 0; j < r && regular; ++j) regular = upper[j * r + j] * upper[j * r + j] > 1e-13 * largest;
+    auto* const out = static_cast<Out*>(s.triangles) + factor * r * r;
+    for (int64_t n = 0; n < r * r; ++n) out[n] = regular ? static_cast<Out>(upper[n]) : 0;
+    s.regular[factor] = regular;
+  }
+  static TriangleTask kernels() { return make; }
+};
 
 }  // namespace
 
-TriangleTask triangles(Kind kind) {
-  switch (kind) {
-    case Kind::fp32:
-      return run<float, float>;
-    case Kind::fp64:
-      return run<double, double>;
-    default:
-      return run<BFloat16, float>;
-  }
-}
+TriangleTask triangles(Arithmetic arithmetic) { return select<Triangle, Dots::none>(arithmetic); }
 
 }  // namespace fc::cpu::FC_TIER
 
 #else  // the torch-facing half
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <tuple>
 
 namespace fc::cpu {
 
-FC_TIERS(TriangleTask, triangles, Kind)
+FC_TIERS(TriangleTask, triangles, Arithmetic)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-
 std::tuple<Tensor, Tensor> triangles(const Tensor& factors) {
-  STD_TORCH_CHECK(factors.dim() == 3, "factors has shape ", shape_of(factors), ", expected [N, d, r]");
-  const Kind kind = kind_of("factors", factors.scalar_type());
-  const int64_t N = factors.size(0), d = factors.size(1), r = factors.size(2);
-  Tensor out =
-      torch::stable::new_empty(factors, {N, r, r}, kind == Kind::fp64 ? ScalarType::Double : ScalarType::Float);
+  Sizes sizes;
+  sizes("factors", factors, "N d r");
+  const int64_t N = sizes["N"], d = sizes["d"], r = sizes["r"];
+  const TriangleTask task = pick_triangles(arithmetic_of("factors", factors.scalar_type()));
+  Tensor out = torch::stable::new_empty(factors, {N, r, r}, result_dtype(factors));
   Tensor regular = torch::stable::new_empty(factors, {N}, ScalarType::Bool);
-  const TriangleArguments arguments{.factors = factors.data_ptr(),
-                                    .stride = {factors.stride(0), factors.stride(1), factors.stride(2)},
-                                    .count = N,
-                                    .depth = d,
-                                    .rank = r,
-                                    .triangles = out.data_ptr(),
-                                    .regular = static_cast<bool*>(regular.data_ptr())};
-  const TriangleTask task = pick_triangles(kind);
+  const TriangleArguments arguments{strided<3>(factors), N, d, r, out.data_ptr(), data_of<bool>(regular)};
   constexpr int64_t some = 4;  // in a row: each fetches what the next reads
   run_tasks((N + some - 1) / some, [&](int64_t first) {
     for (int64_t i = some * first; i < std::min(N, some * (first + 1)); ++i) task(arguments, i);

@@ -10,7 +10,7 @@ namespace fc::cuda {
 struct RankArguments {
   const void *A, *B;          // [N,r], [r,M], contiguous, of one type
   const int64_t* asked;       // [N] columns
-  void* bars;                 // [N], the entries to compare with
+  void* entries;              // [N], the entries to compare with
   unsigned long long* ranks;  // [N]
   int64_t rows, columns, rank, splits, columns_a_split;
 };
@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kThreads) diagonal_entries(const RankArguments
   const Source* right = static_cast<const Source*>(s.B) + (valid ? column : 0);
   T sum = 0;
   for (int64_t k = 0; k < s.rank; ++k) sum = fma(static_cast<T>(left[k]), static_cast<T>(right[k * s.columns]), sum);
-  static_cast<T*>(s.bars)[row] = valid ? sum : T(CUDART_NAN);  // nothing is greater than NaN
-  s.ranks[row] = valid ? 0 : ~0ull;                            // -1
+  static_cast<T*>(s.entries)[row] = valid ? sum : T(CUDART_NAN);  // nothing is greater than NaN
+  s.ranks[row] = valid ? 0 : ~0ull;                               // -1
 }
 
 template <class T>
@@ -39,15 +39,15 @@ struct RankEpilogue {
   int64_t first_row, end_column;
   int greater[Core::kMicro] = {};
 
-  // The bars are read again for every tile: they lie in the L1 cache, and registers are short.
+  // The entries to compare with are read again for every tile: they lie in the L1 cache, and registers are short.
   __device__ void operator()(typename Core::Micro& product, int64_t first_column) {
 #pragma unroll
     for (int i = 0; i < Core::kMicro; ++i) {
       const int64_t row = first_row + Core::row(i);
-      const T bar = row < s.rows ? static_cast<const T*>(s.bars)[row] : T(CUDART_NAN);
+      const T entry = row < s.rows ? static_cast<const T*>(s.entries)[row] : T(CUDART_NAN);
 #pragma unroll
       for (int j = 0; j < Core::kMicro; ++j)
-        greater[i] += product[i][j] > bar && first_column + Core::column(j) < end_column;
+        greater[i] += product[i][j] > entry && first_column + Core::column(j) < end_column;
     }
   }
 

@@ -1,8 +1,6 @@
 // factored_topk on CUDA tensors: check, dispatch, launch.
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -47,13 +45,13 @@ void launch(const Factors& f, int64_t k, bool largest, const std::optional<Tenso
   const Tensor found_places = kPerRow ? scratch(groups * parts * k, place_type) : places;
   const TopkArguments s{.A = f.A.data_ptr(),
                         .B = f.B.data_ptr(),
-                        .shift = shift.has_value() ? shift->data_ptr() : nullptr,
+                        .shift = data_of<const void>(shift),
                         .keys = keys.data_ptr(),
                         .places = places.data_ptr(),
                         .bar = bar.data_ptr(),
                         .found_keys = found_keys.data_ptr(),
                         .found_places = found_places.data_ptr(),
-                        .counts = static_cast<int*>(counts.data_ptr()),
+                        .counts = data_of<int>(counts),
                         .rows = f.rows,
                         .columns = f.columns,
                         .rank = f.rank,
@@ -74,9 +72,8 @@ void launch(const Factors& f, int64_t k, bool largest, const std::optional<Tenso
       <<<grid(groups), kThreads, 0, stream>>>(s.found_keys, s.found_places, s.counts, kPerRow ? nullptr : s.bar,
                                               static_cast<int>(parts), static_cast<int>(stride), s.k);
   factored_topk_order<T, Place><<<grid(ceil_div(groups * k, kThreads)), kThreads, 0, stream>>>(
-      s.found_keys, s.found_places, parts * stride, groups, s.k, f.columns, largest,
-      static_cast<T*>(out.values.data_ptr()), static_cast<int64_t*>(out.rows.data_ptr()),
-      static_cast<int64_t*>(out.columns.data_ptr()));
+      s.found_keys, s.found_places, parts * stride, groups, s.k, f.columns, largest, data_of<T>(out.values),
+      data_of<int64_t>(out.rows), data_of<int64_t>(out.columns));
   check_launch();
 }
 
@@ -92,6 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
                                                  bool per_row, const std::optional<Tensor>& shift,
                                                  const std::string& screen) {
   check_device();
+  Sizes sizes = check_product(A, B);
+  sizes("shift", shift, "N");
   const Factors f = factors(A, B);
   const int64_t most = per_row ? std::min(kMostRowEntries, f.columns) : std::min(kMostEntries, f.rows * f.columns);
   STD_TORCH_CHECK(k >= 1 && k <= most, "k is ", k, ", expected 1 to ", most);
@@ -100,31 +99,14 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
                                    : "screen is '" + screen + "', expected 'auto' or 'none' on the CUDA backend");
   STD_TORCH_CHECK(!per_row || (f.rows < kMostBlocks && f.columns < kMostBlocks), "A @ B has shape [", f.rows, ", ",
                   f.columns, "]: too large for one launch");
-  const ScalarType work = A.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType work = result_dtype(A);
   const torch::stable::accelerator::DeviceGuard guard(A.get_device_index());
-  std::optional<Tensor> shift_c;
-  if (shift.has_value()) {
-    FC_CHECK_SHAPE(*shift, (Shape{f.rows}));
-    STD_TORCH_CHECK(shift->device() == A.device(), "shift is not on A's device");
-    shift_c = torch::stable::contiguous(torch::stable::to(*shift, work));
-  }
+  const std::optional<Tensor> shift_c = contiguous_as(shift, work);
   const std::vector<int64_t> shape = per_row ? std::vector<int64_t>{f.rows, k} : std::vector<int64_t>{k};
   Results out{torch::stable::new_empty(A, shape, work), torch::stable::new_empty(A, shape, ScalarType::Long),
               torch::stable::new_empty(A, shape, ScalarType::Long)};
   if (out.values.numel() == 0) return {out.values, out.rows, out.columns};
-  switch (A.scalar_type()) {
-    case ScalarType::Float:
-      launch<float, float>(f, k, largest, per_row, shift_c, out);
-      break;
-    case ScalarType::Double:
-      launch<double, double>(f, k, largest, per_row, shift_c, out);
-      break;
-    case ScalarType::BFloat16:
-      launch<float, __nv_bfloat16>(f, k, largest, per_row, shift_c, out);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "A has an unsupported dtype; expected float32, float64 or bfloat16");
-  }
+  with_types("A", A, [&]<class T, class Source>() { launch<T, Source>(f, k, largest, per_row, shift_c, out); });
   return {out.values, out.rows, out.columns};
 }
 

@@ -1,10 +1,14 @@
 // What every CUDA op needs around its launch.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../check.h"
+#include <algorithm>
+
+#include "../plan.h"
+#include "../tensors.h"
 
 // Lies in torch's CUDA library, so it is weak: this module imports beside a CPU torch too.
 extern "C" [[gnu::weak]] int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -31,6 +35,21 @@ inline cudaStream_t current_stream(const Tensor& like) {
 inline void check_launch() {
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel did not start: ", cudaGetErrorString(error));
+}
+
+// Calls f<T, Source>(): the type that is computed in and that of the argument `name`.
+template <class F>
+void with_types(const char* name, const Tensor& argument, const F& f) {
+  switch (argument.scalar_type()) {
+    case ScalarType::Float:
+      return f.template operator()<float, float>();
+    case ScalarType::Double:
+      return f.template operator()<double, double>();
+    case ScalarType::BFloat16:
+      return f.template operator()<float, __nv_bfloat16>();
+    default:
+      STD_TORCH_CHECK(false, name, " has an unsupported dtype; expected float32, float64 or bfloat16");
+  }
 }
 
 }  // namespace fc::cuda

@@ -1,17 +1,10 @@
-// What factored_topk and diagonal_ranks share on the torch side: the factors of A @ B, checked and contiguous.
+// What factored_topk and diagonal_ranks share on the torch side: the factors of A @ B, contiguous, and the plan.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <algorithm>
-
-#include "../plan.h"
+#include "../product.h"
 #include "launch.h"
 
 namespace fc::cuda {
-
-using torch::headeronly::ScalarType;
 
 struct Factors {
   Tensor A, B;  // [N,r], [r,M]
@@ -19,12 +12,6 @@ struct Factors {
 };
 
 inline Factors factors(const Tensor& A, const Tensor& B) {
-  STD_TORCH_CHECK(A.dim() == 2, "A has shape ", shape_of(A), ", expected [N, r]");
-  STD_TORCH_CHECK(B.dim() == 2, "B has shape ", shape_of(B), ", expected [r, M]");
-  STD_TORCH_CHECK(A.size(1) == B.size(0), "A has shape ", shape_of(A), " and B ", shape_of(B),
-                  ": their inner dimensions r differ");
-  STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "A and B differ in dtype");
-  STD_TORCH_CHECK(A.device() == B.device(), "A and B are on different devices");
   return {torch::stable::contiguous(A), torch::stable::contiguous(B), A.size(0), B.size(1), A.size(1)};
 }
 

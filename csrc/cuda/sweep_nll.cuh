@@ -16,7 +16,7 @@ struct SweepArguments {
   double cap;                        // logits x become cap * tanh(x / cap); 0: they do not
   double *lse, *change;              // partial, [S,P,T]; change may be null
   double* picked;                    // [P,T,K], zero
-  int64_t pairs, positions, vocabulary, rank, groups, choices;
+  int64_t pairs, positions, vocabulary, rank, groups, tokens_per_position;
   int64_t splits, columns_a_split;
 };
 
@@ -84,13 +84,13 @@ struct SweepEpilogue {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) sum += exp_2(x[j] * kLog2e - reference(tallest));
     highest[i] = tallest, total[i] = sum;
-    for (int64_t k = 0; k < s.choices; ++k) {
-      const int64_t offset = s.tokens[t * s.choices + k] - first_column;
+    for (int64_t k = 0; k < s.tokens_per_position; ++k) {
+      const int64_t offset = s.tokens[t * s.tokens_per_position + k] - first_column;
       if (offset < 0 || offset >= Core::kSize) continue;
 #pragma unroll
       for (int j = 0; j < kRows; ++j)
         if (offset == Core::column(j) && first_column + offset < end_column)
-          s.picked[(pair * s.positions + t) * s.choices + k] = x[j];
+          s.picked[(pair * s.positions + t) * s.tokens_per_position + k] = x[j];
     }
   }
 

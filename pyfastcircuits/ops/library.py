@@ -32,7 +32,7 @@ def has_triton() -> bool:
 
 def stripe_columns() -> int:
     """The number of columns of the vocabulary that the CPU kernels pack together, for float32 and the tier in force."""
-    return int(host.build_facts().get("stripe_columns", 192))
+    return int(host.build_facts()["stripe_columns"])
 
 
 def build_info() -> dict[str, Any]:

@@ -80,11 +80,11 @@ void topk(const Sizes& z, const void* A, const void* B, const void* shift, void*
 template <class T, class Source>
 void ranks(const Sizes& z, const void* A, const void* B, const int64_t* asked, int64_t* out) {
   constexpr int64_t size = Tile<T>::kSize;
-  Buffer<T> bars(z.rows);
+  Buffer<T> entries(z.rows);
   const RankArguments s{.A = A,
                         .B = B,
                         .asked = asked,
-                        .bars = bars.data.data(),
+                        .entries = entries.data.data(),
                         .ranks = reinterpret_cast<unsigned long long*>(out),
                         .rows = z.rows,
                         .columns = z.columns,
