@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfastcircuits.gradients import register_frozen_attention
 from pyfastcircuits.kernels.common import architecture, laid_out, rounded
 from pyfastcircuits.kernels.configs import Config, arithmetic, choose
 from pyfastcircuits.kernels.exp_sums import LOG2E, capped, finite, online_sum
-from pyfastcircuits.kernels.gradients import register_frozen_attention
 from pyfastcircuits.kernels.tile import dot, load_left, multiply, work_type
 from pyfastcircuits.shapes import check_shapes, frozen_attention_outputs
 

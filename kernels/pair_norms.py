@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfastcircuits.gradients import register_pair_norms
 from pyfastcircuits.kernels.common import configure, laid_out
-from pyfastcircuits.kernels.gradients import register_pair_norms
 from pyfastcircuits.kernels.tile import load_left, multiply, work_type
 from pyfastcircuits.shapes import check_product, check_shapes, pair_norms_outputs
 

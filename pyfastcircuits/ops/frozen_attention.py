@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyfastcircuits.kernels.gradients import register_frozen_attention
+from pyfastcircuits.gradients import register_frozen_attention
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.shapes import (

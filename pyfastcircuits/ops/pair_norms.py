@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.kernels.gradients import pair_norms_gradients, register_pair_norms
+from pyfastcircuits.gradients import pair_norms_gradients, register_pair_norms
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.shapes import (

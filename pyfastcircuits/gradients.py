@@ -1,4 +1,4 @@
-"""Backward formulas, the same for the kernels of every backend: an op registers them beside its kernel."""
+"""Backward formulas of ops, below the typed ops and the Triton kernels: each registers them for its own kernel."""
 
 from collections.abc import Callable
 from typing import Any
