@@ -124,21 +124,16 @@ class _Part:
         return basis.left_to_the_kernel and self.measurement.from_sums
 
 
+@dataclass(eq=False)
 class _ChangedRows:
     """The rows of some experiments: logits scale * (clean + delta @ basis), of which metrics ask sums (see Rows)."""
 
-    def __init__(
-        self,
-        part: _Part,
-        delta: Tensor,  # [P, N, width], or [S, N, width] with pairs
-        basis: LogitBasis,
-        columns: list[slice],
-        scale: Tensor | None = None,  # [P, N]
-        pairs: Tensor | None = None,  # [P, 2]
-    ) -> None:
-        self.part, self.delta, self.basis, self.columns, self.scale, self.pairs = (
-            part, delta, basis, columns, scale, pairs
-        )  # fmt: skip
+    part: _Part
+    delta: Tensor  # [P, N, width], or [S, N, width] with pairs
+    basis: LogitBasis
+    columns: list[slice]
+    scale: Tensor | None = None  # [P, N]
+    pairs: Tensor | None = None  # [P, 2]
 
     @staticmethod
     def unchanged(part: _Part) -> "_ChangedRows":
