@@ -6,10 +6,10 @@
 | Hugging Face transformers | GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen 2, Qwen 3, Gemma 2 |
 
 A frozen run holds patterns and norm scales as the model computed them, and what is computed anew goes through the
-model's own modules, so everything that only shapes a pattern (windows, rotary settings, caps of scores, norms of queries
-and keys, padding) needs no adapter. An adapter says where a family keeps the weights of its heads, norms and embeddings,
-and which of its modules is what; `trace` checks every run: what the heads write by the weights must be what the model's
-attention wrote. CONTRIBUTING.md tells how to add a family.
+model's own modules, so everything that only shapes a pattern (windows, rotary settings, caps of scores, norms of
+queries and keys, padding) needs no adapter. An adapter says where a family keeps the weights of its heads, norms and
+embeddings, and which of its modules is what; `trace` checks every run: what the heads write by the weights must be what
+the model's attention wrote. CONTRIBUTING.md tells how to add a family.
 
 Each library is imported by whoever has made the model; nothing here imports one.
 """
