@@ -1,4 +1,4 @@
-"""What every experiment returns: one value for each thing that was ablated, patched, attributed or scored."""
+"""The result of every experiment: one value for each thing that was ablated, patched, attributed or scored."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -65,7 +65,7 @@ class ModelForward(ABC):
 
     @abstractmethod
     def mixed(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What an attention makes of them before its W_O, [N * B, H, T, r]."""
+        """z, the mixed values of an attention before its W_O, [N * B, H, T, r]."""
 
     def run(self, layer: Layer, stream: Tensor) -> Tensor:
         """The residual stream [N * B, T, d] after a layer that reads it."""
@@ -131,7 +131,7 @@ class ModelForward(ABC):
         return replace(own, norms=tuple((norm, scale.repeat(count, 1)) for norm, scale in self.layers[layer].norms))
 
     def _as_it_was(self, scale: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """What an RMS norm would have given for `x` with the scale of the clean run."""
+        """The output of an RMS norm for `x`, had it kept the scale of the clean run."""
         own = head_scale(x, self.weights).unsqueeze(-1)
         changed: Tensor = out * (scale.view(own.shape) / own).to(out.dtype)
         return changed
@@ -144,7 +144,7 @@ def head_scale(x: Tensor, weights: CircuitWeights) -> Tensor:
 
 
 def _with(out: Any, added: Tensor) -> Any:
-    """What an attention gives, with something added to what it writes."""
+    """The output of an attention, with something added to its write."""
     return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
 
 

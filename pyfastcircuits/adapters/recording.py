@@ -130,7 +130,7 @@ def freeze(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, seen: R
 
 
 def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, mask: Tensor | None) -> Tensor:
-    """What the final stream would have to hold besides for the final norm to give what it gave, [B, T, d]."""
+    """The rounding of the final norm, as a change of its input that would make it, [B, T, d]."""
     weights, normed = model.weights, seen.streams[-1] if seen.normed is None else seen.normed
     mine = model.normed(final, weights.n_layers)
     bias = 0 if weights.ln_final_b is None else weights.ln_final_b.to(mine.dtype)

@@ -1,1 +1,1 @@
-"""What weights alone say: circuits over the vocabulary, composition, tables, subspaces."""
+"""Circuits that weights alone tell: over the vocabulary, their spectra and tables, composition, subspaces."""

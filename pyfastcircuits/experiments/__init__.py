@@ -1,1 +1,1 @@
-"""What is taken out of a run or put into it, and measured."""
+"""Experiments: they take something out of a run, or put something into it, and measure the change."""

@@ -38,7 +38,7 @@ def direct_logit_attribution(
     center: bool = False,
     per_token: bool = False,
 ) -> Result:
-    """What each part of the model adds to the logit of the target, straight through the frozen final norm.
+    """Split the target's logit among the parts of the model that write it, straight through the frozen final norm.
 
     The logit is linear in the residual stream once the norm's scale is frozen, and the stream is a sum: components sum
     to the model's own logit, before a cap. What a head writes includes its value bias, as in TransformerLens'
@@ -96,7 +96,7 @@ def direct_logit_attribution(
 @measured
 @torch.no_grad()
 def logit_lens(trace: FrozenTrace, **options: "Unpack[MeasureOptions]") -> Result:
-    """How well the residual stream predicts before each layer: read by the final norm and W_U as if it were the end.
+    """Read the residual stream before each layer by the final norm and W_U, as if it were the end, and measure it.
 
     Args:
         trace: a frozen run. The final norm's scale is that of the stream it is given, as the logit lens has it, unless
@@ -135,7 +135,7 @@ def project(
     positions: Positions | None = None,
     per_token: bool = False,
 ) -> Result:
-    """What each component adds to the residual stream along a feature direction: its dot product with it.
+    """Project each component's write to the residual stream onto a feature direction: their dot product.
 
     Args:
         trace: a frozen run.
@@ -181,7 +181,7 @@ def project(
 
 
 def _along(trace: FrozenTrace, last: int, directions: Tensor, where: Asked) -> tuple[list[Label], Tensor]:
-    """What each node writes before layer `last` reads, along directions [k, N or 1, d]: [C, k, N]."""
+    """The writes of every node before layer `last` reads, along directions [k, N or 1, d]: [C, k, N]."""
     nodes = list(nodes_before(trace.weights, last))
     parts: list[Tensor] = []
     for node in nodes:
@@ -195,7 +195,7 @@ def _along(trace: FrozenTrace, last: int, directions: Tensor, where: Asked) -> t
 
 
 def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias: Tensor, where: Asked) -> Tensor:
-    """What each path writes along directions [N, d], and the direct path's bias [N]: [P, N]."""
+    """The writes of each path along directions [N, d], with the direct path's bias [N]: [P, N]."""
     weights = trace.weights
     values = directions.new_empty(len(paths), len(directions))
     at_once = max(1, memory.BLOCK_BYTES // (trace.tokens.numel() * weights.d_head * directions.element_size()))

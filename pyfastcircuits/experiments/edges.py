@@ -1,5 +1,6 @@
-"""How a removed output reaches the rest of the model: through frozen layers, through layers computed anew, or by an
-edge to one receiver alone.
+"""The ways of a removed output: through frozen layers, through layers that are computed anew, or by one edge alone.
+
+A node's output is taken out of the residual stream; here its loss is carried to the final residual stream.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ def removed_z(part: FrozenTrace, layer: int, value: AblationValue) -> Tensor:
 
 
 def frozen_removal(part: FrozenTrace, sets: Sequence[Sequence[Node]], value: AblationValue) -> Tensor:
-    """What the final residual stream loses [P, B, T, d] when each set of nodes is out: directly and by later heads.
+    """The loss of the final residual stream [P, B, T, d] when each set of nodes is out: directly and by later heads.
 
     Later heads read the stream without it under their frozen patterns; all else writes what it wrote.
     """
@@ -47,7 +48,7 @@ def frozen_removal(part: FrozenTrace, sets: Sequence[Sequence[Node]], value: Abl
 
 
 def _passed_on(part: FrozenTrace, gone: Tensor, layer: int, out: Sequence[Sequence[Node]]) -> Tensor:
-    """What a layer's heads make of removals [P, B, T, d] that they read; heads that are out themselves make nothing."""
+    """The loss that a layer's heads pass on when they read removals [P, B, T, d]; heads that are out pass nothing on."""
     passed = part.attend(gone, layer)
     for i, nodes in enumerate(out):
         for node in nodes:
@@ -59,7 +60,7 @@ def _passed_on(part: FrozenTrace, gone: Tensor, layer: int, out: Sequence[Sequen
 
 
 def rerun_removal(part: FrozenTrace, sets: Sequence[Sequence[Head]], value: AblationValue) -> Tensor:
-    """What the final residual stream loses [P, B, T, d] when everything behind each set's first layer is run again."""
+    """The loss of the final residual stream [P, B, T, d] when all layers from each set's first one on are run again."""
     final = torch.empty(len(sets), *part.embedded.shape, dtype=part.embedded.dtype, device=part.embedded.device)
     firsts = [min(head.layer for head in heads) for heads in sets]
     for first, members in _rerun_together(part, firsts):
@@ -141,7 +142,7 @@ def _sources_of(cut: Cut) -> dict[Head, tuple[Head, ...]]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Receiving:
-    """What the heads of one layer receive when cuts take sources away from them; computed once for a part of a run."""
+    """One layer of destinations from which cuts take sources away; computed once for a part of a run."""
 
     layer: int
     inputs: Inputs

@@ -144,7 +144,7 @@ class _Places(NamedTuple):
 
 
 def _places(tokens: Tensor) -> dict[str, _Places]:
-    """Of tokens [B, T]: where each score of ATTENTION looks."""
+    """The places in the patterns where each score of ATTENTION looks, for tokens [B, T]."""
     same = (tokens[:, :, None] == tokens[:, None]).tril(-1)
     before = same.sum(-1)  # [B, T]: how often the token has come before
     sequence, destination, source = same.nonzero(as_tuple=True)
@@ -173,7 +173,7 @@ def _add(run: FrozenTrace, sums: dict[str, Tensor], counts: dict[str, Tensor]) -
 
 
 def _raised(run: FrozenTrace, layer: int) -> tuple[Tensor, Tensor]:
-    """What a layer's heads raise of the tokens they attend to, and of all tokens of the sequence: fp64 [H] each."""
+    """The logits that a layer's heads raise: of the tokens they attend to, and of all tokens; fp64 [H] each."""
     weights, tokens, stream = run.weights, run.tokens, run.streams[layer]
     read_out = final_norm_gain(weights.heads("W_O", layer), weights)  # [H, r, d]
     unembed = weights.W_U.mT[tokens].to(stream.dtype)  # [B, T, d]

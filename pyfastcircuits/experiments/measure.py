@@ -51,7 +51,7 @@ class Intervention(ABC):
 
     @abstractmethod
     def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """What some of the experiments take out of the final residual stream in a part of the run.
+        """The part of the final residual stream that some of the experiments take out, in a part of the run.
 
         [P, B, T, d]; with write_heads before their W_O, [P, B, T, r].
         """

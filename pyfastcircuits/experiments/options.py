@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class MeasureOptions(TypedDict, total=False):
-    """What is measured, where, and how; see HELP."""
+    """The options of a measurement; HELP explains each."""
 
     metric: Metric
     targets: Tensor | int | None

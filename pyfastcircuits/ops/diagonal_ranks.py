@@ -17,7 +17,7 @@ def diagonal_ranks(
     columns: Tensor | None = None,  # [N]
     backend: Backend = "auto",
 ) -> Tensor:
-    """How many entries of row i of A @ B are greater than its entry (i, i): 0 where the diagonal is the largest.
+    """The number of entries of row i of A @ B greater than its entry (i, i): 0 where the diagonal is the largest.
 
     Exact in the inputs' own arithmetic (float32 for bfloat16 inputs): the diagonal entry is made as all others are, so
     that equal entries never count. No row of the product is stored.

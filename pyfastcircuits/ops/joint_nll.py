@@ -34,7 +34,7 @@ def joint_partial(
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> SweepPartial:
-    """What a slice of the vocabulary gives for a sweep of pairs of ablations, as `sweep_partial` does for single ones.
+    """The sums of a sweep of pairs over one slice of the vocabulary, as `sweep_partial` gives them for single ablations.
 
     The logits of pair p are `base[t] + C[pairs[p, 0], t] + C[pairs[p, 1], t]` with `C[i] = delta[i] @ basis[group[i]]`.
     """

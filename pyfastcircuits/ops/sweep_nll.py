@@ -27,14 +27,14 @@ COLUMNS = 384  # of the vocabulary, at least, and in multiples: whole tiles of e
 
 
 class SweepPartial(NamedTuple):
-    """What one slice of the vocabulary gives, in fp64; `merged` joins slices."""
+    """The sums over one slice of the vocabulary, in fp64; `merged` joins slices."""
 
     lse: Tensor  # [P, T] logsumexp of the slice's logits
     picked: Tensor  # [P, T, K] logits of the tokens, 0 for those outside the slice
     change: Tensor  # [P, T] expected change of the logits under the clean run; [0, T] if not asked for
 
     def merged(self, other: "SweepPartial") -> "SweepPartial":
-        """What both slices together give."""
+        """The sums over both slices together."""
         lse = torch.logaddexp(self.lse, other.lse)
         return SweepPartial(lse, self.picked + other.picked, self.change + other.change)
 
@@ -53,7 +53,7 @@ def sweep_partial(
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> SweepPartial:
-    """What a slice of the vocabulary gives for a sweep of ablations: the raw op, whose results can be merged.
+    """The sums of a sweep over one slice of the vocabulary: the raw op, whose results can be merged.
 
     The logits of ablation p are `scale[p, t] * (base[t] + delta[p, t] @ basis[group[p]])`, and where there is a `cap`
     they become cap * tanh(. / cap), the clean ones too. With `clean_lse`, the logsumexp of the clean logits over the

@@ -1,4 +1,4 @@
-"""How many tokens many ablations rank above the target, from logits that are never stored."""
+"""Ranks of the target under many ablations, from logits that are never stored."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def rank_partial(
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor:
-    """What a slice of the vocabulary adds to ranks: the raw op, whose results of several slices add up to the whole.
+    """The part of ranks that one slice of the vocabulary adds: the raw op, whose results add up to the whole.
 
     It counts the tokens of the slice, `tokens[t]` left out if it is there, whose logit `base[t] + delta[p, t] @
     basis[group[p]]` is greater than `thresholds[p, t]` (fp64): [P, T] int64. NaN is greater than nothing, and nothing
@@ -49,7 +49,7 @@ def target_ranks(
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor:
-    """How many tokens each ablation ranks above the target: 0 where the target is the model's first choice.
+    """The number of tokens that each ablation ranks above the target: 0 where it is the model's first choice.
 
     The logits of ablation p at position t are `base[t] + delta[p, t] @ basis[group[p]]`, as in `sweep_nll`; none is
     stored. Neither a scale nor a soft cap is asked for: both are increasing, so that no rank depends on them.

@@ -23,7 +23,7 @@ Inputs = Literal["Q", "K", "V", "QKV"]
 
 
 class Outputs(Protocol):
-    """What the nodes of one kind in one layer write with, computed for all of them at once; hashable."""
+    """The outputs of all nodes of one kind in one layer, computed at once; hashable."""
 
     def __call__(self, run: FrozenTrace) -> Tensor:
         """[n, B, T, x]."""
@@ -54,7 +54,7 @@ class Node(Protocol):
         ...
 
     def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
-        """What the residual stream gains [..., B, T, d] from an output [..., B, T, x]: linear."""
+        """The gain of the residual stream [..., B, T, d] from an output [..., B, T, x]: linear."""
         ...
 
 
@@ -76,7 +76,7 @@ class Head(NamedTuple):
     head: int
 
     def __repr__(self) -> str:
-        """As users write it."""
+        """The head as users write it."""
         return f"({self.layer}, {self.head})"
 
     @property
@@ -147,7 +147,7 @@ class NonHeads(_Alone):
 
 
 class Receiver(NamedTuple):
-    """What reads the residual stream: the queries, keys or values of a head, or all three."""
+    """A reader of the residual stream: the queries, keys or values of a head, or all three."""
 
     head: Head
     inputs: Inputs
@@ -164,12 +164,12 @@ Path = tuple[Head, ...]  # a chain of edges, written as its heads in the order i
 
 
 def written(run: FrozenTrace, node: Node) -> Tensor:
-    """What a node writes to the residual stream in the clean run, [B, T, d]."""
+    """The write of a node to the residual stream in the clean run, [B, T, d]."""
     return node.write(run, node.outputs(run)[node.index])
 
 
 def heads_written(run: FrozenTrace, layer: int) -> Tensor:
-    """What all heads of a layer write together, value biases included, [B, T, d]."""
+    """The sum of the writes of all heads of a layer, value biases included, [B, T, d]."""
     written = torch.einsum("hbtr,hrd->btd", run.z(layer), run.weights.heads("W_O", layer))
     return run.apply_post_norm(written, layer)
 
@@ -240,7 +240,7 @@ def parse_heads(weights: CircuitWeights, entry: Any) -> tuple[Head, ...]:
 
 
 def one_or_several(entry: Any, is_one: Callable[[Any], bool] | None = None) -> tuple[list[Any], bool]:
-    """What an entry of an experiment's list names: one head, pair or path, or several that go together.
+    """The members of an entry in an experiment's list: one head, pair or path, or several that go together.
 
     A set always names several; a sequence does if its first member is itself one. `is_one` tells; the default knows
     pairs and paths.

@@ -88,7 +88,7 @@ def _grouped(items: Sequence[Path], key: Callable[[Path], Key]) -> Iterator[tupl
 
 
 def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:
-    """What one path adds to the logits, [B, T, V]: materialised on purpose; differentiable (see `trace`).
+    """The logits that one path adds, [B, T, V]: materialised on purpose; differentiable (see `trace`).
 
     `()` is the direct path: embedding, biases, MLP outputs (frozen: they are sources, not functions of what they read)
     and the unembedding bias. The paths of all orders sum to the logits, before a logit cap.

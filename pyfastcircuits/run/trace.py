@@ -63,11 +63,11 @@ class FrozenModel:
         return linear * self.scales[layer][..., None]
 
     def apply_post_norm(self, written: Tensor, layer: int) -> Tensor:
-        """What reaches the residual stream [..., B, T, d] when a layer's heads write `written`."""
+        """The part of `written`, by a layer's heads, that reaches the residual stream: through the norm after them."""
         return written if self.post_scales is None else written * self.post_scales[layer][..., None]
 
     def attend(self, stream: Tensor, layer: int) -> Tensor:
-        """What all heads of a layer write together, under the frozen pattern, when they read `stream` [..., B, T, d].
+        """The sum of the writes of all heads of a layer that read `stream` [..., B, T, d] under their frozen patterns.
 
         Value biases are not in it: they are among the `non_head_writes`.
         """
