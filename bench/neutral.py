@@ -168,9 +168,7 @@ def main() -> None:
         old, new = (statistics.median(x) for x in zip(*times[name], strict=True))
         ratio, slower = after[name] / before[name], statistics.median(b / a for a, b in times[name])
         neutral &= ratio <= MOST_INSTRUCTIONS and slower <= MOST_SECONDS
-        print(
-            f"| {name} | {before[name]:,} | {after[name]:,} | {ratio:.4f} | {old:.4f} | {new:.4f} | {slower:.3f} |"
-        )
+        print(f"| {name} | {before[name]:,} | {after[name]:,} | {ratio:.4f} | {old:.4f} | {new:.4f} | {slower:.3f} |")
     sys.exit(0 if neutral else f"not neutral: at most {MOST_INSTRUCTIONS} and {MOST_SECONDS} are")
 
 
