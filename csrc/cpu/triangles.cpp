@@ -31,7 +31,7 @@ namespace {
 
 // Inner indices multiplied together: at r = 64, all columns of a chunk fill the smallest L1 cache.
 constexpr int64_t kStepsAChunk = 64;
-static_assert(kStepsAChunk * 64 * sizeof(double) <= kSmallestL1);
+static_assert(kStepsAChunk * 64 * 8 <= kSmallestL1);
 
 // Replaces the upper half of A by R with R^T R = A; returns whether A is positive definite. Rows are worked on from the
 // vector that holds their first entry; what lies left of that entry is cleared when its row's turn comes.
