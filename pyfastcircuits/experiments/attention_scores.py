@@ -81,7 +81,7 @@ def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, pe
 
 
 def _queries_and_keys(trace: FrozenTrace, layer: int, head: int, by: Split) -> tuple[list[Label], Tensor, Tensor]:
-    """Labels, and one head's queries and keys of each component [C, B, T, r]: the sum of all their products is its scores."""
+    """Labels, and a head's queries and keys of each component [C, B, T, r]: its scores are the sum of all products."""
     forward, scale = trace.forward, trace.forward.score_scale(layer)
 
     def read(stream: Tensor) -> tuple[Tensor, Tensor]:

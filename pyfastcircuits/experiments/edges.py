@@ -48,7 +48,7 @@ def frozen_removal(part: FrozenTrace, sets: Sequence[Sequence[Node]], value: Abl
 
 
 def _passed_on(part: FrozenTrace, gone: Tensor, layer: int, out: Sequence[Sequence[Node]]) -> Tensor:
-    """The loss that a layer's heads pass on when they read removals [P, B, T, d]; heads that are out pass nothing on."""
+    """The loss that a layer's heads pass on when they read removals [P, B, T, d]; heads that are out pass on none."""
     passed = part.attend(gone, layer)
     for i, nodes in enumerate(out):
         for node in nodes:

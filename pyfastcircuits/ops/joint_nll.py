@@ -34,7 +34,7 @@ def joint_partial(
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> SweepPartial:
-    """The sums of a sweep of pairs over one slice of the vocabulary, as `sweep_partial` gives them for single ablations.
+    """The sums of a sweep of pairs over one slice of the vocabulary, as `sweep_partial` gives them for singles.
 
     The logits of pair p are `base[t] + C[pairs[p, 0], t] + C[pairs[p, 1], t]` with `C[i] = delta[i] @ basis[group[i]]`.
     """
