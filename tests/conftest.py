@@ -1,8 +1,8 @@
 """What suites share: tiers of the CPU, threads, and how much of a matrix of cases is run where.
 
 `tier` runs a test on every tier that this CPU has. `@pytest.mark.matrix(dtype=[...], rank=[...])` runs it for every
-combination of the values on the best tier; on smaller ones, and under the sanitizers, for so few that any two values of
-different axes still meet: the code of all tiers is one text, and a fault of two things at once is found.
+combination of the values on the best tier; on smaller ones, under the sanitizers and in Triton's interpreter, for so few
+that any two values of different axes still meet: a fault of two things at once is found.
 """
 
 import itertools
@@ -20,6 +20,7 @@ TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
 BEST = pyfastcircuits.build_info()["best_cpu_tier"]
 HERE = TIERS[: TIERS.index(BEST) + 1]
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
+FEW = SANITIZED or os.environ.get("TRITON_INTERPRET") == "1"
 SKIPPED = {
     "avx512_bf16": (BEST != "avx512_bf16", "this CPU has no bfloat16 dot products"),
     "processes": (SANITIZED, "compiles or starts a process, which is not what the sanitizers are to watch"),
@@ -54,7 +55,8 @@ def pairwise(axes: Sequence[Sequence[object]]) -> list[tuple[object, ...]]:
 
 
 def _id(values: Sequence[object]) -> str:
-    words = ("+".join(value) or "plain" if isinstance(value, dict) else str(value) for value in values)
+    names = (getattr(value, "__name__", value) for value in values)
+    words = ("+".join(name) or "plain" if isinstance(name, dict) else str(name) for name in names)
     return "-".join(word.removeprefix("torch.") for word in words)
 
 
@@ -64,10 +66,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     axes = marker.kwargs if marker else {}
     whole, few = list(itertools.product(*axes.values())), pairwise(list(axes.values()))
     if "tier" in metafunc.fixturenames:
-        cases = [(tier, *x) for tier in HERE for x in (whole if tier == BEST and not SANITIZED else few)]
+        cases = [(tier, *x) for tier in HERE for x in (whole if tier == BEST and not FEW else few)]
         metafunc.parametrize(("tier", *axes), cases, indirect=["tier"], ids=map(_id, cases))
     elif axes:
-        cases = few if SANITIZED else whole
+        cases = few if FEW else whole
         metafunc.parametrize(tuple(axes), cases, ids=map(_id, cases))
 
 

@@ -21,8 +21,7 @@ def columns_of(N: int, M: int) -> torch.Tensor:
     return torch.randint(M, (N,), generator=torch.Generator().manual_seed(N))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.matrix(shape=SHAPES, dtype=[torch.float32, torch.float64, torch.bfloat16])
 def test_shapes_and_ties(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     A, B, _ = whole_numbers(*shape, dtype)
     columns = columns_of(*shape[:2])

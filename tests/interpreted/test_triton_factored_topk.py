@@ -36,10 +36,7 @@ def check(
         assert torch.equal(mine, exact.to(mine.dtype))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("screen", ["none", "bf16"])
+@pytest.mark.matrix(shape=SHAPES, largest=[True, False], per_row=[True, False], screen=["none", "bf16"])
 def test_shapes_and_ties(shape: tuple[int, int, int], largest: bool, per_row: bool, screen: str) -> None:
     A, B, shift = whole_numbers(*shape)
     most = shape[1] if per_row else shape[0] * shape[1]
@@ -47,15 +44,13 @@ def test_shapes_and_ties(shape: tuple[int, int, int], largest: bool, per_row: bo
         check(A, B, k, largest, per_row, shift if k > 1 else None, screen)
 
 
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("screen", ["none", "bf16"])
+@pytest.mark.matrix(per_row=[True, False], screen=["none", "bf16"])
 def test_entries_that_are_all_equal(per_row: bool, screen: str) -> None:
     for k in (1, 130, 256):
         check(torch.zeros(66, 3), torch.zeros(3, 300), k, per_row=per_row, screen=screen)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.matrix(dtype=[torch.bfloat16, torch.float64], per_row=[True, False])
 def test_dtypes(dtype: torch.dtype, per_row: bool) -> None:
     A, B, shift = whole_numbers(50, 300, 9, dtype)
     check(A, B, 40, per_row=per_row, shift=shift)
@@ -65,9 +60,7 @@ def test_dtypes(dtype: torch.dtype, per_row: bool) -> None:
     assert_best(ours, A, B, True, per_row, shift)
 
 
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.matrix(largest=[True, False], per_row=[True, False], shifted=[True, False])
 def test_normal_numbers(largest: bool, per_row: bool, shifted: bool) -> None:
     A, B, shift = normal(90, 270, 64)
     shift = shift if shifted else None
@@ -75,9 +68,7 @@ def test_normal_numbers(largest: bool, per_row: bool, shifted: bool) -> None:
     assert_best(ours, A, B, largest, per_row, shift)
 
 
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("case", [normal, close_calls])
+@pytest.mark.matrix(largest=[True, False], per_row=[True, False], case=[normal, close_calls])
 def test_a_screen_changes_nothing(case: object, largest: bool, per_row: bool) -> None:
     A, B, shift = case(100, 400, 40)
     for k in (1, 50):
@@ -108,8 +99,7 @@ def test_a_screen_spares_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, full, strict=True))
 
 
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("screen", ["none", "bf16"])
+@pytest.mark.matrix(per_row=[True, False], screen=["none", "bf16"])
 def test_rows_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, per_row: bool, screen: str) -> None:
     monkeypatch.setattr(kernels, "SCRATCH", 600)
     for k in (3, 90):

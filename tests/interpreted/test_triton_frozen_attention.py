@@ -31,33 +31,29 @@ def check(call: Attention) -> None:
         assert none.numel() == 0
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("r", [0, 1, 9, 40])
+@pytest.mark.matrix(transposed=[False, True], whole=[False, True], r=[0, 1, 9, 40])
 def test_ranks(r: int, whole: bool, transposed: bool) -> None:
     check(small(r=r, whole=whole, transposed=transposed))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (3, 1, 6, 3, 33, 4, 30), (1, 2, 2, 2, 140, 16, 3)])
+@pytest.mark.matrix(
+    transposed=[False, True], shape=[(1, 1, 1, 1, 1, 1, 1), (3, 1, 6, 3, 33, 4, 30), (1, 2, 2, 2, 140, 16, 3)]
+)
 def test_shapes(shape: tuple[int, ...], transposed: bool) -> None:
     check(make(*shape, transposed=transposed))
 
 
-@pytest.mark.parametrize("name", ["S", "B", "T", "s"])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.matrix(name=["S", "B", "T", "s"], transposed=[False, True])
 def test_empty(name: str, transposed: bool) -> None:
     check(small(transposed=transposed, **{name: 0}))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("window", [1, 3, 33, 64, 1000])
+@pytest.mark.matrix(transposed=[False, True], window=[1, 3, 33, 64, 1000])
 def test_windows(window: int, transposed: bool) -> None:
     check(small(T=140, H=1, B=1, window=window, transposed=transposed))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.matrix(dtype=[torch.float32, torch.bfloat16, torch.float64], transposed=[False, True])
 def test_dtypes_and_softcap(dtype: torch.dtype, transposed: bool) -> None:
     check(small(dtype=dtype, transposed=transposed, whole=True))
     for softcap in (0.01, 2.0, 1e4):
@@ -122,7 +118,9 @@ def test_gradients() -> None:
     call = small(S=1, T=7, r=3, s=2, whole=True, dtype=torch.float64)
     options = {"pre": call.pre, "post": call.post, "mask": call.mask, "window": 4, "backend": "triton"}
     values = call.values.requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: ops.frozen_attention(call.q, call.k, v, **options), (values,))
+    assert torch.autograd.gradcheck(
+        lambda v: ops.frozen_attention(call.q, call.k, v, **options), (values,), fast_mode=True
+    )
 
 
 def test_typed_op() -> None:

@@ -33,8 +33,7 @@ def test_ranks(r: int) -> None:
 @pytest.mark.parametrize(
     ("S", "T", "V", "G", "K", "P"), [(1, 1, 1, 1, 0, 1), (5, 5, 65, 4, 3, 12), (2, 70, 200, 2, 2, 3)]
 )
-@pytest.mark.parametrize("clean", [False, True])
-@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.matrix(clean=[False, True], cap=[None, 30.0])
 def test_shapes(S: int, T: int, V: int, G: int, K: int, P: int, clean: bool, cap: float | None) -> None:
     check(joint(make(S, T, V, r=6, G=G, K=K, clean=clean, cap=cap), P), cap=cap)
 
@@ -44,8 +43,7 @@ def test_empty(S: int, T: int, V: int, P: int) -> None:
     check(joint(make(S, T, V, r=3, K=0), P))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.matrix(dtype=[torch.bfloat16, torch.float64], cap=[None, 2.0])
 def test_dtypes(dtype: torch.dtype, cap: float | None) -> None:
     case = joint(make(P=4, T=9, V=130, r=21, G=2, K=2, clean=True, dtype=dtype, cap=cap), 7)
     check(case, tiny=1e-6 if dtype.itemsize < 8 else 1e-14, cap=cap)

@@ -131,7 +131,7 @@ def test_gradients() -> None:
     left.requires_grad_()
     right.requires_grad_()
     before = torch.tensor([4, 0, 2, 3, 1])
-    assert torch.autograd.gradcheck(lambda a, b: pair_norms_triton(a, b, before, "ieee"), (left, right))
+    assert torch.autograd.gradcheck(lambda a, b: pair_norms_triton(a, b, before, "ieee"), (left, right), fast_mode=True)
 
 
 def test_typed_op() -> None:

@@ -28,8 +28,7 @@ def test_ranks(r: int) -> None:
 
 
 @pytest.mark.parametrize(("P", "T", "V", "G", "K"), [(1, 1, 1, 1, 0), (11, 5, 65, 4, 3), (2, 40, 300, 2, 2)])
-@pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.matrix(scale=[False, True], clean=[False, True])
 def test_shapes(P: int, T: int, V: int, G: int, K: int, scale: bool, clean: bool) -> None:
     check(make(P, T, V, r=6, G=G, K=K, scale=scale, clean=clean))
 
@@ -47,9 +46,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cap", [0.3, 30.0])
-@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.matrix(dtype=[torch.float32, torch.bfloat16, torch.float64], cap=[0.3, 30.0], clean=[False, True])
 def test_a_soft_cap(dtype: torch.dtype, cap: float, clean: bool) -> None:
     tiny = 1e-6 if dtype.itemsize < 8 else 1e-14
     for scale in (False, True):
