@@ -82,7 +82,7 @@ MUTATIONS = {
         r"(?=\s+total \+= tl\.sum\(tl\.exp2\(logits \* LOG2E - level\[:, None\]\), 1\)"
         r"(?:\s+return|\s+highest = tallest\s+here = inside & \(home == g\)\s+place = split))",
         r"\1)",
-        "tests/interpreted/test_triton_sweep_nll.py -k 'test_ranks or test_shapes'",
+        "tests/interpreted/test_triton_sweep_nll.py tests/interpreted/test_triton_joint_nll.py",
     ),
     "mean over padding": Mutation(
         "pyfastcircuits/**/*.py",
