@@ -32,27 +32,36 @@ def check_shapes(**arguments: Argument) -> dict[str, int]:
     start = next(iter(arguments))
     first = arguments[start][0]
     assert first is not None
+    device, dtype = first.device, first.dtype
     for name, (tensor, shape, *kind) in arguments.items():
         if tensor is None:
             continue
-        letters = shape.split()
-        if tensor.dim() == len(letters):
-            for letter, size in zip(letters, tensor.shape, strict=True):
-                sizes.setdefault(letter, int(letter) if letter.isdigit() else size)
-        expected = [sizes[x] for x in letters] if sizes.keys() >= set(letters) else letters
-        if list(tensor.shape) != expected:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(map(str, expected))}]")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, but {start} is on {first.device}")
-        if tensor is first and tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        if not kind and tensor.dtype != first.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, but {start} has {first.dtype}")
-        if kind == [int] and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
-        if kind == [float] and not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected floating point")
-        if kind == [bool] and tensor.dtype != torch.bool:
+        letters, found = shape.split(), tensor.shape
+        fits = len(letters) == len(found)
+        if fits:
+            for letter, size in zip(letters, found, strict=True):
+                known = sizes.get(letter)
+                if known is None:
+                    known = sizes[letter] = int(letter) if letter.isdigit() else size
+                if known != size:
+                    fits = False
+        if not fits:
+            expected = [sizes[x] for x in letters] if sizes.keys() >= set(letters) else letters
+            raise ValueError(f"{name} has shape {list(found)}, expected [{', '.join(map(str, expected))}]")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but {start} is on {device}")
+        if not kind:
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} has dtype {tensor.dtype}, but {start} has {dtype}")
+            if dtype not in DTYPES:
+                raise TypeError(f"{name} has dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        elif kind[0] is int:
+            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
+        elif kind[0] is float:
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} has dtype {tensor.dtype}, expected floating point")
+        elif tensor.dtype != torch.bool:
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.bool")
     return sizes
 
