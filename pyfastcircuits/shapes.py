@@ -5,6 +5,8 @@ the sizes by letter. The functions named `*_outputs` allocate an op's results fr
 the kernels fill them, and torch.compile takes their shapes.
 """
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -66,15 +68,17 @@ def check_shapes(**arguments: Argument) -> dict[str, int]:
     return sizes
 
 
-def check_product(**factors: tuple[Tensor, str]) -> dict[str, int]:
-    """`check_shapes` of the two factors of a product; where their inner sizes differ, the error shows both factors."""
-    (name, (left, rows)), (other, (right, _)) = factors.items()
+def check_product(**arguments: Argument) -> dict[str, int]:
+    """`check_shapes`, where the first two are factors: if their inner sizes differ, the error shows both."""
+    (name, (left, rows, *_)), (other, (right, *_)) = islice(arguments.items(), 2)
+    assert left is not None
+    assert right is not None
     if right.dim() == left.dim() == len(rows.split()) and left.shape[-1] != right.shape[-2]:
         raise ValueError(
             f"{name} has shape {list(left.shape)} and {other} {list(right.shape)}: "
             f"their inner dimensions {rows.split()[-1]} differ"
         )
-    return check_shapes(**factors)
+    return check_shapes(**arguments)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -278,7 +278,11 @@ def test_is_what_torch_calls_attention():
 BAD = {
     "q": ({"q": torch.ones(2, 3)}, ValueError, r"q has shape \[2, 3\], expected \[B, H, T, r\]"),
     "k": ({"k": torch.ones(2, 2, 130, 37)}, ValueError, r"k has shape \[2, 2, 130, 37\], expected \[2, 2, 131, 37\]"),
-    "heads": ({"k": torch.ones(2, 3, 131, 37)}, ValueError, "4 heads are no multiple of 3"),
+    "heads": (
+        {"k": torch.ones(2, 3, 131, 37), "values": torch.ones(3, 2, 3, 131, 19)},
+        ValueError,
+        "4 heads are no multiple of 3",
+    ),
     "values": ({"values": torch.ones(2, 2, 131, 19)}, ValueError, r"values has shape .*expected \[S, B, Hkv, T, s\]"),
     "values heads": (
         {"values": torch.ones(3, 2, 4, 131, 19)},

@@ -209,8 +209,8 @@ def test_gradients_reach_outer_factors():
 @pytest.mark.parametrize(
     ("outer", "error", "message"),
     [
-        (torch.ones(4, 2), ValueError, r"left_outer has shape \[4, 2\], which does not fit left \[4, 3, 7\]"),
-        (torch.ones(4, 3, 2), ValueError, r"left_outer has shape \[4, 3, 2\], which does not fit"),
+        (torch.ones(4, 2), ValueError, r"left_outer has shape \[4, 2\], expected \[N', q, r\]"),
+        (torch.ones(4, 3, 2), ValueError, r"left_outer has shape \[4, 3, 2\], expected \[4, 3, 3\]"),
         (torch.ones(6, 5, 3), ValueError, r"left_outer has shape \[6, 5, 3\], which does not fit"),
         (torch.ones(4, 5, 3).double(), TypeError, "left_outer has dtype torch.float64, but left has torch.float32"),
         (torch.ones(4, 5, 3, device="meta"), ValueError, "left_outer is on meta"),

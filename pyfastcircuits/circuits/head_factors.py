@@ -82,11 +82,16 @@ class HeadFactors:
         """`outer` [N, r, r] and `inner` [N, r, d] of some of the heads; `inner` of whole layers is [kv heads, r, d]."""
         layers = {layer: [head for _, head in own] for layer, own in groupby(self.heads[part], key=itemgetter(0))}
         self._make_triangles([layer for layer in layers if layer not in self._triangles])
-        outer = torch.cat([self._of_heads(self._triangles[layer], heads) for layer, heads in layers.items()])
+        outer = [self._triangles[layer] for layer in layers]
         inner = self._tall(self.inner, list(layers))
-        if all(heads == self._every_head for heads in layers.values()):
-            return outer, inner.mT.flatten(0, 1) if isinstance(inner, Tensor) else torch.cat([x.mT for x in inner])
-        return outer, torch.cat([self._of_heads(x.mT, heads) for x, heads in zip(inner, layers.values(), strict=True)])
+        whole = all(heads == self._every_head for heads in layers.values())
+        if not whole or outer[0].shape[0] < self.weights.n_heads:
+            outer = [self._of_heads(x, heads) for x, heads in zip(outer, layers.values(), strict=True)]
+        if whole and isinstance(inner, Tensor):
+            return torch.cat(outer), inner.mT.flatten(0, 1)
+        if not whole:
+            inner = [self._of_heads(x.mT, heads).mT for x, heads in zip(inner, layers.values(), strict=True)]
+        return torch.cat(outer), torch.cat([x.mT for x in inner])
 
     def _make_triangles(self, layers: Sequence[int]) -> None:
         """Keep the triangles of some layers' `outer`, [H or Hkv, r, r] each; one call makes those that lie together."""
@@ -107,8 +112,6 @@ class HeadFactors:
     def _of_heads(self, matrices: Tensor, heads: Sequence[int]) -> Tensor:
         """The matrices of some heads, out of a layer's, of which there is one for each head or key/value head."""
         shared = self.weights.n_heads // len(matrices)
-        if shared == 1 and heads == self._every_head:
-            return matrices
         return matrices[torch.tensor(heads, device=self.weights.device) // shared]
 
 

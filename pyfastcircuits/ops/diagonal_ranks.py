@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, kernel_of, resolve_backend
-from pyfastcircuits.shapes import check_finite, check_product, check_range, check_shapes, diagonal_ranks_outputs
+from pyfastcircuits.shapes import check_finite, check_product, check_range, diagonal_ranks_outputs
 
 torch.library.register_fake("pyfastcircuits::diagonal_ranks", diagonal_ranks_outputs)
 
@@ -37,12 +37,11 @@ def diagonal_ranks(
         IndexError: a column outside [0, M).
         RuntimeError: a backend that is not there.
     """
-    check_product(A=(A, "N r"), B=(B, "r M"))
+    check_product(A=(A, "N r"), B=(B, "r M"), columns=(columns, "N", int))
     if columns is None:
         if len(A) != B.shape[1]:
             raise ValueError(f"A has shape {list(A.shape)} and B {list(B.shape)}: not square, so say which `columns`")
         columns = torch.arange(len(A), device=A.device)
-    check_shapes(A=(A, "N r"), columns=(columns, "N", int))
     chosen = resolve_backend(backend, A.device, "diagonal_ranks")
     check_finite(A=A, B=B)
     if not torch.compiler.is_compiling():

@@ -14,7 +14,6 @@ from pyfastcircuits.shapes import (
     check_choice,
     check_finite,
     check_product,
-    check_shapes,
     factored_topk_outputs,
 )
 
@@ -71,8 +70,7 @@ def factored_topk(
         TypeError: dtypes that do not fit.
         RuntimeError: a backend or screen that is not there.
     """
-    check_product(A=(A, "N r"), B=(B, "r M"))
-    check_shapes(A=(A, "N r"), shift=(shift, "N", float))
+    check_product(A=(A, "N r"), B=(B, "r M"), shift=(shift, "N", float))
     rows, columns = len(A), B.shape[1]
     if per_row and rows == 0:
         raise ValueError(f"A has shape {list(A.shape)}: no rows")

@@ -106,11 +106,7 @@ def _attend(
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """Checks the arguments, and gives the results and the logsumexp."""
-    sizes = check_shapes(q=(q, "B H T r"), k=(k, "B Hkv T r"))
-    heads, kv = sizes["H"], sizes["Hkv"]
-    if heads % kv if kv else heads:
-        raise ValueError(f"q has shape {list(q.shape)} and k {list(k.shape)}: {heads} heads are no multiple of {kv}")
-    check_shapes(
+    sizes = check_shapes(
         q=(q, "B H T r"),
         k=(k, "B Hkv T r"),
         values=(values, "S B Hkv T s"),
@@ -119,6 +115,9 @@ def _attend(
         post=(post, "B T", float),
         mask=(mask, "B T", bool),
     )
+    heads, kv = sizes["H"], sizes["Hkv"]
+    if heads % kv if kv else heads:
+        raise ValueError(f"q has shape {list(q.shape)} and k {list(k.shape)}: {heads} heads are no multiple of {kv}")
     for name, constant in {"q": q, "k": k, "lse": lse, "pre": pre, "post": post}.items():
         if constant is not None and constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, but frozen patterns have none: pass {name}.detach()")

@@ -6,6 +6,7 @@ below what the factors allow, and such norms are multiplied out.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -236,21 +237,23 @@ def _check(
         raise ValueError(
             f"right has {len(rights)} tensors and right_outer {len(outers)}; expected as many, or no outer"
         )
-    for right in rights:
-        check_product(left=(left, "N r d"), right=(right, "M d s"))
-    for right, outer in zip(rights, outers, strict=bool(outers)):
-        _check_outer("right", right, outer, 2, 1)
+    for right, outer in zip_longest(rights, outers):
+        check_product(
+            left=(left, "N r d"),
+            right=(right, "M d s"),
+            left_outer=(left_outer, "N' q r"),
+            right_outer=(outer, "M' s p"),
+        )
+        _check_sharing("right", right, outer)
+    _check_sharing("left", left, left_outer)
     widths = {x.shape[2] for x in outers or rights}
     if len(widths) > 1:
         raise ValueError(f"the tensors of right end in {sorted(widths)} columns, expected the same")
-    check_shapes(left=(left, "N r d"), before=(before, str(sum(map(len, outers or rights))), int))
-    if left_outer is not None:
-        _check_outer("left", left, left_outer, 1, 2)
+    if before is not None:
+        check_shapes(left=(left, "N r d"), before=(before, str(sum(map(len, outers or rights))), int))
 
 
-def _check_outer(name: str, factors: Tensor, outer: Tensor, rows: int, entries: int) -> None:
-    """Raise unless the last but one (of left) or last axis of the factors is what `outer` multiplies."""
-    fits = outer.dim() == 3 and outer.shape[entries] == factors.shape[rows]
-    if not fits or (len(outer) % len(factors) if len(factors) else len(outer)):
+def _check_sharing(name: str, factors: Tensor, outer: Tensor | None) -> None:
+    """Raise unless as many `outer` in a row go with each of the factors."""
+    if outer is not None and (len(outer) % len(factors) if len(factors) else len(outer)):
         raise ValueError(f"{name}_outer has shape {list(outer.shape)}, which does not fit {name} {list(factors.shape)}")
-    check_shapes(**{name: (factors, "N r d"), f"{name}_outer": (outer, "M q s")})
