@@ -6,6 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfastcircuits.modes import in_plain_modes
+
+
+def register_no_gradient(op: Any, name: str) -> None:
+    """Make backward() raise where it would go through an op that has no derivative, rather than leave gradients out."""
+
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(f"{name} has no derivative: detach its arguments, or do not call backward() through it")
+
+    torch.library.register_autograd(op, backward)
+
 
 def register_pair_norms(op: Any) -> None:
     """Make pair_norms, by the name of the op or the op itself, differentiable."""
@@ -13,6 +24,7 @@ def register_pair_norms(op: Any) -> None:
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2], output)
 
+    @in_plain_modes
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         left, right, norms = ctx.saved_tensors
         return *pair_norms_gradients(left, right, norms, gradient), None, None
@@ -41,6 +53,7 @@ def register_frozen_attention(op: Any, kernel: Callable[..., tuple[Tensor, Tenso
         ctx.options, ctx.dtype = options, values.dtype
         ctx.mark_non_differentiable(output[1])
 
+    @in_plain_modes
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, lse, pre, post, mask = ctx.saved_tensors
         scale, window, softcap, transposed, precision = ctx.options

@@ -101,6 +101,26 @@ def check_range(name: str, values: Tensor, end: int) -> None:
         raise IndexError(f"{name}{place or ''} is {int(values[tuple(place)])}, expected 0 to {end - 1}")
 
 
+def in_range(name: str, values: Tensor, end: int) -> Tensor:
+    """The values, after `check_range`, which is made in compiled code too."""
+    if torch.compiler.is_compiling():
+        checked: Tensor = torch.ops.pyfastcircuits.in_range(name, values, end)
+        return checked
+    check_range(name, values, end)
+    return values
+
+
+@torch.library.custom_op("pyfastcircuits::in_range", mutates_args=())
+def _in_range(name: str, values: Tensor, end: int) -> Tensor:
+    check_range(name, values, end)
+    return values.clone()
+
+
+@_in_range.register_fake
+def _(name: str, values: Tensor, end: int) -> Tensor:
+    return torch.empty_like(values)
+
+
 def check_finite(**tensors: Tensor | None) -> None:
     """Raise ValueError, with the first offender and its place, unless all are finite; torch.compile skips this."""
     if torch.compiler.is_compiling():

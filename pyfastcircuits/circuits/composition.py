@@ -14,12 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.head_factors import HeadFactors, both_sides, earlier_sources, in_asked_order
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend, Precision, factored_pair_norms
 from pyfastcircuits.run.nodes import KINDS, Kind
 
 
+@public
 def composition_scores(
     weights: CircuitWeights,
     kind: Kind | Sequence[Kind],
@@ -130,6 +132,7 @@ class ComponentScores(NamedTuple):
     destination_singular_values: Tensor  # [r]
 
 
+@public
 @torch.no_grad()
 def component_scores(
     weights: CircuitWeights, kind: Kind, source: Sequence[int], destination: Sequence[int]

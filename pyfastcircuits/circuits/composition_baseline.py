@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.composition import composition_scores
 from pyfastcircuits.circuits.head_factors import HeadFactors, both_sides, earlier_sources, in_asked_order
 from pyfastcircuits.model.weights import CircuitWeights
@@ -23,6 +24,7 @@ class CompositionBaseline(NamedTuple):
     square_std: Tensor  # of score**2
 
 
+@public
 @torch.no_grad()
 def composition_baseline(
     weights: CircuitWeights,
@@ -55,6 +57,7 @@ def composition_baseline(
     return CompositionBaseline(*(in_asked_order(x.to(weights.compute_dtype), source, destination) for x in moments))
 
 
+@public
 def composition_z_scores(
     weights: CircuitWeights,
     kind: Kind,

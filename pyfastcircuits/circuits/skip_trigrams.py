@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.tables import Indices, checked_indices, top_per_row
 from pyfastcircuits.circuits.vocabulary import ov_circuit, qk_tables
 from pyfastcircuits.model.factored import FactoredMatrix
@@ -120,6 +121,7 @@ class SkipTrigrams:
         return "\n".join(lines)
 
 
+@public
 @torch.no_grad()
 def skip_trigrams(
     weights: CircuitWeights,

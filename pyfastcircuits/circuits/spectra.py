@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.vocabulary import through_final_gain
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights
@@ -19,6 +20,7 @@ from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.run.nodes import parse_path
 
 
+@public
 @torch.no_grad()
 def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -> Tensor:
     """The nonzero eigenvalues of every head's full circuit over the vocabulary, complex [L, H, r], in no order.
@@ -44,6 +46,7 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
     return _eigenvalues(small)
 
 
+@public
 @torch.no_grad()
 def composed_eigenvalues(weights: CircuitWeights, pairs: Iterable[Sequence[Sequence[int]]]) -> Tensor:
     """The nonzero eigenvalues of the K-composed QK circuits of P pairs (source, destination), complex [P, r].
@@ -63,22 +66,26 @@ def composed_eigenvalues(weights: CircuitWeights, pairs: Iterable[Sequence[Seque
     return _eigenvalues(torch.cat(small))
 
 
+@public
 def positivity(eigenvalues: Tensor) -> Tensor:
     """sum(real part) / sum(magnitude) over the last dimension: 1 if all are positive, -1 if all are negative."""
     total = eigenvalues.abs().sum(-1)
     return torch.where(total > 0, eigenvalues.real.sum(-1) / total, 0)
 
 
+@public
 def copying_scores(weights: CircuitWeights) -> Tensor:
     """How far every head copies, [L, H] in [-1, 1]: `positivity` of the eigenvalues of its full OV circuit."""
     return positivity(circuit_eigenvalues(weights, "OV"))
 
 
+@public
 def qk_positivity(weights: CircuitWeights) -> Tensor:
     """How far every head's queries prefer keys of the same token, [L, H] in [-1, 1]: `positivity` of its QK circuit."""
     return positivity(circuit_eigenvalues(weights, "QK"))
 
 
+@public
 @torch.no_grad()
 def trace_ratios(weights: CircuitWeights) -> Tensor:
     """tr(OV) / ||OV|| of every head, [L, H], in [-sqrt(r), sqrt(r)]; this copying measure ignores W_E and W_U."""
@@ -100,6 +107,7 @@ class DiagonalStatistics(NamedTuple):
     std: Tensor
 
 
+@public
 @torch.no_grad()
 def diagonal_statistics(matrix: FactoredMatrix) -> DiagonalStatistics:
     """Mean and (population) standard deviation of the diagonal and of all entries, without forming the product.
@@ -125,6 +133,7 @@ def diagonal_statistics(matrix: FactoredMatrix) -> DiagonalStatistics:
     )
 
 
+@public
 def effective_rank(matrix: FactoredMatrix) -> Tensor:
     """exp of the entropy of the normalised singular values [...], from 1 to the rank (Roy and Vetterli 2007)."""
     share = matrix.S / matrix.S.sum(-1, keepdim=True)

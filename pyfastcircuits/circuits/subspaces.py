@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.virtual import virtual_weights
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.norms import centered
@@ -40,6 +41,7 @@ class Subspaces(Result):
     received: Tensor
 
 
+@public
 @torch.no_grad()
 def subspaces(
     model: CircuitWeights | FrozenTrace,

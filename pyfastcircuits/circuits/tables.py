@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits import ops
+from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.vocabulary import ov_circuit
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights
@@ -24,6 +25,7 @@ NORMALIZE = (None, "center", "log_softmax")
 POSITIONS = 16  # the least that a block of the sweep kernel has on a GPU; the clean logits of each take memory
 
 
+@public
 @torch.no_grad()
 def top_entries(
     matrix: FactoredMatrix,
@@ -64,6 +66,7 @@ def top_entries(
     return part.mapped(found)
 
 
+@public
 @torch.no_grad()
 def top_per_row(
     matrix: FactoredMatrix,
@@ -95,6 +98,7 @@ def top_per_row(
     return part.mapped(found)
 
 
+@public
 @torch.no_grad()
 def diagonal_ranks(matrix: FactoredMatrix, *, rows: Indices | None = None, backend: Backend = "auto") -> Tensor:
     """How many entries of row i are greater than entry (i, i), [N]: 0 where that is the largest of its row.
@@ -204,6 +208,7 @@ class CopyingAccuracy(NamedTuple):
     positive: Tensor  # it is above zero
 
 
+@public
 @torch.no_grad()
 def copying_accuracy(
     weights: CircuitWeights,

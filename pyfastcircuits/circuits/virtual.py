@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.vocabulary import embedded_tokens, through_final_gain
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.weights import CircuitWeights, Weight
@@ -20,6 +21,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 _READS: dict[str, Weight] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
 
 
+@public
 @torch.no_grad()
 def virtual_weights(
     weights: CircuitWeights,
@@ -83,6 +85,7 @@ class VirtualHead(NamedTuple):
     OV: FactoredMatrix  # [d, d]
 
 
+@public
 @torch.no_grad()
 def virtual_head(trace: FrozenTrace, source: Sequence[int], destination: Sequence[int]) -> VirtualHead:
     """The virtual attention head of two heads: A2 @ A1 and OV1 @ OV2, norms left out.

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.norms import centered, norm_scale, rotate
 from pyfastcircuits.model.weights import CircuitWeights
@@ -33,6 +34,7 @@ def through_final_gain(weights: CircuitWeights, written: Tensor) -> Tensor:
     return written if weights.ln_final_w is None else written * weights.ln_final_w.to(written.dtype)
 
 
+@public
 def bigrams(weights: CircuitWeights, *, normed: bool = False) -> FactoredMatrix:
     """The direct path W_E @ W_U [V, V]: row = present token, column = next token, in logits.
 
@@ -44,6 +46,7 @@ def bigrams(weights: CircuitWeights, *, normed: bool = False) -> FactoredMatrix:
     )
 
 
+@public
 def ov_circuit(weights: CircuitWeights, head: Sequence[int], *, normed: bool = False) -> FactoredMatrix:
     """W_E @ OV @ W_U [V, V]: attending to a source token (row) adds so much to the logit of an output token (column).
 
@@ -65,6 +68,7 @@ def ov_circuit(weights: CircuitWeights, head: Sequence[int], *, normed: bool = F
     return FactoredMatrix(values, written @ weights.W_U.to(weights.compute_dtype))
 
 
+@public
 def qk_circuit(
     weights: CircuitWeights, head: Sequence[int], *, scaled: bool = False, normed: bool = False, offset: int = 0
 ) -> FactoredMatrix:
@@ -88,6 +92,7 @@ def qk_circuit(
     return FactoredMatrix(queries, keys.mT)
 
 
+@public
 def composed_qk_circuit(
     weights: CircuitWeights, source: Sequence[int], destination: Sequence[int], *, scaled: bool = False
 ) -> FactoredMatrix:
@@ -119,6 +124,7 @@ class QKTables(NamedTuple):
     position_position: FactoredMatrix | None  # [n_ctx, n_ctx]
 
 
+@public
 @torch.no_grad()
 def qk_tables(
     weights: CircuitWeights, head: Sequence[int], *, scaled: bool = True, normed: bool = False, offset: int = 0
@@ -154,6 +160,7 @@ class OVTables(NamedTuple):
     position: FactoredMatrix | None  # [n_ctx, V]: of its position; None unless the residual stream holds positions
 
 
+@public
 @torch.no_grad()
 def ov_tables(weights: CircuitWeights, head: Sequence[int], *, normed: bool = False) -> OVTables:
     """A head's additions to the logits, by the source's token and by its position; ov_circuit says what is left out.

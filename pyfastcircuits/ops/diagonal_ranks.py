@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, kernel_of, resolve_backend
-from pyfastcircuits.shapes import check_finite, check_product, check_range, diagonal_ranks_outputs
+from pyfastcircuits.shapes import check_finite, check_product, diagonal_ranks_outputs, in_range
 
 torch.library.register_fake("pyfastcircuits::diagonal_ranks", diagonal_ranks_outputs)
 
 
+@public
 def diagonal_ranks(
     A: Tensor,  # [N, r]
     B: Tensor,  # [r, M]
@@ -44,9 +46,7 @@ def diagonal_ranks(
         columns = torch.arange(len(A), device=A.device)
     chosen = resolve_backend(backend, A.device, "diagonal_ranks")
     check_finite(A=A, B=B)
-    if not torch.compiler.is_compiling():
-        check_range("columns", columns, B.shape[1])
-    columns = columns.long()
+    columns = in_range("columns", columns, B.shape[1]).long()
     if chosen == "reference":
         return reference.diagonal_ranks(A, B, columns)
     ranks: Tensor = kernel_of("diagonal_ranks", chosen)(A, B, columns)

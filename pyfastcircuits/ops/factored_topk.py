@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
+from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, kernel_of, resolve_backend
 from pyfastcircuits.shapes import (
@@ -18,6 +20,7 @@ from pyfastcircuits.shapes import (
 )
 
 torch.library.register_fake("pyfastcircuits::factored_topk", factored_topk_outputs)
+register_no_gradient("pyfastcircuits::factored_topk", "factored_topk")
 
 
 class TopEntries(NamedTuple):
@@ -28,6 +31,7 @@ class TopEntries(NamedTuple):
     columns: Tensor
 
 
+@public
 def factored_topk(
     A: Tensor,  # [N, r]
     B: Tensor,  # [r, M]
@@ -75,7 +79,7 @@ def factored_topk(
     if per_row and rows == 0:
         raise ValueError(f"A has shape {list(A.shape)}: no rows")
     entries, of = (columns, f"rows of {columns}") if per_row else (rows * columns, f"a {rows} x {columns} matrix")
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= entries:
+    if not 1 <= k <= entries:
         raise ValueError(f"k is {k!r}, expected an integer from 1 to {entries} ({of})")
     chosen = resolve_backend(backend, A.device, "factored_topk")
     check_choice("screen", screen, SCREENS)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_frozen_attention
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
@@ -19,6 +20,7 @@ torch.library.register_fake("pyfastcircuits::frozen_attention", frozen_attention
 register_frozen_attention("pyfastcircuits::frozen_attention", torch.ops.pyfastcircuits.frozen_attention)
 
 
+@public
 def frozen_attention(
     q: Tensor,  # [B, H, T, r]
     k: Tensor,  # [B, Hkv, T, r]
@@ -72,6 +74,7 @@ def frozen_attention(
     return _attend(q, k, values, lse, pre, post, mask, scale, window, softcap, precision, backend)[0]
 
 
+@public
 def attention_lse(
     q: Tensor,  # [B, H, T, r]
     k: Tensor,  # [B, Hkv, T, r]
@@ -121,7 +124,7 @@ def _attend(
     for name, constant in {"q": q, "k": k, "lse": lse, "pre": pre, "post": post}.items():
         if constant is not None and constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, but frozen patterns have none: pass {name}.detach()")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+    if window is not None and window < 1:
         raise ValueError(f"window is {window!r}, expected an integer from 1 on")
     check_positive("softcap", softcap)
     chosen = resolve_backend(backend, q.device, "frozen_attention")

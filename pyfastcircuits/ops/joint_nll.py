@@ -5,22 +5,26 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
+from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
-from pyfastcircuits.ops.sweep_nll import SweepPartial, check_sweep, clean_logsumexp
+from pyfastcircuits.ops.sweep_nll import SweepPartial, checked_sweep, clean_logsumexp
 from pyfastcircuits.shapes import (
     PRECISIONS,
     check_choice,
     check_positive,
-    check_range,
     check_shapes,
+    in_range,
     joint_nll_outputs,
     work_dtype,
 )
 
 torch.library.register_fake("pyfastcircuits::joint_nll", joint_nll_outputs)
+register_no_gradient("pyfastcircuits::joint_nll", "joint_nll")
 
 
+@public
 def joint_partial(
     base: Tensor,  # [T, V]
     delta: Tensor,  # [S, T, r]
@@ -75,6 +79,7 @@ def joint_nll(
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@public
 def joint_nll(
     base: Tensor,
     delta: Tensor,
@@ -120,13 +125,13 @@ def joint_nll(
     Source: with frozen patterns and norms the heads of a layer write independently into the residual stream
     (Elhage et al. 2021, section "Attention Heads as Independent and Additive").
     """
-    group = check_sweep(base, delta, basis, group, {"targets": targets})
+    group, tokens = checked_sweep(base, delta, basis, group, {"targets": targets})
     check_shapes(base=(base, "T V"), pairs=(pairs, "P 2", int))
-    if base.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_range("pairs", pairs, len(delta))
+    if base.device.type == "cpu":
+        pairs = in_range("pairs", pairs, len(delta))
     clean_lse = clean_logsumexp(base, cap, precision, backend) if kl else None
     lse, picked, change = joint_partial(
-        base, delta, basis, targets.long()[:, None], pairs.long(),
+        base, delta, basis, tokens, pairs.long(),
         group=group, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend,
     )  # fmt: skip
     nll = (lse - picked[..., 0]).to(work_dtype(base))

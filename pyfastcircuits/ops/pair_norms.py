@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import pair_norms_gradients, register_pair_norms
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
@@ -32,6 +33,7 @@ ROUTES = ("auto", "products", "gram")
 GRAM_ERROR = 1e-5  # relative, of a norm: what the Gram route may cost
 
 
+@public
 def pair_norms(
     left: Tensor,
     right: Tensor,
@@ -75,6 +77,7 @@ class FactoredPairNorms(NamedTuple):
     right: Tensor  # [M]
 
 
+@public
 def factored_pair_norms(
     left: Tensor,  # [N, r, d]
     right: Tensor | Sequence[Tensor],  # [M, d, s]

@@ -7,19 +7,22 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
+from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.shapes import (
     PRECISIONS,
     check_choice,
     check_positive,
-    check_range,
     check_shapes,
+    in_range,
     sweep_nll_outputs,
     work_dtype,
 )
 
 torch.library.register_fake("pyfastcircuits::sweep_nll", sweep_nll_outputs)
+register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
 
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
 SCRATCH = 22 << 20  # bytes of bases that are multiplied out at a time, and of the copies a product makes of factors
@@ -39,6 +42,7 @@ class SweepPartial(NamedTuple):
         return SweepPartial(lse, self.picked + other.picked, self.change + other.change)
 
 
+@public
 def sweep_partial(
     base: Tensor,  # [T, V]
     delta: Tensor,  # [P, T, r]
@@ -115,6 +119,7 @@ def sweep_nll(
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, ...]: ...
+@public
 def sweep_nll(
     base: Tensor,
     delta: Tensor,
@@ -163,8 +168,7 @@ def sweep_nll(
     """
     chosen = {"targets": targets}
     chosen |= {f"logit_difference[{i}]": tokens for i, tokens in enumerate(logit_difference or ())}
-    group = check_sweep(base, delta, basis, group, chosen, scale)
-    tokens = torch.stack([t.long() for t in chosen.values()], -1)
+    group, tokens = checked_sweep(base, delta, basis, group, chosen, scale)
     clean_lse = clean_logsumexp(base, cap, precision, backend) if kl else None
     lse, picked, change = sweep_partial(
         base, delta, basis, tokens,
@@ -187,15 +191,15 @@ def clean_logsumexp(base: Tensor, cap: float | None, precision: Precision, backe
     return sweep_partial(base, delta, basis, tokens, group=group, cap=cap, precision=precision, backend=backend).lse[0]
 
 
-def check_sweep(
+def checked_sweep(
     base: Tensor,
     delta: Tensor,
     basis: Tensor,
     group: Tensor | None,
     targets: Mapping[str, Tensor],  # [T] each
     scale: Tensor | None = None,
-) -> Tensor:
-    """The basis that each ablation writes through, int64 [P]; what is wrong with the inputs of a sweep raises."""
+) -> tuple[Tensor, Tensor]:
+    """The basis that each ablation writes through [P], and the tokens [T, K], int64; wrong inputs of a sweep raise."""
     check_shapes(
         base=(base, "T V"),
         delta=(delta, "P T r"),
@@ -210,8 +214,8 @@ def check_sweep(
         if len(basis) != 1:
             raise ValueError(f"basis holds {len(basis)} groups, but group is None; say which each ablation uses")
         group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
-    if base.device.type == "cpu" and not torch.compiler.is_compiling():
-        for name, tokens in targets.items():
-            check_range(name, tokens, base.shape[1])
-        check_range("group", group, len(basis))
-    return group.long()
+    tokens = [t.long() for t in targets.values()]
+    if base.device.type == "cpu":
+        tokens = [in_range(name, t, base.shape[1]) for name, t in zip(targets, tokens, strict=True)]
+        group = in_range("group", group, len(basis))
+    return group.long(), torch.stack(tokens, -1)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
-from pyfastcircuits.ops.sweep_nll import check_sweep
+from pyfastcircuits.ops.sweep_nll import checked_sweep
 from pyfastcircuits.shapes import PRECISIONS, check_choice, target_ranks_outputs
 
 torch.library.register_fake("pyfastcircuits::target_ranks", target_ranks_outputs)
@@ -13,6 +14,7 @@ torch.library.register_fake("pyfastcircuits::target_ranks", target_ranks_outputs
 THRESHOLD_ELEMENTS = 1 << 22  # fp64 columns of the basis that are held at once
 
 
+@public
 def rank_partial(
     base: Tensor,  # [T, V]
     delta: Tensor,  # [P, T, r]
@@ -39,6 +41,7 @@ def rank_partial(
     return ranks
 
 
+@public
 def target_ranks(
     base: Tensor,
     delta: Tensor,
@@ -76,10 +79,10 @@ def target_ranks(
             ranks are -1.
         RuntimeError: a backend or precision that is not there.
     """
-    group = check_sweep(base, delta, basis, group, {"targets": targets})
+    group, tokens = checked_sweep(base, delta, basis, group, {"targets": targets})
     check_choice("precision", precision, PRECISIONS)
-    there = (targets >= 0) & (targets < base.shape[1])
-    tokens = torch.where(there, targets.long(), 0)
+    there = (tokens[:, 0] >= 0) & (tokens[:, 0] < base.shape[1])
+    tokens = torch.where(there, tokens[:, 0], 0)
     thresholds = _target_logits(base, delta, basis, tokens, group, precision)
     ranks = rank_partial(base, delta, basis, tokens, thresholds, group=group, precision=precision, backend=backend)
     return torch.where(there, ranks, -1)

@@ -1,0 +1,159 @@
+"""The way into every public function: each argument is checked once, against the function's own annotations.
+
+An error names the argument, what came and what was expected. What goes beyond types (shapes, ranges, heads that a model
+has) is checked where it is known: `shapes`, `run.nodes`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from math import isfinite
+from operator import index
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.modes import caller_has_modes, plain_modes
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Kind:
+    """The values that an annotation allows."""
+
+    def __init__(self, hint: Any) -> None:
+        self.alternatives = _alternatives(hint)
+        self.types = {kind for kind in self.alternatives if isinstance(kind, type)} - {float, Tensor}
+        self.choices = {x for kind in self.alternatives if get_origin(kind) is Literal for x in get_args(kind)}
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value, as the first alternative that it fits; errors as `public`."""
+        if type(value) in self.types or (type(value) is str and value in self.choices):  # nearly always
+            return value
+        if isinstance(value, Tensor) and Tensor in self.alternatives:
+            if value.layout is not torch.strided or value.is_quantized:
+                raise ValueError(f"{name} is {describe(value)}, expected a dense tensor")
+            return value
+        for kind in self.alternatives:
+            fits, fitted = _fit(name, value, kind)
+            if fits:
+                return fitted
+        expected = " or ".join(_expected(kind) for kind in self.alternatives if kind is not type(None))
+        error = ValueError if self.choices and isinstance(value, str) else TypeError
+        raise error(f"{name} is {describe(value)}, expected {expected}")
+
+
+def public(function: Function) -> Function:
+    """Check the function's arguments, and run it in plain modes.
+
+    Integers come as whatever has `__index__` (bools are none), numbers as whatever `float` takes and is finite; they
+    arrive as int and float.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a string that is no choice, a number that is not finite, a tensor that is sparse or quantised.
+    """
+    names = tuple(inspect.signature(function).parameters)
+    kinds = _kinds(get_type_hints(function))
+
+    @wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        checked = [
+            kinds[name].checked(name, value) if name in kinds else value
+            for name, value in zip(names, args, strict=False)
+        ]
+        for name, value in keywords.items():
+            if name in kinds:
+                keywords[name] = kinds[name].checked(name, value)
+        if not caller_has_modes():
+            return function(*checked, *args[len(names) :], **keywords)
+        with plain_modes():
+            return function(*checked, *args[len(names) :], **keywords)
+
+    return cast("Function", call)
+
+
+def check_fields(instance: Any) -> None:
+    """Check the fields of a dataclass against their annotations; errors as `public`."""
+    for name, kind in _kinds(get_type_hints(type(instance))).items():
+        value = getattr(instance, name)
+        checked = kind.checked(name, value)
+        if checked is not value:
+            object.__setattr__(instance, name, checked)
+
+
+def _kinds(hints: dict[str, Any]) -> dict[str, Kind]:
+    """By parameter or field; those that may be anything are left out."""
+    return {name: Kind(hint) for name, hint in hints.items() if name != "return" and Any not in _alternatives(hint)}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(kind for part in get_args(hint) for kind in _alternatives(part))
+    return (hint,)
+
+
+def _fit(name: str, value: Any, kind: Any) -> tuple[bool, Any]:
+    """Whether the value is of a kind, and the value as that kind."""
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(kind), value
+    if origin is int:
+        return _integer(value)
+    if origin is float:
+        return _number(name, value)
+    if origin is Callable:
+        return callable(value), value
+    if origin in (Iterable, Sequence, list, tuple):
+        return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping)), value
+    return isinstance(value, origin) if isinstance(origin, type) else True, value
+
+
+def _integer(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return False, value
+    try:
+        return True, index(value)
+    except (TypeError, RuntimeError):
+        return False, value
+
+
+def _number(name: str, value: Any) -> tuple[bool, Any]:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        return False, value
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False, value
+    if not isfinite(number):
+        raise ValueError(f"{name} is {number}, expected a finite number")
+    return True, number
+
+
+_EXPECTED = {int: "an integer", float: "a number", bool: "True or False", str: "a string", Tensor: "a tensor"}
+
+
+def _expected(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if origin is Callable:
+        return "a function"
+    if origin in (Iterable, Sequence, list, tuple):
+        return "a sequence"
+    return _EXPECTED.get(origin, origin.__name__)
+
+
+def describe(value: Any) -> str:
+    """A value for an error message, short and on one line."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        return f"a {layout}tensor of {value.dtype} and shape {list(value.shape)}"
+    name = value.__name__ if isinstance(value, type) else type(value).__name__
+    article = "the class" if isinstance(value, type) else "an" if name[0].lower() in "aeiou" else "a"
+    return f"{article} {name}"
