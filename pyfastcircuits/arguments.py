@@ -6,11 +6,12 @@ has) is checked where it is known: `shapes`, `run.nodes`.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import wraps
 from math import isfinite
 from operator import index
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ def public(function: Function) -> Function:
         TypeError: an argument of another type.
         ValueError: a string that is no choice, a number that is not finite, a tensor that is sparse or quantised.
     """
-    names = tuple(inspect.signature(function).parameters)
-    kinds = _kinds(get_type_hints(function))
+    parameters = inspect.signature(function).parameters
+    names, kinds = tuple(parameters), _kinds({name: x.annotation for name, x in parameters.items()})
 
     @wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
@@ -77,7 +78,7 @@ def public(function: Function) -> Function:
 
 def check_fields(instance: Any) -> None:
     """Check the fields of a dataclass against their annotations; errors as `public`."""
-    for name, kind in _kinds(get_type_hints(type(instance))).items():
+    for name, kind in _kinds({field.name: field.type for field in fields(instance)}).items():
         value = getattr(instance, name)
         checked = kind.checked(name, value)
         if checked is not value:
@@ -85,8 +86,13 @@ def check_fields(instance: Any) -> None:
 
 
 def _kinds(hints: dict[str, Any]) -> dict[str, Kind]:
-    """By parameter or field; those that may be anything are left out."""
-    return {name: Kind(hint) for name, hint in hints.items() if name != "return" and Any not in _alternatives(hint)}
+    """By parameter or field; those that may be anything are left out, as are classes that their own methods name."""
+    free = (Any, inspect.Parameter.empty)
+    return {
+        name: Kind(hint)
+        for name, hint in hints.items()
+        if not isinstance(hint, str) and not set(free) & set(_alternatives(hint))
+    }
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.hugging_face import family_of, read_checkpoint
 from pyfastcircuits.model.weights import METADATA, CircuitWeights
@@ -23,6 +24,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
+@public
 def load_weights(name_or_path: str | Path) -> CircuitWeights:
     """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
 

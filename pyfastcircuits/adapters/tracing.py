@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.adapters import hugging_face, transformer_lens
 from pyfastcircuits.adapters.recording import freeze
 from pyfastcircuits.model.norms import centered, norm_scale
@@ -16,6 +17,7 @@ from pyfastcircuits.run.patterns import Pattern, QKPattern, apply_pattern, softm
 from pyfastcircuits.run.trace import FrozenTrace
 
 
+@public
 def trace(
     model: Any,
     tokens: Tensor,

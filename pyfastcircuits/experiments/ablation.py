@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode
 from pyfastcircuits.experiments.edges import (
     Effect,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Scope = Literal["path", "direct", "edge", "joint"]
 
 
+@public
 @measured
 @torch.no_grad()
 def path_ablation(
@@ -77,6 +79,7 @@ def path_ablation(
     return found.result(labels, (len(labels),), mode=mode)
 
 
+@public
 @measured
 @torch.no_grad()
 def pair_ablation(
@@ -140,6 +143,7 @@ def pair_ablation(
     return found.result(chosen, (len(chosen),), scope=scope, mode=mode, attention=attention)
 
 
+@public
 @measured
 @torch.no_grad()
 def head_ablation(
@@ -189,6 +193,7 @@ def head_ablation(
     return found.result(labels, shape, mode=mode, attention=attention, effect=effect)
 
 
+@public
 @measured
 @torch.no_grad()
 def layer_ablation(

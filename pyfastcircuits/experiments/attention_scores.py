@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.nodes import Head, NonHeads, heads_written, nodes_before, parse_head, written
 from pyfastcircuits.run.patterns import head_pattern, stored
@@ -26,6 +27,7 @@ class QKTerms(Result):
     share: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+@public
 @torch.no_grad()
 def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, per_token: bool = True) -> QKTerms:
     """The attention scores of a head as a sum of terms: one component's query with another component's key.

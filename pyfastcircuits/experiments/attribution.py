@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.measure import Intervention, measure
 from pyfastcircuits.experiments.metrics import Asked, Positions, asked
 from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
@@ -26,6 +27,7 @@ Part = Literal["component", "head", "source", "path"]
 UNEMBED_BIAS = "b_U"
 
 
+@public
 @torch.no_grad()
 def direct_logit_attribution(
     trace: FrozenTrace,
@@ -93,6 +95,7 @@ def direct_logit_attribution(
     return Result(labels, values, _zeros(where, values, per_token), name, setup={"by": by}, harm="size")
 
 
+@public
 @measured
 @torch.no_grad()
 def logit_lens(trace: FrozenTrace, **options: "Unpack[MeasureOptions]") -> Result:
@@ -126,6 +129,7 @@ class StreamInstead(Intervention):
         return part.final - torch.stack([part.streams[layer] for layer in members])
 
 
+@public
 @torch.no_grad()
 def project(
     trace: FrozenTrace,

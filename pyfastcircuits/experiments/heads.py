@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.adapters.tracing import checked_tokens, trace
 from pyfastcircuits.circuits.composition import composition_scores
 from pyfastcircuits.circuits.composition_baseline import composition_z_scores
@@ -21,6 +22,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 ATTENTION = ("induction", "previous_token", "prefix_matching", "duplicate_token")
 
 
+@public
 @torch.no_grad()
 def head_scores(
     model: Any,
@@ -189,6 +191,7 @@ def _raised(run: FrozenTrace, layer: int) -> tuple[Tensor, Tensor]:
     return own.sum((0, 2), dtype=torch.float64), total.sum((0, 2), dtype=torch.float64)
 
 
+@public
 @torch.no_grad()
 def induction_heads(
     model: Any,

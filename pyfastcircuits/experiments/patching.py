@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode, check_same_model
 from pyfastcircuits.experiments.edges import Effect, edge_removals, removed_z
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Direction = Literal["denoise", "noise"]
 
 
+@public
 @measured
 @torch.no_grad()
 def composition_ablation(
@@ -80,6 +82,7 @@ def composition_ablation(
     return found.result(labels, (len(labels),), kind=kind, mode=mode, effect=effect)
 
 
+@public
 @measured
 @torch.no_grad()
 def path_patching(
@@ -116,6 +119,7 @@ def path_patching(
     return _with_runs(found, clean, corrupted, direction, options)
 
 
+@public
 @measured
 @torch.no_grad()
 def activation_patching(
@@ -147,6 +151,7 @@ def activation_patching(
     return _with_runs(found, clean, corrupted, direction, options)
 
 
+@public
 @measured
 def edge_attribution(
     clean: FrozenTrace,

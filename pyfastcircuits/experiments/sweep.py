@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
@@ -81,6 +82,7 @@ class Sweep:
         return out
 
 
+@public
 @measured
 def sweep(
     model: Any,

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
+from pyfastcircuits.modes import in_plain_modes
+
 
 class FactoredMatrix:
     """The matrix A @ B [..., ldim, rdim], never formed: a drop-in for TransformerLens' class of the same name.
@@ -93,11 +96,13 @@ class FactoredMatrix:
         return self.AB.broadcast_to(shape)
 
     @property
+    @public
     def AB(self) -> Tensor:
         """The product [..., ldim, rdim]: formed."""
         return self.A @ self.B
 
     @property
+    @public
     def BA(self) -> Tensor:
         """The product the other way round [..., mdim, mdim]: its eigenvalues are the nonzero ones of AB.
 
@@ -112,6 +117,7 @@ class FactoredMatrix:
         """The transpose of the last two dimensions."""
         return type(self)(self.B.transpose(-2, -1), self.A.transpose(-2, -1))
 
+    @public
     def __matmul__(self, other: Any) -> Any:
         """The product with a (factored) matrix, factored; with a vector [rdim], the vector [..., ldim]."""
         if _is_factored(other):
@@ -125,6 +131,7 @@ class FactoredMatrix:
             return type(self)(self.A, self.B @ other)
         return type(self)(self.AB, other)
 
+    @public
     def __rmatmul__(self, other: Any) -> Any:
         """The product of a matrix with this one, factored; of a vector [ldim] with it, the vector [..., rdim]."""
         assert other.size(-1) == self.ldim, (
@@ -173,6 +180,7 @@ class FactoredMatrix:
         """The negative."""
         return self * -1
 
+    @public
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Singular value decomposition (U, S, V), with k = min(ldim, mdim, rdim); the second call is free.
 
@@ -220,6 +228,7 @@ class FactoredMatrix:
         return self.V
 
     @property
+    @public
     def eigenvalues(self) -> Tensor:
         """Complex [..., mdim], in no order: those of AB, less zeros, or with zeros where mdim > ldim.
 
@@ -229,24 +238,29 @@ class FactoredMatrix:
         values: Tensor = torch.linalg.eigvals(computable(self.BA))
         return values
 
+    @public
     def norm(self) -> Tensor:
         """Frobenius norm [...], in O((ldim + rdim) mdim^2) a matrix; differentiable for any factors."""
         norm: Tensor = _Norm.apply(computable(self.A), computable(self.B))
         return norm
 
+    @public
     def make_even(self) -> "FactoredMatrix":
         """The same matrix as (U @ diag(S)**0.5) @ (diag(S)**0.5 @ V.T)."""
         root = self.S.sqrt()
         return type(self)(self.U * root[..., None, :], root[..., :, None] * self.V.transpose(-2, -1))
 
+    @public
     def collapse_l(self) -> Tensor:
         """diag(S) @ V.T [..., k, rdim]: the matrix without its left orthogonal factor."""
         return self.S[..., :, None] * self.V.transpose(-2, -1)
 
+    @public
     def collapse_r(self) -> Tensor:
         """U @ diag(S) [..., ldim, k]: the matrix without its right orthogonal factor."""
         return self.U * self.S[..., None, :]
 
+    @public
     def get_corner(self, k: int = 3) -> Tensor:
         """The first k entries of every dimension of the product."""
         leading = (slice(k),) * (self.ndim - 2)
@@ -302,6 +316,7 @@ class _Norm(torch.autograd.Function):
         return norm
 
     @staticmethod
+    @in_plain_modes
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         A, B, norm = ctx.saved_tensors
         scale = torch.where(norm > 0, gradient / norm, 0)[..., None, None]  # the subgradient 0 at 0, as torch's norm

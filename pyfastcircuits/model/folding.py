@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.model.layers import stacked
 from pyfastcircuits.model.weights import CircuitWeights
 
 
+@public
 @torch.no_grad()
 def fold_norm(
     weights: CircuitWeights,
@@ -60,6 +62,7 @@ def fold_norm(
     return replace(weights, **changed)
 
 
+@public
 @torch.no_grad()
 def center(weights: CircuitWeights) -> CircuitWeights:
     """Weights that write nothing along the mean of the residual stream, which a layernorm subtracts anyway.
@@ -81,6 +84,7 @@ def center(weights: CircuitWeights) -> CircuitWeights:
     return replace(weights, norm="rmsnorm", **changed)
 
 
+@public
 @torch.no_grad()
 def fold_value_biases(weights: CircuitWeights) -> CircuitWeights:
     """Weights whose b_O holds b_V too: rows of a pattern sum to 1, so b_V is written whole. Logits do not change."""

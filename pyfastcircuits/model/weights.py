@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import check_fields, public
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
@@ -90,6 +90,7 @@ class CircuitWeights:
 
     def __post_init__(self) -> None:
         """Check options, shapes and values."""
+        check_fields(self)
         self._check_options()
         self._check_shapes()
         for name, weight in self.tensors():
@@ -160,16 +161,19 @@ class CircuitWeights:
         """The dtype of results: float32 for bfloat16 weights, else the weights' own."""
         return torch.float32 if self.W_E.dtype == torch.bfloat16 else self.W_E.dtype
 
+    @public
     def layer(self, name: Weight, layer: int) -> Tensor:
         """One layer's weight with the gain of its norm, in the computing dtype, by heads as stored: [H or Hkv, ...]."""
         weight: Tensor = getattr(self, name)[layer].to(self.compute_dtype)
         gain = self.gain(name, layer)
         return weight if gain is None else weight * gain
 
+    @public
     def heads(self, name: Weight, layer: int) -> Tensor:
         """One layer's weight for every query head, as `layer`: [H, d, r], or [H, r, d] for W_O."""
         return self._repeated(self.layer(name, layer))
 
+    @public
     def head(self, name: Weight, layer: int, head: int) -> Tensor:
         """The weight of one query head, as `layer`: [d, r], or [r, d] for W_O."""
         stored: Layers = getattr(self, name)
@@ -177,6 +181,7 @@ class CircuitWeights:
         gain = self.gain(name, layer)
         return weight if gain is None else weight * gain
 
+    @public
     def bias(self, name: Literal["Q", "K", "V"], layer: int) -> Tensor | None:
         """The whole bias of a layer's queries, keys or values, [H or Hkv, r]: b_Q, b_K or b_V, and ln_b @ W."""
         own: Tensor | None = getattr(self, f"b_{name}")
@@ -187,6 +192,7 @@ class CircuitWeights:
             total = moved if total is None else total + moved
         return total
 
+    @public
     def written_bias(self, layer: int) -> Tensor:
         """A layer's constant write to every position, b_O plus every head's value bias @ W_O, [d].
 
@@ -199,6 +205,7 @@ class CircuitWeights:
         gain = self.gain("W_O", layer)
         return total + (self.b_O[layer] if gain is None else self.b_O[layer] * gain)
 
+    @public
     def head_biases(self, layer: int) -> Tensor:
         """Every head's value bias @ W_O, [H, d]; zeros without one."""
         bias = self.bias("V", layer)
@@ -206,12 +213,7 @@ class CircuitWeights:
             return torch.zeros(self.n_heads, self.d_model, dtype=self.compute_dtype, device=self.device)
         return torch.einsum("hr,hrd->hd", self._repeated(bias), self.heads("W_O", layer))
 
-    @cached_property
-    def unembed_bias(self) -> Tensor | None:
-        """`whole_unembed_bias`, kept; without gradients."""
-        with torch.no_grad():
-            return self.whole_unembed_bias()
-
+    @public
     def whole_unembed_bias(self) -> Tensor | None:
         """The whole bias of the logits, [V]: b_U plus ln_final_b @ W_U; None without either."""
         total = None if self.b_U is None else self.b_U.to(self.compute_dtype)
@@ -238,6 +240,7 @@ class CircuitWeights:
         moved: dict[str, Any] = {name: tensor.to(target) for name, tensor in self.tensors()}
         return replace(self, **moved)
 
+    @public
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that load_weights reads."""
         from safetensors.torch import save_file

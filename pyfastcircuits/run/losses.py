@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from pyfastcircuits.model.norms import final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.modes import in_plain_modes
 from pyfastcircuits.ops import Backend, Precision, SweepPartial, joint_partial, sweep_partial
 from pyfastcircuits.ops.library import stripe_columns
 from pyfastcircuits.run import memory
@@ -193,6 +194,7 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_plain_modes
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, W_U, bias, targets = ctx.saved_tensors
         wide = W_U.to(rows.dtype)

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run import memory
@@ -19,11 +20,13 @@ from pyfastcircuits.run.trace import FrozenTrace
 Key = TypeVar("Key", bound=Hashable)
 
 
+@public
 def count_paths(n_layers: int, n_heads: int) -> list[int]:
     """The number of paths of each order 0..n_layers: C(n_layers, order) * n_heads**order."""
     return [comb(n_layers, order) * n_heads**order for order in range(n_layers + 1)]
 
 
+@public
 def enumerate_paths(n_layers: int, n_heads: int, order: int) -> list[Path]:
     """Every path through `order` heads, each a tuple of (layer, head) with increasing layers, sorted.
 
@@ -87,6 +90,7 @@ def _grouped(items: Sequence[Path], key: Callable[[Path], Key]) -> Iterator[tupl
     return iter(groups.items())
 
 
+@public
 def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:
     """The logits that one path adds, [B, T, V]: materialised on purpose; differentiable (see `trace`).
 
@@ -120,6 +124,7 @@ def order_streams(trace: FrozenTrace, max_order: int) -> Tensor:
     return torch.stack(streams)
 
 
+@public
 def order_losses(
     trace: FrozenTrace, max_order: int | None = None, *, per_token: bool = False, backend: Backend = "auto"
 ) -> Tensor:
@@ -156,6 +161,7 @@ class LayerMarginals(NamedTuple):
     given_rest: Tensor  # added to the direct path and the single-head paths of all other layers
 
 
+@public
 @torch.no_grad()
 def layer_marginals(trace: FrozenTrace, *, backend: Backend = "auto") -> LayerMarginals:
     """The article's marginal effects of each layer's heads as order-1 terms ("Term importance analysis")."""

@@ -1,13 +1,14 @@
 """One clean run with attention patterns and norm scales frozen: from there on the model is linear in its paths."""
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
 from pyfastcircuits.model.norms import centered, final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.modes import derived
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run.forward import Forward
 from pyfastcircuits.run.losses import row_losses
@@ -42,16 +43,24 @@ class FrozenModel:
         self.guard.check_unchanged()
         return self.guard.weights
 
+    @public
     def pattern(self, layer: int) -> Tensor:
         """Attention patterns of a layer, [B, H, T, T].
 
         Raises:
             IndexError: no such layer.
         """
-        if not 0 <= layer < len(self.patterns):
-            raise IndexError(f"layer is {layer}, expected 0 to {len(self.patterns) - 1}")
+        self.check_layer(layer)
         return stored(self.patterns[layer])
 
+    def check_layer(self, layer: int) -> None:
+        """Raise IndexError unless the model has the layer."""
+        if not self.patterns:
+            raise IndexError(f"layer is {layer}, but the model has no layers")
+        if not 0 <= layer < len(self.patterns):
+            raise IndexError(f"layer is {layer}, expected 0 to {len(self.patterns) - 1}")
+
+    @public
     def normed(self, stream: Tensor, layer: int) -> Tensor:
         """The frozen norm in front of `layer` (L: the final one) applied to any stream [..., B, T, d]: linear.
 
@@ -62,10 +71,12 @@ class FrozenModel:
         linear = final_norm_gain(stream, weights) if layer == weights.n_layers else centered(stream, weights)
         return linear * self.scales[layer][..., None]
 
+    @public
     def apply_post_norm(self, written: Tensor, layer: int) -> Tensor:
         """The part of `written`, by a layer's heads, that reaches the residual stream: through the norm after them."""
         return written if self.post_scales is None else written * self.post_scales[layer][..., None]
 
+    @public
     def attend(self, stream: Tensor, layer: int) -> Tensor:
         """The sum of the writes of all heads of a layer that read `stream` [..., B, T, d] under their frozen patterns.
 
@@ -77,6 +88,7 @@ class FrozenModel:
         written = torch.einsum("sbhtr,hrd->sbtd", z, weights.heads("W_O", layer))
         return self.apply_post_norm(written.view(stream.shape), layer)
 
+    @public
     def unembed(self, stream: Tensor) -> Tensor:
         """Logits [..., B, T, V] of a stream [..., B, T, d] through the frozen final norm, W_U and b_U, uncapped."""
         weights = self.weights
@@ -118,7 +130,12 @@ class FrozenTrace(FrozenModel):
         sizes = f"{weights.n_layers} layers of {weights.n_heads} heads"
         return f"FrozenTrace({sequences} sequences of {length} tokens, {sizes}, {self.embedded.dtype})"
 
-    @cached_property
+    @property
+    def learns(self) -> bool:
+        """Whether results have gradients: the run was made with them, or some of the weights require them."""
+        return self.final.requires_grad or any(tensor.requires_grad for _, tensor in self.guard.tensors)
+
+    @derived
     def streams(self) -> tuple[Tensor, ...]:
         """The clean residual stream before each layer and at the end, L + 1 of [B, T, d]."""
         streams = [self.embedded]
@@ -126,11 +143,16 @@ class FrozenTrace(FrozenModel):
             streams.append(streams[-1] + self.attend(streams[-1], layer) + self.non_head_writes[layer])
         return (*streams[:-1], self.final)
 
+    @public
     def z(self, layer: int) -> Tensor:
         """The values that each head of a layer has mixed in the clean run, before its W_O: [H, B, T, r].
 
         Value biases are in them.
+
+        Raises:
+            IndexError: no such layer.
         """
+        self.check_layer(layer)
         found = self._z.get(layer)
         if found is None:
             read = self.normed(self.streams[layer], layer)
@@ -140,19 +162,21 @@ class FrozenTrace(FrozenModel):
             found = self._z[layer] = apply_pattern(self.patterns[layer], values[None])[0].transpose(0, 1)
         return found
 
-    @cached_property
+    @derived
     def _z(self) -> dict[int, Tensor]:
         return {}
 
-    @cached_property
+    @derived
     def prefix_z(self) -> dict[tuple[tuple[int, int], ...], Tensor]:
         """The store of paths.path_z: z along paths that many longer paths begin with."""
         return {}
 
+    @public
     def non_head_stream(self, layer: int) -> Tensor:
         """The sum of everything that is no attention head and is written before `layer` reads, [B, T, d]."""
         return sum(self.non_head_writes[:layer], self.embedded)
 
+    @public
     def logits(self) -> Tensor:
         """The clean logits, [B, T, V]: materialised."""
         cap = self.weights.logit_cap
@@ -165,7 +189,7 @@ class FrozenTrace(FrozenModel):
         self.guard.check_unchanged()
         return self._token_losses
 
-    @cached_property
+    @derived
     def _token_losses(self) -> Tensor:
         return self.stream_losses(self.final[None])[0]
 
@@ -174,6 +198,7 @@ class FrozenTrace(FrozenModel):
         """Mean of token_losses, a scalar."""
         return self.mean(self.token_losses)
 
+    @public
     def stream_losses(self, streams: Tensor, backend: Backend = "auto") -> Tensor:
         """NLL [K, B, T-1] when each of `streams` [K, B, T, d] is the final residual stream. No [T, V] is stored."""
         weights = self.weights
@@ -184,11 +209,12 @@ class FrozenTrace(FrozenModel):
         out[:, seen] = losses.view(len(streams), -1)
         return out
 
-    @cached_property
+    @derived
     def predicting(self) -> Tensor | None:
         """[B, T-1]: positions that are real and whose next token is; None if all are."""
         return None if self.mask is None else self.mask[:, :-1] & self.mask[:, 1:]
 
+    @public
     def mean(self, losses: Tensor) -> Tensor:
         """Mean over sequences and predicting positions: [..., B, T-1] -> [...]."""
         return losses.mean((-2, -1)) if self.predicting is None else losses[..., self.predicting].mean(-1)
