@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyfastcircuits.kernels.common import configure, laid_out
 from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
-from pyfastcircuits.shapes import check_product, check_shapes, diagonal_ranks_outputs
+from pyfastcircuits.shapes import check_product, check_shapes, diagonal_ranks_outputs, register_outputs
 
 
 @triton.jit
@@ -82,4 +82,4 @@ def diagonal_ranks_triton(
         return torch.where((columns < 0) | (columns >= width), -1, ranks)
 
 
-diagonal_ranks_triton.register_fake(diagonal_ranks_outputs)
+register_outputs("diagonal_ranks_triton", diagonal_ranks_outputs)

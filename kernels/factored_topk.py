@@ -34,6 +34,7 @@ from pyfastcircuits.shapes import (
     check_product,
     check_shapes,
     factored_topk_outputs,
+    register_outputs,
     work_dtype,
 )
 
@@ -371,4 +372,4 @@ def _screened(screen: str, dtype: torch.dtype, per_row: bool, arch: int) -> bool
     return screen == "bf16"
 
 
-factored_topk_triton.register_fake(factored_topk_outputs)
+register_outputs("factored_topk_triton", factored_topk_outputs)

@@ -16,7 +16,7 @@ from pyfastcircuits.kernels.common import architecture, laid_out, rounded
 from pyfastcircuits.kernels.configs import Config, arithmetic, choose
 from pyfastcircuits.kernels.exp_sums import LOG2E, capped, finite, online_sum
 from pyfastcircuits.kernels.tile import dot, load_left, multiply, work_type
-from pyfastcircuits.shapes import check_shapes, frozen_attention_outputs
+from pyfastcircuits.shapes import check_shapes, frozen_attention_outputs, register_outputs
 
 # A score that is fused into a subtraction in one kernel alone would not be the one whose logsumexp was taken. Left to
 # itself, ptxas would rather spill than have few warps.
@@ -251,5 +251,5 @@ def launch(values: torch.Size, rank: int, dtype: str, precision: str, arch: int)
     return choose("frozen_attention", sizes, kind, arch), kind
 
 
-frozen_attention_triton.register_fake(frozen_attention_outputs)
+register_outputs("frozen_attention_triton", frozen_attention_outputs)
 register_frozen_attention(frozen_attention_triton, frozen_attention_triton)

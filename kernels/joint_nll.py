@@ -15,7 +15,7 @@ from pyfastcircuits.kernels.common import configure, laid_out, rounded
 from pyfastcircuits.kernels.exp_sums import LOG2E, capped, clean_means, expected, logsumexp, online_sum
 from pyfastcircuits.kernels.sweep import existing
 from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of, work_type
-from pyfastcircuits.shapes import check_shapes, joint_nll_outputs, work_dtype
+from pyfastcircuits.shapes import check_shapes, joint_nll_outputs, register_outputs, work_dtype
 
 CHANGES_WARPS = 2  # times as many where changes are summed too: the registers of fewer would spill
 
@@ -200,4 +200,4 @@ def _singles_change(
     return torch.where((group == home)[:, None], moved, torch.nan)
 
 
-joint_nll_triton.register_fake(joint_nll_outputs)
+register_outputs("joint_nll_triton", joint_nll_outputs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyfastcircuits.gradients import register_pair_norms
 from pyfastcircuits.kernels.common import configure, laid_out
 from pyfastcircuits.kernels.tile import load_left, multiply, work_type
-from pyfastcircuits.shapes import check_product, check_shapes, pair_norms_outputs
+from pyfastcircuits.shapes import check_product, check_shapes, pair_norms_outputs, register_outputs
 
 GROUP = tl.constexpr(8)  # blocks of left factors that share a block of right ones, from the L2 cache
 
@@ -98,5 +98,5 @@ def pair_norms_triton(
         return squares.sqrt_()
 
 
-pair_norms_triton.register_fake(pair_norms_outputs)
+register_outputs("pair_norms_triton", pair_norms_outputs)
 register_pair_norms(pair_norms_triton)

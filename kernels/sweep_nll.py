@@ -13,7 +13,7 @@ from torch import Tensor
 from pyfastcircuits.kernels.exp_sums import clean_means, expected, logsumexp, online_sum, reference
 from pyfastcircuits.kernels.sweep import block_and_split, logits_of, next_group, prepared, rows_of
 from pyfastcircuits.kernels.tile import load_left, tiles_of, work_type
-from pyfastcircuits.shapes import check_shapes, sweep_nll_outputs, work_dtype
+from pyfastcircuits.shapes import check_shapes, register_outputs, sweep_nll_outputs, work_dtype
 
 # Left to itself, ptxas would rather spill than have few warps.
 TOKENS_OPTIONS = {"num_stages": 1, "maxnreg": 255}
@@ -211,4 +211,4 @@ def sweep_nll_triton(
     return lse, picked, change
 
 
-sweep_nll_triton.register_fake(sweep_nll_outputs)
+register_outputs("sweep_nll_triton", sweep_nll_outputs)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyfastcircuits.kernels.sweep import block_and_split, logits_of, next_group, prepared, rows_of
 from pyfastcircuits.kernels.tile import load_left, tiles_of
-from pyfastcircuits.shapes import check_shapes, target_ranks_outputs, work_dtype
+from pyfastcircuits.shapes import check_shapes, register_outputs, target_ranks_outputs, work_dtype
 
 
 @triton.jit
@@ -102,4 +102,4 @@ def target_ranks_triton(
         return torch.where(((group < 0) | (group >= len(basis)))[:, None], -1, ranks)
 
 
-target_ranks_triton.register_fake(target_ranks_outputs)
+register_outputs("target_ranks_triton", target_ranks_outputs)

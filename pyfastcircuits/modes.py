@@ -53,7 +53,7 @@ def in_plain_modes(function: Function) -> Function:
     return cast("Function", run)
 
 
-class derived(Generic[T]):  # noqa: N801 (a decorator, as functools.cached_property)
+class derived(Generic[T]):
     """A property of an object that is computed once and kept, in plain modes.
 
     It is kept with and without gradients apart, where the object `learns` (has tensors that require them): a read
@@ -61,9 +61,11 @@ class derived(Generic[T]):  # noqa: N801 (a decorator, as functools.cached_prope
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
+        """Take the function that computes the value."""
         self.compute, self.__doc__ = in_plain_modes(compute), compute.__doc__
 
     def __set_name__(self, owner: type, name: str) -> None:
+        """The name that the value is kept under."""
         self.name = name
 
     @overload

@@ -5,7 +5,9 @@ the sizes by letter. The functions named `*_outputs` allocate an op's results fr
 the kernels fill them, and torch.compile takes their shapes.
 """
 
+from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +136,26 @@ def check_finite(**tensors: Tensor | None) -> None:
 def work_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of sums and of results: the tensor's own, and float32 for bfloat16."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def register_outputs(op: str, outputs: Callable[..., Any]) -> None:
+    """Tell torch.compile the shapes of an op's results: those that `outputs` allocates.
+
+    Torch runs this too where a tensor of device "meta" is among others: then it raises, as any other op of torch does.
+    """
+
+    def fake(*arguments: Any) -> Any:
+        schema = getattr(torch.ops.pyfastcircuits, op).default._schema.arguments
+        first: tuple[str, torch.device] | None = None
+        for parameter, argument in zip(schema, arguments, strict=False):
+            for tensor in argument if isinstance(argument, (list, tuple)) else [argument]:
+                if isinstance(tensor, Tensor):
+                    first = first or (parameter.name, tensor.device)
+                    if tensor.device != first[1]:
+                        raise ValueError(f"{parameter.name} is on {tensor.device}, but {first[0]} is on {first[1]}")
+        return outputs(*arguments)
+
+    torch.library.register_fake(f"pyfastcircuits::{op}", fake)
 
 
 Three = tuple[Tensor, Tensor, Tensor]

@@ -185,9 +185,7 @@ def sweep_inputs():
 
 WITHOUT_GRADIENT = {
     "sweep_nll": lambda base, delta, basis, targets: ops.sweep_nll(base, delta, basis, targets),
-    "joint_nll": lambda base, delta, basis, targets: ops.joint_nll(
-        base, delta, basis, targets, torch.tensor([[0, 1]])
-    ),
+    "joint_nll": lambda base, delta, basis, targets: ops.joint_nll(base, delta, basis, targets, torch.tensor([[0, 1]])),
     "factored_topk": lambda base, delta, basis, targets: ops.factored_topk(delta[0], basis[0], 3).values,
 }
 

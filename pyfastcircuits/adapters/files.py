@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.hugging_face import family_of, read_checkpoint
+from pyfastcircuits.arguments import public
 from pyfastcircuits.model.weights import METADATA, CircuitWeights
 
 BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")

@@ -5,9 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
 from pyfastcircuits.adapters import hugging_face, transformer_lens
 from pyfastcircuits.adapters.recording import freeze
+from pyfastcircuits.arguments import public
 from pyfastcircuits.model.norms import centered, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import check_range

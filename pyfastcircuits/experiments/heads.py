@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
 from pyfastcircuits.adapters.tracing import checked_tokens, trace
+from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.composition import composition_scores
 from pyfastcircuits.circuits.composition_baseline import composition_z_scores
 from pyfastcircuits.circuits.spectra import composed_eigenvalues, copying_scores, positivity

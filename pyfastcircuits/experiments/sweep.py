@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
 from pyfastcircuits.adapters.tracing import trace
+from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention, MeasureOptions, measured

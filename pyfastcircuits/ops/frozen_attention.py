@@ -13,10 +13,11 @@ from pyfastcircuits.shapes import (
     check_positive,
     check_shapes,
     frozen_attention_outputs,
+    register_outputs,
     work_dtype,
 )
 
-torch.library.register_fake("pyfastcircuits::frozen_attention", frozen_attention_outputs)
+register_outputs("frozen_attention", frozen_attention_outputs)
 register_frozen_attention("pyfastcircuits::frozen_attention", torch.ops.pyfastcircuits.frozen_attention)
 
 

@@ -2,7 +2,6 @@
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from pyfastcircuits.arguments import public
@@ -17,10 +16,11 @@ from pyfastcircuits.shapes import (
     check_shapes,
     in_range,
     joint_nll_outputs,
+    register_outputs,
     work_dtype,
 )
 
-torch.library.register_fake("pyfastcircuits::joint_nll", joint_nll_outputs)
+register_outputs("joint_nll", joint_nll_outputs)
 register_no_gradient("pyfastcircuits::joint_nll", "joint_nll")
 
 

@@ -22,10 +22,11 @@ from pyfastcircuits.shapes import (
     check_product,
     check_shapes,
     pair_norms_outputs,
+    register_outputs,
     work_dtype,
 )
 
-torch.library.register_fake("pyfastcircuits::pair_norms", pair_norms_outputs)
+register_outputs("pair_norms", pair_norms_outputs)
 register_pair_norms("pyfastcircuits::pair_norms")
 
 Route = Literal["auto", "products", "gram"]
@@ -196,8 +197,7 @@ def _mended(
     return norms
 
 
-@torch.library.register_fake("pyfastcircuits::pair_grams")  # type: ignore[untyped-decorator]
-def pair_grams_fake(
+def pair_grams_outputs(
     left: Tensor, right: list[Tensor], left_outer: Tensor | None, right_outer: list[Tensor], before: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes alone, for torch.compile."""
@@ -207,12 +207,15 @@ def pair_grams_fake(
     return inner, moments[0], moments[1]
 
 
-@torch.library.register_fake("pyfastcircuits::triangles")  # type: ignore[untyped-decorator]
-def triangles_fake(factors: Tensor) -> tuple[Tensor, Tensor]:
+def triangles_outputs(factors: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes alone, for torch.compile."""
     rank, dtype = factors.shape[2], torch.float64 if factors.dtype == torch.float64 else torch.float32
     triangles = factors.new_empty(len(factors), rank, rank, dtype=dtype)
     return triangles, factors.new_empty(len(factors), dtype=torch.bool)
+
+
+register_outputs("pair_grams", pair_grams_outputs)
+register_outputs("triangles", triangles_outputs)
 
 
 def _save_grams(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

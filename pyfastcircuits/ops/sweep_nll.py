@@ -17,11 +17,12 @@ from pyfastcircuits.shapes import (
     check_positive,
     check_shapes,
     in_range,
+    register_outputs,
     sweep_nll_outputs,
     work_dtype,
 )
 
-torch.library.register_fake("pyfastcircuits::sweep_nll", sweep_nll_outputs)
+register_outputs("sweep_nll", sweep_nll_outputs)
 register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
 
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle

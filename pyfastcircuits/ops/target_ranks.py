@@ -7,9 +7,9 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.ops.sweep_nll import checked_sweep
-from pyfastcircuits.shapes import PRECISIONS, check_choice, target_ranks_outputs
+from pyfastcircuits.shapes import PRECISIONS, check_choice, register_outputs, target_ranks_outputs
 
-torch.library.register_fake("pyfastcircuits::target_ranks", target_ranks_outputs)
+register_outputs("target_ranks", target_ranks_outputs)
 
 THRESHOLD_ELEMENTS = 1 << 22  # fp64 columns of the basis that are held at once
 
