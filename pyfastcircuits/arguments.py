@@ -86,12 +86,14 @@ def check_fields(instance: Any) -> None:
 
 
 def _kinds(hints: dict[str, Any]) -> dict[str, Kind]:
-    """By parameter or field; those that may be anything are left out, as are classes that their own methods name."""
+    """By parameter or field; left out are those that may be anything, classes that their own methods name, and heads,
+    which `run.nodes` knows better.
+    """
     free = (Any, inspect.Parameter.empty)
     return {
         name: Kind(hint)
         for name, hint in hints.items()
-        if not isinstance(hint, str) and not set(free) & set(_alternatives(hint))
+        if not isinstance(hint, str) and hint != Sequence[int] and not set(free) & set(_alternatives(hint))
     }
 
 
@@ -148,7 +150,7 @@ def _expected(kind: Any) -> str:
     if origin is Callable:
         return "a function"
     if origin in (Iterable, Sequence, list, tuple):
-        return "a sequence"
+        return "a sequence of integers" if kind == Sequence[int] else "a sequence"
     return _EXPECTED.get(origin, origin.__name__)
 
 

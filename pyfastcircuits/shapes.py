@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-PRECISIONS = ("ieee", "tf32", "bf16")
 SCREENS = ("auto", "none", "bf16")
 MOST = {"cpu": 1 << 24, "triton": 1 << 16, "cuda": 1 << 16}  # k of a whole matrix, in factored_topk
 MOST_PER_ROW = {"cpu": 1 << 16, "triton": 1024, "cuda": 1024}

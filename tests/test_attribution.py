@@ -181,7 +181,7 @@ BAD = {
     "position": (lambda r: fc.direct_logit_attribution(r, positions=[9]), IndexError, "positions holds 9"),
     "last": (lambda r: fc.direct_logit_attribution(r, positions=8), ValueError, "has no next token: give targets"),
     "size": (lambda r: fc.project(r, one[:19]), ValueError, r"direction has shape \[19\], expected \[20\] or \[k, 20\]"),
-    "list": (lambda r: fc.project(r, [1.0] * 20), TypeError, "direction is list, expected a tensor of floating"),
+    "list": (lambda r: fc.project(r, [1.0] * 20), TypeError, "direction is a list, expected a tensor"),
     "integers": (lambda r: fc.project(r, one.long()), TypeError, "direction is torch.int64"),
     "layer": (lambda r: fc.project(r, one, layer=3), IndexError, "layer is 3, expected 0 to 2"),
     "norm": (lambda r: fc.logit_lens(r, final_norm="none"), ValueError, "final_norm is 'none'"),

@@ -160,11 +160,11 @@ def test_errors():
             function(WEIGHTS, (3, 0))
         with pytest.raises(ValueError, match="head is 7"):
             function(WEIGHTS, 7)
-    with pytest.raises(ValueError, match="circuit is 'VO', expected 'OV' or 'QK'"):
+    with pytest.raises(ValueError, match="circuit is 'VO', expected one of OV, QK"):
         fc.circuit_eigenvalues(WEIGHTS, "VO")
     for arguments, message in (
-        (("start", (0, 0)), "source is 'start', expected 'embed'"),
-        (("embed", "end"), "destination is 'end', expected .* or 'unembed'"),
+        (("start", (0, 0)), "source is 'start', expected .* one of embed"),
+        (("embed", "end"), "destination is 'end', expected .* one of unembed"),
         (((1, 0), (1, 1)), "source .* is not in a layer before"),
         (((0, 0), (1, 1), "X"), "kind is 'X'"),
     ):

@@ -295,7 +295,7 @@ BAD = {
     "mask": ({"mask": torch.ones(2, 131)}, TypeError, "mask has dtype torch.float32, expected torch.bool"),
     "mask shape": ({"mask": torch.ones(2, 1) > 0}, ValueError, r"mask has shape \[2, 1\], expected \[2, 131\]"),
     "window": ({"window": 0}, ValueError, "window is 0, expected an integer from 1"),
-    "window type": ({"window": 2.5}, ValueError, r"window is 2\.5, expected an integer"),
+    "window type": ({"window": 2.5}, TypeError, r"window is 2\.5, expected an integer"),
     "softcap": ({"softcap": -1.0}, ValueError, r"softcap is -1\.0, expected a positive number"),
     "dtype": (
         {"k": torch.ones(2, 2, 131, 37).double()},

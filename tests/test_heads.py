@@ -204,7 +204,7 @@ def test_bad_input():
         ({"batches": 0}, ValueError, "batches is 0, expected at least 1"),
         ({"length": 16}, ValueError, "length is 16, 2 copies and the token in front are 33, but W_pos has only 32"),
         ({"start": 97}, IndexError, "start is 97, expected 0 to 96"),
-        ({"tokens": [1, 2]}, TypeError, "tokens is list"),
+        ({"tokens": [1, 2]}, TypeError, "tokens is a list, expected a tensor"),
         ({"tokens": torch.tensor([1, 97])}, IndexError, "is 97"),
         ({"tokens": torch.zeros(40, dtype=torch.long)}, ValueError, "tokens has 40 positions, but W_pos has only 32"),
     ):

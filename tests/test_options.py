@@ -103,7 +103,7 @@ def test_a_logit_difference_of_two_tokens_reads_as_it_is_said(run):
         ({"metric": fc.LogitDifference(3)}, ValueError, "against is missing, but metric is LogitDifference"),
         ({"metric": fc.NLL(3), "targets": 3}, ValueError, r"metric is NLL\(...\), which holds its tokens"),
         ({"metric": "loss"}, ValueError, "metric is 'loss', expected one of nll, kl, logit_difference, probability"),
-        ({"metric": fc.NLL}, ValueError, "expected one of nll, .* or a metric object"),
+        ({"metric": fc.NLL}, TypeError, "metric is the class NLL, expected one of nll, .* or MetricSpec"),
         ({"metric": fc.NLL(97)}, IndexError, "targets is 97, expected 0 to 96"),
     ],
 )

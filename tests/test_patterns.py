@@ -44,7 +44,7 @@ def test_no_square_of_the_context_is_held():
 
 def test_errors():
     weights = random_weights()
-    with pytest.raises(ValueError, match="store is 'all', expected 'patterns' or 'qk'"):
+    with pytest.raises(ValueError, match="store is 'all', expected one of patterns, qk"):
         fc.trace(weights, random_tokens(), store="all")
     with pytest.raises(TypeError, match="weights is a Linear, expected CircuitWeights"):
         fc.trace(torch.nn.Linear(2, 2), random_tokens(), store="qk")

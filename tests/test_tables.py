@@ -218,8 +218,11 @@ def test_positions_that_are_copied():
 
 
 def test_bad_searches():
-    for k in (0, -1, 97 * 97 + 1, True, 2.0):
+    for k in (0, -1, 97 * 97 + 1):
         with pytest.raises(ValueError, match=f"k is {k!r}, expected an integer from 1 to 9409"):
+            fc.top_entries(CIRCUIT, k)
+    for k in (True, 2.0):
+        with pytest.raises(TypeError, match=f"k is {k!r}, expected an integer"):
             fc.top_entries(CIRCUIT, k)
     with pytest.raises(ValueError, match="k is 98, expected an integer from 1 to 97"):
         fc.top_per_row(CIRCUIT, 98)
@@ -240,7 +243,7 @@ def test_bad_searches():
             with pytest.raises(ValueError, match=f"{name} holds 4 2 times"):
                 function(CIRCUIT, 1, **{name: [4, 1, 4]})
     for options, message in (
-        ({"normalize": "softmax"}, "normalize is 'softmax', expected None, 'center' or 'log_softmax'"),
+        ({"normalize": "softmax"}, "normalize is 'softmax', expected one of center, log_softmax"),
         ({"row_weights": torch.ones(96)}, r"row_weights has shape \[96\], expected \[97\]"),
         ({"row_weights": torch.full((97,), torch.nan)}, r"row_weights\[0\] is nan"),
         ({"screen": "fp8"}, "screen is 'fp8'"),

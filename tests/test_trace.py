@@ -54,7 +54,7 @@ BAD = {
     "out of range": (torch.tensor([[1, 2], [3, 97]]), IndexError, r"tokens\[1, 1\] is 97, expected 0 to 96"),
     "negative": (torch.tensor([1, -2]), IndexError, r"tokens\[1\] is -2, expected 0 to 96"),
     "floats": (torch.tensor([1.0, 2.0]), TypeError, "tokens is torch.float32"),
-    "a list": ([1, 2], TypeError, "tokens is list"),
+    "a list": ([1, 2], TypeError, "tokens is a list, expected a tensor"),
 }
 
 

@@ -45,7 +45,7 @@ BAD = {
     "W_pos missing": (parts(W_pos=None), ValueError, "W_pos is missing, but positional is 'shortformer'"),
     "W_pos given": (parts(positional="none"), ValueError, "W_pos is given, but positional is 'none'"),
     "positional": (parts(positional="alibi"), ValueError, "positional is 'alibi', expected one of none, standard"),
-    "norm": (parts(norm="batch"), ValueError, "norm is 'batch', expected None or one of layernorm, rmsnorm"),
+    "norm": (parts(norm="batch"), ValueError, "norm is 'batch', expected one of layernorm, rmsnorm"),
     "scale": (parts(attention_scale=0.0), ValueError, "attention_scale is 0.0"),
     "eps": (parts(eps=-1.0), ValueError, "eps is -1.0"),
     "rotary_dim": (parts(rotary_dim=5), ValueError, "rotary_dim is 5, expected an even number of at most d_head = 6"),

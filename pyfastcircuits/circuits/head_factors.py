@@ -126,8 +126,6 @@ def both_sides(
     Raises:
         TypeError, ValueError, IndexError: as composition_scores.
     """
-    if not isinstance(weights, CircuitWeights):
-        raise TypeError(f"weights is a {type(weights).__name__}, expected CircuitWeights")
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")

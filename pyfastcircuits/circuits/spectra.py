@@ -33,8 +33,6 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
 
     Source: "Summarizing OV/QK Matrices", Elhage et al. 2021.
     """
-    if circuit not in ("OV", "QK"):
-        raise ValueError(f"circuit is {circuit!r}, expected 'OV' or 'QK'")
     middle = _unembed_embed(weights) if circuit == "OV" else _embed_embed(weights)
     small = middle.new_empty(weights.n_layers, weights.n_heads, weights.d_head, weights.d_head)
     for layer in range(weights.n_layers):

@@ -12,7 +12,7 @@ from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Result
-from pyfastcircuits.run.nodes import KINDS, Head, Kind, parse_head
+from pyfastcircuits.run.nodes import Head, Kind, parse_head
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -72,8 +72,6 @@ def subspaces(
     2024, "Talking Heads".
     """
     weights = model.weights if isinstance(model, FrozenTrace) else model
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     most = min(weights.d_head, weights.d_model)
     rank = most if rank is None else rank
     if not 1 <= rank <= most:

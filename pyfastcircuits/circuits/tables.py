@@ -16,12 +16,11 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.vocabulary import ov_circuit
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import Backend, TopEntries
+from pyfastcircuits.ops import Backend, Screen, TopEntries
 from pyfastcircuits.shapes import check_finite, check_range
 
 Indices = Sequence[int] | Tensor
 Normalize = Literal["center", "log_softmax"] | None
-NORMALIZE = (None, "center", "log_softmax")
 POSITIONS = 16  # the least that a block of the sweep kernel has on a GPU; the clean logits of each take memory
 
 
@@ -36,7 +35,7 @@ def top_entries(
     columns: Indices | None = None,
     row_weights: Tensor | None = None,
     normalize: Normalize = None,
-    screen: str = "auto",
+    screen: Screen = "auto",
     backend: Backend = "auto",
 ) -> TopEntries:
     """The k largest (or smallest) of the entries row_weight * (entry - shift) of a factored matrix, never formed.
@@ -145,8 +144,6 @@ def _searched(
 ) -> _Searched:
     if matrix.has_leading_dims:
         raise ValueError(f"matrix has shape {list(matrix.shape)}, expected [N, M]: index its leading dimensions")
-    if normalize not in NORMALIZE:
-        raise ValueError(f"normalize is {normalize!r}, expected None, 'center' or 'log_softmax'")
     A, B = (computable(factor.to(matrix.dtype)) for factor in matrix.pair)
     row_index = checked_indices("rows", rows, matrix.ldim, A.device, repeated=repeated_rows)
     column_index = checked_indices("columns", columns, matrix.rdim, A.device)

@@ -15,7 +15,7 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.vocabulary import embedded_tokens, through_final_gain
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.weights import CircuitWeights, Weight
-from pyfastcircuits.run.nodes import KINDS, Kind, parse_head, parse_path
+from pyfastcircuits.run.nodes import Kind, parse_head, parse_path
 from pyfastcircuits.run.trace import FrozenTrace
 
 _READS: dict[str, Weight] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
@@ -51,14 +51,6 @@ def virtual_weights(
 
     Source: "Virtual Weights and the Residual Stream as a Communication Channel", Elhage et al. 2021.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    if hops not in ("direct", "all"):
-        raise ValueError(f"hops is {hops!r}, expected 'direct' or 'all'")
-    if isinstance(source, str) and source != "embed":
-        raise ValueError(f"source is {source!r}, expected 'embed' or (layer, head)")
-    if isinstance(destination, str) and destination != "unembed":
-        raise ValueError(f"destination is {destination!r}, expected (layer, head) or 'unembed'")
     first, last = -1, weights.n_layers
     if isinstance(source, str):
         written = embedded_tokens(weights)

@@ -19,7 +19,7 @@ A backend that is not there raises; nothing falls back. `precision` is "ieee" (t
 inputs accumulate in fp32), "tf32" (Triton) or "bf16" (factors rounded to bfloat16, fp32 accumulation).
 """
 
-from pyfastcircuits.ops.backend import Backend, Precision, resolve_backend
+from pyfastcircuits.ops.backend import Backend, Precision, Screen, resolve_backend
 from pyfastcircuits.ops.diagonal_ranks import diagonal_ranks
 from pyfastcircuits.ops.factored_topk import TopEntries, factored_topk
 from pyfastcircuits.ops.frozen_attention import attention_lse, frozen_attention
@@ -34,6 +34,7 @@ __all__ = [
     "FactoredPairNorms",
     "Precision",
     "Route",
+    "Screen",
     "SweepPartial",
     "TopEntries",
     "attention_lse",

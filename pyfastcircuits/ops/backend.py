@@ -10,6 +10,7 @@ from pyfastcircuits.shapes import check_choice
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "reference"]
 Precision = Literal["ieee", "tf32", "bf16"]
+Screen = Literal["auto", "none", "bf16"]
 BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 CUDA_OPS = ("sweep_nll", "factored_topk", "diagonal_ranks")  # those that have a CUDA C++ kernel
 

@@ -7,12 +7,10 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
-from pyfastcircuits.ops.backend import Backend, kernel_of, resolve_backend
+from pyfastcircuits.ops.backend import Backend, Screen, kernel_of, resolve_backend
 from pyfastcircuits.shapes import (
     MOST,
     MOST_PER_ROW,
-    SCREENS,
-    check_choice,
     check_finite,
     check_product,
     factored_topk_outputs,
@@ -40,7 +38,7 @@ def factored_topk(
     largest: bool = True,
     per_row: bool = False,
     shift: Tensor | None = None,  # [N]
-    screen: str = "auto",
+    screen: Screen = "auto",
     backend: Backend = "auto",
 ) -> TopEntries:
     """The k largest (or smallest) entries of A @ B, or of each of its rows; no row of the product is stored.
@@ -82,7 +80,6 @@ def factored_topk(
     if not 1 <= k <= entries:
         raise ValueError(f"k is {k!r}, expected an integer from 1 to {entries} ({of})")
     chosen = resolve_backend(backend, A.device, "factored_topk")
-    check_choice("screen", screen, SCREENS)
     if chosen == "reference":
         return TopEntries(*reference.factored_topk(A, B, k, largest, per_row, shift))
     most = (MOST_PER_ROW if per_row else MOST)[chosen]

@@ -8,8 +8,6 @@ from pyfastcircuits.gradients import register_frozen_attention
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.shapes import (
-    PRECISIONS,
-    check_choice,
     check_positive,
     check_shapes,
     frozen_attention_outputs,
@@ -129,7 +127,6 @@ def _attend(
         raise ValueError(f"window is {window!r}, expected an integer from 1 on")
     check_positive("softcap", softcap)
     chosen = resolve_backend(backend, q.device, "frozen_attention")
-    check_choice("precision", precision, PRECISIONS)
     scale = max(sizes["r"], 1) ** -0.5 if scale is None else scale
     arguments = q, k, values, lse, pre, post, mask, scale, window, softcap, False
     if chosen == "reference":

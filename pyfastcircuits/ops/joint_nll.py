@@ -10,8 +10,6 @@ from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.ops.sweep_nll import SweepPartial, checked_sweep, clean_logsumexp
 from pyfastcircuits.shapes import (
-    PRECISIONS,
-    check_choice,
     check_positive,
     check_shapes,
     in_range,
@@ -43,7 +41,6 @@ def joint_partial(
     The logits of pair p are `base[t] + C[pairs[p, 0], t] + C[pairs[p, 1], t]` with `C[i] = delta[i] @ basis[group[i]]`.
     """
     chosen = resolve_backend(backend, base.device, "joint_nll")
-    check_choice("precision", precision, PRECISIONS)
     check_positive("cap", cap)
     if chosen == "reference":
         return SweepPartial(*reference.joint_nll(base, delta, basis, tokens, group, pairs, clean_lse, cap))

@@ -12,8 +12,6 @@ from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.shapes import (
-    PRECISIONS,
-    check_choice,
     check_positive,
     check_shapes,
     in_range,
@@ -69,7 +67,6 @@ def sweep_partial(
     of the vocabulary, SCRATCH bytes at a time. Shapes alone decide, so that no result depends on threads.
     """
     chosen = resolve_backend(backend, base.device)
-    check_choice("precision", precision, PRECISIONS)
     check_positive("cap", cap)
     if outer is not None and not (chosen == "cpu" and len(outer) >= FUSED_GROUPS):
         bytes_a_column = base.element_size() * (outer[..., 0].numel() + 2 * len(basis[0]))

@@ -7,7 +7,7 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.ops.sweep_nll import checked_sweep
-from pyfastcircuits.shapes import PRECISIONS, check_choice, register_outputs, target_ranks_outputs
+from pyfastcircuits.shapes import register_outputs, target_ranks_outputs
 
 register_outputs("target_ranks", target_ranks_outputs)
 
@@ -33,7 +33,6 @@ def rank_partial(
     is greater than NaN.
     """
     chosen = resolve_backend(backend, base.device, "target_ranks")
-    check_choice("precision", precision, PRECISIONS)
     if chosen == "reference":
         return reference.target_ranks(base, delta, basis, tokens, group, thresholds)
     kernel = kernel_of("target_ranks", chosen)
@@ -80,7 +79,6 @@ def target_ranks(
         RuntimeError: a backend or precision that is not there.
     """
     group, tokens = checked_sweep(base, delta, basis, group, {"targets": targets})
-    check_choice("precision", precision, PRECISIONS)
     there = (tokens[:, 0] >= 0) & (tokens[:, 0] < base.shape[1])
     tokens = torch.where(there, tokens[:, 0], 0)
     thresholds = _target_logits(base, delta, basis, tokens, group, precision)
