@@ -36,7 +36,6 @@ def checked(folder: Path, op: str, tier: str) -> subprocess.CompletedProcess:
 def test_a_size_that_does_not_fit_is_not_compiled(what, tmp_path):
     file, text, wrong, op, tier = WRONG[what]
     shutil.copytree(CSRC, tmp_path / "csrc")
-    assert checked(tmp_path / "csrc", op, tier).returncode == 0
     changed = tmp_path / "csrc" / file
     code, count = re.subn(text, wrong, changed.read_text())
     assert count == 1
