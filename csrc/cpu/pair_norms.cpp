@@ -1,8 +1,6 @@
 // pair_norms on the CPU: the Frobenius norms of all left[i] @ right[j]. A task packs some right factors side by side
 // and multiplies left factors by them; the squares of each product are summed before the next, so that none reaches
 // memory. Sums run in an order that depends on the shapes alone: results do not depend on threads.
-#include <cstdint>
-
 #include "dispatch.h"
 
 namespace fc::cpu {
@@ -143,12 +141,7 @@ const PairKernels* pair_kernels(Arithmetic arithmetic) { return select<Pairs>(ar
 
 #else  // the torch-facing half
 
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
-
-#include "../plan.h"
-#include "scratch.h"
 
 namespace fc::cpu {
 
@@ -190,8 +183,7 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
   sizes("before", before, "M", ScalarType::Long);
   check_dtypes("left and right", {left, right});
   const int64_t N = sizes["N"], M = sizes["M"], r = sizes["r"], d = sizes["d"], s = sizes["s"];
-  const PairKernels* kernels = pick_pair_kernels(arithmetic_of("left", left.scalar_type(), precision));
-  check_instructions(kernels != nullptr, "precision");
+  const PairKernels& kernels = *pick(pick_pair_kernels, "left", left, precision);
 
   Tensor squares = torch::stable::new_empty(left, {N, M}, ScalarType::Double);
   auto* out = data_of<double>(squares);
@@ -200,7 +192,7 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
   if (N * M == 0 || r == 0 || d == 0 || s == 0)
     std::fill(out, out + N * M, 0.0);
   else
-    run_products(arguments, *kernels, result_dtype(left) == ScalarType::Double ? 8 : 4, out);
+    run_products(arguments, kernels, result_dtype(left) == ScalarType::Double ? 8 : 4, out);
   for (int64_t n = 0; n < N * M; ++n) out[n] = std::sqrt(out[n]);
   return torch::stable::to(squares, result_dtype(left));
 }
