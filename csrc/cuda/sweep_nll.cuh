@@ -14,10 +14,10 @@ struct SweepArguments {
   const double* scale;               // [P,T] or null
   const double* clean_lse;           // [T] or null
   double cap;                        // logits x become cap * tanh(x / cap); 0: they do not
-  double *lse, *change;              // partial, [S,P,T]; change may be null
   double* picked;                    // [P,T,K], zero
   int64_t pairs, positions, vocabulary, rank, groups, tokens_per_position;
-  int64_t splits, columns_a_split;
+  int64_t splits = 0, columns_a_split = 0;
+  double *lse = nullptr, *change = nullptr;  // partial, [S,P,T]; change may be null
 };
 
 static __device__ float exp_2(float x) { return exp2f(x); }
