@@ -9,6 +9,11 @@ template <int N>
 struct Strided {  // a tensor of N dimensions as kernels see it; data is null where there is none
   void* data;
   int64_t stride[N];
+
+  template <class T>
+  const T* at(int64_t i) const {  // what has the first index i
+    return static_cast<const T*>(data) + i * stride[0];
+  }
 };
 
 // The type of the inputs, and how they are multiplied; "by_bf16": both factors are rounded to bfloat16 first.

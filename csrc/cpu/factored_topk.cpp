@@ -364,18 +364,14 @@ void search_rows(TopkArguments& s, const TopkKernels& kernels, int64_t k, const 
 const TopkKernels& kernels_of(const Tensor& A, const std::string& screen, bool pays) {
   STD_TORCH_CHECK(screen == "auto" || screen == "none" || screen == "bf16", "screen is '", screen,
                   "', expected 'auto', 'none' or 'bf16'");
-  const Arithmetic arithmetic = arithmetic_of("A", A);
-  if (screen == "bf16") {
-    STD_TORCH_CHECK(arithmetic == Arithmetic::fp32, "screen is 'bf16' but A is ",
-                    arithmetic == Arithmetic::fp64 ? "float64" : "bfloat16",
-                    "; a screen in bfloat16 is for float32 factors");
-    const TopkKernels* found = pick_topk_kernels(Arithmetic::fp32_by_bf16);
-    check_instructions(found != nullptr, "screen");
-    return *found;
-  }
-  const bool wanted = screen == "auto" && pays && arithmetic == Arithmetic::fp32;
-  const TopkKernels* found = wanted ? pick_topk_kernels(Arithmetic::fp32_by_bf16) : nullptr;
-  return *(found != nullptr ? found : pick_topk_kernels(arithmetic));
+  const Arithmetic exact = arithmetic_of("A", A);
+  const bool forced = screen == "bf16", single = exact == Arithmetic::fp32;
+  STD_TORCH_CHECK(!forced || single, "screen is 'bf16' but A is ", exact == Arithmetic::fp64 ? "float64" : "bfloat16",
+                  "; a screen in bfloat16 is for float32 factors");
+  const bool wanted = forced || (screen == "auto" && pays && single);
+  const TopkKernels* screened = wanted ? pick_topk_kernels(Arithmetic::fp32_by_bf16) : nullptr;
+  if (forced) check_instructions(screened != nullptr, "screen");
+  return *(screened != nullptr ? screened : pick_topk_kernels(exact));
 }
 
 std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& B, int64_t k, bool largest,

@@ -11,8 +11,7 @@ namespace fc::cpu {
 
 // Factors F_i: `inner` rows of `depth` entries, any strides; X_i = outer_i F_{i / shared} has `rank` rows.
 struct GramFactors {
-  const void *factors, *outer;         // outer: [rank, inner] each, or null for the identity
-  int64_t stride[3], outer_stride[3];  // of factor, row, entry
+  Strided<3> factors, outer;  // by factor, row and entry; outer: [rank, inner] each, or null for the identity
   int64_t count, shared, inner;
 };
 
@@ -51,6 +50,8 @@ struct GramKernels {
 }  // namespace fc::cpu
 
 #ifdef FC_TIER
+
+#include <bit>
 
 namespace fc::cpu::FC_TIER {
 
@@ -98,22 +99,23 @@ struct Grams {
     T* out = static_cast<T*>(packed) + i * panel_size(s);
     const GramFactors* f = s.parts;
     for (; i >= f->count; ++f) i -= f->count;
-    const auto* factor = static_cast<const Source*>(f->factors) + i / f->shared * f->stride[0];
+    const Source* factor = f->factors.at<Source>(i / f->shared);
     const int64_t rows = blocks_of(s.rank) * kRows;
-    Buffer<T> panel{f->outer == nullptr ? 0 : f->inner * kW}, blocks{f->outer == nullptr ? 0 : rows * f->inner};
+    Buffer<T> panel{f->outer.data == nullptr ? 0 : f->inner * kW};
+    Buffer<T> blocks{f->outer.data == nullptr ? 0 : rows * f->inner};
     bool triangle = false;
     double total = 0;
-    if (f->outer != nullptr) {
-      const auto* outer = static_cast<const Source*>(f->outer) + i * f->outer_stride[0];
-      triangle = is_triangle(outer, s.rank, f->inner, f->outer_stride[1], f->outer_stride[2]);
-      pack_rows<Scheme>(blocks.data, outer, s.rank, f->inner, f->outer_stride[1], f->outer_stride[2]);
+    if (f->outer.data != nullptr) {
+      const Source* outer = f->outer.at<Source>(i);
+      triangle = is_triangle(outer, s.rank, f->inner, f->outer.stride[1], f->outer.stride[2]);
+      pack_rows<Scheme>(blocks.data, outer, s.rank, f->inner, f->outer.stride[1], f->outer.stride[2]);
     }
     for (int64_t first = 0; first < s.depth; first += kW, out += s.count * panel_size(s)) {
-      T* given = f->outer == nullptr ? out : panel.data;
-      pack_right<Scheme>(given, factor + first * f->stride[2], f->inner, smaller(kW, s.depth - first), f->stride[1],
-                         f->stride[2]);
+      T* given = f->outer.data == nullptr ? out : panel.data;
+      pack_right<Scheme>(given, factor + first * f->factors.stride[2], f->inner, smaller(kW, s.depth - first),
+                         f->factors.stride[1], f->factors.stride[2]);
       Vec<T> square{};
-      if (f->outer == nullptr) {
+      if (f->outer.data == nullptr) {
         for (int64_t e = s.rank * kW; e < rows * kW; ++e) out[e] = 0;
         for (int64_t row = 0; row < rows; row += kRows) square += squares(out + row * kW);
       } else {
@@ -194,7 +196,7 @@ struct Grams {
   static inline void add_sums(const Vec<T>* c, double weight, double* sums) {
     constexpr int lanes = kLanes<T>, left = kRows * kVectors - kFirst;
     if constexpr (left > 0) {
-      constexpr int some = left < lanes ? largest_power(left) : lanes;
+      constexpr int some = left < lanes ? static_cast<int>(std::bit_floor(unsigned{left})) : lanes;
       alignas(64) T total[lanes];
       store(total, fc::cpu::FC_TIER::sums<T, some>(c + kFirst));
 #pragma GCC unroll 16
@@ -202,7 +204,6 @@ struct Grams {
       add_sums<kFirst + some>(c, weight, sums);
     }
   }
-  static constexpr int largest_power(int n) { return n < 2 ? 1 : 2 * largest_power(n / 2); }
 
   static bool any_wanted(const GramArguments& g, int64_t i, int64_t j) {
     for (int64_t row = i; row < smaller(i + kRows, g.left.count); ++row)
@@ -287,23 +288,18 @@ constexpr int64_t kMostGroups = 32, kPartialSums = 8 << 20;
 
 // row, entry: which of the factors' dimensions are the rows and the entries of X.
 GramFactors factors_of(const char* name, const Tensor& factors, const Tensor* outer, int row, int entry) {
-  GramFactors f{.factors = factors.data_ptr(),
-                .outer = nullptr,
-                .stride = {factors.stride(0), factors.stride(row), factors.stride(entry)},
-                .outer_stride = {},
-                .count = factors.size(0),
-                .shared = 1,
-                .inner = factors.size(row)};
+  const auto ordered = [&](const Tensor& x) {
+    return Strided<3>{x.data_ptr(), {x.stride(0), x.stride(row), x.stride(entry)}};
+  };
+  GramFactors f{ordered(factors), {}, factors.size(0), 1, factors.size(row)};
   if (outer == nullptr) return f;
   STD_TORCH_CHECK(outer->dim() == 3 && outer->size(entry) == f.inner &&
                       outer->size(0) % std::max<int64_t>(f.count, 1) == 0 && (f.count > 0 || outer->size(0) == 0),
                   name, "_outer has shape ", shape_of(*outer), ", which does not fit ", name, " ", shape_of(factors));
   STD_TORCH_CHECK(outer->scalar_type() == factors.scalar_type(), name, "_outer and ", name, " differ in dtype");
-  f.outer = outer->data_ptr();
+  f.outer = ordered(*outer);
   f.shared = outer->size(0) / std::max<int64_t>(f.count, 1);
   f.count = outer->size(0);
-  const int64_t strides[] = {outer->stride(0), outer->stride(row), outer->stride(entry)};
-  std::copy(strides, strides + 3, f.outer_stride);
   return f;
 }
 

@@ -42,16 +42,10 @@ struct Pairs {
   static int64_t packed_size(const PairArguments& p) { return blocks_of(p.rank) * kRows * steps<Scheme>(p.depth); }
   static int64_t packed_bytes(const PairArguments& p) { return packed_size(p) * static_cast<int64_t>(sizeof(Left)); }
   static bool wanted(const PairArguments& p, int64_t i, int64_t j) { return p.before == nullptr || i < p.before[j]; }
-  static const Source* left(const PairArguments& p, int64_t i) {
-    return static_cast<const Source*>(p.left.data) + i * p.left.stride[0];
-  }
-  static const Source* right(const PairArguments& p, int64_t j) {
-    return static_cast<const Source*>(p.right.data) + j * p.right.stride[0];
-  }
 
   static void pack(const PairArguments& p, void* packed, int64_t i) {
-    pack_rows<Scheme>(static_cast<Left*>(packed) + i * packed_size(p), left(p, i), p.rank, p.depth, p.left.stride[1],
-                      p.left.stride[2]);
+    pack_rows<Scheme>(static_cast<Left*>(packed) + i * packed_size(p), p.left.at<Source>(i), p.rank, p.depth,
+                      p.left.stride[1], p.left.stride[2]);
   }
 
   // Packs right factors first..end side by side as panels [panel][step][kW]: a factor may end in the middle of a panel.
@@ -64,7 +58,7 @@ struct Pairs {
         for (int64_t step = 0; step < depth; ++step) out[step * kW] = 0;
         continue;
       }
-      const Source* column = right(p, first + c / p.width) + c % p.width * p.right.stride[2];
+      const Source* column = p.right.at<Source>(first + c / p.width) + c % p.width * p.right.stride[2];
       for (int64_t step = 0; step < depth; ++step)
         out[step * kW] = Scheme::right(column + step * Scheme::kDepth * p.right.stride[1], p.right.stride[1],
                                        p.depth - step * Scheme::kDepth);

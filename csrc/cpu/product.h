@@ -121,8 +121,6 @@ static void pack_columns(const Product& p, const Stripe& stripe, typename Scheme
 
 #else  // the torch-facing half
 
-#include "../product.h"
-
 namespace fc::cpu {
 
 inline constexpr int64_t kStripeBytes = 32 << 20;  // of packed columns: what scratch.h keeps from call to call

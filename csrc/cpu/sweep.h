@@ -248,8 +248,6 @@ struct Sweep {
 
 #include <numeric>
 
-#include "../sweep.h"
-
 namespace fc::cpu {
 
 // The inputs of a sweep, checked before, and what they point to.

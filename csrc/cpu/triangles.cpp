@@ -73,9 +73,7 @@ struct Triangle {
       return Prefetch{.row = reinterpret_cast<const char*>(from),
                       .stride = s.factors.stride[along ? 2 : 1] * size,
                       .width = (along ? count : r) * size,
-                      .rows = count == 0 ? 0
-                              : along    ? r
-                                         : count,
+                      .rows = along ? r : count,
                       .calls = tiles};
     };
     const auto tile = [&](int64_t row, int64_t panel) { return gram.data + (row * panels + panel * kRows) * width; };

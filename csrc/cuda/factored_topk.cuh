@@ -13,8 +13,6 @@
 
 #include <math_constants.h>
 
-#include <type_traits>
-
 #include "select.cuh"
 #include "tile.cuh"
 

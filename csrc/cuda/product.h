@@ -1,7 +1,6 @@
 // What factored_topk and diagonal_ranks share on the torch side: the factors of A @ B, contiguous, and their tasks.
 #pragma once
 
-#include "../product.h"
 #include "launch.h"
 
 namespace fc::cuda {

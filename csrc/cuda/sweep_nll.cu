@@ -3,7 +3,6 @@
 
 #include <tuple>
 
-#include "../sweep.h"
 #include "launch.h"
 #include "sweep_nll.cuh"
 
