@@ -20,7 +20,7 @@ WRONG = {  # file, text, what stands in its place, an op that relies on it, the 
     "a wider panel": ("cpu/simd.h", r"kVectors = 3;", "kVectors = 4;", "factored_topk", "avx512"),
     "a wider vector": ("cpu/simd.h", r"kVectorBytes = 32;", "kVectorBytes = 128;", "factored_topk", "avx2"),
     "half a panel a pack": ("cpu/product.h", r"kColumnsAPack = [^;]*;", "kColumnsAPack = 100;", "diagonal_ranks", "avx2"),
-    "a chunk beyond L1": ("cpu/frozen_attention.cpp", r"kChunk = [^;]*;", "kChunk = 1200;", "frozen_attention", "avx2"),
+    "a chunk beyond L1": ("cpu/frozen_attention_kernels.h", r"kChunk = [^;]*;", "kChunk = 1200;", "frozen_attention", "avx2"),
     "a pass beyond L1": ("cpu/sweep.h", r"kStepsAPass = [^;]*;", "kStepsAPass = 4096;", "sweep_nll", "avx2"),
 }  # fmt: skip
 
