@@ -9,6 +9,8 @@ from typing import Any
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 WAVES = 8  # blocks wanted for each multiprocessor, so that the last ones do not leave most of them idle
+ROWS = {"bf16": 128, "tf32": 128, "fp32": 64, "fp64": 32}  # of a tile, by arithmetic
+DEEPEST = {"bf16": 128, "tf32": 64, "fp32": 32, "fp64": 16}  # inner indices of a tile that holds all there are
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,7 @@ def arithmetic(dtype: str, precision: str) -> str:
 
 def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
     """The launch of `op` on `shape` (its letters, as in its docstring) by `dtype` arithmetic on compute capability
-    `arch`, as 90.
-
-    Raises:
-        ValueError: an unknown op.
-    """
+    `arch`, as 90."""
     ops = {
         "sweep_nll": _sweep_nll,
         "target_ranks": _sweep_nll,
@@ -63,77 +61,55 @@ def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
         "diagonal_ranks": _diagonal_ranks,
         "frozen_attention": _frozen_attention,
     }
-    if op not in ops:
-        raise ValueError(f"op is {op!r}, expected one of {', '.join(ops)}")
     return ops[op](shape, dtype, arch)
 
 
 def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     pairs, positions, vocabulary, rank = (shape[name] for name in "PTVr")
-    rows, block_v, deepest, warps, stages = {
-        "bf16": (128, 64, 128, 8, 3),
-        "tf32": (128, 64, 64, 8, 2),
-        "fp32": (64, 32, 32, 4, 2),
-        "fp64": (32, 32, 16, 4, 2),
-    }[dtype]
-    block_k = _depth(rank, deepest)
+    rows = ROWS[dtype]
     # Ablations of a block share a tile of clean logits: it has as many as a group holds, and at least 16 positions.
     block_p = min(rows // 16, _power_above(pairs // max(shape["G"], 1)))
-    block_t = rows // block_p
+    block_t, block_v = rows // block_p, max(rows // 2, 32)
     row_blocks = _blocks(pairs, block_p) * _blocks(positions, block_t)
     splits = _splits(row_blocks, _blocks(vocabulary, block_v), arch)
-    blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
-    return Config(blocks, splits, warps, stages)
+    blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": _depth(rank, dtype)}
+    return Config(blocks, splits, _warps(rows), num_stages=3 if dtype == "bf16" else 2)
 
 
 def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     positions, vocabulary, rank = (shape[name] for name in "TVr")
-    block_t, deepest, stages = {
-        "bf16": (64, 128, 3),
-        "tf32": (64, 64, 2),
-        "fp32": (64, 32, 2),
-        "fp64": (32, 16, 2),
-    }[dtype]
-    block_t, block_v = min(block_t, max(16, _power_above(positions))), 32
-    block_k = _depth(rank, deepest)
+    block_t, block_v = min(ROWS[dtype], 64, max(16, _power_above(positions))), 32
     # There are no more programs than can run at a time: each has a scratch, and all of those have to fit the L2 cache.
     wanted = _blocks(2 * MULTIPROCESSORS.get(arch, 132), _blocks(positions, block_t))
     splits = max(1, min(wanted, _blocks(vocabulary, block_v)))
-    return Config({"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}, splits, 4, stages)
+    blocks = {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": _depth(rank, dtype)}
+    return Config(blocks, splits, num_warps=4, num_stages=3 if dtype == "bf16" else 2)
 
 
 def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
-    size, block_k, warps, stages = {
-        "bf16": (128, 64, 8, 3),
-        "tf32": (128, 32, 8, 3),
-        "fp32": (64, 32, 4, 2),
-        "fp64": (32, 16, 4, 2),
-    }[dtype]
+    size = ROWS[dtype]
     block_r, block_s = (_part(shape[rank], shape[heads], size) for heads, rank in ("Nr", "Ms"))
-    sizes = (size // block_r, block_r, size // block_s, block_s, block_k)
-    names = ("BLOCK_N", "BLOCK_R", "BLOCK_M", "BLOCK_S", "BLOCK_K")
-    return Config(dict(zip(names, sizes, strict=True)), 1, warps, stages)
+    blocks = {"BLOCK_N": size // block_r, "BLOCK_R": block_r, "BLOCK_M": size // block_s, "BLOCK_S": block_s}
+    blocks["BLOCK_K"] = {"bf16": 64, "fp64": 16}.get(dtype, 32)
+    return Config(blocks, 1, _warps(size), num_stages=3 if size > 64 else 2)
 
 
 def _factored_topk(shape: dict[str, int], dtype: str, arch: int) -> Config:
     # Tiles are as wide in every arithmetic: the segments that one screens, another confirms.
-    return _product(shape, dtype, arch, {"bf16": (128, 128), "fp32": (64, 128), "fp64": (32, 128)}[dtype])
+    return _product(shape, dtype, arch, 128)
 
 
 def _diagonal_ranks(shape: dict[str, int], dtype: str, arch: int) -> Config:
     # Tiles are square: that of a block's diagonal entries is multiplied as all others are.
-    return _product(shape, dtype, arch, {"bf16": (128, 128), "fp32": (64, 64), "fp64": (32, 32)}[dtype])
+    return _product(shape, dtype, arch, ROWS[dtype])
 
 
-def _product(shape: dict[str, int], dtype: str, arch: int, tile: tuple[int, int]) -> Config:
+def _product(shape: dict[str, int], dtype: str, arch: int, block_n: int) -> Config:
     """Row blocks that walk over the tiles of their columns."""
     rows, columns, rank = (shape[name] for name in "NMr")
-    block_m, block_n = tile
-    deepest = {"bf16": 128, "fp32": 32, "fp64": 16}[dtype]
-    warps = 8 if block_n > 64 else 4
-    block_k = _depth(rank, deepest)
-    splits = _splits(_blocks(rows, block_m), _blocks(columns, block_n), arch)
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, splits, warps, num_stages=2)
+    blocks = {"BLOCK_M": ROWS[dtype], "BLOCK_N": block_n, "BLOCK_K": _depth(rank, dtype)}
+    splits = _splits(_blocks(rows, ROWS[dtype]), _blocks(columns, block_n), arch)
+    return Config(blocks, splits, _warps(block_n), num_stages=2)
 
 
 def _splits(row_blocks: int, column_blocks: int, arch: int) -> int:
@@ -143,20 +119,20 @@ def _splits(row_blocks: int, column_blocks: int, arch: int) -> int:
 
 
 def _frozen_attention(shape: dict[str, int], dtype: str, arch: int) -> Config:
-    block_m, block_n, widest, deepest, warps, stages = {
-        "bf16": (128, 32, 128, 128, 8, 2),
-        "tf32": (128, 32, 128, 64, 8, 2),
-        "fp32": (64, 32, 64, 32, 8, 2),
-        "fp64": (32, 32, 32, 16, 8, 2),
-    }[dtype]
-    block_k = _depth(max(shape["r"], 16), deepest)
-    block_c = min(widest, _power_above(max(shape["C"], 16)))
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": block_k}
-    return Config(blocks, 1, warps, stages)
+    block_c = min(ROWS[dtype], _power_above(max(shape["C"], 16)))
+    block_k = _depth(max(shape["r"], 16), dtype)
+    blocks = {"BLOCK_M": ROWS[dtype], "BLOCK_N": 32, "BLOCK_C": block_c, "BLOCK_K": block_k}
+    return Config(blocks, 1, num_warps=8, num_stages=2)
 
 
-def _depth(rank: int, deepest: int) -> int:
-    """Inner indices of a tile: all of them up to `deepest`, so that the left factor is loaded once."""
+def _warps(size: int) -> int:
+    """Warps that share a tile of `size` rows or columns."""
+    return 8 if size > 64 else 4
+
+
+def _depth(rank: int, dtype: str) -> int:
+    """Inner indices of a tile: all of them up to DEEPEST, so that the left factor is loaded once."""
+    deepest = DEEPEST[dtype]
     return _power_above(max(rank, 16)) if rank <= deepest else min(deepest, 64)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastcircuits.kernels.common import configure, laid_out
-from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
+from pyfastcircuits.kernels.tile import multiply, rows_of_product, tiles_of
 from pyfastcircuits.shapes import check_product, check_shapes, diagonal_ranks_outputs, register_outputs
 
 
@@ -31,24 +31,18 @@ def diagonal_ranks_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Adds the counts of one block of rows in one split of the columns."""
-    block = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    pointers = A + tl.minimum(row, rows - 1).to(tl.int64) * DEPTH
-    left = load_left(pointers, 0, DEPTH, BLOCK_K)
-
-    own = tl.minimum(block * BLOCK_M + tl.arange(0, BLOCK_N), rows - 1)
-    tile = multiply(left, pointers, B, stride, tl.load(asked + own), stride, DEPTH, BLOCK_K, "ieee")
+    row, inside, pointers, left = rows_of_product(A, rows, splits, DEPTH, BLOCK_M, BLOCK_K)
+    tile = multiply(left, pointers, B, stride, tl.load(asked + row), stride, DEPTH, BLOCK_K, "ieee")
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_N)[None, :]
     bar = tl.sum(tl.where(diagonal, tile, 0.0), 1)
 
     count = tl.zeros([BLOCK_M], tl.int32)
-    first, end = tiles_of(split, tiles_a_split, columns, BLOCK_N)
+    first, end = tiles_of(tl.program_id(0) % splits, tiles_a_split, columns, BLOCK_N)
     for place in range(first, end):
         here = place * BLOCK_N + tl.arange(0, BLOCK_N)
         entries = multiply(left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
         count += tl.sum(((entries > bar[:, None]) & (here < columns)[None, :]).to(tl.int32), 1)
-    tl.atomic_add(ranks + row, count.to(tl.int64), row < rows, sem="relaxed")  # integers, in any order
+    tl.atomic_add(ranks + row, count.to(tl.int64), inside, sem="relaxed")  # integers, in any order
 
 
 @torch.library.custom_op("pyfastcircuits::diagonal_ranks_triton", mutates_args=())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyfastcircuits.kernels.common import architecture, configure, laid_out
 from pyfastcircuits.kernels.configs import Config, choose
-from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
+from pyfastcircuits.kernels.tile import multiply, rows_of_product, tiles_of
 from pyfastcircuits.shapes import (
     MOST,
     MOST_PER_ROW,
@@ -42,18 +42,6 @@ NARROWEST, WIDEST = 8, 128  # columns of a segment: at most those of a tile, at 
 SCRATCH = 1 << 25  # segments, or entries of the k best ones, of the rows that are taken together
 HUGE = tl.constexpr(3e38)  # bounds of products that might go beyond are infinite
 FLOOR = 2.0**-60  # of a norm: covers what bfloat16 and float32 lose below their smallest normal numbers
-
-
-@triton.jit
-def _block(A, rows, splits, tiles_a_split, columns, DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A program's rows [M], whether they exist, pointers to them, its first tile of columns and the end of its tiles.
-
-    Rows past the end repeat the last.
-    """
-    row = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, end = tiles_of(tl.program_id(0) % splits, tiles_a_split, columns, BLOCK_N)
-    kept = tl.minimum(row, rows - 1).to(tl.int64)
-    return kept, row < rows, A + kept * DEPTH, first, end
 
 
 @triton.jit
@@ -112,8 +100,8 @@ def factored_topk_screen_kernel(
     """
     SLACK: tl.constexpr = 0.00394 + DEPTH * 9.5367431640625e-07
     ROUNDING: tl.constexpr = 4.76837158203125e-07  # 2^-21: of taking the shift and of adding bounds
-    row, inside, pointers, first, end = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
-    left = load_left(pointers, 0, DEPTH, BLOCK_K)
+    row, inside, pointers, left = rows_of_product(A, rows, splits, DEPTH, BLOCK_M, BLOCK_K)
+    first, end = tiles_of(tl.program_id(0) % splits, tiles_a_split, columns, BLOCK_N)
     size = tl.load(row_norm + row)
     offset = tl.zeros([BLOCK_M], tl.float32)
     if shift is not None:
@@ -157,8 +145,8 @@ def factored_topk_segments_kernel(
 ):
     """The best entry of every segment; -inf in tiles none of whose bounds `upper` reaches the floor."""
     T: tl.constexpr = best.dtype.element_ty
-    row, inside, pointers, first, end = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
-    left = load_left(pointers, 0, DEPTH, BLOCK_K)
+    row, inside, pointers, left = rows_of_product(A, rows, splits, DEPTH, BLOCK_M, BLOCK_K)
+    first, end = tiles_of(tl.program_id(0) % splits, tiles_a_split, columns, BLOCK_N)
     if shift is not None:
         shift = tl.load(shift + row)
     if upper is not None:
@@ -198,8 +186,8 @@ def factored_topk_entries_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """All entries of the wanted segments, each segment in its slot."""
-    row, inside, pointers, first, end = _block(A, rows, splits, tiles_a_split, columns, DEPTH, BLOCK_M, BLOCK_N)
-    left = load_left(pointers, 0, DEPTH, BLOCK_K)
+    row, inside, pointers, left = rows_of_product(A, rows, splits, DEPTH, BLOCK_M, BLOCK_K)
+    first, end = tiles_of(tl.program_id(0) % splits, tiles_a_split, columns, BLOCK_N)
     if shift is not None:
         shift = tl.load(shift + row)
     column = tl.arange(0, BLOCK_N)

@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastcircuits.gradients import register_frozen_attention
-from pyfastcircuits.kernels.common import architecture, laid_out, rounded
-from pyfastcircuits.kernels.configs import Config, arithmetic, choose
+from pyfastcircuits.kernels.common import configure, laid_out, rounded
 from pyfastcircuits.kernels.exp_sums import LOG2E, capped, finite, online_sum
 from pyfastcircuits.kernels.tile import dot, load_left, multiply, work_type
 from pyfastcircuits.shapes import check_shapes, frozen_attention_outputs, register_outputs
@@ -215,7 +214,8 @@ def frozen_attention_triton(
         return out, found
     if not sizes["Hkv"] or heads % sizes["Hkv"]:
         raise ValueError(f"q has {heads} heads, no multiple of k's {sizes['Hkv']}")
-    config, kind = launch(values.shape, sizes["r"], str(q.dtype).removeprefix("torch."), precision, architecture(q))
+    # By the results' type: the product of bfloat16 inputs with values has weights that are not rounded.
+    config, kind = configure("frozen_attention", sizes | {"C": sizes["S"] * sizes["s"]}, out, precision)
     q, k, values = laid_out(q, kind), laid_out(k, kind), rounded(values, kind)
     # In the factors' own type: a narrower one would have fp64 products laid out as their instruction cannot have them.
     pre, post, mask = (None if x is None else x.to(out.dtype).contiguous() for x in (pre, post, mask))
@@ -242,13 +242,6 @@ def frozen_attention_triton(
             grid = blocks * to.shape[1], config.count(len(values) * sizes["s"], "BLOCK_C")
             frozen_attention_kernel[grid](*tensors, *counts, **options)
     return out, found
-
-
-def launch(values: torch.Size, rank: int, dtype: str, precision: str, arch: int) -> tuple[Config, str]:
-    """Configuration and arithmetic of the product with values; that of bfloat16 inputs has unrounded weights."""
-    kind = arithmetic("float32" if dtype == "bfloat16" else dtype, precision)
-    sizes = {"B": values[1], "H": values[2], "T": values[3], "r": rank, "C": values[0] * values[4]}
-    return choose("frozen_attention", sizes, kind, arch), kind
 
 
 register_outputs("frozen_attention_triton", frozen_attention_outputs)

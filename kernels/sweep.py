@@ -40,7 +40,7 @@ def existing(asked, groups):
 
 @triton.jit
 def rows_of(order, group, pairs, positions, groups, block, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Ablation, position, group, NaN or 0 to add, and whether to store, of every row of a block; all [M].
+    """Place in [P, T], position, group, NaN or 0 to add, and whether to store, of every row of a block; all [M].
 
     Rows past the ends repeat the last ablation or position.
     """
@@ -51,7 +51,8 @@ def rows_of(order, group, pairs, positions, groups, block, BLOCK_P: tl.constexpr
     pair = tl.load(order + tl.minimum(slot, pairs - 1))
     home, poison = existing(tl.load(group + pair), groups)
     inside = (slot < pairs) & (t < positions)
-    return pair, tl.minimum(t, positions - 1).to(tl.int64), home.to(tl.int32), poison, inside
+    t = tl.minimum(t, positions - 1).to(tl.int64)
+    return pair * positions + t, t, home.to(tl.int32), poison, inside
 
 
 @triton.jit
@@ -89,9 +90,9 @@ def logits_of(
 
 def prepared(
     op: str, sizes: dict[str, int], base: Tensor, delta: Tensor, basis: Tensor, group: Tensor, precision: str
-) -> tuple[Config, tuple[Tensor, ...], tuple[int, ...]]:
-    """How `op` is launched; base, delta, basis, the order of ablations by group, and group, as kernels read them; and
-    the sizes P, T, V, G and the basis' row stride.
+) -> tuple[Config, tuple[Tensor, ...], tuple[int, ...], int]:
+    """How `op` is launched; base, delta, basis, the order of ablations by group, and group, as kernels read them; the
+    sizes P, T, V, G and the basis' row stride; and the number of blocks of rows.
 
     Raises:
         ValueError: no group at all, or a precision that float64 does not have.
@@ -101,4 +102,5 @@ def prepared(
     config, kind = configure(op, sizes, base, precision)
     basis = laid_out(basis, kind)
     tensors = base.contiguous(), rounded(delta, kind), basis, group.argsort(stable=True), group.contiguous()
-    return config, tensors, (len(delta), *base.shape, len(basis), basis.shape[2])
+    row_blocks = config.count(len(delta), "BLOCK_P") * config.count(len(base), "BLOCK_T")
+    return config, tensors, (len(delta), *base.shape, len(basis), basis.shape[2]), row_blocks

@@ -50,8 +50,7 @@ def sweep_nll_kernel(
     """Sums of exponentials of one block of rows over one split of the vocabulary."""
     T: tl.constexpr = work_type(base.dtype.element_ty)
     block, split = block_and_split(pairs, splits, BLOCK_P)
-    pair, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
-    out = pair * positions + t
+    out, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     base += t * vocabulary
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
@@ -116,8 +115,7 @@ def sweep_nll_tokens_kernel(
     """
     T: tl.constexpr = work_type(base.dtype.element_ty)
     block = tl.program_id(0)
-    pair, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
-    out = pair * positions + t
+    out, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     base += t * vocabulary
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
@@ -184,7 +182,7 @@ def sweep_nll_triton(
     lse, picked, change = sweep_nll_outputs(base, delta, basis, tokens, group, scale, clean_lse)
     if lse.numel() == 0:
         return lse, picked, change
-    config, tensors, counts = prepared("sweep_nll", sizes, base, delta, basis, group, precision)
+    config, tensors, counts, row_blocks = prepared("sweep_nll", sizes, base, delta, basis, group, precision)
     references, totals = base.new_empty(2, config.splits, *lse.shape, dtype=work_dtype(base))
     summed, means = None, (None, None)
     if clean_lse is not None and cap:
@@ -192,7 +190,6 @@ def sweep_nll_triton(
     elif clean_lse is not None:
         means, clean_lse = clean_means(base, tensors[2], clean_lse, totals.dtype), None
     tensors = *tensors, None if scale is None else scale.contiguous()
-    row_blocks = config.count(len(delta), "BLOCK_P") * config.count(len(base), "BLOCK_T")
     tiles = config.tiles(base.shape[1], "BLOCK_V")
     constants = {"RANK": sizes["r"], "PRECISION": precision, "CAP": cap}
     options = config.options | ({} if summed is None else CHANGES_OPTIONS)

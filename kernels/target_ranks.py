@@ -36,8 +36,7 @@ def target_ranks_kernel(
 ):
     """Adds the counts of one block of rows in one split of the vocabulary."""
     block, split = block_and_split(pairs, splits, BLOCK_P)
-    pair, t, home, _poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
-    out = pair * positions + t
+    out, t, home, _poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     base += t * vocabulary
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
@@ -88,12 +87,11 @@ def target_ranks_triton(
     ranks = target_ranks_outputs(base, delta).zero_()
     if ranks.numel() == 0:
         return ranks
-    config, tensors, counts = prepared("target_ranks", sizes, base, delta, basis, group, precision)
+    config, tensors, counts, row_blocks = prepared("target_ranks", sizes, base, delta, basis, group, precision)
     # The largest number not above each threshold: a logit exceeds the one just where it exceeds the other.
     bars = thresholds.to(work_dtype(base))
     bars = torch.where(bars.double() > thresholds, bars.nextafter(torch.full_like(bars, -torch.inf)), bars)
     tensors = *tensors, tokens.contiguous(), bars.contiguous(), ranks
-    row_blocks = config.count(len(delta), "BLOCK_P") * config.count(len(base), "BLOCK_T")
     tiles = config.tiles(base.shape[1], "BLOCK_V")
     with torch.cuda.device_of(base):
         target_ranks_kernel[(row_blocks * config.splits,)](

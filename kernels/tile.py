@@ -39,6 +39,18 @@ def load_left(
 
 
 @triton.jit
+def rows_of_product(A, rows, splits, DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program's rows [M], whether they exist, pointers to them, and their first tile.
+
+    Rows past the end repeat the last. Programs are numbered by block of rows, then split of the columns.
+    """
+    row = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    kept = tl.minimum(row, rows - 1).to(tl.int64)
+    pointers = A + kept * DEPTH
+    return kept, row < rows, pointers, load_left(pointers, 0, DEPTH, BLOCK_K)
+
+
+@triton.jit
 def load_right(
     start,  # pointer to [DEPTH, end]
     stride,

@@ -218,10 +218,10 @@ def test_scratch_may_hold_anything():
             capture_output=True,
             text=True,
         ).stdout
-        for fill in (0, 0x80, 0x01)  # filled with the complement: 0xfefefefe is huge, 0x7f7f7f7f as well
+        for fill in (0, 0x80)  # filled with the complement, 0x7f7f7f7f, which is huge
     ]
     assert "nan" not in results[0]
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("kv", [1, 2, 4])

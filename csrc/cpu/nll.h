@@ -46,8 +46,6 @@ struct NllEpilogue : Epilogue {
 
 #else  // the torch-facing half
 
-#include <tuple>
-
 namespace fc::cpu {
 
 // The tensors that NllArguments point to. P: of the results.

@@ -1,8 +1,6 @@
 // pair_norms on the CPU: the Frobenius norms of all left[i] @ right[j]. A task packs some right factors side by side
 // and multiplies left factors by them; the squares of each product are summed before the next, so that none reaches
 // memory. Sums run in an order that depends on the shapes alone: results do not depend on threads.
-#include <cstdint>
-
 #include "dispatch.h"
 
 namespace fc::cpu {
@@ -44,16 +42,10 @@ struct Pairs {
   static int64_t packed_size(const PairArguments& p) { return blocks_of(p.rank) * kRows * steps<Scheme>(p.depth); }
   static int64_t packed_bytes(const PairArguments& p) { return packed_size(p) * static_cast<int64_t>(sizeof(Left)); }
   static bool wanted(const PairArguments& p, int64_t i, int64_t j) { return p.before == nullptr || i < p.before[j]; }
-  static const Source* left(const PairArguments& p, int64_t i) {
-    return static_cast<const Source*>(p.left.data) + i * p.left.stride[0];
-  }
-  static const Source* right(const PairArguments& p, int64_t j) {
-    return static_cast<const Source*>(p.right.data) + j * p.right.stride[0];
-  }
 
   static void pack(const PairArguments& p, void* packed, int64_t i) {
-    pack_rows<Scheme>(static_cast<Left*>(packed) + i * packed_size(p), left(p, i), p.rank, p.depth, p.left.stride[1],
-                      p.left.stride[2]);
+    pack_rows<Scheme>(static_cast<Left*>(packed) + i * packed_size(p), p.left.at<Source>(i), p.rank, p.depth,
+                      p.left.stride[1], p.left.stride[2]);
   }
 
   // Packs right factors first..end side by side as panels [panel][step][kW]: a factor may end in the middle of a panel.
@@ -66,7 +58,7 @@ struct Pairs {
         for (int64_t step = 0; step < depth; ++step) out[step * kW] = 0;
         continue;
       }
-      const Source* column = right(p, first + c / p.width) + c % p.width * p.right.stride[2];
+      const Source* column = p.right.at<Source>(first + c / p.width) + c % p.width * p.right.stride[2];
       for (int64_t step = 0; step < depth; ++step)
         out[step * kW] = Scheme::right(column + step * Scheme::kDepth * p.right.stride[1], p.right.stride[1],
                                        p.depth - step * Scheme::kDepth);
@@ -143,12 +135,7 @@ const PairKernels* pair_kernels(Arithmetic arithmetic) { return select<Pairs>(ar
 
 #else  // the torch-facing half
 
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
-
-#include "../plan.h"
-#include "scratch.h"
 
 namespace fc::cpu {
 
@@ -190,8 +177,7 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
   sizes("before", before, "M", ScalarType::Long);
   check_dtypes("left and right", {left, right});
   const int64_t N = sizes["N"], M = sizes["M"], r = sizes["r"], d = sizes["d"], s = sizes["s"];
-  const PairKernels* kernels = pick_pair_kernels(arithmetic_of("left", left.scalar_type(), precision));
-  check_instructions(kernels != nullptr, "precision");
+  const PairKernels& kernels = *pick(pick_pair_kernels, "left", left, precision);
 
   Tensor squares = torch::stable::new_empty(left, {N, M}, ScalarType::Double);
   auto* out = data_of<double>(squares);
@@ -200,7 +186,7 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
   if (N * M == 0 || r == 0 || d == 0 || s == 0)
     std::fill(out, out + N * M, 0.0);
   else
-    run_products(arguments, *kernels, result_dtype(left) == ScalarType::Double ? 8 : 4, out);
+    run_products(arguments, kernels, result_dtype(left) == ScalarType::Double ? 8 : 4, out);
   for (int64_t n = 0; n < N * M; ++n) out[n] = std::sqrt(out[n]);
   return torch::stable::to(squares, result_dtype(left));
 }

@@ -3,8 +3,6 @@
 // tiles of a task is here too; ops whose right factor is packed otherwise (sweep.h) use it as well.
 #pragma once
 
-#include <cstdint>
-
 #include "dispatch.h"
 #include "isa.h"
 
@@ -15,7 +13,8 @@ struct Product {
   int64_t rows, columns, rank;  // N, M, r
 };
 
-struct Stripe {  // of columns, packed
+struct Stripe {  // of columns
+  void* packed;
   int64_t first, columns;
 };
 
@@ -25,8 +24,6 @@ inline constexpr int64_t kColumnsAPack = 16 * kWidestPanel;
 }  // namespace fc::cpu
 
 #ifdef FC_TIER
-
-#include "tile.h"
 
 namespace fc::cpu::FC_TIER {
 
@@ -124,13 +121,11 @@ static void pack_columns(const Product& p, const Stripe& stripe, typename Scheme
 
 #else  // the torch-facing half
 
-#include "../plan.h"
-#include "../product.h"
-#include "scratch.h"
-
 namespace fc::cpu {
 
 inline constexpr int64_t kStripeBytes = 32 << 20;  // of packed columns: what scratch.h keeps from call to call
+
+inline constexpr int64_t kMostRows = 2048;  // of a task
 
 inline Product product_of(const Tensor& A, const Tensor& B) {
   return {strided<2>(A), strided<2>(B), A.size(0), B.size(1), A.size(1)};
@@ -139,27 +134,28 @@ inline Product product_of(const Tensor& A, const Tensor& B) {
 // Rows of a task: `row_bytes` of each stay in a quarter of the L2 cache; every thread has four tasks where there are
 // rows enough.
 inline int64_t rows_a_task(int64_t rows, int64_t row_bytes) {
-  const int64_t longest = std::clamp<int64_t>(caches().l2 / 4 / std::max<int64_t>(row_bytes, 1), 8, 2048);
+  const int64_t longest = std::clamp<int64_t>(caches().l2 / 4 / std::max<int64_t>(row_bytes, 1), 8, kMostRows);
   const int64_t shared = std::max<int64_t>(8, ceil_div(rows, 4 * torch::stable::get_num_threads()));
   return ceil_div(even_block(std::max<int64_t>(rows, 1), std::min(longest, shared)), 8) * 8;
 }
 
-// Packs all columns of a stripe, then calls task(packed, stripe, first row, end) for all rows, and goes on to the next
-// stripe.
+// Packs all columns of a stripe, then calls task(stripe, first row, end) for all rows, at most so many at a time, and
+// goes on to the next stripe.
 template <class Kernels, class Arguments, class Task>
-void stream(const Kernels& kernels, const Arguments& s, int64_t column_bytes, int64_t rows_at_once, const Task& task) {
+void stream(const Kernels& kernels, const Arguments& s, int64_t most_rows, const Task& task) {
   const Product& p = s.product;
+  const int64_t column_bytes = kernels.column_bytes(p.rank);
+  const int64_t rows_at_once = std::min(rows_a_task(p.rows, column_bytes), most_rows);
   const int64_t fit = kStripeBytes / std::max<int64_t>(column_bytes, 1) / kColumnsAPack;
   const int64_t across = std::min(std::max<int64_t>(fit, 1), ceil_div(p.columns, kColumnsAPack)) * kColumnsAPack;
   const HugeScratch packed(across * column_bytes);
   for (int64_t first = 0; first < p.columns; first += across) {
-    const Stripe stripe{first, std::min(across, p.columns - first)};
+    const Stripe stripe{packed.data(), first, std::min(across, p.columns - first)};
     run_tasks(ceil_div(stripe.columns, kColumnsAPack), [&](int64_t i) {
-      kernels.pack(s, packed.data(), stripe, i * kColumnsAPack, std::min((i + 1) * kColumnsAPack, stripe.columns));
+      kernels.pack(s, stripe, i * kColumnsAPack, std::min((i + 1) * kColumnsAPack, stripe.columns));
     });
-    run_tasks(ceil_div(p.rows, rows_at_once), [&](int64_t i) {
-      task(packed.data(), stripe, i * rows_at_once, std::min((i + 1) * rows_at_once, p.rows));
-    });
+    run_tasks(ceil_div(p.rows, rows_at_once),
+              [&](int64_t i) { task(stripe, i * rows_at_once, std::min((i + 1) * rows_at_once, p.rows)); });
   }
 }
 

@@ -1,7 +1,5 @@
 // cpu_rate: what this machine can do, measured by loops that stay in registers. It is the denominator of every
 // "fraction of the limit" in the benches.
-#include <cstdint>
-
 #include "dispatch.h"
 
 namespace fc::cpu {
@@ -62,10 +60,7 @@ RateLoop rate_loop(Rate rate) {
 
 }  // namespace fc::cpu::FC_TIER
 
-#else
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#else  // the torch-facing half
 
 #include <chrono>
 

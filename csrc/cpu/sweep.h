@@ -3,9 +3,6 @@
 // panels. A tile's products depend on nothing but its own row and column, so no result depends on threads or blocking.
 #pragma once
 
-#include <cstdint>
-
-#include "dispatch.h"
 #include "product.h"
 
 namespace fc::cpu {
@@ -251,8 +248,6 @@ struct Sweep {
 
 #include <numeric>
 
-#include "../sweep.h"
-
 namespace fc::cpu {
 
 // The inputs of a sweep, checked before, and what they point to.
@@ -277,14 +272,15 @@ inline OwnedInputs inputs_of(const Tensor& base, const Tensor& delta, const Tens
   return out;
 }
 
-// task(block) for all blocks of a plan, on all threads.
-template <class Task>
-void run_blocks(const SweepInputs& s, const TilePlan& plan, const Task& task) {
+// task(arguments, block) for all blocks of a plan, on all threads.
+template <class Arguments>
+void run_blocks(const Arguments& arguments, void (*task)(const Arguments&, const Block&), const TilePlan& plan) {
+  const SweepInputs& s = arguments.inputs;
   const int64_t across = plan.tasks > 0 ? ceil_div(s.positions, plan.position_block) : 1;
   torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = i / across * plan.pair_block, t = i % across * plan.position_block;
-      task(Block{p, std::min(p + plan.pair_block, s.pairs), t, std::min(t + plan.position_block, s.positions)});
+      task(arguments, {p, std::min(p + plan.pair_block, s.pairs), t, std::min(t + plan.position_block, s.positions)});
     }
   });
 }

@@ -1,7 +1,6 @@
 // sweep_nll on the CPU: the logsumexp of the ablated logits of every (ablation, position), the logits of some tokens,
 // and how far the ablation moves the logits under the clean run's probabilities. The epilogue sums the exponentials of
 // each tile's logits, so that logits never reach memory.
-#include "dispatch.h"
 #include "nll.h"
 
 namespace fc::cpu {
@@ -132,8 +131,6 @@ SweepTask sweep_nll(Arithmetic arithmetic) { return select<Nll>(arithmetic); }
 
 #else  // the torch-facing half
 
-#include <torch/csrc/stable/library.h>
-
 namespace fc::cpu {
 
 FC_TIERS(SweepTask, sweep_nll, Arithmetic)
@@ -148,15 +145,13 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
   Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap, outer);
   sizes("scale", scale, "P T");
   const int64_t P = sizes["P"], T = sizes["T"], depth_bytes = sizes["r"] * static_cast<int64_t>(base.element_size());
-  const SweepTask task = pick_sweep_nll(arithmetic_of("base", base.scalar_type(), precision));
-  check_instructions(task != nullptr, "precision");
+  const SweepTask task = pick(pick_sweep_nll, "base", base, precision);
 
   const NllTensors tensors(inputs_of(base, delta, basis, group, outer), base, P, tokens, clean_lse);
   const std::optional<Tensor> scale_c = contiguous_as(scale, ScalarType::Double);
   const SweepArguments arguments{tensors.arguments(cap), data_of<const double>(scale_c)};
   const auto plan = outer.has_value() ? plan_pairs : plan_tiles;
-  run_blocks(arguments.inputs, plan(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2),
-             [&](const Block& block) { task(arguments, block); });
+  run_blocks(arguments, task, plan(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2));
   return tensors.results();
 }
 

@@ -1,8 +1,5 @@
 // target_ranks on the CPU: how many logits of each (ablation, position) are above its threshold, the target's own
 // aside. The epilogue compares each tile's logits with one threshold a row and counts.
-#include <cstdint>
-
-#include "dispatch.h"
 #include "sweep.h"
 
 namespace fc::cpu {
@@ -92,8 +89,6 @@ RankTask target_ranks(Arithmetic arithmetic) { return select<TargetRanks>(arithm
 
 #else  // the torch-facing half
 
-#include <torch/csrc/stable/library.h>
-
 namespace fc::cpu {
 
 FC_TIERS(RankTask, target_ranks, Arithmetic)
@@ -106,8 +101,7 @@ Tensor target_ranks(const Tensor& base, const Tensor& delta, const Tensor& basis
   sizes("tokens", tokens, "T", ScalarType::Long);
   sizes("thresholds", thresholds, "P T", ScalarType::Double);
   const int64_t P = sizes["P"], T = sizes["T"], r = sizes["r"];
-  const RankTask task = pick_target_ranks(arithmetic_of("base", base.scalar_type(), precision));
-  check_instructions(task != nullptr, "precision");
+  const RankTask task = pick(pick_target_ranks, "base", base, precision);
 
   Tensor ranks = torch::stable::new_empty(base, {P, T}, ScalarType::Long);
   const Tensor tokens_c = torch::stable::contiguous(tokens), thresholds_c = torch::stable::contiguous(thresholds);
@@ -115,8 +109,7 @@ Tensor target_ranks(const Tensor& base, const Tensor& delta, const Tensor& basis
   const RankedArguments arguments{inputs.view, data_of<const int64_t>(tokens_c), data_of<const double>(thresholds_c),
                                   data_of<int64_t>(ranks)};
   const int64_t depth_bytes = r * static_cast<int64_t>(base.element_size());
-  run_blocks(arguments.inputs, plan_tiles(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2),
-             [&](const Block& block) { task(arguments, block); });
+  run_blocks(arguments, task, plan_tiles(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2));
   return ranks;
 }
 

@@ -5,25 +5,28 @@
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
+
+#include "scratch.h"
 
 namespace fc::cpu {
 
-// Calls task(i), or task(i, slot), for all tasks. Each thread takes the next task when it is done with one, so that
-// tasks may differ in length. Slots are numbered below the number of threads, and no two tasks run in one slot at a
-// time.
+// Calls task(i, scratch) for all tasks. Each thread takes the next task when it is done with one, so that tasks may
+// differ in length. The scratch, so many bytes aligned for vectors, is a thread's own.
+template <class Task>
+void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task) {
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const int64_t size = (scratch_bytes + 63) / 64 * 64;
+  const HugeScratch scratches(size * threads);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    for (int64_t i; (i = next++) < tasks;) task(i, static_cast<char*>(scratches.data()) + thread * size);
+  });
+}
+
+// The same of tasks without a scratch: task(i).
 template <class Task>
 void run_tasks(int64_t tasks, const Task& task) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1,
-                              [&]([[maybe_unused]] int64_t slot, int64_t) {
-                                for (int64_t i; (i = next++) < tasks;) {
-                                  if constexpr (std::is_invocable_v<Task, int64_t, int64_t>)
-                                    task(i, slot);
-                                  else
-                                    task(i);
-                                }
-                              });
+  run_tasks(tasks, 0, [&](int64_t i, void*) { task(i); });
 }
 
 }  // namespace fc::cpu

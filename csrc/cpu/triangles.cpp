@@ -73,9 +73,7 @@ struct Triangle {
       return Prefetch{.row = reinterpret_cast<const char*>(from),
                       .stride = s.factors.stride[along ? 2 : 1] * size,
                       .width = (along ? count : r) * size,
-                      .rows = count == 0 ? 0
-                              : along    ? r
-                                         : count,
+                      .rows = along ? r : count,
                       .calls = tiles};
     };
     const auto tile = [&](int64_t row, int64_t panel) { return gram.data + (row * panels + panel * kRows) * width; };
@@ -121,10 +119,6 @@ TriangleTask triangles(Arithmetic arithmetic) { return select<Triangle, Dots::no
 
 #else  // the torch-facing half
 
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
-
 namespace fc::cpu {
 
 FC_TIERS(TriangleTask, triangles, Arithmetic)
@@ -135,7 +129,7 @@ std::tuple<Tensor, Tensor> triangles(const Tensor& factors) {
   Sizes sizes;
   sizes("factors", factors, "N d r");
   const int64_t N = sizes["N"], d = sizes["d"], r = sizes["r"];
-  const TriangleTask task = pick_triangles(arithmetic_of("factors", factors.scalar_type()));
+  const TriangleTask task = pick_triangles(arithmetic_of("factors", factors));
   Tensor out = torch::stable::new_empty(factors, {N, r, r}, result_dtype(factors));
   Tensor regular = torch::stable::new_empty(factors, {N}, ScalarType::Bool);
   const TriangleArguments arguments{strided<3>(factors), N, d, r, out.data_ptr(), data_of<bool>(regular)};

@@ -8,25 +8,25 @@
 namespace fc::cuda {
 
 struct RankArguments {
-  const void *A, *B;          // [N,r], [r,M], contiguous, of one type
+  Product product;
   const int64_t* asked;       // [N] columns
   void* entries;              // [N], the entries to compare with
   unsigned long long* ranks;  // [N]
-  int64_t rows, columns, rank, splits, columns_a_split;
 };
 
 // The entries asked for, by the same multiply-adds in the same order as a tile's: equal to the bit. A column that
 // is not there ranks -1.
 template <class T, class Source>
 __global__ void __launch_bounds__(kThreads) diagonal_entries(const RankArguments s) {
+  const Product& p = s.product;
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (row >= s.rows) return;
+  if (row >= p.rows) return;
   const int64_t column = s.asked[row];
-  const bool valid = column >= 0 && column < s.columns;
-  const Source* left = static_cast<const Source*>(s.A) + row * s.rank;
-  const Source* right = static_cast<const Source*>(s.B) + (valid ? column : 0);
+  const bool valid = column >= 0 && column < p.columns;
+  const Source* left = static_cast<const Source*>(p.A) + row * p.rank;
+  const Source* right = static_cast<const Source*>(p.B) + (valid ? column : 0);
   T sum = 0;
-  for (int64_t k = 0; k < s.rank; ++k) sum = fma(static_cast<T>(left[k]), static_cast<T>(right[k * s.columns]), sum);
+  for (int64_t k = 0; k < p.rank; ++k) sum = fma(static_cast<T>(left[k]), static_cast<T>(right[k * p.columns]), sum);
   static_cast<T*>(s.entries)[row] = valid ? sum : T(CUDART_NAN);  // nothing is greater than NaN
   s.ranks[row] = valid ? 0 : ~0ull;                               // -1
 }
@@ -44,7 +44,7 @@ struct RankEpilogue {
 #pragma unroll
     for (int i = 0; i < Core::kMicro; ++i) {
       const int64_t row = first_row + Core::row(i);
-      const T entry = row < s.rows ? static_cast<const T*>(s.entries)[row] : T(CUDART_NAN);
+      const T entry = row < s.product.rows ? static_cast<const T*>(s.entries)[row] : T(CUDART_NAN);
 #pragma unroll
       for (int j = 0; j < Core::kMicro; ++j)
         greater[i] += product[i][j] > entry && first_column + Core::column(j) < end_column;
@@ -65,12 +65,9 @@ struct RankEpilogue {
 template <class T, class Source>
 __global__ void __launch_bounds__(kThreads) diagonal_ranks_kernel(const RankArguments s) {
   __shared__ typename Tile<T>::Shared shared;
-  const int64_t split = blockIdx.x % s.splits, first_row = blockIdx.x / s.splits * Tile<T>::kSize;
-  const int64_t first = split * s.columns_a_split, end = min(first + s.columns_a_split, s.columns);
-  const Matrix<Source> left{static_cast<const Source*>(s.A), s.rank, s.rows, s.rank};
-  const Matrix<Source> right{static_cast<const Source*>(s.B), s.columns, s.rank, end};
-  RankEpilogue<T> epilogue{s, first_row, end};
-  Tile<T>::sweep_columns(shared, left, right, first_row, first, end, epilogue);
+  const ProductTask<T, Source> task(s.product, blockIdx.x);
+  RankEpilogue<T> epilogue{s, task.first_row, task.end_column};
+  task.sweep(shared, epilogue);
   epilogue.finish();
 }
 

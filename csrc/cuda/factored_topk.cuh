@@ -13,21 +13,18 @@
 
 #include <math_constants.h>
 
-#include <type_traits>
-
 #include "select.cuh"
 #include "tile.cuh"
 
 namespace fc::cuda {
 
 struct TopkArguments {
-  const void *A, *B;                // [N,r], [r,M], contiguous, of one type
+  Product product;
   const void* shift;                // [N] of the entries' type, or null
   void *keys, *places;              // lists: a block's, [blocks, capacity]; per row, [blocks, rows of a tile, capacity]
   void* bar;                        // one key, zero
   void *found_keys, *found_places;  // per row, what each split of the columns has found: [N, splits, k]
   int* counts;                      // [blocks]; per row [N, splits]
-  int64_t rows, columns, rank, row_blocks, splits, columns_a_split;
   int k, limit, capacity;
   bool largest;
 };
@@ -38,20 +35,6 @@ static __device__ T compared(T product, T shift, bool largest) {
   const T entry = product - shift;
   return fmax(largest ? entry : -entry, static_cast<T>(-CUDART_INF));
 }
-
-template <class T, class Source>
-struct TopkTask {  // a row tile and the columns of one split
-  int64_t first_row, first_column, end_column, split;
-  Matrix<Source> left, right;
-
-  __device__ TopkTask(const TopkArguments& s, int64_t task)
-      : first_row(task / s.splits * Tile<T>::kSize), split(task % s.splits) {
-    first_column = split * s.columns_a_split;
-    end_column = min(first_column + s.columns_a_split, s.columns);
-    left = {static_cast<const Source*>(s.A), s.rank, s.rows, s.rank};
-    right = {static_cast<const Source*>(s.B), s.columns, s.rank, end_column};
-  }
-};
 
 // One list for all entries of a block.
 template <class T>
@@ -78,11 +61,11 @@ struct TopkEpilogue {
 #pragma unroll
     for (int i = 0; i < Core::kMicro; ++i) {
       const int64_t row = first_row + Core::row(i);
-      const T shift = s.shift && row < s.rows ? static_cast<const T*>(s.shift)[row] : T(0);
+      const T shift = s.shift && row < s.product.rows ? static_cast<const T*>(s.shift)[row] : T(0);
 #pragma unroll
       for (int j = 0; j < Core::kMicro; ++j) {
         const T x = compared(product[i][j], shift, s.largest);
-        const bool passes = !(x < bar) && row < s.rows && first_column + Core::column(j) < end_column;
+        const bool passes = !(x < bar) && row < s.product.rows && first_column + Core::column(j) < end_column;
         product[i][j] = passes ? x : T(CUDART_NAN);
         any |= passes;
       }
@@ -96,7 +79,7 @@ struct TopkEpilogue {
           const T x = product[i][j];
           if (isnan(x)) continue;
           const Key key = Ordered<T>::key(x);
-          const int64_t place = (first_row + Core::row(i)) * s.columns + first_column + Core::column(j);
+          const int64_t place = (first_row + Core::row(i)) * s.product.columns + first_column + Core::column(j);
           if (!last.reached_by(key, place)) continue;
           const int at = atomicAdd(&shared.count, 1);
           list.keys[at] = key;
@@ -128,10 +111,10 @@ __global__ void __launch_bounds__(kThreads) factored_topk_kernel(const TopkArgum
   if (threadIdx.x == 0) state.count = 0, state.last = {0, 0};
   __syncthreads();
   TopkEpilogue<T> epilogue{s, state, list};
-  for (int64_t n = blockIdx.x; n < s.row_blocks * s.splits; n += gridDim.x) {
-    const TopkTask<T, Source> task(s, n);
+  for (int64_t n = blockIdx.x; n < s.product.row_blocks * s.product.splits; n += gridDim.x) {
+    const ProductTask<T, Source> task(s.product, n);
     epilogue.first_row = task.first_row, epilogue.end_column = task.end_column;
-    Tile<T>::sweep_columns(shared, task.left, task.right, task.first_row, task.first_column, task.end_column, epilogue);
+    task.sweep(shared, epilogue);
   }
   if (state.count > s.k) epilogue.cut();
   if (threadIdx.x == 0) s.counts[blockIdx.x] = state.count;
@@ -160,7 +143,7 @@ struct RowTopkEpilogue {
 #pragma unroll
     for (int i = 0; i < Core::kMicro; ++i) {
       const int row = Core::row(i);
-      if (first_row + row >= s.rows) continue;
+      if (first_row + row >= s.product.rows) continue;
       const T shift = s.shift ? static_cast<const T*>(s.shift)[first_row + row] : T(0);
       const T bar = shared.bars[row];
       const List<Key, int> list = lists.from(int64_t{row} * s.capacity);
@@ -193,8 +176,8 @@ struct RowTopkEpilogue {
   __device__ void finish(int64_t split) {
     cut(s.k);
     for (int row = static_cast<int>(threadIdx.x) / 32; row < Core::kSize; row += kWarps) {
-      if (first_row + row >= s.rows) continue;
-      const int64_t out = (first_row + row) * s.splits + split;
+      if (first_row + row >= s.product.rows) continue;
+      const int64_t out = (first_row + row) * s.product.splits + split;
       const List<Key, int> list = lists.from(int64_t{row} * s.capacity);
       for (int i = OneWarp::rank(); i < shared.counts[row]; i += 32) {
         static_cast<Key*>(s.found_keys)[out * s.k + i] = list.keys[i];
@@ -213,13 +196,13 @@ __global__ void __launch_bounds__(kThreads) factored_topk_rows_kernel(const Topk
   __shared__ typename RowTopkEpilogue<T>::Shared state;
   const int64_t own = int64_t{blockIdx.x} * Tile<T>::kSize * s.capacity;
   const List<Key, int> lists{static_cast<Key*>(s.keys) + own, static_cast<int*>(s.places) + own};
-  for (int64_t n = blockIdx.x; n < s.row_blocks * s.splits; n += gridDim.x) {
-    const TopkTask<T, Source> task(s, n);
+  for (int64_t n = blockIdx.x; n < s.product.row_blocks * s.product.splits; n += gridDim.x) {
+    const ProductTask<T, Source> task(s.product, n);
     for (int row = static_cast<int>(threadIdx.x); row < Tile<T>::kSize; row += kThreads)
       state.counts[row] = 0, state.bars[row] = Ordered<T>::value(0);
     __syncthreads();
     RowTopkEpilogue<T> epilogue{s, state, lists, task.first_row, task.end_column};
-    Tile<T>::sweep_columns(shared, task.left, task.right, task.first_row, task.first_column, task.end_column, epilogue);
+    task.sweep(shared, epilogue);
     epilogue.finish(task.split);
   }
 }

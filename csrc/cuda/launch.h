@@ -9,6 +9,7 @@
 
 #include "../plan.h"
 #include "../tensors.h"
+#include "tile.cuh"
 
 // Lies in torch's CUDA library, so it is weak: this module imports beside a CPU torch too.
 extern "C" [[gnu::weak]] int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -25,14 +26,13 @@ inline void check_device() {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "no CUDA device: this torch is built without CUDA");
 }
 
-inline cudaStream_t current_stream(const Tensor& like) {
+// Starts so many blocks of a kernel on the current stream of the device of `like`.
+template <class Kernel, class... Arguments>
+void start(Kernel* kernel, int64_t blocks, const Tensor& like, const Arguments&... arguments) {
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0,
                   "torch gave no CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
-
-inline void check_launch() {
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel did not start: ", cudaGetErrorString(error));
 }

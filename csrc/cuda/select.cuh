@@ -2,34 +2,29 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace fc::cuda {
 
 // Unsigned integers in the order of the values. -0.0 counts as 0.0; 0 stands below all numbers and means NaN.
 template <class T>
-struct Ordered;
+struct Ordered {
+  using Key = std::conditional_t<sizeof(T) == 4, unsigned, unsigned long long>;
+  static constexpr Key kTop = Key{1} << (8 * sizeof(Key) - 1);
 
-template <>
-struct Ordered<float> {
-  using Key = unsigned;
-  static constexpr Key kTop = Key{1} << 31;
-  static __device__ Key key(float x) {
-    const Key bits = __float_as_uint(x + 0.0f);
+  static __device__ Key key(T x) {
+    const Key bits = bits_of<Key>(x + T(0));
     return bits & kTop ? ~bits : bits | kTop;
   }
-  static __device__ float value(Key key) { return __uint_as_float(key & kTop ? key ^ kTop : ~key); }
-};
+  static __device__ T value(Key key) { return bits_of<T>(key & kTop ? key ^ kTop : ~key); }
 
-template <>
-struct Ordered<double> {
-  using Key = unsigned long long;
-  static constexpr Key kTop = Key{1} << 63;
-  static __device__ Key key(double x) {
-    const Key bits = static_cast<Key>(__double_as_longlong(x + 0.0));
-    return bits & kTop ? ~bits : bits | kTop;
-  }
-  static __device__ double value(Key key) {
-    return __longlong_as_double(static_cast<long long>(key & kTop ? key ^ kTop : ~key));
+ private:
+  template <class To, class From>
+  static __device__ To bits_of(From x) {
+    To out;
+    memcpy(&out, &x, sizeof out);
+    return out;
   }
 };
 

@@ -3,7 +3,6 @@
 
 #include <tuple>
 
-#include "../sweep.h"
 #include "launch.h"
 #include "sweep_nll.cuh"
 
@@ -24,11 +23,9 @@ void launch(SweepArguments s, const Tensor& like, Tensor& lse, Tensor& change) {
   const Tensor partial_lse = scratch(), partial_change = s.clean_lse ? scratch() : partial_lse;
   s.lse = data_of<double>(partial_lse);
   s.change = s.clean_lse ? data_of<double>(partial_change) : nullptr;
-  const cudaStream_t stream = current_stream(like);
-  sweep_nll_kernel<T, Source><<<static_cast<unsigned>(row_blocks * s.splits), kThreads, 0, stream>>>(s);
-  sweep_nll_join<<<static_cast<unsigned>(ceil_div(s.pairs * s.positions, kThreads)), kThreads, 0, stream>>>(
-      s, data_of<double>(lse), data_of<double>(change));
-  check_launch();
+  start(sweep_nll_kernel<T, Source>, row_blocks * s.splits, like, s);
+  start(sweep_nll_join, ceil_div(s.pairs * s.positions, kThreads), like, s, data_of<double>(lse),
+        data_of<double>(change));
 }
 
 std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
@@ -61,17 +58,13 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
                          .scale = data_of<const double>(scale_c),
                          .clean_lse = data_of<const double>(clean_c),
                          .cap = cap.value_or(0),
-                         .lse = nullptr,
-                         .change = nullptr,
                          .picked = data_of<double>(picked),
                          .pairs = P,
                          .positions = T,
                          .vocabulary = sizes["V"],
                          .rank = sizes["r"],
                          .groups = sizes["G"],
-                         .tokens_per_position = K,
-                         .splits = 0,
-                         .columns_a_split = 0};
+                         .tokens_per_position = K};
   with_types("base", base, [&]<class Work, class Source>() { launch<Work, Source>(s, base, lse, change); });
   return {lse, picked, change};
 }

@@ -14,14 +14,11 @@ struct SweepArguments {
   const double* scale;               // [P,T] or null
   const double* clean_lse;           // [T] or null
   double cap;                        // logits x become cap * tanh(x / cap); 0: they do not
-  double *lse, *change;              // partial, [S,P,T]; change may be null
   double* picked;                    // [P,T,K], zero
   int64_t pairs, positions, vocabulary, rank, groups, tokens_per_position;
-  int64_t splits, columns_a_split;
+  int64_t splits = 0, columns_a_split = 0;
+  double *lse = nullptr, *change = nullptr;  // partial, [S,P,T]; change may be null
 };
-
-static __device__ float exp_2(float x) { return exp2f(x); }
-static __device__ double exp_2(double x) { return exp2(x); }
 
 // Per thread: the rows of its micro-tile over its own columns, joined across threads only at the end.
 template <class T, class Source>
@@ -45,7 +42,7 @@ struct SweepEpilogue {
 
   // What brings a sum to a higher maximum: exactly 1 where the maximum stays.
   static __device__ T rescaled(T total, T highest, T tallest) {
-    return total == 0 ? T(0) : total * exp_2(reference(highest) - reference(tallest));
+    return total == 0 ? T(0) : total * exp2(reference(highest) - reference(tallest));
   }
 
   __device__ T capped(T x) const {
@@ -76,13 +73,13 @@ struct SweepEpilogue {
       const double lse = s.clean_lse[t];
       const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
       const T clean = capped(start);
-      const T probability = exp_2(((clean - high) - low) * kLog2e);
+      const T probability = exp2(((clean - high) - low) * kLog2e);
       const T change = s.scale || s.cap > 0 ? x[j] - clean : product;
       if (inside && probability > 0) moved[i] += probability * change;
     }
     T sum = rescaled(total[i], highest[i], tallest);
 #pragma unroll
-    for (int j = 0; j < kRows; ++j) sum += exp_2(x[j] * kLog2e - reference(tallest));
+    for (int j = 0; j < kRows; ++j) sum += exp2(x[j] * kLog2e - reference(tallest));
     highest[i] = tallest, total[i] = sum;
     for (int64_t k = 0; k < s.tokens_per_position; ++k) {
       const int64_t offset = s.tokens[t * s.tokens_per_position + k] - first_column;

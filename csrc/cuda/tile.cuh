@@ -97,4 +97,29 @@ struct Tile {
   }
 };
 
+// A @ B cut into tasks: row tiles times parts of the columns.
+struct Product {
+  const void *A, *B;  // [N,r], [r,M], contiguous, of one type
+  int64_t rows, columns, rank, row_blocks, splits, columns_a_split;
+};
+
+template <class T, class Source>
+struct ProductTask {
+  int64_t first_row, first_column, end_column, split;
+  Matrix<Source> left, right;
+
+  __device__ ProductTask(const Product& p, int64_t task)
+      : first_row(task / p.splits * Tile<T>::kSize), split(task % p.splits) {
+    first_column = split * p.columns_a_split;
+    end_column = min(first_column + p.columns_a_split, p.columns);
+    left = {static_cast<const Source*>(p.A), p.rank, p.rows, p.rank};
+    right = {static_cast<const Source*>(p.B), p.columns, p.rank, end_column};
+  }
+
+  template <class Epilogue>
+  __device__ void sweep(typename Tile<T>::Shared& shared, Epilogue& epilogue) const {
+    Tile<T>::sweep_columns(shared, left, right, first_row, first_column, end_column, epilogue);
+  }
+};
+
 }  // namespace fc::cuda

@@ -24,11 +24,21 @@ struct Sizes {
   bool largest, per_row;
 };
 
+Product product(const Sizes& z, const void* A, const void* B, int64_t size) {
+  return {.A = A,
+          .B = B,
+          .rows = z.rows,
+          .columns = z.columns,
+          .rank = z.rank,
+          .row_blocks = ceil_div(z.rows, size),
+          .splits = z.splits,
+          .columns_a_split = ceil_div(ceil_div(z.columns, size), z.splits) * size};
+}
+
 template <class T, class Source, class Place>
 void topk(const Sizes& z, const void* A, const void* B, const void* shift, T* values, int64_t* rows, int64_t* columns) {
   using Key = typename Ordered<T>::Key;
   constexpr int64_t size = Tile<T>::kSize;
-  const int64_t row_blocks = ceil_div(z.rows, size), tiles = ceil_div(z.columns, size);
   const int64_t capacity = z.limit + (z.per_row ? size : size * size);
   const int64_t lists = z.per_row ? z.blocks * size : z.blocks, groups = z.per_row ? z.rows : 1;
   const int64_t parts = z.per_row ? z.splits : z.blocks, stride = z.per_row ? z.k : capacity;
@@ -36,8 +46,7 @@ void topk(const Sizes& z, const void* A, const void* B, const void* shift, T* va
   Buffer<Place> places(lists * capacity), found_places(groups * parts * z.k);
   Buffer<int> counts(groups * parts);
   Key bar = 0;
-  TopkArguments s{.A = A,
-                  .B = B,
+  TopkArguments s{.product = product(z, A, B, size),
                   .shift = shift,
                   .keys = keys.data.data(),
                   .places = places.data.data(),
@@ -45,12 +54,6 @@ void topk(const Sizes& z, const void* A, const void* B, const void* shift, T* va
                   .found_keys = z.per_row ? found_keys.data.data() : keys.data.data(),
                   .found_places = z.per_row ? found_places.data.data() : places.data.data(),
                   .counts = counts.data.data(),
-                  .rows = z.rows,
-                  .columns = z.columns,
-                  .rank = z.rank,
-                  .row_blocks = row_blocks,
-                  .splits = z.splits,
-                  .columns_a_split = ceil_div(tiles, z.splits) * size,
                   .k = static_cast<int>(z.k),
                   .limit = static_cast<int>(z.limit),
                   .capacity = static_cast<int>(capacity),
@@ -81,18 +84,12 @@ template <class T, class Source>
 void ranks(const Sizes& z, const void* A, const void* B, const int64_t* asked, int64_t* out) {
   constexpr int64_t size = Tile<T>::kSize;
   Buffer<T> entries(z.rows);
-  const RankArguments s{.A = A,
-                        .B = B,
+  const RankArguments s{.product = product(z, A, B, size),
                         .asked = asked,
                         .entries = entries.data.data(),
-                        .ranks = reinterpret_cast<unsigned long long*>(out),
-                        .rows = z.rows,
-                        .columns = z.columns,
-                        .rank = z.rank,
-                        .splits = z.splits,
-                        .columns_a_split = ceil_div(ceil_div(z.columns, size), z.splits) * size};
+                        .ranks = reinterpret_cast<unsigned long long*>(out)};
   fibers::launch(ceil_div(z.rows, kThreads), kThreads, [&] { diagonal_entries<T, Source>(s); });
-  fibers::launch(ceil_div(z.rows, size) * z.splits, kThreads, [&] { diagonal_ranks_kernel<T, Source>(s); });
+  fibers::launch(s.product.row_blocks * z.splits, kThreads, [&] { diagonal_ranks_kernel<T, Source>(s); });
 }
 
 }  // namespace fc::cuda

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,7 +25,7 @@ from pyfastcircuits.kernels.factored_topk import (
     factored_topk_segments_kernel,
 )
 from pyfastcircuits.kernels.frozen_attention import OPTIONS as ATTENTION_OPTIONS
-from pyfastcircuits.kernels.frozen_attention import attention_lse_kernel, frozen_attention_kernel, launch
+from pyfastcircuits.kernels.frozen_attention import attention_lse_kernel, frozen_attention_kernel
 from pyfastcircuits.kernels.joint_nll import CHANGES_WARPS, joint_nll_kernel
 from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
 from pyfastcircuits.kernels.sweep_nll import CHANGES_OPTIONS, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
@@ -193,7 +192,8 @@ def attention_variants() -> Iterator[AttentionVariant]:
 def compile_attention(variant: AttentionVariant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for 12 heads and 7 streams."""
     name, dtype, precision, rank, whole, arch = variant
-    config, kind = launch(torch.Size([7, 1, 12, 2048, rank]), rank, dtype, precision, arch)
+    kind = arithmetic("float32" if dtype == "bfloat16" else dtype, precision)
+    config = choose("frozen_attention", {"r": rank, "C": 7 * rank}, kind, arch)
     factor, work = "*bf16" if kind == "bf16" else POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = dict.fromkeys(("q", "k", "to", "sources", "values"), factor)
     types |= dict.fromkeys(("high", "low", "before", "after", "mask", "out", "highest", "totals"), work)

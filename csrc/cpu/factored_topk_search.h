@@ -1,4 +1,7 @@
-// Search for factored_topk: the epilogue compares each tile with a running threshold and collects what may belong.
+// factored_topk on the CPU: the k best entries of A @ B - shift[:, None], or of each of its rows, without the product.
+// The epilogue compares each tile with a running threshold and collects what may belong; topk_selection.h keeps the
+// best of it.
+//
 // A row costs 2 r M FLOP; its tile is read from the L1 cache once, at one comparison for r multiply-adds. In a matrix
 // in random order about k ln(N M / k) entries ever pass: of a whole matrix none to speak of, of each of its rows some.
 //
@@ -10,7 +13,6 @@
 // again in full precision and compared as ever.
 #pragma once
 
-#include "dispatch.h"
 #include "product.h"
 #include "topk_selection.h"
 
@@ -29,9 +31,8 @@ struct TopkArguments {
 
 struct TopkKernels {
   int64_t (*column_bytes)(int64_t rank);  // of a packed column
-  void (*pack)(const TopkArguments&, void* packed, const Stripe&, int64_t first_column, int64_t end_column);
-  void (*search)(const TopkArguments&, const void* packed, const Stripe&, int64_t first_row, int64_t end_row,
-                 Candidates*);
+  void (*pack)(const TopkArguments&, const Stripe&, int64_t first_column, int64_t end_column);
+  void (*search)(const TopkArguments&, const Stripe&, int64_t first_row, int64_t end_row, Candidates*);
 };
 
 }  // namespace fc::cpu
@@ -104,9 +105,9 @@ struct Search {
     T* full;
     double* norms;
 
-    Panels(void* packed, const Product& p, const Stripe& stripe) {
+    Panels(const Product& p, const Stripe& stripe) {
       const int64_t padded = panels_of<Screen>(stripe.columns) * kW;
-      screen = static_cast<typename Screen::Right*>(packed);
+      screen = static_cast<typename Screen::Right*>(stripe.packed);
       full = reinterpret_cast<T*>(screen + padded * steps<Screen>(p.rank));
       norms = reinterpret_cast<double*>(full + padded * p.rank);
     }
@@ -117,12 +118,12 @@ struct Search {
   };
 
   const TopkArguments& s;
-  const Product& p;
   const Stripe stripe;
-  const Panels panels;
   const int64_t first_row, end_row;
   Candidates* candidates;
-  const int64_t list_stride;  // 1: each row has candidates of its own; 0: all rows share them
+  const Product& p = s.product;
+  const Panels panels{p, stripe};
+  const int64_t list_stride = s.per_row ? 1 : 0;  // 1: each row has candidates of its own; 0: all rows share them
   const int64_t blocks = blocks_of(end_row - first_row);
   const ErrorBound error{p.rank};
   Buffer<typename Screen::Left> screen_left{blocks * kRows * steps<Screen>(p.rank)};
@@ -136,9 +137,9 @@ struct Search {
            (kScreened ? rank * static_cast<int64_t>(sizeof(T)) + 1 : 0);  // and a share of the panel's norm
   }
 
-  static void pack(const TopkArguments& s, void* packed, const Stripe& stripe, int64_t first, int64_t end) {
+  static void pack(const TopkArguments& s, const Stripe& stripe, int64_t first, int64_t end) {
     const Product& p = s.product;
-    const Panels panels(packed, p, stripe);
+    const Panels panels(p, stripe);
     pack_columns<Screen, Source>(p, stripe, panels.screen, first, end);
     if constexpr (kScreened) {
       pack_columns<Exact, Source>(p, stripe, panels.full, first, end);
@@ -270,18 +271,8 @@ struct Search {
     walk.finish();
   }
 
-  static void search(const TopkArguments& s, const void* packed, const Stripe& stripe, int64_t first, int64_t end,
-                     Candidates* candidates) {
-    const Product& p = s.product;
-    Search{.s = s,
-           .p = p,
-           .stripe = stripe,
-           .panels = Panels(const_cast<void*>(packed), p, stripe),
-           .first_row = first,
-           .end_row = end,
-           .candidates = candidates,
-           .list_stride = s.per_row ? 1 : 0}
-        .run();
+  static void search(const TopkArguments& s, const Stripe& stripe, int64_t first, int64_t end, Candidates* candidates) {
+    Search{.s = s, .stripe = stripe, .first_row = first, .end_row = end, .candidates = candidates}.run();
   }
 
   static const TopkKernels* kernels() {
@@ -289,6 +280,9 @@ struct Search {
     return &table;
   }
 };
+
+// fp32 factors multiplied by bfloat16 dot products are a screen.
+const TopkKernels* topk_kernels(Arithmetic arithmetic) { return select<Search, Dots::fp32>(arithmetic); }
 
 }  // namespace fc::cpu::FC_TIER
 

@@ -1,6 +1,10 @@
-// The kernel of frozen_attention. A task has some panels of destinations of one head and goes through their sources a
-// chunk at a time: scores by multiply(), weights exp(score - logsumexp) in place, then each group of columns of the
-// values of all streams is packed and multiplied with the weights while both lie in the caches.
+// frozen_attention on the CPU: attention with given logsumexps over any number of value streams. A tile of scores
+// becomes weights and is multiplied with every stream's values while it lies in the L1 cache; no pattern is stored. A
+// destination's result does not depend on threads or on how the work is cut.
+//
+// A task has some panels of destinations of one head and goes through their sources a chunk at a time: scores by
+// multiply(), weights exp(score - logsumexp) in place, then each group of columns of the values of all streams is
+// packed and multiplied with the weights while both lie in the caches.
 #pragma once
 
 #include "dispatch.h"
@@ -10,9 +14,8 @@ namespace fc::cpu {
 // Destinations take from sources: queries from keys or, in the transposed form, keys from queries. There time runs
 // backwards, by negative strides, so that in both forms a destination sees the sources up to its own position.
 struct AttentionArguments {
-  const void *to, *from, *values;  // [B,Ht,T,r], [B,Hf,T,r], [S,B,Hf,T,s] of one type, any strides
-  void* out;                       // [S,B,Ht,T,s]
-  int64_t to_stride[4], from_stride[4], value_stride[5], out_stride[5];
+  Strided<4> to, from;           // [B,Ht,T,r] and [B,Hf,T,r] of one type
+  Strided<5> values, out;        // [S,B,Hf,T,s] of that type, and [S,B,Ht,T,s]
   double* lse;                   // of the queries, [B,H,T]
   const double *before, *after;  // [B,T] or null: factors of a source's values and of a destination's result
   const uint8_t* mask;           // [B,T] or null: keys that are there
@@ -65,7 +68,7 @@ struct Attention {
   const AttentionArguments& a;
   const void* packed;
   const AttentionTask& task;
-  char* next;  // of the scratch
+  uintptr_t next;  // of the scratch: an address
   const int64_t panels = panels_of<Scheme>(task.end - task.first);
   const int64_t depth = steps<Scheme>(a.rank);
   const int64_t columns = a.streams * a.width, groups = blocks_of(columns);  // of values; of kRows columns
@@ -80,17 +83,13 @@ struct Attention {
   template <class U>
   U* take(int64_t count) {
     U* out = reinterpret_cast<U*>(next);
-    next += (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+    next += (static_cast<uintptr_t>(count) * sizeof(U) + 63) / 64 * 64;
     return out;
   }
 
-  // The bytes that a task of `panels` takes at most.
+  // The bytes that a task of `panels` takes: where a scratch at 0 would end.
   static int64_t scratch_bytes(const AttentionArguments& a, int64_t panels) {
-    const int64_t groups = blocks_of(a.streams * a.width);
-    const auto size = [](int64_t count, size_t each) { return count * static_cast<int64_t>(each) + 64; };
-    return size(panels * kW * steps<Scheme>(a.rank), sizeof(Right)) + 2 * size(panels * kW, sizeof(T)) +
-           size(panels * kChunk * kW, sizeof(T)) + size(panels * kSteps * kW, sizeof(Right)) +
-           size(kSteps * kRows, sizeof(Left)) + size(panels * groups * kRows * kW, sizeof(T));
+    return static_cast<int64_t>(Attention{a, nullptr, {.batch = 0, .head = 0, .first = 0, .end = panels * kW}, 0}.next);
   }
 
   struct Sources {  // of a chunk
@@ -113,10 +112,10 @@ struct Attention {
   }
 
   static void pack(const AttentionArguments& a, void* packed, int64_t head) {
-    const Source* from = static_cast<const Source*>(a.from) + head / a.heads_from * a.from_stride[0] +
-                         head % a.heads_from * a.from_stride[1];
-    pack_rows<Scheme>(static_cast<Left*>(packed) + head * packed_size(a), from, a.positions, a.rank, a.from_stride[2],
-                      a.from_stride[3]);
+    const auto* from = static_cast<const Source*>(a.from.data) + head / a.heads_from * a.from.stride[0] +
+                       head % a.heads_from * a.from.stride[1];
+    pack_rows<Scheme>(static_cast<Left*>(packed) + head * packed_size(a), from, a.positions, a.rank, a.from.stride[2],
+                      a.from.stride[3]);
   }
 
   // Reads a chunk's sources: which are hidden, and their factors. Those past the last source are hidden.
@@ -134,8 +133,9 @@ struct Attention {
 
   // Column c of the values of all streams, at a source.
   const Source* value(int64_t c, int64_t source, int64_t head) const {
-    return static_cast<const Source*>(a.values) + c / a.width * a.value_stride[0] + task.batch * a.value_stride[1] +
-           head * a.value_stride[2] + source * a.value_stride[3] + c % a.width * a.value_stride[4];
+    const int64_t* stride = a.values.stride;
+    return static_cast<const Source*>(a.values.data) + c / a.width * stride[0] + task.batch * stride[1] +
+           head * stride[2] + source * stride[3] + c % a.width * stride[4];
   }
 
   // Packs a group of columns of a chunk's values, [step][kRows]; zeros for hidden sources, whatever stands there. Also
@@ -151,7 +151,7 @@ struct Attention {
     for (int64_t j = 0; j < kChunk; out += kRows) {
       T scaled[Scheme::kDepth][kRows];
       for (int64_t d = 0; d < Scheme::kDepth; ++d, ++j) {
-        const int64_t offset = j * a.value_stride[3];
+        const int64_t offset = j * a.values.stride[3];
         if (adjacent || sources.hidden[j]) {
           const Source* row = sources.hidden[j] ? kNone : from[0] + offset;
           for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(row[i]) * sources.factor[j];
@@ -326,10 +326,10 @@ struct Attention {
     const bool empty =
         a.transposed ? a.mask != nullptr && !a.mask[row] : lse == -std::numeric_limits<double>::infinity();
     const T factor = a.after == nullptr ? T(1) : static_cast<T>(a.after[row]);
-    T* start =
-        static_cast<T*>(a.out) + task.batch * a.out_stride[1] + task.head * a.out_stride[2] + t * a.out_stride[3];
+    const int64_t* stride = a.out.stride;
+    T* start = static_cast<T*>(a.out.data) + task.batch * stride[1] + task.head * stride[2] + t * stride[3];
     for (int64_t c = 0; c < columns;) {
-      T* out = start + c / a.width * a.out_stride[0];
+      T* out = start + c / a.width * stride[0];
       for (int64_t e = 0; e < a.width; ++e, ++c)
         out[e] = results[((c / kRows * panels + panel) * kRows + c % kRows) * kW + lane] * factor;
       if (empty || !std::isfinite(lse))
@@ -340,9 +340,9 @@ struct Attention {
   int64_t first_chunk() const { return larger(0, task.first - a.window + 1) / kChunk * kChunk; }
 
   void run() {
-    const Source* to = static_cast<const Source*>(a.to) + task.batch * a.to_stride[0] + task.head * a.to_stride[1];
-    pack_right<Scheme>(queries, to + task.first * a.to_stride[2], a.rank, task.end - task.first, a.to_stride[3],
-                       a.to_stride[2]);
+    const int64_t* stride = a.to.stride;
+    const auto* to = static_cast<const Source*>(a.to.data) + task.batch * stride[0] + task.head * stride[1];
+    pack_right<Scheme>(queries, to + task.first * stride[2], a.rank, task.end - task.first, stride[3], stride[2]);
     const int64_t first = task.head * a.heads_from / a.heads_to, count = larger(1, a.heads_from / a.heads_to);
     const auto keys = [&](int64_t head) {
       return static_cast<const Left*>(packed) + (task.batch * a.heads_from + head) * packed_size(a);
@@ -363,11 +363,13 @@ struct Attention {
     static constexpr AttentionKernels table{
         kW, packed_bytes, pack, scratch_bytes,
         [](const AttentionArguments& a, const void* packed, const AttentionTask& task, void* scratch) {
-          Attention{a, packed, task, static_cast<char*>(scratch)}.run();
+          Attention{a, packed, task, reinterpret_cast<uintptr_t>(scratch)}.run();
         }};
     return &table;
   }
 };
+
+const AttentionKernels* attention_kernels(Arithmetic arithmetic) { return select<Attention>(arithmetic); }
 
 }  // namespace fc::cpu::FC_TIER
 
