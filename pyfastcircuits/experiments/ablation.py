@@ -6,7 +6,7 @@ Under frozen attention each is a low-rank change of the clean logits.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,16 +21,13 @@ from pyfastcircuits.experiments.edges import (
     rerun_removal,
 )
 from pyfastcircuits.experiments.measure import Intervention, measure
-from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.nodes import Edge, Head, Path, Receiver, one_or_several, parse_heads, parse_pair, parse_path
 from pyfastcircuits.run.paths import PathOutputs, enumerate_paths, path_z
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+from pyfastcircuits.shapes import check_choice
 
 Scope = Literal["path", "direct", "edge", "joint"]
 
@@ -116,8 +113,8 @@ def pair_ablation(
         IndexError: no such head.
         RuntimeError: a backend or precision that is not there.
     """
-    _check_choice("scope", scope, Scope)
-    _check_choice("attention", attention, Attention)
+    check_choice("scope", scope, get_args(Scope))
+    check_choice("attention", attention, get_args(Attention))
     if scope == "path" and attention == "recomputed":
         raise ValueError("attention is 'recomputed', but scope is 'path': paths exist under frozen patterns alone")
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
@@ -177,8 +174,8 @@ def head_ablation(
         IndexError: no such head.
         RuntimeError: a backend or precision that is not there.
     """
-    _check_choice("attention", attention, Attention)
-    _check_choice("effect", effect, Effect)
+    check_choice("attention", attention, get_args(Attention))
+    check_choice("effect", effect, get_args(Effect))
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, attention)
     entries = enumerate_paths(weights.n_layers, weights.n_heads, 1) if heads is None else heads
@@ -224,11 +221,6 @@ def all_pairs(weights: CircuitWeights, within_layers: bool = False) -> list[Path
         return pairs
     layers = [[Head(layer, head) for head in range(weights.n_heads)] for layer in range(weights.n_layers)]
     return sorted(pairs + [pair for heads in layers for pair in combinations(heads, 2)])
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(get_args(choices))}")
 
 
 def _parse_joint(weights: CircuitWeights, pair: Any) -> Path:

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.experiments.measure import Intervention, measure
 from pyfastcircuits.experiments.metrics import Asked, Positions, asked
-from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
@@ -17,10 +17,7 @@ from pyfastcircuits.run.losses import Unembedding
 from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, nodes_before, parse_path, written
 from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+from pyfastcircuits.shapes import check_choice
 
 Part = Literal["component", "head", "source", "path"]
 UNEMBED_BIAS = "b_U"
@@ -69,8 +66,7 @@ def direct_logit_attribution(
 
     Source: "The Path Expansion Trick", Elhage et al. 2021.
     """
-    if by not in get_args(Part):
-        raise ValueError(f"by is {by!r}, expected one of {', '.join(get_args(Part))}")
+    check_choice("by", by, get_args(Part))
     if (paths is None) == (by == "path"):
         raise ValueError(f"paths is {'missing' if paths is None else 'given'}, but by is {by!r}")
     weights = trace.weights

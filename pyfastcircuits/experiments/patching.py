@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,17 +12,14 @@ from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver
 from pyfastcircuits.experiments.edges import Effect, edge_removals, removed_z
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import NLL, Asked, LogitDifference
-from pyfastcircuits.experiments.options import Measurement, MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale, normalized
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import row_losses
 from pyfastcircuits.run.nodes import KINDS, Edge, Head, Kind, Receiver, one_or_several, parse_pair
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+from pyfastcircuits.shapes import check_choice
 
 Direction = Literal["denoise", "noise"]
 
@@ -205,10 +202,8 @@ def edge_attribution(
 
 
 def _check_effect(kind: str, effect: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    if effect not in get_args(Effect):
-        raise ValueError(f"effect is {effect!r}, expected one of {', '.join(get_args(Effect))}")
+    check_choice("kind", kind, KINDS)
+    check_choice("effect", effect, get_args(Effect))
 
 
 def _directed(
@@ -217,8 +212,7 @@ def _directed(
     """The run that is changed, the one that outputs are taken from, and options about the clean run's tokens."""
     if not isinstance(clean, FrozenTrace):
         raise TypeError(f"clean is a {type(clean).__name__}, expected a FrozenTrace (see trace)")
-    if direction not in get_args(Direction):
-        raise ValueError(f"direction is {direction!r}, expected one of {', '.join(get_args(Direction))}")
+    check_choice("direction", direction, get_args(Direction))
     check_same_model("corrupted", corrupted, clean)
     if corrupted.tokens.shape != clean.tokens.shape:
         raise ValueError(

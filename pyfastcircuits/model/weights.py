@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
+from pyfastcircuits.shapes import DTYPES, check_choice, check_positive
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -247,19 +248,16 @@ class CircuitWeights:
         save_file(tensors, path, metadata={METADATA: json.dumps(options)})
 
     def _check_options(self) -> None:
-        if self.positional not in POSITIONAL:
-            raise ValueError(f"positional is {self.positional!r}, expected one of {', '.join(POSITIONAL)}")
+        check_choice("positional", self.positional, POSITIONAL)
         if self.norm is not None and self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}, expected None or one of {', '.join(NORMS)}")
         if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):
             state = "missing" if self.W_pos is None else "given"
             raise ValueError(f"W_pos is {state}, but positional is {self.positional!r}")
-        if self.attention_scale is not None and not self.attention_scale > 0:
-            raise ValueError(f"attention_scale is {self.attention_scale}, expected a positive number")
+        check_positive("attention_scale", self.attention_scale)
         if not self.eps >= 0:
             raise ValueError(f"eps is {self.eps}, expected a number of at least 0")
-        if self.logit_cap is not None and not self.logit_cap > 0:
-            raise ValueError(f"logit_cap is {self.logit_cap}, expected a positive number")
+        check_positive("logit_cap", self.logit_cap)
         given = [name for name, _ in self.tensors() if name.startswith("ln_")]
         if given and self.norm is None:
             raise ValueError(f"{given[0]} is given, but norm is None")
@@ -309,9 +307,8 @@ class CircuitWeights:
 
 
 def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
-    supported = (torch.float32, torch.float64, torch.bfloat16)
-    if tensor.dtype not in supported:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, supported))}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}, but W_E has {like.dtype}")
     if tensor.device != like.device:
