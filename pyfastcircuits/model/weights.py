@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
+from pyfastcircuits.shapes import DTYPES, check_choice, check_positive
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -162,9 +162,7 @@ class CircuitWeights:
 
     def layer(self, name: Weight, layer: int) -> Tensor:
         """One layer's weight with the gain of its norm, in the computing dtype, by heads as stored: [H or Hkv, ...]."""
-        weight: Tensor = getattr(self, name)[layer].to(self.compute_dtype)
-        gain = self.gain(name, layer)
-        return weight if gain is None else weight * gain
+        return self._with_gain(getattr(self, name)[layer], name, layer)
 
     def heads(self, name: Weight, layer: int) -> Tensor:
         """One layer's weight for every query head, as `layer`: [H, d, r], or [H, r, d] for W_O."""
@@ -173,9 +171,7 @@ class CircuitWeights:
     def head(self, name: Weight, layer: int, head: int) -> Tensor:
         """The weight of one query head, as `layer`: [d, r], or [r, d] for W_O."""
         stored: Layers = getattr(self, name)
-        weight = stored[layer, head // (self.n_heads // stored.shape[1])].to(self.compute_dtype)
-        gain = self.gain(name, layer)
-        return weight if gain is None else weight * gain
+        return self._with_gain(stored[layer, head // (self.n_heads // stored.shape[1])], name, layer)
 
     def bias(self, name: Literal["Q", "K", "V"], layer: int) -> Tensor | None:
         """The whole bias of a layer's queries, keys or values, [H or Hkv, r]: b_Q, b_K or b_V, and ln_b @ W."""
@@ -194,10 +190,7 @@ class CircuitWeights:
         attend to (before the scale of a norm after the heads).
         """
         total = self.head_biases(layer).sum(0)
-        if self.b_O is None:
-            return total
-        gain = self.gain("W_O", layer)
-        return total + (self.b_O[layer] if gain is None else self.b_O[layer] * gain)
+        return total if self.b_O is None else total + self._with_gain(self.b_O[layer], "W_O", layer)
 
     def head_biases(self, layer: int) -> Tensor:
         """Every head's value bias @ W_O, [H, d]; zeros without one."""
@@ -205,12 +198,6 @@ class CircuitWeights:
         if bias is None:
             return torch.zeros(self.n_heads, self.d_model, dtype=self.compute_dtype, device=self.device)
         return torch.einsum("hr,hrd->hd", self._repeated(bias), self.heads("W_O", layer))
-
-    @cached_property
-    def unembed_bias(self) -> Tensor | None:
-        """`whole_unembed_bias`, kept; without gradients."""
-        with torch.no_grad():
-            return self.whole_unembed_bias()
 
     def whole_unembed_bias(self) -> Tensor | None:
         """The whole bias of the logits, [V]: b_U plus ln_final_b @ W_U; None without either."""
@@ -224,6 +211,11 @@ class CircuitWeights:
     def _repeated(self, stored: Tensor) -> Tensor:
         """A tensor of heads or key/value heads [H or Hkv, ...], repeated for every query head [H, ...]."""
         return stored if len(stored) == self.n_heads else stored.repeat_interleave(self.n_heads // len(stored), 0)
+
+    def _with_gain(self, weight: Tensor, name: Weight, layer: int) -> Tensor:
+        """A part of a layer's weight, or what is added to its product, in the computing dtype and with the gain."""
+        gain = self.gain(name, layer)
+        return weight.to(self.compute_dtype) if gain is None else weight.to(self.compute_dtype) * gain
 
     def gain(self, name: str, layer: int) -> Tensor | None:
         """The gain of a norm on the residual side of a weight: [d, 1] of a reader, [d] of a writer."""
@@ -247,19 +239,16 @@ class CircuitWeights:
         save_file(tensors, path, metadata={METADATA: json.dumps(options)})
 
     def _check_options(self) -> None:
-        if self.positional not in POSITIONAL:
-            raise ValueError(f"positional is {self.positional!r}, expected one of {', '.join(POSITIONAL)}")
+        check_choice("positional", self.positional, POSITIONAL)
         if self.norm is not None and self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}, expected None or one of {', '.join(NORMS)}")
         if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):
             state = "missing" if self.W_pos is None else "given"
             raise ValueError(f"W_pos is {state}, but positional is {self.positional!r}")
-        if self.attention_scale is not None and not self.attention_scale > 0:
-            raise ValueError(f"attention_scale is {self.attention_scale}, expected a positive number")
+        check_positive("attention_scale", self.attention_scale)
         if not self.eps >= 0:
             raise ValueError(f"eps is {self.eps}, expected a number of at least 0")
-        if self.logit_cap is not None and not self.logit_cap > 0:
-            raise ValueError(f"logit_cap is {self.logit_cap}, expected a positive number")
+        check_positive("logit_cap", self.logit_cap)
         given = [name for name, _ in self.tensors() if name.startswith("ln_")]
         if given and self.norm is None:
             raise ValueError(f"{given[0]} is given, but norm is None")
@@ -309,9 +298,8 @@ class CircuitWeights:
 
 
 def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
-    supported = (torch.float32, torch.float64, torch.bfloat16)
-    if tensor.dtype not in supported:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, supported))}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}, but W_E has {like.dtype}")
     if tensor.device != like.device:
