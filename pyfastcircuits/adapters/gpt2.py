@@ -32,17 +32,14 @@ def read(c: Checkpoint) -> dict[str, Any]:
     out["W_U"] = out["W_E"].T if c.option("tie_word_embeddings", True) else c.tensor("lm_head.weight", V, d).T
     for i, name in enumerate("QKV"):
         out[f"W_{name}"] = c.layers(layer + "attn.c_attn.weight", d, 3 * d, view=partial(_third, i, H))
-        out[f"b_{name}"] = c.stack(layer + "attn.c_attn.bias", 3 * d, view=partial(_third_bias, i, H))
+        out[f"b_{name}"] = c.stack(layer + "attn.c_attn.bias", 3 * d, view=partial(_third, i, H))
     return out
 
 
 def _third(part: int, heads: int, joint: Tensor) -> Tensor:
-    """One of queries, keys and values out of [d, 3 * H * r]: [H, d, r]."""
-    return joint.view(len(joint), 3, heads, -1)[:, part].transpose(0, 1)
-
-
-def _third_bias(part: int, heads: int, joint: Tensor) -> Tensor:
-    return joint.view(3, heads, -1)[part]
+    """One of queries, keys and values out of [d, 3 * H * r]: [H, d, r]; of a bias [3 * H * r]: [H, r]."""
+    third: Tensor = joint.unflatten(-1, (3, heads, -1)).select(-3, part).movedim(-2, 0)
+    return third
 
 
 FAMILY = Family(body="transformer", layers="h", attention="attn", final_norm="ln_f", read=read)

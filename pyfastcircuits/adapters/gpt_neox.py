@@ -37,17 +37,14 @@ def read(c: Checkpoint) -> dict[str, Any]:
     for i, name in enumerate("QKV"):
         out[f"W_{name}"] = c.layers(joint + "weight", 3 * d, d, view=partial(_third, i, H))
         if biased:
-            out[f"b_{name}"] = c.stack(joint + "bias", 3 * d, view=partial(_third_bias, i, H))
+            out[f"b_{name}"] = c.stack(joint + "bias", 3 * d, view=partial(_third, i, H))
     return out
 
 
 def _third(part: int, heads: int, joint: Tensor) -> Tensor:
-    """One of queries, keys and values out of [H * 3 * r, d]: [H, d, r]."""
-    return joint.view(heads, 3, -1, joint.shape[1])[:, part].mT
-
-
-def _third_bias(part: int, heads: int, joint: Tensor) -> Tensor:
-    return joint.view(heads, 3, -1)[:, part]
+    """One of queries, keys and values out of [H * 3 * r, d]: [H, d, r]; of a bias [H * 3 * r]: [H, r]."""
+    third: Tensor = joint.unflatten(0, (heads, 3, -1))[:, part].movedim(1, -1)
+    return third
 
 
 FAMILY = Family(body="gpt_neox", layers="layers", attention="attention", final_norm="final_layer_norm", read=read)

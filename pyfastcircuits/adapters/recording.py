@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfastcircuits.model.norms import norm_scale
+from pyfastcircuits.model.norms import embedded, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.forward import Forward
 from pyfastcircuits.run.model_guard import ModelGuard
@@ -110,7 +110,8 @@ def freeze(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, seen: R
         scales=torch.stack([norm_scale(stream, weights) for stream in streams]),
         post_scales=torch.stack([norm_scale(x.to(dtype), weights) for x in seen.attended]) if seen.attended else None,
     )
-    _check_embedding(weights, tokens, seen.streams[0], mask)
+    if mask is None or weights.positional != "standard":  # some models shift added positions by the padding
+        _check("the embedding gives", embedded(tokens, weights), seen.streams[0], mask)
     written = [model.attend(stream, layer) for layer, stream in enumerate(streams[:-1])]
     for layer, mine in enumerate(written):
         bias = model.apply_post_norm(weights.written_bias(layer).expand_as(mine), layer)
@@ -140,15 +141,6 @@ def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, mask: Te
     gain = torch.ones_like(mine[0, 0]) if weights.ln_final_w is None else weights.ln_final_w.to(mine.dtype)
     factor = model.scales[-1][..., None] * gain
     return torch.where(factor != 0, (normed.to(mine.dtype) - mine) / factor, 0)
-
-
-def _check_embedding(weights: CircuitWeights, tokens: Tensor, theirs: Tensor, mask: Tensor | None) -> None:
-    embedded = weights.W_E[tokens].to(weights.compute_dtype) * weights.embed_scale
-    if weights.positional == "standard" and weights.W_pos is not None:
-        if mask is not None:  # some models shift positions by the padding
-            return
-        embedded = embedded + weights.W_pos[: tokens.shape[1]]
-    _check("the embedding gives", embedded, theirs, mask)
 
 
 def _check(what: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyfastcircuits.adapters import hugging_face, transformer_lens
 from pyfastcircuits.adapters.recording import freeze
 from pyfastcircuits.arguments import public
-from pyfastcircuits.model.norms import centered, norm_scale
+from pyfastcircuits.model.norms import centered, embedded, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import check_range
 from pyfastcircuits.run.forward import WeightsForward
@@ -96,10 +96,8 @@ def _trace_weights(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None,
             "the model itself, trace(model, tokens)"
         )
     tokens, mask = checked_tokens(weights, tokens), checked_mask(tokens, mask)
-    residual = weights.W_E[tokens].to(weights.compute_dtype) * weights.embed_scale
-    if weights.positional == "standard" and weights.W_pos is not None:
-        residual = residual + weights.W_pos[: tokens.shape[1]].to(weights.compute_dtype)
-    embedded, forward = residual, WeightsForward(weights, mask)
+    start, forward = embedded(tokens, weights), WeightsForward(weights, mask)
+    residual = start
     scales, biases = [norm_scale(residual, weights)], []
     patterns: list[Pattern] = []
     for layer in range(weights.n_layers):
@@ -119,7 +117,7 @@ def _trace_weights(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None,
         scales=torch.stack(scales),
         post_scales=None,
         tokens=tokens,
-        embedded=embedded,
+        embedded=start,
         non_head_writes=tuple(biases),
         final=residual,
         mask=mask,

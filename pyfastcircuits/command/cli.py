@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 try:
+    import pyarrow as pa
     import typer
     from rich import progress as bars
     from rich.console import Console
@@ -126,13 +127,12 @@ def sweep(
     console.print(show.order_table(found))
     if weights.n_layers:
         console.print(show.marginal_table(found))
-    files = [out / "orders.parquet", out / "sweep.parquet"]
-    write.write_orders(found, files[0])
-    write.write_table(found.result.table(), files[1])
+    files = write.write_tables(out, {"orders": pa.table(show.order_steps(found)), "sweep": found.result.table()})
     if count:
         console.print(show.effect_table(found.result, found.examples(top), shown))
         files.append(out / f"{kind}.png")
-        write.effect_heatmap(found.result, files[-1], f"{model}: {scope} ablation, {mode}, attention {attention}")
+        title = f"{model}: {scope} ablation, {mode}, attention {attention}"
+        write.heatmap(found.result, files[-1], title, f"change of the {show.METRIC_NAMES[found.result.metric]}")
         limit = limit_seconds(found)
         share = "" if limit is None else f", {limit / found.seconds:.0%} of this machine's limit"
         _say(f"{count / found.seconds:.1f} {kind}/s of {len(tokens) * (tokens.shape[1] - 1)} tokens each{share}")
@@ -165,20 +165,14 @@ def composition(
         scores = fc.composition_scores(weights, kind, precision=precision, backend=backend, progress=progress)
     mean = fc.composition_baseline(weights, kind).mean
     z = fc.composition_z_scores(weights, kind, scores)
-    at = tuple(torch.tensor(pairs).view(-1, 4).mT)
-    found = show.Composition(
-        kind=kind,
-        pairs=pairs,
-        score=scores.cpu()[at],
-        baseline=mean.cpu()[at],
-        z=z.cpu()[at],
-        eigenvalues=fc.composed_eigenvalues(weights, pairs if kind == "K" else []).cpu(),
-        copying=fc.copying_scores(weights).cpu(),
-    )
-    console.print(show.composition_table(found, top))
-    files = [out / f"composition-{kind}.parquet", out / f"composition-{kind}.png"]
-    write.write_composition(found, files[0])
-    write.composition_heatmap(found, files[1], f"{model}: {kind}-composition")
+    score, baseline, z = (x.cpu()[tuple(torch.tensor(pairs).view(-1, 4).mT)] for x in (scores, mean, z))
+    found = fc.Result(pairs, z, z.new_zeros(()), "z", {"score": score, "baseline": baseline}, {"kind": kind})
+    eigenvalues = fc.composed_eigenvalues(weights, pairs if kind == "K" else []).cpu()
+    console.print(show.composition_table(found, eigenvalues, fc.copying_scores(weights).cpu(), top))
+    name = f"composition-{kind}"
+    files = [*write.write_tables(out, {name: write.composition_columns(found, eigenvalues)}), out / f"{name}.png"]
+    label = f"{kind}-composition, standard deviations from a random rotation"
+    write.heatmap(found, files[-1], f"{model}: {kind}-composition", label)
     _say_written(files)
 
 
@@ -216,10 +210,10 @@ def tables(
         if not weights.n_layers:
             raise ValueError(f"--all-heads: {model} has no heads")
         with _progress("heads", weights.n_layers * weights.n_heads) as progress:
-            files = write.write_head_tables(
-                weights, k, out, shown, normed=normed, offset=offset, backend=backend, progress=progress
+            written = write.head_tables(
+                weights, k, shown, normed=normed, offset=offset, backend=backend, progress=progress
             )
-        _say_written(files)
+        _say_written(write.write_tables(out, written))
     elif head is not None:
         found = fc.skip_trigrams(weights, _head(head), sources, k, normed=normed, offset=offset, backend=backend)
         console.print((show.source_table if sources else show.triple_table)(found, shown))
@@ -267,12 +261,8 @@ def heads(
     )
     found = fc.induction_heads(run, scores, backend=backend) if layers > 1 else None
     console.print(show.head_table(scores, found, top))
-    files = [out / "heads.parquet"]
-    write.write_table(scores.table(), files[0])
-    if found is not None:
-        files.append(out / "induction.parquet")
-        write.write_table(found.table(), files[1])
-    _say_written(files)
+    written = {"heads": scores} if found is None else {"heads": scores, "induction": found}
+    _say_written(write.write_tables(out, {file: result.table() for file, result in written.items()}))
 
 
 def _say(line: str) -> None:

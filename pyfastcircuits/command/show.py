@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +16,7 @@ from pyfastcircuits.command.text import TokenText, corpus_tokens, rows_of
 from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.result import label_name
-from pyfastcircuits.run.nodes import Head, Kind, Path
+from pyfastcircuits.run.nodes import Head
 
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)
@@ -66,22 +67,25 @@ def _python(piece: str) -> str:
     return f"' ' * {len(piece)}" if len(piece) > 4 and set(piece) == {" "} else repr(piece)
 
 
-def order_rows(sweep: Sweep) -> list[tuple[str, float]]:
-    """The steps of the term importance analysis, each with its loss in nats."""
-    orders = sweep.orders.tolist()
-    names = ["order 0 (direct path)", *(f"order <= {k}" for k in range(1, len(orders)))]
-    uniform = math.log(sweep.trace.weights.d_vocab)
-    return [("uniform", uniform), *zip(names, orders, strict=True), ("full model", float(sweep.trace.loss))]
+def order_steps(sweep: Sweep) -> dict[str, list[Any]]:
+    """The steps of the term importance analysis: the paths there are by then, the loss, and its fall, in nats."""
+    orders = [f"order <= {k}" for k in range(1, len(sweep.orders))]
+    losses = [math.log(sweep.trace.weights.d_vocab), *sweep.orders.tolist(), float(sweep.trace.loss)]
+    return {
+        "paths": ["uniform", "order 0 (direct path)", *orders, "full model"],
+        "loss": losses,
+        "fall": [None, *(before - after for before, after in pairwise(losses))],
+    }
 
 
 def order_table(sweep: Sweep) -> Table:
     """The loss with the paths of each order added, beside the article's two-layer model."""
     title = "Term importance: loss with all paths up to an order, in nats"
-    steps, rows = order_rows(sweep), []
-    articles = ["", *map(str, ARTICLE_ORDERS[: len(steps) - 2]), *[""] * len(steps)]
-    for (name, loss), (_, before), article in zip(steps, [("", math.nan), *steps], articles, strict=False):
-        fall = "" if math.isnan(before) else f"{round(before - loss, 4) + 0.0:.4f}"  # no negative zero
-        rows.append((name, f"{loss:.4f}", fall, article))
+    orders, rows = len(sweep.orders), []
+    articles = ["", *map(str, ARTICLE_ORDERS[:orders]), *[""] * orders]
+    for name, loss, fall, article in zip(*order_steps(sweep).values(), articles, strict=False):
+        shown = "" if fall is None else f"{round(fall, 4) + 0.0:.4f}"  # no negative zero
+        rows.append((name, f"{loss:.4f}", shown, article))
     return _table(title, ("paths",), ("loss", "fall", "article's fall"), rows)
 
 
@@ -119,23 +123,17 @@ def effect_table(found: Result, examples: list[Example], text: TokenText) -> Tab
     return table
 
 
-@dataclass(frozen=True)
-class Composition:
-    """Composition scores of all pairs of heads with layer1 < layer2, and the spectra that go with them."""
+def composition_table(found: Result, eigenvalues: Tensor, copying: Tensor, top: int) -> Table:
+    """The pairs that stand out most from a random rotation, by z-score; with the spectra that go with them.
 
-    kind: Kind
-    pairs: list[Path]  # source, destination
-    score: Tensor  # [P]
-    baseline: Tensor  # [P]: mean under a random rotation
-    z: Tensor  # [P]
-    eigenvalues: Tensor  # [P, r] complex, of the K-composed QK circuit; [0, r] for other kinds
-    copying: Tensor  # [L, H]
-
-
-def composition_table(found: Composition, top: int) -> Table:
-    """The pairs that stand out most from a random rotation, by z-score."""
-    title = f"{found.kind}-composition: pairs that stand out most from a random rotation"
-    spectra = ("composed QK", "largest") if len(found.eigenvalues) else ()
+    Args:
+        found: of P pairs: z, score and baseline.
+        eigenvalues: [P, r] complex, of the K-composed QK circuits; [0, r] for other kinds of composition.
+        copying: [L, H].
+        top: how many pairs.
+    """
+    title = f"{found.setup['kind']}-composition: pairs that stand out most from a random rotation"
+    spectra = ("composed QK", "largest") if len(eigenvalues) else ()
     names = ("source", "dest", "score", "random", "z", "source copies", "dest copies", *spectra)
     caption = "random: mean score under a random rotation; z: score**2 against it. copies: eigenvalue copying score."
     if spectra:
@@ -144,13 +142,12 @@ def composition_table(found: Composition, top: int) -> Table:
         )
     rows = []
     for i in found.z.argsort(descending=True)[:top].tolist():
-        pair = found.pairs[i]
-        row = [*map(label_name, pair), *(f"{float(x[i]):.4f}" for x in (found.score, found.baseline))]
-        row += [f"{float(found.z[i]):+.1f}", *(f"{float(found.copying[head]):+.2f}" for head in pair)]
+        pair: Any = found.labels[i]
+        row = [*map(label_name, pair), *(f"{float(found.extra[name][i]):.4f}" for name in ("score", "baseline"))]
+        row += [f"{float(found.z[i]):+.1f}", *(f"{float(copying[head]):+.2f}" for head in pair)]
         if spectra:
-            spectrum = found.eigenvalues[i]
-            largest = complex(spectrum[spectrum.abs().argmax()])
-            row += [f"{float(positivity(spectrum)):+.2f}", f"{largest.real:.1e}"]
+            largest = complex(eigenvalues[i, eigenvalues[i].abs().argmax()])
+            row += [f"{float(positivity(eigenvalues[i])):+.2f}", f"{largest.real:.1e}"]
         rows.append(row)
     return _narrowed(_table(title, (), names, rows, caption))
 

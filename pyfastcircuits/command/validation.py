@@ -303,32 +303,23 @@ def head_fit(
     return HeadFit(head, triples, [lift for lift in control if lift == lift])
 
 
-class CodePattern(NamedTuple):
-    """A skip-trigram that Python's grammar makes, each token by its text."""
-
-    name: str
-    source: str
-    destination: str
-    output: str
-
-
-PATTERNS = (
-    CodePattern("indentation falls", " " * 15, " " * 11, " else"),
-    CodePattern("indentation falls", " " * 15, " " * 11, " elif"),
-    CodePattern("indentation falls", " " * 15, " " * 11, " except"),
-    CodePattern("indentation stays", " " * 11, "\n", " " * 11),
-    CodePattern("indentation after a colon", ":", "\n", " " * 7),
-    CodePattern("if ... :", " if", ":", "\n"),
-    CodePattern("in ... :", " in", " name", ":"),
-    CodePattern("for ... in", " for", " name", " in"),
-    CodePattern("def ... self", " def", "(", "self"),
-    CodePattern("self ... .", " self", ".", "file"),
-    CodePattern("[ ... ]", "[", "name", "]"),
-    CodePattern("open ... ,", " open", ",", " '"),
-    CodePattern("with ... as", " with", ")", " as"),
-    CodePattern("try ... except", " try", " " * 7, " except"),
-    CodePattern("import ... import", "import", "\n", "import"),
-    CodePattern("codecs ... .", "codecs", ".", "charmap"),
+PATTERNS = (  # skip-trigrams that Python's grammar makes: a name; source, destination and output by their text
+    ("indentation falls", " " * 15, " " * 11, " else"),
+    ("indentation falls", " " * 15, " " * 11, " elif"),
+    ("indentation falls", " " * 15, " " * 11, " except"),
+    ("indentation stays", " " * 11, "\n", " " * 11),
+    ("indentation after a colon", ":", "\n", " " * 7),
+    ("if ... :", " if", ":", "\n"),
+    ("in ... :", " in", " name", ":"),
+    ("for ... in", " for", " name", " in"),
+    ("def ... self", " def", "(", "self"),
+    ("self ... .", " self", ".", "file"),
+    ("[ ... ]", "[", "name", "]"),
+    ("open ... ,", " open", ",", " '"),
+    ("with ... as", " with", ")", " as"),
+    ("try ... except", " try", " " * 7, " except"),
+    ("import ... import", "import", "\n", "import"),
+    ("codecs ... .", "codecs", ".", "charmap"),
 )
 
 

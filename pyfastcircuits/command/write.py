@@ -1,7 +1,7 @@
 """The files that the command writes: Parquet tables (pyarrow) and heatmaps (matplotlib)."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 import pyfastcircuits as fc
-from pyfastcircuits.command.show import METRIC_NAMES, Composition, of_pairs, order_rows
+from pyfastcircuits.command.show import of_pairs
 from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.result import label_name
@@ -27,54 +27,43 @@ _TOKENS = ("source", "destination", "output", "token", "next")
 _REALS = ("attention", "logit", "score", "top1", "top5", "positive", "eigenvalues")
 
 
-def write_table(table: pa.Table, file: Path) -> None:
-    """Write a Parquet file whole or not at all."""
-    partial = file.with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.replace(file)
+def write_tables(folder: Path, tables: Mapping[str, pa.Table]) -> list[Path]:
+    """Write each table as NAME.parquet, whole or not at all; the files."""
+    files = []
+    for name, table in tables.items():
+        partial, file = folder / f"{name}.partial", folder / f"{name}.parquet"
+        pq.write_table(table, partial)
+        files.append(partial.replace(file))
+    return files
 
 
-def write_orders(sweep: fc.Sweep, file: Path) -> None:
-    """Write one row for each step of the order table: paths, loss, fall (nats)."""
-    names, losses = zip(*order_rows(sweep), strict=True)
-    falls = [None, *(a - b for a, b in itertools.pairwise(losses))]
-    write_table(pa.table({"paths": list(names), "loss": list(losses), "fall": falls}), file)
-
-
-def write_composition(found: Composition, file: Path) -> None:
-    """Write one row for each pair: source_layer, source_head, dest_layer, dest_head, score, baseline, z.
+def composition_columns(found: fc.Result, eigenvalues: Tensor) -> pa.Table:
+    """One row for each pair: source_layer, source_head, dest_layer, dest_head, score, baseline, z.
 
     With K-composition the eigenvalues of the composed QK circuit follow as lists, real and imaginary.
     """
-    names = ("source_layer", "source_head", "dest_layer", "dest_head")
-    heads = zip(*(itertools.chain(*pair) for pair in found.pairs), strict=True)
-    columns = {name: pa.array(values, pa.int32()) for name, values in zip(names, heads, strict=True)}
-    for name in ("score", "baseline", "z"):
-        columns[name] = pa.array(getattr(found, name).double().numpy())
-    if len(found.eigenvalues):
-        columns["eigenvalues_real"] = pa.array(found.eigenvalues.real.double().tolist())
-        columns["eigenvalues_imag"] = pa.array(found.eigenvalues.imag.double().tolist())
-    write_table(pa.table(columns), file)
+    names = ("source_layer", "source_head", "dest_layer", "dest_head", "score", "baseline", "z")
+    table = found.table().select(names)
+    if len(eigenvalues):
+        for name, part in (("real", eigenvalues.real), ("imag", eigenvalues.imag)):
+            table = table.append_column(f"eigenvalues_{name}", pa.array(part.double().tolist()))
+    return table
 
 
-def write_head_tables(
+def head_tables(
     weights: fc.CircuitWeights,
     k: int,
-    out: Path,
     text: TokenText,
     *,
     normed: bool,
     offset: int,
     backend: Backend,
     progress: Callable[[float], None],
-) -> list[Path]:
-    """Write every head's tables, each a file with the columns of HEAD_TABLES: their k largest entries, and copying.
+) -> dict[str, pa.Table]:
+    """Every head's tables, with the columns of HEAD_TABLES: their k largest entries, and copying.
 
     A column of text follows each column of tokens. Attention is less the destination's mean over sources, logits are
     less the mean over outputs; `score` is their product.
-
-    Returns:
-        The files.
     """
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in HEAD_TABLES}
     eigenvalues = fc.copying_scores(weights)
@@ -90,9 +79,7 @@ def write_head_tables(
         progress(1)
     entries = fc.top_entries(fc.bigrams(weights, normed=normed), k, normalize="center", backend=backend)
     rows["bigrams"] += _ranked((entries.rows, entries.columns, entries.values))
-    for name, names in HEAD_TABLES.items():
-        write_table(_with_text(names, rows[name], text), out / f"{name}.parquet")
-    return [out / f"{name}.parquet" for name in HEAD_TABLES]
+    return {name: _with_text(names, rows[name], text) for name, names in HEAD_TABLES.items()}
 
 
 def _ranked(columns: Iterable[Tensor]) -> Iterable[tuple[float, ...]]:
@@ -110,50 +97,26 @@ def _with_text(names: tuple[str, ...], rows: list[tuple[float, ...]], text: Toke
     return pa.table(arrays)
 
 
-def effect_heatmap(found: fc.Result, file: Path, title: str) -> None:
-    """Draw the change of the metric: by source and destination for pairs, by layer and head for heads and layers."""
-    label = f"change of the {METRIC_NAMES[found.metric]}"
+def heatmap(found: fc.Result, file: Path, title: str, label: str) -> None:
+    """Draw each difference from the baseline: by source and destination for pairs, else by layer and head."""
+    from matplotlib.figure import Figure
+
     if of_pairs(found):
-        _pair_heatmap(found.labels, found.delta.tolist(), file, title, label)
+        grid, down, across = _grid_of_pairs(found)
+        names = {"xlabel": "destination head (layer.head)", "ylabel": "source head (layer.head)"}
     else:
         grid = found.delta.double().cpu().view(found.values.shape[0], -1).numpy()
-        across = [str(i) for i in range(grid.shape[1])] if grid.shape[1] > 1 else ["all heads"]
-        _heatmap(grid, [str(i) for i in range(grid.shape[0])], across, ("head", "layer"), file, title, label)
-
-
-def composition_heatmap(found: Composition, file: Path, title: str) -> None:
-    """Draw the z-score of every pair."""
-    label = f"{found.kind}-composition, standard deviations from a random rotation"
-    _pair_heatmap(found.pairs, found.z.tolist(), file, title, label)
-
-
-def _pair_heatmap(pairs: Iterable[Any], values: list[float], file: Path, title: str, label: str) -> None:
-    """Sources go down, destinations across."""
-    sources, destinations = (sorted({tuple(head) for head in side}) for side in zip(*pairs, strict=True))
-    grid = np.full((len(sources), len(destinations)), np.nan)
-    for (source, destination), value in zip(pairs, values, strict=True):
-        grid[sources.index(tuple(source)), destinations.index(tuple(destination))] = value
-    down, across = (list(map(label_name, side)) for side in (sources, destinations))
-    _heatmap(grid, down, across, ("destination head (layer.head)", "source head (layer.head)"), file, title, label)
-
-
-def _heatmap(
-    grid: Any, down: list[str], across: list[str], axes_names: tuple[str, str], file: Path, title: str, label: str
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+        down, across = ([str(i) for i in range(size)] for size in grid.shape)
+        across = across if len(across) > 1 else ["all heads"]
+        names = {"xlabel": "head", "ylabel": "layer"}
     size = max(5.0, 0.45 * len(across)), max(4.0, 0.45 * len(down))
-    figure, axes = plt.subplots(figsize=(min(size[0], 40) + 1.5, min(size[1], 40)), layout="constrained")
+    figure = Figure(figsize=(min(size[0], 40) + 1.5, min(size[1], 40)), layout="constrained")
+    axes = figure.subplots()
     bound = float(np.nanmax(np.abs(grid))) or 1.0
     image = axes.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound)
     axes.set_xticks(range(len(across)), across, rotation=90)
     axes.set_yticks(range(len(down)), down)
-    axes.set_xlabel(axes_names[0])
-    axes.set_ylabel(axes_names[1])
-    axes.set_title(title)
+    axes.set(title=title, **names)
     if grid.size <= 400:
         for (i, j), value in np.ndenumerate(grid):
             if np.isfinite(value):
@@ -161,4 +124,13 @@ def _heatmap(
                 axes.text(j, i, f"{value:+.3f}", ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, label=label)
     figure.savefig(file, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+
+
+def _grid_of_pairs(found: fc.Result) -> tuple[Any, list[str], list[str]]:
+    """Differences with sources down and destinations across, NaN where there is no pair; and the names of both."""
+    pairs: Any = found.labels
+    sources, destinations = (sorted(set(side)) for side in zip(*pairs, strict=True))
+    grid = np.full((len(sources), len(destinations)), np.nan)
+    for (source, destination), value in zip(pairs, found.delta.tolist(), strict=True):
+        grid[sources.index(source), destinations.index(destination)] = value
+    return grid, list(map(label_name, sources)), list(map(label_name, destinations))

@@ -3,10 +3,10 @@
 Under frozen attention each is a low-rank change of the clean logits.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,16 +22,23 @@ from pyfastcircuits.experiments.edges import (
     rerun_removal,
 )
 from pyfastcircuits.experiments.measure import Intervention, measure
-from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.nodes import Edge, Head, Path, Receiver, one_or_several, parse_heads, parse_pair, parse_path
+from pyfastcircuits.run.nodes import (
+    Edge,
+    Head,
+    Path,
+    Receiver,
+    grouped,
+    one_or_several,
+    parse_heads,
+    parse_pair,
+    parse_path,
+)
 from pyfastcircuits.run.paths import PathOutputs, enumerate_paths, path_z
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+from pyfastcircuits.shapes import check_choice
 
 Scope = Literal["path", "direct", "edge", "joint"]
 
@@ -74,9 +81,7 @@ def path_ablation(
         given, several = one_or_several(entry)
         sets.append([parse_path(trace.weights, path) for path in given])
         labels.append(frozenset(sets[-1]) if several else sets[-1][0])
-    how = measurement(trace, options)
-    found = measure(trace, _path_removals(trace.weights, sets, value), how)
-    return found.result(labels, (len(labels),), mode=mode)
+    return measure(trace, _path_removals(sets, value), measurement(trace, options), labels, mode=mode)
 
 
 @public
@@ -119,19 +124,19 @@ def pair_ablation(
         IndexError: no such head.
         RuntimeError: a backend or precision that is not there.
     """
-    _check_choice("scope", scope, Scope)
-    _check_choice("attention", attention, Attention)
+    check_choice("scope", scope, get_args(Scope))
+    check_choice("attention", attention, get_args(Attention))
     if scope == "path" and attention == "recomputed":
         raise ValueError("attention is 'recomputed', but scope is 'path': paths exist under frozen patterns alone")
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
     if pairs is None:
-        chosen = all_pairs(weights, within_layers=scope == "joint")
+        chosen = list(all_pairs(weights, within_layers=scope == "joint"))
     else:
         chosen = [_parse_joint(weights, pair) if scope == "joint" else parse_pair(weights, pair) for pair in pairs]
     how = measurement(trace, options, attention)
     interventions: Sequence[Intervention]
     if scope == "path":
-        interventions = _path_removals(weights, [[pair] for pair in chosen], value)
+        interventions = _path_removals([[pair] for pair in chosen], value)
     elif scope == "joint":
         interventions = _joint_removals(weights, chosen, value, attention, how)
     elif attention == "recomputed":
@@ -139,8 +144,7 @@ def pair_ablation(
         interventions = edge_removals(weights, cuts, value, "direct" if scope == "direct" else "total")
     else:
         interventions = _frozen_edge_removals(chosen, value, direct=scope == "direct")
-    found = measure(trace, interventions, how)
-    return found.result(chosen, (len(chosen),), scope=scope, mode=mode, attention=attention)
+    return measure(trace, interventions, how, chosen, scope=scope, mode=mode, attention=attention)
 
 
 @public
@@ -181,16 +185,22 @@ def head_ablation(
         IndexError: no such head.
         RuntimeError: a backend or precision that is not there.
     """
-    _check_choice("attention", attention, Attention)
-    _check_choice("effect", effect, Effect)
+    check_choice("attention", attention, get_args(Attention))
+    check_choice("effect", effect, get_args(Effect))
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, attention)
     entries = enumerate_paths(weights.n_layers, weights.n_heads, 1) if heads is None else heads
     sets = [parse_heads(weights, entry) for entry in entries]
     labels: list[Label] = [heads if len(heads) == 1 else frozenset(heads) for heads in sets]
-    shape = (weights.n_layers, weights.n_heads) if heads is None else (len(sets),)
-    found = measure(trace, _head_removals(sets, value, attention, effect), how)
-    return found.result(labels, shape, mode=mode, attention=attention, effect=effect)
+    removal: Intervention
+    if effect == "total":
+        removal = HeadRemoval(places=range(len(sets)), sets=sets, value=value, attention=attention)
+    elif any(len(heads) != 1 for heads in sets):
+        raise ValueError("heads holds a set of several, but effect is 'direct': give single heads")
+    else:
+        removal = DirectRemoval(places=range(len(sets)), write_heads=[head for (head,) in sets], value=value)
+    shape = (weights.n_layers, weights.n_heads) if heads is None else None
+    return measure(trace, [removal], how, labels, shape, mode=mode, attention=attention, effect=effect)
 
 
 @public
@@ -222,18 +232,10 @@ def layer_ablation(
     return replace(found, labels=range(weights.n_layers))
 
 
-def all_pairs(weights: CircuitWeights, within_layers: bool = False) -> list[Path]:
+def all_pairs(weights: CircuitWeights, within_layers: bool) -> Iterator[Path]:
     """Every pair of heads in two layers, and within a layer if asked, sorted by source and then destination."""
-    pairs = enumerate_paths(weights.n_layers, weights.n_heads, 2)
-    if not within_layers:
-        return pairs
-    layers = [[Head(layer, head) for head in range(weights.n_heads)] for layer in range(weights.n_layers)]
-    return sorted(pairs + [pair for heads in layers for pair in combinations(heads, 2)])
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(get_args(choices))}")
+    heads = [head for (head,) in enumerate_paths(weights.n_layers, weights.n_heads, 1)]
+    return (pair for pair in combinations(heads, 2) if within_layers or pair[0].layer < pair[1].layer)
 
 
 def _parse_joint(weights: CircuitWeights, pair: Any) -> Path:
@@ -260,34 +262,35 @@ class _PathSetWrites:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PathRemoval(Intervention):
-    """Each experiment takes out one path that ends in the write head; without a write head, a set of paths."""
+    """Each experiment takes out a set of paths; with a write head, it is one path that ends there."""
 
-    items: Sequence[Any]  # a path or a set of paths for each experiment
+    sets: Sequence[tuple[Path, ...]]
     value: AblationValue
 
     def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
         """See Intervention."""
-        outputs = PathOutputs if self.write_heads else _PathSetWrites
-        return self.value.removal(outputs(tuple(self.items[i] for i in members)), part)
+        sets = tuple(self.sets[i] for i in members)
+        if self.write_heads:
+            return self.value.removal(PathOutputs(tuple(path for (path,) in sets)), part)
+        return self.value.removal(_PathSetWrites(sets), part)
 
 
-def _path_removals(weights: CircuitWeights, sets: Sequence[Sequence[Path]], value: AblationValue) -> list[Intervention]:
-    """Single paths, grouped by their last head, whose W_O @ W_U they go through; then sets, and the direct path."""
-    singles: dict[Head, list[int]] = {}
-    others: dict[bool, list[int]] = {}
-    for i, paths in enumerate(sets):
-        if len(paths) == 1 and paths[0]:
-            singles.setdefault(paths[0][-1], []).append(i)
-        else:
-            others.setdefault(() in paths, []).append(i)
-    out: list[Intervention] = [
-        PathRemoval(places=places, write_heads=[head], items=[sets[i][0] for i in places], value=value)
-        for head, places in singles.items()
+def _path_removals(sets: Sequence[Sequence[Path]], value: AblationValue) -> list[Intervention]:
+    """Single paths are grouped by their last head, whose W_O @ W_U they go through; sets and the direct path have none.
+
+    Of these, those with the direct path in them take the bias of the logits out too.
+    """
+    kinds = grouped((paths[0][-1:] if len(paths) == 1 else (), () in paths) for paths in sets)
+    return [
+        PathRemoval(
+            places=places,
+            write_heads=write_heads,
+            removes_unembed_bias=direct and value.mode == "zero",
+            sets=[tuple(sets[i]) for i in places],
+            value=value,
+        )
+        for (write_heads, direct), places in kinds.items()
     ]
-    for direct, places in others.items():
-        bias, chosen = direct and value.mode == "zero", [tuple(sets[i]) for i in places]
-        out.append(PathRemoval(places=places, removes_unembed_bias=bias, items=chosen, value=value))
-    return out
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -313,24 +316,7 @@ class DirectRemoval(Intervention):
     def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
         """See Intervention."""
         heads = [self.write_heads[i] for i in members]
-        gone = {
-            layer: part.apply_post_norm(removed_z(part, layer, self.value), layer)
-            for layer in {head.layer for head in heads}
-        }
-        return torch.stack([gone[head.layer][head.head] for head in heads])
-
-
-def _head_removals(
-    sets: Sequence[tuple[Head, ...]], value: AblationValue, attention: Attention, effect: Effect
-) -> list[Intervention]:
-    if not sets:
-        return []
-    places = range(len(sets))
-    if effect == "total":
-        return [HeadRemoval(places=places, sets=sets, value=value, attention=attention)]
-    if any(len(heads) != 1 for heads in sets):
-        raise ValueError("heads holds a set of several, but effect is 'direct': give single heads")
-    return [DirectRemoval(places=places, write_heads=[head for (head,) in sets], value=value)]
+        return torch.stack([part.apply_post_norm(removed_z(part, head, self.value), head.layer) for head in heads])
 
 
 def _joint_removals(
@@ -338,21 +324,19 @@ def _joint_removals(
 ) -> list[Intervention]:
     """Pairs within a layer share what each head takes out, where the changes of two heads add up; others do not."""
     adds_up = attention == "frozen" and how.from_sums and (how.final_norm == "frozen" or weights.norm is None)
-    groups: dict[int | None, list[int]] = {}
-    for i, (first, second) in enumerate(pairs):
-        groups.setdefault(first.layer if adds_up and first.layer == second.layer else None, []).append(i)
+    groups = grouped(first.layer if adds_up and first.layer == second.layer else None for first, second in pairs)
     out: list[Intervention] = []
     for layer, places in groups.items():
-        chosen = [pairs[i] for i in places]
-        if layer is None:
-            out.append(HeadRemoval(places=places, sets=chosen, value=value, attention=attention))
-            continue
+        sets, numbers, kept = [pairs[i] for i in places], None, 0
+        if layer is not None:
+            numbers = [(first.head, second.head) for first, second in sets]
+            sets, kept = [(Head(layer, head),) for head in range(weights.n_heads)], weights.n_heads * weights.d_model
         out.append(
             HeadRemoval(
                 places=places,
-                pairs=[(first.head, second.head) for first, second in chosen],
-                extra_floats_per_position=weights.n_heads * weights.d_model,
-                sets=[(Head(layer, head),) for head in range(weights.n_heads)],
+                pairs=numbers,
+                extra_floats_per_position=kept,
+                sets=sets,
                 value=value,
                 attention=attention,
             )
@@ -383,9 +367,6 @@ class FrozenEdgeRemoval(Intervention):
 
 
 def _frozen_edge_removals(pairs: Sequence[Path], value: AblationValue, direct: bool) -> list[Intervention]:
-    groups: dict[Head, list[int]] = {}
-    for i, (_, destination) in enumerate(pairs):
-        groups.setdefault(destination, []).append(i)
     return [
         FrozenEdgeRemoval(
             places=places,
@@ -394,5 +375,5 @@ def _frozen_edge_removals(pairs: Sequence[Path], value: AblationValue, direct: b
             destination=head,
             value=value,
         )
-        for head, places in groups.items()
+        for head, places in grouped(destination for _, destination in pairs).items()
     ]

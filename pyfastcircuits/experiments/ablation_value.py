@@ -8,6 +8,7 @@ from torch import Tensor
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.nodes import Outputs
 from pyfastcircuits.run.trace import FrozenTrace
+from pyfastcircuits.shapes import check_choice
 
 Mode = Literal["zero", "mean", "resample"]
 AverageOver = Literal["all", "positions", "batch"]
@@ -25,10 +26,8 @@ class AblationValue:
     def __init__(
         self, trace: FrozenTrace, mode: Mode = "zero", reference: FrozenTrace | None = None, over: AverageOver = "all"
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
-        if over not in get_args(AverageOver):
-            raise ValueError(f"over is {over!r}, expected one of {', '.join(get_args(AverageOver))}")
+        check_choice("mode", mode, get_args(Mode))
+        check_choice("over", over, get_args(AverageOver))
         if reference is not None:
             if mode == "zero":
                 raise ValueError("reference is given, but mode is 'zero'")

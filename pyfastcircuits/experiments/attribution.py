@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,18 +10,15 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.measure import Intervention, measure
 from pyfastcircuits.experiments.metrics import Asked, Positions, asked
-from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.losses import Unembedding
-from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, nodes_before, parse_path, written
+from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, grouped, nodes_before, parse_path, written
 from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+from pyfastcircuits.shapes import check_choice
 
 Part = Literal["component", "head", "source", "path"]
 UNEMBED_BIAS = "b_U"
@@ -71,8 +68,7 @@ def direct_logit_attribution(
 
     Source: "The Path Expansion Trick", Elhage et al. 2021.
     """
-    if by not in get_args(Part):
-        raise ValueError(f"by is {by!r}, expected one of {', '.join(get_args(Part))}")
+    check_choice("by", by, get_args(Part))
     if (paths is None) == (by == "path"):
         raise ValueError(f"paths is {'missing' if paths is None else 'given'}, but by is {by!r}")
     weights = trace.weights
@@ -88,11 +84,10 @@ def direct_logit_attribution(
         if by != "component":
             kept = [i for i, label in enumerate(labels) if isinstance(label, tuple) == (by == "head")]
             labels, values = [labels[i] for i in kept], values[kept]
-    values = where.placed(values) if per_token else values.mean(-1)
     if by == "head":
         values = values.unflatten(0, (weights.n_layers, weights.n_heads))
     name = "logit" if against is None else "logit_difference"
-    return Result(labels, values, _zeros(where, values, per_token), name, setup={"by": by}, harm="size")
+    return _parts(labels, values, where, per_token, name, by=by)
 
 
 @public
@@ -116,8 +111,7 @@ def logit_lens(trace: FrozenTrace, **options: "Unpack[MeasureOptions]") -> Resul
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     labels, how = range(trace.weights.n_layers + 1), measurement(trace, options, "recomputed")
-    found = measure(trace, [StreamInstead(places=labels)], how)
-    return found.result(labels, (len(labels),), final_norm=how.final_norm)
+    return measure(trace, [StreamInstead(places=labels)], how, labels, final_norm=how.final_norm)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -175,13 +169,11 @@ def project(
     where = asked(trace, range(trace.tokens.shape[1]) if positions is None else positions, of_tokens=False)
     directions = direction.to(weights.compute_dtype).reshape(-1, 1, weights.d_model)
     labels, values = _along(trace, last, directions, where)
-    values = where.placed(values) if per_token else values.mean(-1)
     if direction.dim() == 1:
         values = values[:, 0]
     else:
         labels = [(label, i) for label in labels for i in range(len(direction))]
-    zeros = _zeros(where, values, per_token)
-    return Result(labels, values, zeros, "projection", setup={"layer": last}, harm="size")
+    return _parts(labels, values, where, per_token, "projection", layer=last)
 
 
 def _along(trace: FrozenTrace, last: int, directions: Tensor, where: Asked) -> tuple[list[Label], Tensor]:
@@ -203,10 +195,7 @@ def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias
     weights = trace.weights
     values = directions.new_empty(len(paths), len(directions))
     at_once = max(1, memory.BLOCK_BYTES // (trace.tokens.numel() * weights.d_head * directions.element_size()))
-    groups: dict[Any, list[int]] = {}
-    for i, path in enumerate(paths):
-        groups.setdefault(path[-1:], []).append(i)
-    for end, members in groups.items():
+    for end, members in grouped(path[-1:] for path in paths).items():
         if not end:
             direct = where.rows(trace.non_head_stream(weights.n_layers))
             values[members] = (direct * directions).sum(-1) + bias
@@ -233,6 +222,10 @@ def _toward_targets(trace: FrozenTrace, where: Asked, center: bool) -> tuple[Ten
     return centered(directions, weights) * where.rows(trace.scales[-1][..., None]), added
 
 
-def _zeros(where: Asked, values: Tensor, per_token: bool) -> Tensor:
-    """The baseline: zero, at every position measured."""
-    return where.placed(values.new_zeros(where.count)) if per_token else values.new_zeros(())
+def _parts(
+    labels: list[Label], values: Tensor, where: Asked, per_token: bool, metric: str, **setup: str | int | float
+) -> Result:
+    """The result of parts of a sum, [..., N] at the positions measured; the baseline is zero at each."""
+    baseline = values.new_zeros(where.count)
+    values, baseline = (where.placed(x) if per_token else x.mean(-1) for x in (values, baseline))
+    return Result(labels, values, baseline, metric, setup=setup, harm="size")

@@ -14,7 +14,7 @@ from pyfastcircuits.experiments.ablation_value import AblationValue
 from pyfastcircuits.experiments.measure import Intervention
 from pyfastcircuits.model.norms import centered, normalized
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.run.nodes import Edge, Head, HeadOutputs, Inputs, Node
+from pyfastcircuits.run.nodes import Edge, Head, HeadOutputs, Inputs, Node, grouped
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -23,9 +23,9 @@ SCORES = 64 << 20  # bytes of attention scores made at a time, at least one expe
 ROWS = 1024  # positions rerun at a time, at least one experiment's: what a layer makes of more leaves the caches
 
 
-def removed_z(part: FrozenTrace, layer: int, value: AblationValue) -> Tensor:
-    """z of every head of a layer, less the value that takes its place: [H, B, T, r]."""
-    return value.removal(HeadOutputs(layer), part)
+def removed_z(part: FrozenTrace, head: Head, value: AblationValue) -> Tensor:
+    """z of a head, less the value that takes its place: [B, T, r]."""
+    return value.removal(head.outputs, part)[head.index]
 
 
 def frozen_removal(part: FrozenTrace, sets: Sequence[Sequence[Node]], value: AblationValue) -> Tensor:
@@ -106,7 +106,7 @@ def frozen_edge_z(part: FrozenTrace, sources: Sequence[Head], head: Head, value:
     values = []
     for source in sources:
         virtual_weights = centered(weights.head("W_O", *source), weights) @ W_V
-        z = part.apply_post_norm(removed_z(part, source.layer, value)[source.head], source.layer)
+        z = part.apply_post_norm(removed_z(part, source, value), source.layer)
         values.append(z @ virtual_weights)
     read = torch.stack(values) * part.scales[head.layer][..., None]
     z = apply_pattern(head_pattern(part.patterns[head.layer], head.head), read[:, :, None])[:, :, 0]
@@ -155,7 +155,7 @@ class _Receiving:
         if (part, self.layer) not in self.kept:
             self.kept.clear()
             heads = dict.fromkeys(head for sources in self.choices for head in sources)
-            gone = {head: head.write(part, removed_z(part, head.layer, self.value)[head.head]) for head in heads}
+            gone = {head: head.write(part, removed_z(part, head, self.value)) for head in heads}
             nothing = torch.zeros_like(part.embedded)
             added = [-sum((gone[head] for head in sources), nothing) for sources in self.choices]
             self.kept[part, self.layer] = destination_z_change(part, torch.stack(added), self.layer, self.inputs)
@@ -197,26 +197,21 @@ def edge_removals(
     What destinations then write goes straight to the logits ("direct", cuts of one edge each), or through everything
     behind them, computed anew ("total").
     """
-    layers: dict[int, list[int]] = {}
-    for i, cut in enumerate(cuts):
-        layers.setdefault(cut[0].receiver.head.layer, []).append(i)
     out: list[EdgeRemoval] = []
     kept: dict[tuple[FrozenTrace, int], Tensor] = {}
-    for layer, places in sorted(layers.items()):
+    for layer, places in sorted(grouped(cut[0].receiver.head.layer for cut in cuts).items()):
         choices = sorted({sources for i in places for sources in _sources_of(cuts[i]).values()})
         inputs = cuts[places[0]][0].receiver.inputs
         receiving = _Receiving(layer=layer, inputs=inputs, value=value, choices=choices, kept=kept)
-        groups: dict[Head | None, list[int]] = {}
-        for i in places:
-            groups.setdefault(cuts[i][0].receiver.head if effect == "direct" else None, []).append(i)
+        through = grouped((cuts[i][0].receiver.head,) if effect == "direct" else () for i in places)
         out += [
             EdgeRemoval(
-                places=some,
-                write_heads=[] if head is None else [head],
+                places=[places[i] for i in members],
+                write_heads=write_heads,
                 extra_floats_per_position=len(choices) * weights.n_heads * weights.d_head,
-                cuts=[cuts[i] for i in some],
+                cuts=[cuts[places[i]] for i in members],
                 receiving=receiving,
             )
-            for head, some in sorted(groups.items(), key=lambda group: group[0] or Head(-1, -1))
+            for write_heads, members in sorted(through.items())
         ]
     return out

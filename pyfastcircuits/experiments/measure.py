@@ -67,22 +67,6 @@ class Intervention(ABC):
         return torch.stack([weights.head("W_O", *head) for head in heads]) if heads else None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """By metric: means over the positions measured, or with `per_token` each position's value."""
-
-    measurement: Measurement
-    values: dict[str, Tensor]  # [P] or [P, B, T'], there NaN where nothing is measured
-    baselines: dict[str, Tensor]  # [] or [B, T']
-
-    def result(self, labels: Sequence[Label], shape: Sequence[int], **setup: str | int | float) -> Result:
-        """The result of experiments with these labels; their [P] becomes `shape`."""
-        first, *others = self.measurement.metrics
-        values = {name: x.view(*shape, *x.shape[1:]) for name, x in self.values.items()}
-        extra = {metric.name: values[metric.name] for metric in others}
-        return Result(labels, values[first.name], self.baselines[first.name], first.name, extra, setup, first.harm)
-
-
 class _Part:
     """Some of the sequences: their clean logits at the positions measured."""
 
@@ -193,33 +177,42 @@ class _ChangedRows:
 
 
 @torch.no_grad()
-def measure(trace: FrozenTrace, interventions: Sequence[Intervention], how: Measurement) -> Measured:
-    """Every experiment of every intervention, in the order of their places."""
-    with OneDnnMatmul():
-        return _measure(trace, interventions, how)
+def measure(
+    trace: FrozenTrace,
+    interventions: Sequence[Intervention],
+    how: Measurement,
+    labels: Sequence[Label],
+    shape: tuple[int, ...] | None = None,
+    **setup: str | int | float,
+) -> Result:
+    """The result of every experiment of every intervention, labelled in the order of their places.
 
-
-def _measure(trace: FrozenTrace, interventions: Sequence[Intervention], how: Measurement) -> Measured:
-    count = sum(len(intervention.places) for intervention in interventions)
-    values = {metric.name: _Values(trace, how, (count,)) for metric in how.metrics}
+    Values are means over the positions measured, or with `per_token` each position's. They are [P], or `shape`, for as
+    many labels.
+    """
+    values = {metric.name: _Values(trace, how, (len(labels),)) for metric in how.metrics}
     clean = {metric.name: _Values(trace, how, ()) for metric in how.metrics}
-    unembedding = Unembedding(trace.weights)
-    for sequences in slices(len(trace.tokens), _sequences_at_once(trace, interventions, how)):
-        asked = how.asked[sequences]
-        if not asked.count:
-            continue
-        part = _Part(trace[sequences], asked, how, unembedding)
-        unchanged = _ChangedRows.unchanged(part)
-        for metric in how.metrics:
-            clean[metric.name].put((), sequences, asked, metric.measure(unchanged)[0])
-        for intervention in interventions:
-            for members, rows in _changed_rows(intervention, part):
-                places = torch.tensor([intervention.places[i] for i in members], device=asked.where.device)
-                for metric in how.metrics:
-                    values[metric.name].put(places, sequences, asked, metric.measure(rows))
-                if how.progress is not None:
-                    how.progress(len(members) * asked.count / how.asked.count)
-    return Measured(how, {n: x.finished() for n, x in values.items()}, {n: x.finished() for n, x in clean.items()})
+    with OneDnnMatmul():
+        unembedding = Unembedding(trace.weights)
+        for sequences in slices(len(trace.tokens), _sequences_at_once(trace, interventions, how)):
+            asked = how.asked[sequences]
+            if not asked.count:
+                continue
+            part = _Part(trace[sequences], asked, how, unembedding)
+            unchanged = _ChangedRows.unchanged(part)
+            for metric in how.metrics:
+                clean[metric.name].put((), sequences, asked, metric.measure(unchanged)[0])
+            for intervention in interventions:
+                for members, rows in _changed_rows(intervention, part):
+                    places = torch.tensor([intervention.places[i] for i in members], device=asked.where.device)
+                    for metric in how.metrics:
+                        values[metric.name].put(places, sequences, asked, metric.measure(rows))
+                    if how.progress is not None:
+                        how.progress(len(members) * asked.count / how.asked.count)
+    first, *others = how.metrics
+    found = {name: x.finished().unflatten(0, shape or (len(labels),)) for name, x in values.items()}
+    extra = {metric.name: found[metric.name] for metric in others}
+    return Result(labels, found[first.name], clean[first.name].finished(), first.name, extra, setup, first.harm)
 
 
 class _Values:

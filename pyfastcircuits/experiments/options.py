@@ -4,17 +4,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from torch import Tensor
+from typing_extensions import Unpack as Unpack  # a dependency of torch
 
 from pyfastcircuits.experiments.metrics import KL, Asked, Metric, MetricSpec, Positions, asked, metric_spec
 from pyfastcircuits.ops import Backend, Precision
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack as Unpack
-
 
 Attention = Literal["frozen", "recomputed"]
 FinalNorm = Literal["frozen", "recomputed"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,17 +13,14 @@ from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver
 from pyfastcircuits.experiments.edges import Effect, edge_removals, removed_z
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import NLL, Asked, LogitDifference
-from pyfastcircuits.experiments.options import Measurement, MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale, normalized
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.losses import row_losses
+from pyfastcircuits.run.losses import CleanLogits, Unembedding, row_losses
 from pyfastcircuits.run.nodes import KINDS, Edge, Head, Kind, Receiver, one_or_several, parse_pair
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+from pyfastcircuits.shapes import check_choice
 
 Direction = Literal["denoise", "noise"]
 
@@ -78,8 +75,7 @@ def composition_ablation(
         cuts.append([Edge(source, Receiver(to, kind)) for source, to in chosen])
     value = AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, "recomputed")
-    found = measure(trace, edge_removals(weights, cuts, value, effect), how)
-    return found.result(labels, (len(labels),), kind=kind, mode=mode, effect=effect)
+    return measure(trace, edge_removals(weights, cuts, value, effect), how, labels, kind=kind, mode=mode, effect=effect)
 
 
 @public
@@ -195,7 +191,7 @@ def edge_attribution(
     pairs = enumerate_paths(weights.n_layers, weights.n_heads, 2)
     changes = _first_order(into, AblationValue(into, "resample", source), kind, effect, how)
     where = tuple(torch.tensor(pairs, dtype=torch.long).view(-1, 4).mT)
-    found = measure(into, [], how).result([], (0,), kind=kind, effect=effect)
+    found = measure(into, [], how, [], kind=kind, effect=effect)
     values = found.baseline + changes[where]
     found = replace(found, labels=pairs, values=values, harm="size")
     if exact:
@@ -210,10 +206,8 @@ def edge_attribution(
 
 
 def _check_effect(kind: str, effect: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    if effect not in get_args(Effect):
-        raise ValueError(f"effect is {effect!r}, expected one of {', '.join(get_args(Effect))}")
+    check_choice("kind", kind, KINDS)
+    check_choice("effect", effect, get_args(Effect))
 
 
 def _directed(
@@ -222,8 +216,7 @@ def _directed(
     """The run that is changed, the one that outputs are taken from, and options about the clean run's tokens."""
     if not isinstance(clean, FrozenTrace):
         raise TypeError(f"clean is a {type(clean).__name__}, expected a FrozenTrace (see trace)")
-    if direction not in get_args(Direction):
-        raise ValueError(f"direction is {direction!r}, expected one of {', '.join(get_args(Direction))}")
+    check_choice("direction", direction, get_args(Direction))
     check_same_model("corrupted", corrupted, clean)
     if corrupted.tokens.shape != clean.tokens.shape:
         raise ValueError(
@@ -248,26 +241,22 @@ def _with_runs(
     setup = dict(found.setup) | {"direction": direction}
     plain: MeasureOptions = {**_about(clean, options), "per_token": False, "kl": False, "progress": None}
     for name, run in (("clean", clean), ("corrupted", corrupted)):
-        how = measurement(run, plain, "recomputed")
-        setup[name] = float(measure(run, [], how).baselines[how.metrics[0].name])
+        setup[name] = float(measure(run, [], measurement(run, plain, "recomputed"), []).baseline)
     return replace(found, setup=setup)
 
 
 def _first_order(trace: FrozenTrace, value: AblationValue, kind: Kind, effect: Effect, how: Measurement) -> Tensor:
     """The first-order change of the metric for every pair, [L, H, L, H]."""
-    weights, heads = trace.weights, range(trace.weights.n_heads)
-    shape = (weights.n_layers, len(heads)) * 2
-    out = trace.embedded.new_zeros(shape, dtype=torch.float64)
+    weights = trace.weights
+    heads = [[Head(layer, head) for head in range(weights.n_heads)] for layer in range(weights.n_layers)]
+    out = trace.embedded.new_zeros((weights.n_layers, weights.n_heads) * 2, dtype=torch.float64)
     for first in range(len(trace.tokens)):  # the gradients of one sequence at a time
         asked = how.asked[first : first + 1]
         if not asked.count:
             continue
         part = trace[first : first + 1]
         with torch.no_grad():
-            gone = []
-            for layer in range(weights.n_layers):
-                z = removed_z(part, layer, value)
-                gone.append(torch.stack([Head(layer, head).write(part, z[head]) for head in heads]))
+            gone = [torch.stack([head.write(part, removed_z(part, head, value)) for head in layer]) for layer in heads]
         by_z = _gradients_by_z(part, asked, how, asked.count / how.asked.count, effect)
         for layer in range(1, weights.n_layers):
             by_input = _gradients_by_input(part, layer, by_z[layer], kind)
@@ -304,12 +293,10 @@ def _metric(part: FrozenTrace, final: Tensor, asked: Asked, how: Measurement) ->
     if not isinstance(metric, LogitDifference):
         losses = row_losses(rows, asked.tokens()[:, 0], weights, how.backend)
         return (losses if isinstance(metric, NLL) else (-losses).exp()).mean()
-    logits, bias, cap = [], weights.whole_unembed_bias(), weights.logit_cap
-    for tokens in asked.tokens().unbind(-1):
-        picked = torch.einsum("nd,dn->n", rows, weights.W_U[:, tokens].to(rows.dtype))
-        picked = picked if bias is None else picked + bias[tokens]
-        logits.append(picked if cap is None else cap * (picked / cap).tanh())
-    return (logits[0] - logits[1]).mean()
+    clean, cap = CleanLogits(rows, Unembedding(weights), held=False), weights.logit_cap
+    logits = [clean.of_tokens(tokens) for tokens in asked.tokens().unbind(-1)]
+    targets, against = logits if cap is None else [cap * (x / cap).tanh() for x in logits]
+    return (targets - against).mean()
 
 
 def _gradients_by_input(part: FrozenTrace, layer: int, by_z: Tensor, kind: Kind) -> Tensor:

@@ -1,10 +1,9 @@
 """`fc.sweep`, the main job: term importance, and the ablation of everything of a kind, over many sequences."""
 
-import math
 import time
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,15 +12,12 @@ from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
-from pyfastcircuits.experiments.options import Attention, MeasureOptions, measured
+from pyfastcircuits.experiments.options import Attention, MeasureOptions, Unpack, measured
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.paths import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+from pyfastcircuits.shapes import check_choice
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 
@@ -108,8 +104,7 @@ def sweep(
     Raises:
         ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses, pair_ablation and head_ablation.
     """
-    if scope not in get_args(SweepScope):
-        raise ValueError(f"scope is {scope!r}, expected one of {', '.join(get_args(SweepScope))}")
+    check_choice("scope", scope, get_args(SweepScope))
     run = trace(model, tokens)
     backend = options.get("backend", "auto")
     orders, marginals = order_losses(run, backend=backend), layer_marginals(run, backend=backend)
@@ -168,8 +163,3 @@ def limit_seconds(found: Sweep) -> float | None:
     rows = found.trace.tokens.shape[0] * (found.trace.tokens.shape[1] - 1)
     logits = float(len(found.result.labels) * rows * weights.d_vocab)
     return logits * 2 * weights.d_head / flops + logits / exps
-
-
-def uniform_loss(weights: CircuitWeights) -> float:
-    """The loss of the uniform distribution over the vocabulary, ln V nats."""
-    return math.log(weights.d_vocab)

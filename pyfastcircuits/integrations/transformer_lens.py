@@ -6,9 +6,9 @@ version.
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import wraps
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,40 +18,23 @@ from pyfastcircuits.circuits.head_factors import triangle
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.ops import pair_norms
 
-_ABSENT = object()
 _later_layers_only: ContextVar[bool] = ContextVar("later_layers_only", default=False)
 
 
-class Acceleration:
+class Acceleration(ExitStack):
     """The replacements that `accelerate` has made; leaving it as a context, or `undo`, takes them back."""
-
-    def __init__(self) -> None:
-        """Nothing is replaced yet."""
-        self._replaced: list[tuple[object, str, object]] = []
 
     def replace(self, owner: object, name: str, value: object) -> None:
         """Set an attribute of a module or class and remember what was there."""
-        self._replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
+        if name in vars(owner):
+            self.callback(setattr, owner, name, vars(owner)[name])
+        else:
+            self.callback(delattr, owner, name)
         setattr(owner, name, value)
 
     def undo(self) -> None:
         """Put back everything that was replaced. Once is enough; more does no harm."""
-        while self._replaced:
-            owner, name, value = self._replaced.pop()
-            if value is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
-
-    def __enter__(self) -> "Acceleration":
-        """Enter the context; everything is in place already."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Undo."""
-        self.undo()
+        self.close()
 
 
 def accelerate() -> Acceleration:

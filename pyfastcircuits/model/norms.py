@@ -1,9 +1,17 @@
-"""Norms and rotary positions, as the weights say: the parts of a model that are no matrix."""
+"""Embeddings, norms and rotary positions, as the weights say: the parts of a model that are no matrix product."""
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.model.weights import CircuitWeights
+
+
+def embedded(tokens: Tensor, weights: CircuitWeights) -> Tensor:
+    """The residual stream [B, T, d] before layer 0: embeddings, and positions where those are added to it."""
+    stream = weights.W_E[tokens].to(weights.compute_dtype) * weights.embed_scale
+    if weights.positional == "standard" and weights.W_pos is not None:
+        stream = stream + weights.W_pos[: tokens.shape[1]].to(stream.dtype)
+    return stream
 
 
 def centered(stream: Tensor, weights: CircuitWeights) -> Tensor:

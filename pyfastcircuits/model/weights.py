@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyfastcircuits.arguments import check_fields, public
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
+from pyfastcircuits.shapes import DTYPES, check_choice, check_positive
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -164,9 +165,7 @@ class CircuitWeights:
     @public
     def layer(self, name: Weight, layer: int) -> Tensor:
         """One layer's weight with the gain of its norm, in the computing dtype, by heads as stored: [H or Hkv, ...]."""
-        weight: Tensor = getattr(self, name)[layer].to(self.compute_dtype)
-        gain = self.gain(name, layer)
-        return weight if gain is None else weight * gain
+        return self._with_gain(getattr(self, name)[layer], name, layer)
 
     @public
     def heads(self, name: Weight, layer: int) -> Tensor:
@@ -177,9 +176,7 @@ class CircuitWeights:
     def head(self, name: Weight, layer: int, head: int) -> Tensor:
         """The weight of one query head, as `layer`: [d, r], or [r, d] for W_O."""
         stored: Layers = getattr(self, name)
-        weight = stored[layer, head // (self.n_heads // stored.shape[1])].to(self.compute_dtype)
-        gain = self.gain(name, layer)
-        return weight if gain is None else weight * gain
+        return self._with_gain(stored[layer, head // (self.n_heads // stored.shape[1])], name, layer)
 
     @public
     def bias(self, name: Literal["Q", "K", "V"], layer: int) -> Tensor | None:
@@ -200,10 +197,7 @@ class CircuitWeights:
         attend to (before the scale of a norm after the heads).
         """
         total = self.head_biases(layer).sum(0)
-        if self.b_O is None:
-            return total
-        gain = self.gain("W_O", layer)
-        return total + (self.b_O[layer] if gain is None else self.b_O[layer] * gain)
+        return total if self.b_O is None else total + self._with_gain(self.b_O[layer], "W_O", layer)
 
     @public
     def head_biases(self, layer: int) -> Tensor:
@@ -226,6 +220,11 @@ class CircuitWeights:
     def _repeated(self, stored: Tensor) -> Tensor:
         """A tensor of heads or key/value heads [H or Hkv, ...], repeated for every query head [H, ...]."""
         return stored if len(stored) == self.n_heads else stored.repeat_interleave(self.n_heads // len(stored), 0)
+
+    def _with_gain(self, weight: Tensor, name: Weight, layer: int) -> Tensor:
+        """A part of a layer's weight, or what is added to its product, in the computing dtype and with the gain."""
+        gain = self.gain(name, layer)
+        return weight.to(self.compute_dtype) if gain is None else weight.to(self.compute_dtype) * gain
 
     def gain(self, name: str, layer: int) -> Tensor | None:
         """The gain of a norm on the residual side of a weight: [d, 1] of a reader, [d] of a writer."""
@@ -250,19 +249,16 @@ class CircuitWeights:
         save_file(tensors, path, metadata={METADATA: json.dumps(options)})
 
     def _check_options(self) -> None:
-        if self.positional not in POSITIONAL:
-            raise ValueError(f"positional is {self.positional!r}, expected one of {', '.join(POSITIONAL)}")
+        check_choice("positional", self.positional, POSITIONAL)
         if self.norm is not None and self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}, expected None or one of {', '.join(NORMS)}")
         if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):
             state = "missing" if self.W_pos is None else "given"
             raise ValueError(f"W_pos is {state}, but positional is {self.positional!r}")
-        if self.attention_scale is not None and not self.attention_scale > 0:
-            raise ValueError(f"attention_scale is {self.attention_scale}, expected a positive number")
+        check_positive("attention_scale", self.attention_scale)
         if not self.eps >= 0:
             raise ValueError(f"eps is {self.eps}, expected a number of at least 0")
-        if self.logit_cap is not None and not self.logit_cap > 0:
-            raise ValueError(f"logit_cap is {self.logit_cap}, expected a positive number")
+        check_positive("logit_cap", self.logit_cap)
         given = [name for name, _ in self.tensors() if name.startswith("ln_")]
         if given and self.norm is None:
             raise ValueError(f"{given[0]} is given, but norm is None")
@@ -312,9 +308,8 @@ class CircuitWeights:
 
 
 def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
-    supported = (torch.float32, torch.float64, torch.bfloat16)
-    if tensor.dtype not in supported:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, supported))}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}, but W_E has {like.dtype}")
     if tensor.device != like.device:

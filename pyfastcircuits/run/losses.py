@@ -145,15 +145,13 @@ def changed_partial(
     }  # fmt: skip
     for part in columns:
         base, here = clean(part), (tokens - part.start)[:, None]
-        if pairs is not None:
-            bases = basis(part)
-            partial = joint_partial(base, delta, bases, here, pairs, group=basis_group(delta, bases), **options)
-        elif basis.left_to_the_kernel and basis.outer is not None:
-            group, W_U = basis_group(delta, basis.outer), basis.unembedding.columns(part)[None]
-            partial = sweep_partial(base, delta, W_U, here, group=group, scale=scale, outer=basis.outer, **options)
+        outer = basis.outer if basis.left_to_the_kernel else None
+        bases = basis(part) if outer is None else basis.unembedding.columns(part)[None]
+        group = basis_group(delta, bases if outer is None else outer)
+        if pairs is None:
+            partial = sweep_partial(base, delta, bases, here, group=group, scale=scale, outer=outer, **options)
         else:
-            bases = basis(part)
-            partial = sweep_partial(base, delta, bases, here, group=basis_group(delta, bases), scale=scale, **options)
+            partial = joint_partial(base, delta, bases, here, pairs, group=group, **options)
         total = partial if total is None else total.merged(partial)
     assert total is not None
     return total

@@ -4,11 +4,11 @@ Every experiment takes nodes, edges or paths out of a run, or puts those of anot
 (layer, head) by users; here they are parsed, once for all experiments.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 Kind = Literal["Q", "K", "V"]  # of composition: by queries, keys or values
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Inputs = Literal["Q", "K", "V", "QKV"]
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Outputs(Protocol):
@@ -193,12 +194,7 @@ def parse_head(weights: CircuitWeights, head: Sequence[int], name: str = "head")
         layer, number = (_integer(x) for x in head)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {head!r}, expected (layer, head)") from None
-    if not (0 <= layer < weights.n_layers and 0 <= number < weights.n_heads):
-        raise IndexError(
-            f"{name} is {layer}.{number}; the model has layers 0 to {weights.n_layers - 1} "
-            f"and heads 0 to {weights.n_heads - 1}"
-        )
-    return Head(layer, number)
+    return _head_there_is(weights, layer, number, f"{name} is")
 
 
 def parse_path(weights: CircuitWeights, path: Iterable[Sequence[int]], name: str = "path") -> Path:
@@ -214,15 +210,21 @@ def parse_path(weights: CircuitWeights, path: Iterable[Sequence[int]], name: str
         given = [()]
     if any(len(head) != 2 for head in given):
         raise ValueError(f"{name} is {path!r}, expected a tuple of (layer, head)")
-    for layer, head in given:
-        if not (0 <= layer < weights.n_layers and 0 <= head < weights.n_heads):
-            raise IndexError(
-                f"{name} {tuple(given)} goes through head {layer}.{head}; the model has layers 0 to "
-                f"{weights.n_layers - 1} and heads 0 to {weights.n_heads - 1}"
-            )
-    if any(a[0] >= b[0] for a, b in pairwise(given)):
-        raise ValueError(f"{name} {tuple(given)}: layers must increase from one head to the next")
-    return tuple(Head(*head) for head in given)
+    through = f"{name} {tuple(given)} goes through head"
+    heads = tuple(_head_there_is(weights, layer, head, through) for layer, head in given)
+    if any(a.layer >= b.layer for a, b in pairwise(heads)):
+        raise ValueError(f"{name} {heads}: layers must increase from one head to the next")
+    return heads
+
+
+def _head_there_is(weights: CircuitWeights, layer: int, head: int, what: str) -> Head:
+    """The head, or IndexError that `what` is (or goes through) none."""
+    if not (0 <= layer < weights.n_layers and 0 <= head < weights.n_heads):
+        raise IndexError(
+            f"{what} {layer}.{head}; the model has layers 0 to {weights.n_layers - 1} "
+            f"and heads 0 to {weights.n_heads - 1}"
+        )
+    return Head(layer, head)
 
 
 def parse_pair(weights: CircuitWeights, pair: Iterable[Sequence[int]]) -> Path:
@@ -239,18 +241,12 @@ def parse_heads(weights: CircuitWeights, entry: Any) -> tuple[Head, ...]:
     return tuple(sorted({parse_path(weights, (head,))[0] for head in heads}))
 
 
-def one_or_several(entry: Any, is_one: Callable[[Any], bool] | None = None) -> tuple[list[Any], bool]:
-    """The members of an entry in an experiment's list: one head, pair or path, or several that go together.
-
-    A set always names several; a sequence does if its first member is itself one. `is_one` tells; the default knows
-    pairs and paths.
-    """
-    is_one = is_one or _is_path
-    if isinstance(entry, (set, frozenset)):
-        return list(entry), True
-    members = list(entry)
-    several = len(members) > 0 and is_one(members[0])
-    return (members, True) if several else ([tuple(members)], False)
+def grouped(keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """The places of each key, in the order in which keys first come."""
+    places: dict[Key, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return places
 
 
 def _is_head(entry: Any) -> bool:
@@ -260,6 +256,19 @@ def _is_head(entry: Any) -> bool:
 def _is_path(entry: Any) -> bool:
     """Whether it is a sequence of heads, and not a head, which is a sequence of numbers."""
     return isinstance(entry, (tuple, list)) and all(isinstance(head, (tuple, list)) for head in entry)
+
+
+def one_or_several(entry: Any, is_one: Callable[[Any], bool] = _is_path) -> tuple[list[Any], bool]:
+    """The members of an entry in an experiment's list: one head, pair or path, or several that go together.
+
+    A set always names several; a sequence does if its first member is itself one. `is_one` tells; the default knows
+    pairs and paths.
+    """
+    if isinstance(entry, (set, frozenset)):
+        return list(entry), True
+    members = list(entry)
+    several = len(members) > 0 and is_one(members[0])
+    return (members, True) if several else ([tuple(members)], False)
 
 
 def _integer(x: Any) -> int:

@@ -1,10 +1,10 @@
 """Path expansion: the model as a sum of paths through its attention heads (Elhage et al. 2021, "Path Expansion")."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import comb
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run import memory
-from pyfastcircuits.run.nodes import Head, Path, parse_path
+from pyfastcircuits.run.nodes import Head, Path, grouped, parse_path
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @public
@@ -58,10 +56,10 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
     """
     weights = trace.weights
     out = trace.embedded.new_empty(len(paths), *trace.tokens.shape, weights.d_head)
-    for (layer, head), members in _grouped(paths, lambda path: path[-1]):
+    for (layer, head), members in grouped(path[-1] for path in paths).items():
         W_V = weights.head("W_V", layer, head)
         values = out.new_empty(len(members), *out.shape[1:])
-        for before, inner in _grouped([paths[i][:-1] for i in members], lambda path: path[-1:]):
+        for before, inner in grouped(paths[i][-2:-1] for i in members).items():
             if before:
                 carried = torch.stack([_prefix_z(trace, paths[members[i]][:-1]) for i in inner])
                 virtual_weights = centered(weights.head("W_O", *before[0]), weights) @ W_V
@@ -81,13 +79,6 @@ def _prefix_z(trace: FrozenTrace, path: Path) -> Tensor:
         if not z.requires_grad and (len(trace.prefix_z) + 1) * z.nbytes <= memory.BLOCK_BYTES:
             trace.prefix_z[path] = z
     return z
-
-
-def _grouped(items: Sequence[Path], key: Callable[[Path], Key]) -> Iterator[tuple[Key, list[int]]]:
-    groups: dict[Key, list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault(key(item), []).append(i)
-    return iter(groups.items())
 
 
 @public
