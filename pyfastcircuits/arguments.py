@@ -57,7 +57,8 @@ def public(function: Function) -> Function:
         ValueError: a string that is no choice, a number that is not finite, a tensor that is sparse or quantised.
     """
     parameters = inspect.signature(function).parameters
-    names, kinds = tuple(parameters), _kinds({name: x.annotation for name, x in parameters.items()})
+    names = tuple(name for name, x in parameters.items() if x.kind is not x.KEYWORD_ONLY)
+    kinds = _kinds({name: x.annotation for name, x in parameters.items()})
 
     @wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
@@ -119,11 +120,38 @@ def _fit(name: str, value: Any, kind: Any) -> tuple[bool, Any]:
     return isinstance(value, origin) if isinstance(origin, type) else True, value
 
 
-def _integer(value: Any) -> tuple[bool, Any]:
+def as_integer(value: Any) -> int:
+    """Whatever has `__index__`; bools, and tensors of them, are no integers.
+
+    Raises:
+        TypeError: it is something else.
+    """
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
-        return False, value
+        raise TypeError("a bool is no integer")
+    return index(value)
+
+
+def as_integers(name: str, values: Any, device: torch.device, *, masks: bool = False) -> Tensor:
+    """An integer, or a tensor or a list of them, as a tensor of integers; with `masks`, or of bools.
+
+    Raises:
+        TypeError: it holds something else.
+    """
     try:
-        return True, index(value)
+        given = torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a list of strings, of lists of different lengths
+        raise TypeError(f"{name} is {describe(values)}, expected integers of at most 64 bits") from None
+    if not isinstance(values, Tensor) and not given.numel():  # torch takes an empty list for floats
+        return given.long()
+    if given.is_floating_point() or given.is_complex() or (given.dtype == torch.bool and not masks):
+        expected = "integers or a mask" if masks else "integers"
+        raise TypeError(f"{name} has dtype {given.dtype}, expected {expected}")
+    return given
+
+
+def _integer(value: Any) -> tuple[bool, Any]:
+    try:
+        return True, as_integer(value)
     except (TypeError, RuntimeError):
         return False, value
 

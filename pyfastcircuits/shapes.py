@@ -96,10 +96,12 @@ def check_positive(name: str, value: float | None) -> None:
 
 def check_range(name: str, values: Tensor, end: int) -> None:
     """Raise IndexError, with the first offender and its place, unless all values are in [0, end)."""
-    bad = (values < 0) | (values >= end)
+    signed = values.long()  # ids beyond int64 turn negative
+    bad = (signed < 0) | (signed >= end)
     if bad.any():
         place = bad.nonzero()[0].tolist()
-        raise IndexError(f"{name}{place or ''} is {int(values[tuple(place)])}, expected 0 to {end - 1}")
+        expected = f"expected 0 to {end - 1}" if end else "but there is nothing to index"
+        raise IndexError(f"{name}{place or ''} is {values[tuple(place)].item()}, {expected}")
 
 
 def in_range(name: str, values: Tensor, end: int) -> Tensor:
@@ -120,6 +122,16 @@ def _in_range(name: str, values: Tensor, end: int) -> Tensor:
 @_in_range.register_fake
 def _(name: str, values: Tensor, end: int) -> Tensor:
     return torch.empty_like(values)
+
+
+def check_positive_entries(name: str, values: Tensor | None) -> None:
+    """Raise ValueError, with the first offender and its place, unless all are positive; torch.compile skips this."""
+    if values is None or torch.compiler.is_compiling() or values.device.type != "cpu":
+        return
+    bad = ~((values > 0) & values.isfinite())
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}{place} is {values[tuple(place)].item()}, expected a positive number")
 
 
 def check_finite(**tensors: Tensor | None) -> None:

@@ -46,5 +46,5 @@ def test_errors():
     weights = random_weights()
     with pytest.raises(ValueError, match="store is 'all', expected one of patterns, qk"):
         fc.trace(weights, random_tokens(), store="all")
-    with pytest.raises(TypeError, match="weights is a Linear, expected CircuitWeights"):
+    with pytest.raises(TypeError, match="model is a Linear, expected CircuitWeights"):
         fc.trace(torch.nn.Linear(2, 2), random_tokens(), store="qk")

@@ -66,7 +66,7 @@ def test_bad_tokens_are_named(what):
 
 
 def test_weights_of_another_type_and_layers_that_are_not_there():
-    with pytest.raises(TypeError, match="weights is a dict, expected CircuitWeights"):
+    with pytest.raises(TypeError, match="model is a dict, expected CircuitWeights"):
         fc.trace({}, random_tokens())
     with pytest.raises(IndexError, match="layer is 2, expected 0 to 1"):
         fc.trace(random_weights(), random_tokens()).pattern(2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyfastcircuits.adapters import hugging_face, transformer_lens
 from pyfastcircuits.adapters.recording import freeze
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.model.norms import centered, embedded, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import check_range
@@ -58,8 +58,6 @@ def trace(
         IndexError: a token outside [0, V).
         RuntimeError: a model whose attention is not what its weights say: it has been changed.
     """
-    if store not in ("patterns", "qk"):
-        raise ValueError(f"store is {store!r}, expected 'patterns' or 'qk'")
     if isinstance(model, CircuitWeights):
         if weights is not None and weights is not model:
             raise ValueError("weights is given, but the model is a CircuitWeights itself: give one of them")
@@ -73,6 +71,8 @@ def trace(
 
 def weights_of(model: Any) -> CircuitWeights:
     """See CircuitWeights.from_model."""
+    if isinstance(model, CircuitWeights):
+        raise TypeError("model is a CircuitWeights already")
     weights: CircuitWeights = _library(model).weights_of(model)
     return weights
 
@@ -84,7 +84,7 @@ def _library(model: Any) -> Any:
     if hasattr(getattr(model, "config", None), "model_type"):
         return hugging_face
     raise TypeError(
-        f"weights is a {type(model).__name__}, expected CircuitWeights, a TransformerLens model or a Hugging Face one"
+        f"model is {describe(model)}, expected CircuitWeights, a TransformerLens model or a Hugging Face one"
     )
 
 
@@ -94,6 +94,11 @@ def _trace_weights(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None,
         raise ValueError(
             "weights are not a whole model (attention_only is False): its MLP outputs and patterns come from a run of "
             "the model itself, trace(model, tokens)"
+        )
+    if store == "qk" and torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in weights.tensors()):
+        raise ValueError(
+            "store is 'qk', which keeps patterns as constants, but the weights require gradients: trace under "
+            "torch.no_grad(), or with store='patterns'"
         )
     tokens, mask = checked_tokens(weights, tokens), checked_mask(tokens, mask)
     start, forward = embedded(tokens, weights), WeightsForward(weights, mask)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits import ops
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import as_integers, public
 from pyfastcircuits.circuits.vocabulary import ov_circuit
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights
@@ -184,11 +184,9 @@ def checked_indices(
     """
     if indices is None:
         return None
-    index = torch.as_tensor(indices, device=device)
+    index = as_integers(name, indices, device)
     if index.dim() != 1 or not len(index):
         raise ValueError(f"{name} has shape {list(index.shape)}, expected at least one index")
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {index.dtype}, expected integers")
     check_range(name, index, end)
     if not repeated:
         values, counts = index.unique(return_counts=True)

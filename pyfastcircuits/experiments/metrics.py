@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import as_integers
 from pyfastcircuits.ops import check_range
 from pyfastcircuits.result import Harm
 from pyfastcircuits.run.trace import FrozenTrace
@@ -244,9 +245,7 @@ def asked(
 def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace) -> Tensor:
     """[B, T]."""
     shape = trace.tokens.shape
-    given = torch.as_tensor(tokens, device=trace.tokens.device)
-    if given.is_floating_point() or given.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {given.dtype}, expected integers")
+    given = as_integers(name, tokens, trace.tokens.device)
     check_range(name, given, trace.weights.d_vocab)
     if given.dim() == 1 and len(given) == shape[0]:
         given = given[:, None]
@@ -267,13 +266,13 @@ def _where(trace: FrozenTrace, positions: Positions | None, needs_next: bool) ->
 
 def _chosen(positions: Positions, shape: torch.Size, device: torch.device, needs_next: bool) -> Tensor:
     """Positions as a mask, [T] or [B, T]."""
-    given = torch.as_tensor(positions, device=device)
+    given = as_integers("positions", positions, device, masks=True)
     if given.dtype == torch.bool:
         if given.shape not in (shape, shape[1:]):
             raise ValueError(f"positions has shape {list(given.shape)}, expected {list(shape[1:])} or {list(shape)}")
         return given
-    if given.is_floating_point() or given.dim() > 1:
-        raise ValueError(f"positions is {positions!r}, expected integers or a mask")
+    if given.dim() > 1:
+        raise ValueError(f"positions has shape {list(given.shape)}, expected integers or a mask")
     for position in given.flatten().tolist():
         if not -shape[1] <= position < shape[1]:
             raise IndexError(f"positions holds {position}, but sequences have {shape[1]} tokens")

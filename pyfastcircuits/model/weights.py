@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyfastcircuits.arguments import check_fields, public
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
-from pyfastcircuits.shapes import DTYPES, check_choice, check_positive
+from pyfastcircuits.shapes import DTYPES, check_positive
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -242,16 +242,16 @@ class CircuitWeights:
     @public
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that load_weights reads."""
-        from safetensors.torch import save_file
+        try:
+            from safetensors.torch import save_file
+        except ImportError as error:
+            raise ImportError("save needs the safetensors package: pip install safetensors") from error
 
         options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith(("W_", "b_", "ln_"))}
         tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
         save_file(tensors, path, metadata={METADATA: json.dumps(options)})
 
     def _check_options(self) -> None:
-        check_choice("positional", self.positional, POSITIONAL)
-        if self.norm is not None and self.norm not in NORMS:
-            raise ValueError(f"norm is {self.norm!r}, expected None or one of {', '.join(NORMS)}")
         if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):
             state = "missing" if self.W_pos is None else "given"
             raise ValueError(f"W_pos is {state}, but positional is {self.positional!r}")
@@ -259,6 +259,7 @@ class CircuitWeights:
         if not self.eps >= 0:
             raise ValueError(f"eps is {self.eps}, expected a number of at least 0")
         check_positive("logit_cap", self.logit_cap)
+        check_positive("rotary_base", self.rotary_base)
         given = [name for name, _ in self.tensors() if name.startswith("ln_")]
         if given and self.norm is None:
             raise ValueError(f"{given[0]} is given, but norm is None")

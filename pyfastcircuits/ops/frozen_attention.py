@@ -126,6 +126,7 @@ def _attend(
     if window is not None and window < 1:
         raise ValueError(f"window is {window!r}, expected an integer from 1 on")
     check_positive("softcap", softcap)
+    check_positive("scale", scale)
     chosen = resolve_backend(backend, q.device, "frozen_attention")
     scale = max(sizes["r"], 1) ** -0.5 if scale is None else scale
     arguments = q, k, values, lse, pre, post, mask, scale, window, softcap, False

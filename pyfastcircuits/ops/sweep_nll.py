@@ -13,6 +13,7 @@ from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.shapes import (
     check_positive,
+    check_positive_entries,
     check_shapes,
     in_range,
     register_outputs,
@@ -206,6 +207,7 @@ def checked_sweep(
         scale=(scale, "P T", float),
         **{name: (tokens, "T", int) for name, tokens in targets.items()},
     )
+    check_positive_entries("scale", scale)
     if base.shape[1] == 0:
         raise ValueError(f"base has shape {list(base.shape)}: an empty vocabulary")
     if group is None:

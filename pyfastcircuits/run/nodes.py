@@ -7,12 +7,12 @@ Every experiment takes nodes, edges or paths out of a run, or puts those of anot
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import index
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import as_integer
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label
 from pyfastcircuits.run.trace import FrozenTrace
@@ -191,7 +191,7 @@ def parse_head(weights: CircuitWeights, head: Sequence[int], name: str = "head")
         IndexError: a head that the model does not have.
     """
     try:
-        layer, number = (_integer(x) for x in head)
+        layer, number = (as_integer(x) for x in head)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {head!r}, expected (layer, head)") from None
     return _head_there_is(weights, layer, number, f"{name} is")
@@ -205,7 +205,7 @@ def parse_path(weights: CircuitWeights, path: Iterable[Sequence[int]], name: str
         IndexError: a layer or head that the model does not have.
     """
     try:
-        given = [tuple(_integer(x) for x in head) for head in path]
+        given = [tuple(as_integer(x) for x in head) for head in path]
     except TypeError:
         given = [()]
     if any(len(head) != 2 for head in given):
@@ -219,6 +219,8 @@ def parse_path(weights: CircuitWeights, path: Iterable[Sequence[int]], name: str
 
 def _head_there_is(weights: CircuitWeights, layer: int, head: int, what: str) -> Head:
     """The head, or IndexError that `what` is (or goes through) none."""
+    if not weights.n_layers:
+        raise IndexError(f"{what} {layer}.{head}, but the model has no layers")
     if not (0 <= layer < weights.n_layers and 0 <= head < weights.n_heads):
         raise IndexError(
             f"{what} {layer}.{head}; the model has layers 0 to {weights.n_layers - 1} "
@@ -269,9 +271,3 @@ def one_or_several(entry: Any, is_one: Callable[[Any], bool] = _is_path) -> tupl
     members = list(entry)
     several = len(members) > 0 and is_one(members[0])
     return (members, True) if several else ([tuple(members)], False)
-
-
-def _integer(x: Any) -> int:
-    if isinstance(x, bool):
-        raise TypeError("a bool is no index")
-    return index(x)
