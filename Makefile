@@ -7,11 +7,13 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu 
 SANITIZED := build/sanitized
 LENS ?= 3.9.0 4.3.0
 JOBS ?= 2
+CALLS ?= 20000
+SEED ?= 0
 
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone mutations lens notebooks bench neutral lint format sanitize gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks bench neutral lint format sanitize gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -94,6 +96,10 @@ sanitize: build
 	PYFASTCIRCUITS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -s -m sanitize
+
+# Random calls of everything public, valid ones and others: each ends in a value, or in an error that names an argument.
+fuzz: build
+	$(BIN)/python tests/fuzz.py --calls $(CALLS) --seed $(SEED)
 
 # Tests must fail where the code is made wrong: each mutation in a copy of this folder, as in tests/mutations.py.
 mutations: build
