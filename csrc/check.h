@@ -5,17 +5,28 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <iterator>
 #include <map>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+// Throws the message alone: users need no file or function of ours. It is put together only if the condition fails.
+#define FC_CHECK(condition, ...) \
+  if (!(condition)) throw std::runtime_error(::fc::joined(__VA_ARGS__))
+
 namespace fc {
+
+template <class... Parts>
+std::string joined(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -28,7 +39,7 @@ inline std::string shape_of(const Tensor& t) {
 
 inline void check_dtypes(const char* names, std::initializer_list<Tensor> tensors) {
   for (const Tensor& x : tensors)
-    STD_TORCH_CHECK(x.scalar_type() == tensors.begin()->scalar_type(), names, " differ in dtype");
+    FC_CHECK(x.scalar_type() == tensors.begin()->scalar_type(), names, " differ in dtype");
 }
 
 // The sizes of an op's dimensions, by name. `sizes("q", q, "B H T r")` learns the sizes that are new and holds the
@@ -44,13 +55,13 @@ class Sizes {
     bool fits = x.dim() == static_cast<int64_t>(names.size());
     for (int64_t i = 0; i < x.dim() && x.dim() == static_cast<int64_t>(names.size()); ++i)
       fits &= known.try_emplace(names[static_cast<size_t>(i)], x.size(i)).first->second == x.size(i);
-    STD_TORCH_CHECK(fits, argument, " has shape ", shape_of(x), ", expected ", expected(names));
-    STD_TORCH_CHECK(!dtype.has_value() || x.scalar_type() == *dtype, argument, " must be ",
-                    dtype == ScalarType::Long     ? "int64"
-                    : dtype == ScalarType::Double ? "float64"
-                                                  : "bool");
+    FC_CHECK(fits, argument, " has shape ", shape_of(x), ", expected ", expected(names));
+    FC_CHECK(!dtype.has_value() || x.scalar_type() == *dtype, argument, " must be ",
+             dtype == ScalarType::Long     ? "int64"
+             : dtype == ScalarType::Double ? "float64"
+                                           : "bool");
     if (!first.has_value()) first = x, first_name = argument;
-    STD_TORCH_CHECK(x.device() == first->device(), argument, " is not on ", first_name, "'s device");
+    FC_CHECK(x.device() == first->device(), argument, " is not on ", first_name, "'s device");
   }
 
   void operator()(const char* argument, const std::optional<Tensor>& x, const std::string& shape,
@@ -81,8 +92,8 @@ class Sizes {
 inline Sizes check_product(const Tensor& A, const Tensor& B) {
   Sizes sizes;
   sizes("A", A, "N r");
-  STD_TORCH_CHECK(B.dim() != 2 || B.size(0) == A.size(1), "A has shape ", shape_of(A), " and B ", shape_of(B),
-                  ": their inner dimensions r differ");
+  FC_CHECK(B.dim() != 2 || B.size(0) == A.size(1), "A has shape ", shape_of(A), " and B ", shape_of(B),
+           ": their inner dimensions r differ");
   sizes("B", B, "r M");
   check_dtypes("A and B", {A, B});
   return sizes;
@@ -105,7 +116,7 @@ inline Sizes check_sweep(const Tensor& base, const Tensor& delta, const Tensor& 
 inline Sizes check_nll(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& tokens,
                        const Tensor& group, const std::optional<Tensor>& clean_lse, std::optional<double> cap,
                        const std::optional<Tensor>& outer = std::nullopt) {
-  STD_TORCH_CHECK(!cap.has_value() || *cap > 0, "cap is ", cap.value_or(0), ", expected a positive number");
+  FC_CHECK(!cap.has_value() || *cap > 0, "cap is ", cap.value_or(0), ", expected a positive number");
   Sizes sizes = check_sweep(base, delta, basis, group, outer);
   sizes("tokens", tokens, "T K", ScalarType::Long);
   sizes("clean_lse", clean_lse, "T");

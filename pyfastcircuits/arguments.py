@@ -179,7 +179,7 @@ def _expected(kind: Any) -> str:
         return "a function"
     if origin in (Iterable, Sequence, list, tuple):
         return "a sequence of integers" if kind == Sequence[int] else "a sequence"
-    return _EXPECTED.get(origin, origin.__name__)
+    return _EXPECTED.get(origin) or str(origin.__name__)
 
 
 def describe(value: Any) -> str:

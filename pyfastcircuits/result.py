@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
+
 _PLACES = ("sequence", "position", "source_position")
 Label = Hashable  # a path or set of heads ((layer, head), ...); a layer; the name of a node
 Harm = Literal["rise", "fall", "size"]
@@ -74,6 +76,7 @@ class Result:
         count = len(self.labels)
         return self.delta.double().reshape(count, -1).nanmean(-1) if count else self.delta.double().flatten()
 
+    @public
     def top(self, n: int) -> list[tuple[Any, float]]:
         """The n labels that matter most by `harm`, with their difference from the baseline; ties in label order."""
         means = self.means()

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import public
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SCREENS = ("auto", "none", "bf16")
 MOST = {"cpu": 1 << 24, "triton": 1 << 16, "cuda": 1 << 16}  # k of a whole matrix, in factored_topk
@@ -94,6 +96,7 @@ def check_positive(name: str, value: float | None) -> None:
         raise ValueError(f"{name} is {value}, expected a positive number")
 
 
+@public
 def check_range(name: str, values: Tensor, end: int) -> None:
     """Raise IndexError, with the first offender and its place, unless all values are in [0, end)."""
     signed = values.long()  # ids beyond int64 turn negative

@@ -117,8 +117,8 @@ Tensor diagonal_ranks(const Tensor& A, const Tensor& B, const Tensor& columns) {
   const Tensor columns_c = torch::stable::contiguous(columns);
   const auto* chosen = data_of<const int64_t>(columns_c);
   for (int64_t i = 0; i < product.rows; ++i)
-    STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < product.columns, "columns[", i, "] is ", chosen[i],
-                    ", expected 0 to ", product.columns - 1);
+    FC_CHECK(chosen[i] >= 0 && chosen[i] < product.columns, "columns[", i, "] is ", chosen[i], ", expected 0 to ",
+             product.columns - 1);
 
   Tensor ranks = torch::stable::new_empty(A, {product.rows}, ScalarType::Long);
   const RankArguments arguments{product, chosen, data_of<int64_t>(ranks)};

@@ -175,8 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> joint_nll(const Tensor& base, const Tensor& d
   const Tensor pairs_c = torch::stable::contiguous(pairs);
   const auto* given = data_of<const int64_t>(pairs_c);
   for (int64_t i = 0; i < 2 * P; ++i)
-    STD_TORCH_CHECK(given[i] >= 0 && given[i] < S, "pairs[", i / 2, ", ", i % 2, "] is ", given[i], ", expected 0 to ",
-                    S - 1);
+    FC_CHECK(given[i] >= 0 && given[i] < S, "pairs[", i / 2, ", ", i % 2, "] is ", given[i], ", expected 0 to ", S - 1);
   std::vector<Pair> sorted;
   for (int64_t p = 0; p < P; ++p) sorted.push_back({given[2 * p], given[2 * p + 1], p});
   std::stable_sort(sorted.begin(), sorted.end(), [](const Pair& a, const Pair& b) { return a.first < b.first; });

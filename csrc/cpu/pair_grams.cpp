@@ -293,10 +293,10 @@ GramFactors factors_of(const char* name, const Tensor& factors, const Tensor* ou
   };
   GramFactors f{ordered(factors), {}, factors.size(0), 1, factors.size(row)};
   if (outer == nullptr) return f;
-  STD_TORCH_CHECK(outer->dim() == 3 && outer->size(entry) == f.inner &&
-                      outer->size(0) % std::max<int64_t>(f.count, 1) == 0 && (f.count > 0 || outer->size(0) == 0),
-                  name, "_outer has shape ", shape_of(*outer), ", which does not fit ", name, " ", shape_of(factors));
-  STD_TORCH_CHECK(outer->scalar_type() == factors.scalar_type(), name, "_outer and ", name, " differ in dtype");
+  FC_CHECK(outer->dim() == 3 && outer->size(entry) == f.inner && outer->size(0) % std::max<int64_t>(f.count, 1) == 0 &&
+               (f.count > 0 || outer->size(0) == 0),
+           name, "_outer has shape ", shape_of(*outer), ", which does not fit ", name, " ", shape_of(factors));
+  FC_CHECK(outer->scalar_type() == factors.scalar_type(), name, "_outer and ", name, " differ in dtype");
   f.outer = ordered(*outer);
   f.shared = outer->size(0) / std::max<int64_t>(f.count, 1);
   f.count = outer->size(0);
@@ -307,17 +307,17 @@ GramFactors factors_of(const char* name, const Tensor& factors, const Tensor* ou
 struct Side : GramSide {
   Side(const char* name, const std::vector<Tensor>& factors, const std::vector<Tensor>& outers, int row, int entry)
       : GramSide{} {
-    STD_TORCH_CHECK(outers.empty() || outers.size() == factors.size(), name, "_outer has ", outers.size(),
-                    " tensors, but ", name, " has ", factors.size());
+    FC_CHECK(outers.empty() || outers.size() == factors.size(), name, "_outer has ", outers.size(), " tensors, but ",
+             name, " has ", factors.size());
     for (size_t i = 0; i < factors.size(); ++i) {
       const Tensor& f = factors[i];
       const Tensor* outer = outers.empty() ? nullptr : &outers[i];
-      STD_TORCH_CHECK(f.dim() == 3, name, " has shape ", shape_of(f), ", expected three dimensions");
-      STD_TORCH_CHECK(f.scalar_type() == factors[0].scalar_type(), "the tensors of ", name, " differ in dtype");
+      FC_CHECK(f.dim() == 3, name, " has shape ", shape_of(f), ", expected three dimensions");
+      FC_CHECK(f.scalar_type() == factors[0].scalar_type(), "the tensors of ", name, " differ in dtype");
       held.push_back(factors_of(name, f, outer, row, entry));
       const int64_t rank_here = (outer == nullptr ? f : *outer).size(row), depth_here = f.size(entry);
       if (i == 0) rank = rank_here, depth = depth_here;
-      STD_TORCH_CHECK(rank_here == rank && depth_here == depth, "the tensors of ", name, " differ in shape");
+      FC_CHECK(rank_here == rank && depth_here == depth, "the tensors of ", name, " differ in shape");
       count += held.back().count;
     }
     parts = held.data();
@@ -331,12 +331,12 @@ std::tuple<Tensor, Tensor, Tensor> pair_grams(const Tensor& left, const std::vec
                                               const std::optional<Tensor>& left_outer,
                                               const std::vector<Tensor>& right_outer,
                                               const std::optional<Tensor>& before) {
-  STD_TORCH_CHECK(!right.empty(), "right is empty, expected at least one tensor");
+  FC_CHECK(!right.empty(), "right is empty, expected at least one tensor");
   const std::vector<Tensor> left_outers =
       left_outer.has_value() ? std::vector<Tensor>{*left_outer} : std::vector<Tensor>{};
   const Side lefts("left", {left}, left_outers, 1, 2), rights("right", right, right_outer, 2, 1);
-  STD_TORCH_CHECK(lefts.depth == rights.depth, "left has shape ", shape_of(left), " and right ", shape_of(right[0]),
-                  ": their d differ");
+  FC_CHECK(lefts.depth == rights.depth, "left has shape ", shape_of(left), " and right ", shape_of(right[0]),
+           ": their d differ");
   check_dtypes("left and right", {left, right[0]});
   const int64_t N = lefts.count, M = rights.count;
   Sizes sizes;

@@ -71,8 +71,7 @@ FC_TIERS(RateLoop, rate_loop, Rate)
 namespace {
 
 double cpu_rate(const std::string& kind, double seconds) {
-  STD_TORCH_CHECK(kind == "fma" || kind == "exp" || kind == "bf16", "kind is '", kind,
-                  "', expected 'fma', 'exp' or 'bf16'");
+  FC_CHECK(kind == "fma" || kind == "exp" || kind == "bf16", "kind is '", kind, "', expected 'fma', 'exp' or 'bf16'");
   const Rate rate = kind == "fma" ? Rate::fma : kind == "exp" ? Rate::exp : Rate::bf16;
   const RateLoop loop = pick_rate_loop(rate);
   if (loop == nullptr) return 0;

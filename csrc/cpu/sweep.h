@@ -263,7 +263,7 @@ inline OwnedInputs inputs_of(const Tensor& base, const Tensor& delta, const Tens
   OwnedInputs out{torch::stable::contiguous(group), std::vector<int64_t>(static_cast<size_t>(P)), {}};
   const auto* groups = data_of<const int64_t>(out.group);
   for (int64_t p = 0; p < P; ++p)
-    STD_TORCH_CHECK(groups[p] >= 0 && groups[p] < G, "group[", p, "] is ", groups[p], ", expected 0 to ", G - 1);
+    FC_CHECK(groups[p] >= 0 && groups[p] < G, "group[", p, "] is ", groups[p], ", expected 0 to ", G - 1);
   std::iota(out.order.begin(), out.order.end(), int64_t{0});
   std::stable_sort(out.order.begin(), out.order.end(), [&](int64_t a, int64_t b) { return groups[a] < groups[b]; });
   const Strided<3> outers = outer.has_value() ? strided<3>(*outer) : Strided<3>{};

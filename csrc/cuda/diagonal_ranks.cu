@@ -23,7 +23,7 @@ Tensor diagonal_ranks(const Tensor& A, const Tensor& B, const Tensor& columns) {
   Sizes sizes = check_product(A, B);
   sizes("columns", columns, "N", ScalarType::Long);
   const Factors f(A, B);
-  STD_TORCH_CHECK(f.columns() > 0 || f.rows() == 0, "B has shape ", shape_of(B), ": no columns");
+  FC_CHECK(f.columns() > 0 || f.rows() == 0, "B has shape ", shape_of(B), ": no columns");
   const torch::stable::accelerator::DeviceGuard guard(A.get_device_index());
   Tensor ranks = torch::stable::new_empty(A, {f.rows()}, ScalarType::Long);
   if (f.rows() == 0) return ranks;

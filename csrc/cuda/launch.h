@@ -22,19 +22,18 @@ inline constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 inline void check_device() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  STD_TORCH_CHECK(error == cudaSuccess && count > 0, "no CUDA device: ", cudaGetErrorString(error));
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "no CUDA device: this torch is built without CUDA");
+  FC_CHECK(error == cudaSuccess && count > 0, "no CUDA device: ", cudaGetErrorString(error));
+  FC_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "no CUDA device: this torch is built without CUDA");
 }
 
 // Starts so many blocks of a kernel on the current stream of the device of `like`.
 template <class Kernel, class... Arguments>
 void start(Kernel* kernel, int64_t blocks, const Tensor& like, const Arguments&... arguments) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0,
-                  "torch gave no CUDA stream");
+  FC_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0, "torch gave no CUDA stream");
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel did not start: ", cudaGetErrorString(error));
+  FC_CHECK(error == cudaSuccess, "a CUDA kernel did not start: ", cudaGetErrorString(error));
 }
 
 // Calls f<T, Source>(): the type that is computed in and that of the argument `name`.
@@ -48,7 +47,7 @@ void with_types(const char* name, const Tensor& argument, const F& f) {
     case ScalarType::BFloat16:
       return f.template operator()<float, __nv_bfloat16>();
     default:
-      STD_TORCH_CHECK(false, name, " has an unsupported dtype; expected float32, float64 or bfloat16");
+      FC_CHECK(false, name, " has an unsupported dtype; expected float32, float64 or bfloat16");
   }
 }
 

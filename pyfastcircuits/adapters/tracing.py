@@ -95,7 +95,7 @@ def _trace_weights(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None,
             "weights are not a whole model (attention_only is False): its MLP outputs and patterns come from a run of "
             "the model itself, trace(model, tokens)"
         )
-    if store == "qk" and torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in weights.tensors()):
+    if store == "qk" and torch.is_grad_enabled() and weights.learns:
         raise ValueError(
             "store is 'qk', which keeps patterns as constants, but the weights require gradients: trace under "
             "torch.no_grad(), or with store='patterns'"

@@ -58,6 +58,7 @@ class SkipTrigrams:
     logits: Tensor
     text: Callable[[list[int]], str] | None = None
 
+    @public
     def top(self, n: int) -> list[SkipTrigram]:
         """The n triples (source, destination, output) of largest attention * logit, both positive, best first.
 

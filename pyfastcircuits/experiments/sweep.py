@@ -57,6 +57,7 @@ class Sweep:
     attention: Attention
     options: MeasureOptions
 
+    @public
     def examples(self, n: int, *, context: int = 12) -> list[Example]:
         """For each of the n ablations that matter most, the predicted token whose metric it harms most.
 

@@ -122,6 +122,8 @@ class FactoredMatrix:
         """The product with a (factored) matrix, factored; with a vector [rdim], the vector [..., ldim]."""
         if _is_factored(other):
             return (self @ other.A) @ other.B
+        if not isinstance(other, Tensor):
+            return NotImplemented
         if other.ndim < 2:
             return (self.A @ (self.B @ other.unsqueeze(-1))).squeeze(-1)
         assert other.size(-2) == self.rdim, (
@@ -134,6 +136,8 @@ class FactoredMatrix:
     @public
     def __rmatmul__(self, other: Any) -> Any:
         """The product of a matrix with this one, factored; of a vector [ldim] with it, the vector [..., rdim]."""
+        if not isinstance(other, Tensor):
+            return NotImplemented
         assert other.size(-1) == self.ldim, (
             f"Left matrix must match on inner dimension, shapes were self: {self.shape}, other: {other.shape}"
         )

@@ -158,6 +158,12 @@ class CircuitWeights:
         return self.W_E.device
 
     @property
+    def learns(self) -> bool:
+        """Whether some of the weights require gradients."""
+        stacks = ([weight] if isinstance(weight, Tensor) else weight for _, weight in self.tensors())
+        return any(tensor.requires_grad for stack in stacks for tensor in stack)
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of results: float32 for bfloat16 weights, else the weights' own."""
         return torch.float32 if self.W_E.dtype == torch.bfloat16 else self.W_E.dtype
@@ -165,6 +171,7 @@ class CircuitWeights:
     @public
     def layer(self, name: Weight, layer: int) -> Tensor:
         """One layer's weight with the gain of its norm, in the computing dtype, by heads as stored: [H or Hkv, ...]."""
+        self.check_layer(layer)
         return self._with_gain(getattr(self, name)[layer], name, layer)
 
     @public
@@ -175,12 +182,16 @@ class CircuitWeights:
     @public
     def head(self, name: Weight, layer: int, head: int) -> Tensor:
         """The weight of one query head, as `layer`: [d, r], or [r, d] for W_O."""
+        self.check_layer(layer)
+        if not 0 <= head < self.n_heads:
+            raise IndexError(f"head is {head}, expected 0 to {self.n_heads - 1}")
         stored: Layers = getattr(self, name)
         return self._with_gain(stored[layer, head // (self.n_heads // stored.shape[1])], name, layer)
 
     @public
     def bias(self, name: Literal["Q", "K", "V"], layer: int) -> Tensor | None:
         """The whole bias of a layer's queries, keys or values, [H or Hkv, r]: b_Q, b_K or b_V, and ln_b @ W."""
+        self.check_layer(layer)
         own: Tensor | None = getattr(self, f"b_{name}")
         total = None if own is None else own[layer].to(self.compute_dtype)
         if self.ln_b is not None:
@@ -226,14 +237,24 @@ class CircuitWeights:
         gain = self.gain(name, layer)
         return weight.to(self.compute_dtype) if gain is None else weight.to(self.compute_dtype) * gain
 
+    def check_layer(self, layer: int) -> None:
+        """Raise IndexError unless there is such a layer."""
+        if not self.n_layers:
+            raise IndexError(f"layer is {layer}, but the model has no layers")
+        if not 0 <= layer < self.n_layers:
+            raise IndexError(f"layer is {layer}, expected 0 to {self.n_layers - 1}")
+
+    @public
     def gain(self, name: str, layer: int) -> Tensor | None:
         """The gain of a norm on the residual side of a weight: [d, 1] of a reader, [d] of a writer."""
+        self.check_layer(layer)
         gains = self.ln_post_w if name == "W_O" else self.ln_w
         if gains is None:
             return None
         gain = gains[layer].to(self.compute_dtype)
         return gain if name == "W_O" else gain[:, None]
 
+    @public
     def to(self, target: torch.device | torch.dtype | str) -> "CircuitWeights":
         """The same weights on another device or in another dtype."""
         moved: dict[str, Any] = {name: tensor.to(target) for name, tensor in self.tensors()}

@@ -17,10 +17,18 @@ from pyfastcircuits.run.nodes import Head, Path, grouped, parse_path
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
+MOST_LAYERS = 10_000  # whose paths are counted: the numbers have tens of thousands of digits
+
 
 @public
 def count_paths(n_layers: int, n_heads: int) -> list[int]:
-    """The number of paths of each order 0..n_layers: C(n_layers, order) * n_heads**order."""
+    """The number of paths of each order 0..n_layers: C(n_layers, order) * n_heads**order.
+
+    Raises:
+        ValueError: a negative number, or more than MOST_LAYERS layers.
+    """
+    if not (0 <= n_layers <= MOST_LAYERS and n_heads >= 0):
+        raise ValueError(f"n_layers is {n_layers} and n_heads {n_heads}, expected 0 to {MOST_LAYERS} layers")
     return [comb(n_layers, order) * n_heads**order for order in range(n_layers + 1)]
 
 

@@ -50,15 +50,8 @@ class FrozenModel:
         Raises:
             IndexError: no such layer.
         """
-        self.check_layer(layer)
+        self.guard.weights.check_layer(layer)
         return stored(self.patterns[layer])
-
-    def check_layer(self, layer: int) -> None:
-        """Raise IndexError unless the model has the layer."""
-        if not self.patterns:
-            raise IndexError(f"layer is {layer}, but the model has no layers")
-        if not 0 <= layer < len(self.patterns):
-            raise IndexError(f"layer is {layer}, expected 0 to {len(self.patterns) - 1}")
 
     @public
     def normed(self, stream: Tensor, layer: int) -> Tensor:
@@ -152,7 +145,7 @@ class FrozenTrace(FrozenModel):
         Raises:
             IndexError: no such layer.
         """
-        self.check_layer(layer)
+        self.guard.weights.check_layer(layer)
         found = self._z.get(layer)
         if found is None:
             read = self.normed(self.streams[layer], layer)
