@@ -182,10 +182,14 @@ def _expected(kind: Any) -> str:
     return _EXPECTED.get(origin) or str(origin.__name__)
 
 
-def describe(value: Any) -> str:
-    """A value for an error message, short and on one line."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        text = repr(value)
+def describe(value: Any, *, entries: bool = False) -> str:
+    """A value for an error message, short and on one line; `entries` shows those of lists and tuples."""
+    plain = (bool, int, float, complex, str, bytes, *((list, tuple) if entries else ()))
+    if value is None or isinstance(value, plain):
+        try:
+            text = repr(value)
+        except RecursionError:
+            text = "a deeply nested sequence"
         return text if len(text) <= 80 else f"{text[:77]}..."
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "

@@ -71,6 +71,7 @@ class Result:
             raise ValueError("pairs: these are not of pairs of heads; see labels")
         return torch.tensor(self.labels, dtype=torch.long).view(-1, 2, 2)
 
+    @public
     def means(self) -> Tensor:
         """The mean of `delta` over positions for each label, [len(labels)], in fp64."""
         count = len(self.labels)
@@ -84,6 +85,7 @@ class Result:
         best = torch.sort(key.nan_to_num(-torch.inf), descending=True, stable=True).indices[:n].tolist()
         return [(self.labels[i], float(means[i])) for i in best]
 
+    @public
     def table(self) -> Any:
         """A pyarrow.Table with a row for each label (and, with `per_token`, each position measured); `.to_pandas()`.
 

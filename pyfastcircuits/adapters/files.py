@@ -55,7 +55,7 @@ def load_weights(name_or_path: str | Path) -> CircuitWeights:
         )
     try:
         return CircuitWeights(**tensors, **json.loads(metadata[METADATA]))
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} does not hold a CircuitWeights: {error}") from error
 
 
@@ -152,7 +152,7 @@ def _open_safetensors(file: Path) -> Any:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")

@@ -18,7 +18,7 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.head_factors import HeadFactors, both_sides, earlier_sources, in_asked_order
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend, Precision, factored_pair_norms
-from pyfastcircuits.run.nodes import KINDS, Kind
+from pyfastcircuits.run.nodes import KINDS, Kind, parse_ends
 
 
 @public
@@ -146,10 +146,7 @@ def component_scores(
     Raises:
         ValueError: the source is not in an earlier layer; else as composition_scores.
     """
-    left, (right,) = both_sides(weights, [kind], [source], [destination])
-    first, second = left.heads[0], right.heads[0]
-    if first.layer >= second.layer:
-        raise ValueError(f"source {tuple(first)} is not in a layer before destination {tuple(second)}")
+    left, (right,) = both_sides(weights, [kind], *([head] for head in parse_ends(weights, source, destination)))
     (_, s, written), (_, t, read) = (
         torch.linalg.svd(x.factors(slice(0, 1))[0], full_matrices=False) for x in (left, right)
     )

@@ -15,7 +15,7 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.vocabulary import embedded_tokens, through_final_gain
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.weights import CircuitWeights, Weight
-from pyfastcircuits.run.nodes import Kind, parse_head, parse_path
+from pyfastcircuits.run.nodes import Kind, parse_ends, parse_head
 from pyfastcircuits.run.trace import FrozenTrace
 
 _READS: dict[str, Weight] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
@@ -91,7 +91,7 @@ def virtual_head(trace: FrozenTrace, source: Sequence[int], destination: Sequenc
     Source: "Virtual Attention Heads", Elhage et al. 2021.
     """
     weights = trace.weights
-    first, second = parse_path(weights, (source, destination))
+    first, second = parse_ends(weights, source, destination)
     pattern = trace.pattern(second[0])[:, second[1]] @ trace.pattern(first[0])[:, first[1]]
     through = weights.head("W_O", *first) @ weights.head("W_V", *second)
     OV = FactoredMatrix(weights.head("W_V", *first), through @ weights.head("W_O", *second))

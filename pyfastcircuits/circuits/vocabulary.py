@@ -19,7 +19,7 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.norms import centered, norm_scale, rotate
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.run.nodes import Head, parse_head, parse_path
+from pyfastcircuits.run.nodes import Head, parse_ends, parse_head
 
 
 def embedded_tokens(weights: CircuitWeights, normed: bool = False) -> Tensor:
@@ -105,7 +105,7 @@ def composed_qk_circuit(
         ValueError: the source is not in an earlier layer.
         IndexError: the model has no such head.
     """
-    first, second = parse_path(weights, (source, destination))
+    first, second = parse_ends(weights, source, destination)
     tokens, scale = embedded_tokens(weights), _attention_scale(weights) if scaled else 1.0
     through = weights.head("W_O", *first) @ weights.head("W_K", *second)  # [r, r]
     keys = (tokens @ weights.head("W_V", *first)) @ through

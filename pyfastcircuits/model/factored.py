@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Number
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class FactoredMatrix:
     # numpy arrays must not try to broadcast over a factored matrix
     __array_ufunc__ = None
 
+    @public
     def __init__(self, A: Tensor, B: Tensor) -> None:
         """Check the factors and broadcast them; nothing is copied."""
         assert A.size(-1) == B.size(-2), (
@@ -83,14 +84,17 @@ class FactoredMatrix:
         """The dtype of the product."""
         return torch.promote_types(self.A.dtype, self.B.dtype)
 
+    @public
     def to(self, *args: Any, **kwargs: Any) -> "FactoredMatrix":
         """The same matrix on another device or in another dtype; arguments as of torch.Tensor.to."""
         return type(self)(self.A.to(*args, **kwargs), self.B.to(*args, **kwargs))
 
+    @public
     def size(self, dim: int) -> int:
         """One dimension of the product. TransformerLens' class asks its operands for it and for `broadcast_to`."""
         return self.shape[dim]
 
+    @public
     def broadcast_to(self, shape: Sequence[int]) -> Tensor:
         """The product as a tensor: formed."""
         return self.AB.broadcast_to(shape)
@@ -153,6 +157,8 @@ class FactoredMatrix:
         Raises:
             AssertionError: the tensor has more elements.
         """
+        if not isinstance(scalar, (Tensor, Number)):
+            return NotImplemented
         assert not isinstance(scalar, Tensor) or scalar.numel() == 1, (
             f"Tensor must be a scalar for use with * but was of shape {scalar.shape}. "
             "For matrix multiplication, use @ instead."
@@ -270,6 +276,7 @@ class FactoredMatrix:
         leading = (slice(k),) * (self.ndim - 2)
         return self.A[(*leading, slice(k))] @ self.B[(*leading, slice(None), slice(k))]
 
+    @public
     def unsqueeze(self, k: int) -> "FactoredMatrix":
         """The same matrices with a new leading dimension at k."""
         return type(self)(self.A.unsqueeze(k), self.B.unsqueeze(k))

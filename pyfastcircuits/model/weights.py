@@ -237,6 +237,7 @@ class CircuitWeights:
         gain = self.gain(name, layer)
         return weight.to(self.compute_dtype) if gain is None else weight.to(self.compute_dtype) * gain
 
+    @public
     def check_layer(self, layer: int) -> None:
         """Raise IndexError unless there is such a layer."""
         if not self.n_layers:

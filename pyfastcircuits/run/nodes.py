@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_ar
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import as_integer
+from pyfastcircuits.arguments import as_integer, describe
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label
 from pyfastcircuits.run.trace import FrozenTrace
@@ -193,7 +193,7 @@ def parse_head(weights: CircuitWeights, head: Sequence[int], name: str = "head")
     try:
         layer, number = (as_integer(x) for x in head)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} is {head!r}, expected (layer, head)") from None
+        raise ValueError(f"{name} is {describe(head, entries=True)}, expected (layer, head)") from None
     return _head_there_is(weights, layer, number, f"{name} is")
 
 
@@ -209,7 +209,7 @@ def parse_path(weights: CircuitWeights, path: Iterable[Sequence[int]], name: str
     except TypeError:
         given = [()]
     if any(len(head) != 2 for head in given):
-        raise ValueError(f"{name} is {path!r}, expected a tuple of (layer, head)")
+        raise ValueError(f"{name} is {describe(path, entries=True)}, expected a tuple of (layer, head)")
     through = f"{name} {tuple(given)} goes through head"
     heads = tuple(_head_there_is(weights, layer, head, through) for layer, head in given)
     if any(a.layer >= b.layer for a, b in pairwise(heads)):
@@ -227,6 +227,19 @@ def _head_there_is(weights: CircuitWeights, layer: int, head: int, what: str) ->
             f"and heads 0 to {weights.n_heads - 1}"
         )
     return Head(layer, head)
+
+
+def parse_ends(weights: CircuitWeights, source: Sequence[int], destination: Sequence[int]) -> tuple[Head, Head]:
+    """A source and a destination in a later layer.
+
+    Raises:
+        ValueError: one of them is no pair of integers; the layers do not increase.
+        IndexError: a head that the model does not have.
+    """
+    first, second = parse_head(weights, source, "source"), parse_head(weights, destination, "destination")
+    if first.layer >= second.layer:
+        raise ValueError(f"source {tuple(first)} is not in a layer before destination {tuple(second)}")
+    return first, second
 
 
 def parse_pair(weights: CircuitWeights, pair: Iterable[Sequence[int]]) -> Path:

@@ -212,6 +212,7 @@ class FrozenTrace(FrozenModel):
         """Mean over sequences and predicting positions: [..., B, T-1] -> [...]."""
         return losses.mean((-2, -1)) if self.predicting is None else losses[..., self.predicting].mean(-1)
 
+    @public
     def __getitem__(self, sequences: slice | Tensor) -> "FrozenTrace":
         """The trace of some of the sequences; a slice gives views, and nothing is computed."""
         return replace(
