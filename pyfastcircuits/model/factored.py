@@ -126,7 +126,7 @@ class FactoredMatrix:
         """The product with a (factored) matrix, factored; with a vector [rdim], the vector [..., ldim]."""
         if _is_factored(other):
             return (self @ other.A) @ other.B
-        if not isinstance(other, Tensor):
+        if not _is_like_tensor(other):
             return NotImplemented
         if other.ndim < 2:
             return (self.A @ (self.B @ other.unsqueeze(-1))).squeeze(-1)
@@ -140,7 +140,7 @@ class FactoredMatrix:
     @public
     def __rmatmul__(self, other: Any) -> Any:
         """The product of a matrix with this one, factored; of a vector [ldim] with it, the vector [..., rdim]."""
-        if not isinstance(other, Tensor):
+        if not _is_like_tensor(other):
             return NotImplemented
         assert other.size(-1) == self.ldim, (
             f"Left matrix must match on inner dimension, shapes were self: {self.shape}, other: {other.shape}"
@@ -163,7 +163,8 @@ class FactoredMatrix:
             f"Tensor must be a scalar for use with * but was of shape {scalar.shape}. "
             "For matrix multiplication, use @ instead."
         )
-        return type(self)(self.A * scalar, self.B)
+        factor: Any = scalar
+        return type(self)(self.A * factor, self.B)
 
     __rmul__ = __mul__
 
@@ -345,6 +346,11 @@ def _distinct(x: Tensor) -> Tensor:
         if x.stride(axis) == 0 and x.shape[axis] > 1:
             x = x.narrow(axis, 0, 1)
     return x
+
+
+def _is_like_tensor(other: Any) -> bool:
+    """Whether it has what products ask of a tensor; TransformerLens multiplies by objects that only look like one."""
+    return hasattr(other, "ndim") and callable(getattr(other, "size", None))
 
 
 def _is_factored(x: Any) -> bool:

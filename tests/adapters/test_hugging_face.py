@@ -320,7 +320,7 @@ def test_a_run_that_is_not_finite_is_noticed():
 BAD_MASKS = {
     "shape": (torch.ones(2, 10).long(), ValueError, r"mask has shape \[2, 10\], but tokens has \[2, 11\]"),
     "floats": (torch.ones(2, 11), TypeError, "mask is torch.float32, expected a tensor of bools or integers"),
-    "list": ([1], TypeError, "mask is list"),
+    "list": ([1], TypeError, "mask is a list, expected a tensor"),
     "nothing": (torch.eye(2, 11).long(), ValueError, "mask leaves nothing to predict"),
 }
 
