@@ -60,7 +60,7 @@ def test_composed_qk_circuit():
     assert values.shape == (2, 6)
     same_spectrum(values[0], full)
     assert fc.composed_eigenvalues(WEIGHTS, []).shape == (0, 6)
-    with pytest.raises(ValueError, match="source .* is not in a layer before destination"):
+    with pytest.raises(ValueError, match=r"source .* is not in a layer before destination"):
         fc.composed_qk_circuit(WEIGHTS, destination, source)
 
 

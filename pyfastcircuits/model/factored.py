@@ -42,7 +42,6 @@ class FactoredMatrix:
     # numpy arrays must not try to broadcast over a factored matrix
     __array_ufunc__ = None
 
-    @public
     def __init__(self, A: Tensor, B: Tensor) -> None:
         """Check the factors and broadcast them; nothing is copied."""
         assert A.size(-1) == B.size(-2), (
