@@ -51,9 +51,12 @@ def test_import_is_light():
 
 
 @pytest.mark.alone
-def test_import_takes_a_fifth_of_a_second_over_torch():
+def test_import_takes_a_fifth_of_a_second_over_torch(tmp_path, monkeypatch):
+    """As installed: with bytecode, which the first of them writes."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
     code = "import torch, time; t = time.perf_counter(); import pyfastcircuits; print(time.perf_counter() - t)"
-    assert min(float(python(code)) for _ in range(5)) < 0.2
+    assert min(float(python(code)) for _ in range(6)) < 0.2
 
 
 @pytest.mark.alone
