@@ -116,7 +116,8 @@ def _fit(name: str, value: Any, kind: Any) -> tuple[bool, Any]:
     if origin is Callable:
         return callable(value), value
     if origin in (Iterable, Sequence, list, tuple):
-        return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping)), value
+        scalar = isinstance(value, Tensor) and value.dim() == 0
+        return hasattr(value, "__iter__") and not scalar and not isinstance(value, (str, bytes, Mapping)), value
     return isinstance(value, origin) if isinstance(origin, type) else True, value
 
 

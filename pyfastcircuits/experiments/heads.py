@@ -127,6 +127,8 @@ def _drawn(
     weights: CircuitWeights, length: int, copies: int, batch: int, batches: int, seed: int, start: int
 ) -> Iterator[Tensor]:
     """Batches [batch, 1 + length * copies] of the start and copies of random tokens."""
+    if weights.d_vocab == 1:
+        raise ValueError("weights has a vocabulary of 1 token: no random token differs from the start; give tokens")
     generator = torch.Generator().manual_seed(seed)
     others = torch.ones(batch, weights.d_vocab)
     others[:, start] = 0

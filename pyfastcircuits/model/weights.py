@@ -265,13 +265,17 @@ class CircuitWeights:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that load_weights reads."""
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import save_file
         except ImportError as error:
             raise ImportError("save needs the safetensors package: pip install safetensors") from error
 
         options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith(("W_", "b_", "ln_"))}
         tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
-        save_file(tensors, path, metadata={METADATA: json.dumps(options)})
+        try:
+            save_file(tensors, path, metadata={METADATA: json.dumps(options)})
+        except SafetensorError as error:
+            raise OSError(f"path is {str(path)!r}, which cannot be written: {error}") from error
 
     def _check_options(self) -> None:
         if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):

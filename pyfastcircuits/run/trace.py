@@ -75,6 +75,7 @@ class FrozenModel:
 
         Value biases are not in it: they are among the `non_head_writes`.
         """
+        self.guard.weights.check_layer(layer)
         weights, read = self.weights, self.normed(stream, layer).reshape(-1, *stream.shape[-3:])
         values = torch.einsum("sbtd,hdr->sbhtr", read, weights.layer("W_V", layer))
         z = apply_pattern(self.patterns[layer], values)
