@@ -21,7 +21,7 @@ from pyfastcircuits.modes import caller_has_modes, plain_modes
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Kind:
+class Allowed:
     """The values that an annotation allows."""
 
     def __init__(self, hint: Any) -> None:
@@ -86,13 +86,13 @@ def check_fields(instance: Any) -> None:
             object.__setattr__(instance, name, checked)
 
 
-def _kinds(hints: dict[str, Any]) -> dict[str, Kind]:
+def _kinds(hints: dict[str, Any]) -> dict[str, Allowed]:
     """By parameter or field; left out are those that may be anything, classes that their own methods name, and heads,
     which `run.nodes` knows better.
     """
     free = (Any, inspect.Parameter.empty)
     return {
-        name: Kind(hint)
+        name: Allowed(hint)
         for name, hint in hints.items()
         if not isinstance(hint, str) and hint != Sequence[int] and not set(free) & set(_alternatives(hint))
     }

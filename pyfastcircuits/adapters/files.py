@@ -153,7 +153,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not readable JSON: {error}") from error
+        raise ValueError(f"name_or_path leads to {file}, which is not readable JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
+        raise ValueError(f"name_or_path leads to {file}, which holds a {type(content).__name__}, expected an object")
     return content

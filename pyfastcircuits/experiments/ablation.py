@@ -6,7 +6,7 @@ Under frozen attention each is a low-rank change of the clean logits.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from pyfastcircuits.experiments.edges import (
     rerun_removal,
 )
 from pyfastcircuits.experiments.measure import Intervention, measure
-from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, measured, measurement
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.nodes import (
@@ -38,7 +38,9 @@ from pyfastcircuits.run.nodes import (
 )
 from pyfastcircuits.run.paths import PathOutputs, enumerate_paths, path_z
 from pyfastcircuits.run.trace import FrozenTrace
-from pyfastcircuits.shapes import check_choice
+
+if TYPE_CHECKING:
+    from pyfastcircuits.experiments.options import Unpack
 
 Scope = Literal["path", "direct", "edge", "joint"]
 
@@ -124,8 +126,6 @@ def pair_ablation(
         IndexError: no such head.
         RuntimeError: a backend or precision that is not there.
     """
-    check_choice("scope", scope, get_args(Scope))
-    check_choice("attention", attention, get_args(Attention))
     if scope == "path" and attention == "recomputed":
         raise ValueError("attention is 'recomputed', but scope is 'path': paths exist under frozen patterns alone")
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
@@ -185,8 +185,6 @@ def head_ablation(
         IndexError: no such head.
         RuntimeError: a backend or precision that is not there.
     """
-    check_choice("attention", attention, get_args(Attention))
-    check_choice("effect", effect, get_args(Effect))
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, attention)
     entries = enumerate_paths(weights.n_layers, weights.n_heads, 1) if heads is None else heads
@@ -316,7 +314,11 @@ class DirectRemoval(Intervention):
     def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
         """See Intervention."""
         heads = [self.write_heads[i] for i in members]
-        return torch.stack([part.apply_post_norm(removed_z(part, head, self.value), head.layer) for head in heads])
+        gone = {
+            layer: part.apply_post_norm(removed_z(part, layer, self.value), layer)
+            for layer in {head.layer for head in heads}
+        }
+        return torch.stack([gone[head.layer][head.head] for head in heads])
 
 
 def _joint_removals(

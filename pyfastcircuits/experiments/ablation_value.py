@@ -1,6 +1,6 @@
 """The value that takes an ablated output's place: zero, a mean, or the output in another sequence."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,7 +8,6 @@ from torch import Tensor
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.nodes import Outputs
 from pyfastcircuits.run.trace import FrozenTrace
-from pyfastcircuits.shapes import check_choice
 
 Mode = Literal["zero", "mean", "resample"]
 AverageOver = Literal["all", "positions", "batch"]
@@ -26,8 +25,6 @@ class AblationValue:
     def __init__(
         self, trace: FrozenTrace, mode: Mode = "zero", reference: FrozenTrace | None = None, over: AverageOver = "all"
     ) -> None:
-        check_choice("mode", mode, get_args(Mode))
-        check_choice("over", over, get_args(AverageOver))
         if reference is not None:
             if mode == "zero":
                 raise ValueError("reference is given, but mode is 'zero'")

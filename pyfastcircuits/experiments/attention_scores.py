@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.nodes import Head, NonHeads, heads_written, nodes_before, parse_head, written
 from pyfastcircuits.run.patterns import head_pattern, stored
 from pyfastcircuits.run.trace import FrozenTrace
-from pyfastcircuits.shapes import check_choice
 
 Split = Literal["layer", "head", "component"]
 
@@ -66,7 +65,6 @@ def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, pe
     Source: "Path Expansion of Attention Scores QK Circuit", Elhage et al. 2021.
     """
     layer, index = parse_head(trace.weights, head)
-    check_choice("by", by, get_args(Split))
     labels, queries, keys = _queries_and_keys(trace, layer, index, by)
     terms: list[Label] = [(query, key) for query in labels for key in labels]
     share = _shares(trace, layer, index, queries, keys).flatten()

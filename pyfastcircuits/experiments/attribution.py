@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.measure import Intervention, measure
 from pyfastcircuits.experiments.metrics import Asked, Positions, asked
-from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
@@ -18,7 +18,9 @@ from pyfastcircuits.run.losses import Unembedding
 from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, grouped, nodes_before, parse_path, written
 from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
-from pyfastcircuits.shapes import check_choice
+
+if TYPE_CHECKING:
+    from pyfastcircuits.experiments.options import Unpack
 
 Part = Literal["component", "head", "source", "path"]
 UNEMBED_BIAS = "b_U"
@@ -68,7 +70,6 @@ def direct_logit_attribution(
 
     Source: "The Path Expansion Trick", Elhage et al. 2021.
     """
-    check_choice("by", by, get_args(Part))
     if (paths is None) == (by == "path"):
         raise ValueError(f"paths is {'missing' if paths is None else 'given'}, but by is {by!r}")
     weights = trace.weights

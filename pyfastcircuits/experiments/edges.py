@@ -23,9 +23,9 @@ SCORES = 64 << 20  # bytes of attention scores made at a time, at least one expe
 ROWS = 1024  # positions rerun at a time, at least one experiment's: what a layer makes of more leaves the caches
 
 
-def removed_z(part: FrozenTrace, head: Head, value: AblationValue) -> Tensor:
-    """z of a head, less the value that takes its place: [B, T, r]."""
-    return value.removal(head.outputs, part)[head.index]
+def removed_z(part: FrozenTrace, layer: int, value: AblationValue) -> Tensor:
+    """z of every head of a layer, less the value that takes its place: [H, B, T, r]."""
+    return value.removal(HeadOutputs(layer), part)
 
 
 def frozen_removal(part: FrozenTrace, sets: Sequence[Sequence[Node]], value: AblationValue) -> Tensor:
@@ -106,7 +106,7 @@ def frozen_edge_z(part: FrozenTrace, sources: Sequence[Head], head: Head, value:
     values = []
     for source in sources:
         virtual_weights = centered(weights.head("W_O", *source), weights) @ W_V
-        z = part.apply_post_norm(removed_z(part, source, value), source.layer)
+        z = part.apply_post_norm(removed_z(part, source.layer, value)[source.head], source.layer)
         values.append(z @ virtual_weights)
     read = torch.stack(values) * part.scales[head.layer][..., None]
     z = apply_pattern(head_pattern(part.patterns[head.layer], head.head), read[:, :, None])[:, :, 0]
@@ -155,7 +155,7 @@ class _Receiving:
         if (part, self.layer) not in self.kept:
             self.kept.clear()
             heads = dict.fromkeys(head for sources in self.choices for head in sources)
-            gone = {head: head.write(part, removed_z(part, head, self.value)) for head in heads}
+            gone = {head: head.write(part, removed_z(part, head.layer, self.value)[head.head]) for head in heads}
             nothing = torch.zeros_like(part.embedded)
             added = [-sum((gone[head] for head in sources), nothing) for sources in self.choices]
             self.kept[part, self.layer] = destination_z_change(part, torch.stack(added), self.layer, self.inputs)

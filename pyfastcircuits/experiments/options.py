@@ -4,14 +4,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
 from torch import Tensor
-from typing_extensions import Unpack as Unpack  # a dependency of torch
 
 from pyfastcircuits.experiments.metrics import KL, Asked, Metric, MetricSpec, Positions, asked, metric_spec
 from pyfastcircuits.ops import Backend, Precision
 from pyfastcircuits.run.trace import FrozenTrace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
 
 Attention = Literal["frozen", "recomputed"]
 FinalNorm = Literal["frozen", "recomputed"]
@@ -82,12 +84,10 @@ def measurement(trace: FrozenTrace, options: Mapping[str, Any], attention: Atten
     """Check the options of an experiment on a run whose `attention` is frozen or recomputed.
 
     Raises:
-        ValueError, IndexError, TypeError: an unknown final_norm; else as metrics.metric_spec and metrics.asked.
+        ValueError, IndexError, TypeError: as metrics.metric_spec and metrics.asked.
     """
     chosen: dict[str, Any] = {**DEFAULTS, **options}
     final_norm = chosen["final_norm"] or attention
-    if final_norm not in ("frozen", "recomputed"):
-        raise ValueError(f"final_norm is {final_norm!r}, expected 'frozen' or 'recomputed'")
     metric = metric_spec(chosen["metric"], chosen["targets"], chosen["against"])
     beside = (KL(),) if chosen["kl"] and not isinstance(metric, KL) else ()
     where = asked(

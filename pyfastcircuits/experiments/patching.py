@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver
 from pyfastcircuits.experiments.edges import Effect, edge_removals, removed_z
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import NLL, Asked, LogitDifference
-from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.options import Measurement, MeasureOptions, measured, measurement
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale, normalized
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import CleanLogits, Unembedding, row_losses
-from pyfastcircuits.run.nodes import KINDS, Edge, Head, Kind, Receiver, one_or_several, parse_pair
+from pyfastcircuits.run.nodes import Edge, Head, Kind, Receiver, one_or_several, parse_pair
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
-from pyfastcircuits.shapes import check_choice
+
+if TYPE_CHECKING:
+    from pyfastcircuits.experiments.options import Unpack
 
 Direction = Literal["denoise", "noise"]
 
@@ -62,7 +64,6 @@ def composition_ablation(
         IndexError: no such head.
         RuntimeError: a backend or precision that is not there.
     """
-    _check_effect(kind, effect)
     weights, labels, cuts = trace.weights, list[Label](), []
     for entry in enumerate_paths(weights.n_layers, weights.n_heads, 2) if pairs is None else pairs:
         given, several = one_or_several(entry)
@@ -177,7 +178,6 @@ def edge_attribution(
     Raises:
         TypeError, ValueError: as path_patching; a metric without a gradient; exact below 0.
     """
-    _check_effect(kind, effect)
     if exact < 0:
         raise ValueError(f"exact is {exact}, expected a number of pairs")
     into, source, options = _directed(clean, corrupted, direction, options)
@@ -205,18 +205,10 @@ def edge_attribution(
     return _with_runs(found, clean, corrupted, direction, options)
 
 
-def _check_effect(kind: str, effect: str) -> None:
-    check_choice("kind", kind, KINDS)
-    check_choice("effect", effect, get_args(Effect))
-
-
 def _directed(
     clean: FrozenTrace, corrupted: FrozenTrace, direction: str, options: MeasureOptions
 ) -> tuple[FrozenTrace, FrozenTrace, MeasureOptions]:
     """The run that is changed, the one that outputs are taken from, and options about the clean run's tokens."""
-    if not isinstance(clean, FrozenTrace):
-        raise TypeError(f"clean is a {type(clean).__name__}, expected a FrozenTrace (see trace)")
-    check_choice("direction", direction, get_args(Direction))
     check_same_model("corrupted", corrupted, clean)
     if corrupted.tokens.shape != clean.tokens.shape:
         raise ValueError(
@@ -256,7 +248,10 @@ def _first_order(trace: FrozenTrace, value: AblationValue, kind: Kind, effect: E
             continue
         part = trace[first : first + 1]
         with torch.no_grad():
-            gone = [torch.stack([head.write(part, removed_z(part, head, value)) for head in layer]) for layer in heads]
+            gone = []
+            for layer, of_layer in enumerate(heads):
+                z = removed_z(part, layer, value)
+                gone.append(torch.stack([head.write(part, z[head.head]) for head in of_layer]))
         by_z = _gradients_by_z(part, asked, how, asked.count / how.asked.count, effect)
         for layer in range(1, weights.n_layers):
             by_input = _gradients_by_input(part, layer, by_z[layer], kind)
@@ -268,6 +263,8 @@ def _first_order(trace: FrozenTrace, value: AblationValue, kind: Kind, effect: E
 def _gradients_by_z(part: FrozenTrace, asked: Asked, how: Measurement, share: float, effect: Effect) -> list[Tensor]:
     """The gradient of the metric's mean, times `share`, by z of each layer: L of [H, B, T, r]."""
     weights, layers = part.weights, range(part.weights.n_layers)
+    if not layers:
+        return []
     with torch.enable_grad():
         if effect == "direct":
             final = part.final.detach().requires_grad_()

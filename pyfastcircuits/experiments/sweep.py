@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from math import comb
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
-from pyfastcircuits.experiments.options import Attention, MeasureOptions, Unpack, measured
+from pyfastcircuits.experiments.options import Attention, MeasureOptions, measured
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.paths import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.run.trace import FrozenTrace
-from pyfastcircuits.shapes import check_choice
+
+if TYPE_CHECKING:
+    from pyfastcircuits.experiments.options import Unpack
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 
@@ -105,7 +107,6 @@ def sweep(
     Raises:
         ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses, pair_ablation and head_ablation.
     """
-    check_choice("scope", scope, get_args(SweepScope))
     run = trace(model, tokens)
     backend = options.get("backend", "auto")
     orders, marginals = order_losses(run, backend=backend), layer_marginals(run, backend=backend)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import as_integers, describe, public
 from pyfastcircuits.modes import in_plain_modes
 
 
@@ -96,7 +96,12 @@ class FactoredMatrix:
     @public
     def broadcast_to(self, shape: Sequence[int]) -> Tensor:
         """The product as a tensor: formed."""
-        return self.AB.broadcast_to(shape)
+        try:
+            return self.AB.broadcast_to(shape)
+        except (RuntimeError, TypeError) as error:
+            raise type(error)(
+                f"shape is {describe(shape, entries=True)}, expected one to broadcast {list(self.shape)} to"
+            ) from error
 
     @property
     @public
@@ -279,6 +284,8 @@ class FactoredMatrix:
     @public
     def unsqueeze(self, k: int) -> "FactoredMatrix":
         """The same matrices with a new leading dimension at k."""
+        if not -self.ndim - 1 <= k <= self.ndim:
+            raise IndexError(f"k is {k}, expected {-self.ndim - 1} to {self.ndim}")
         return type(self)(self.A.unsqueeze(k), self.B.unsqueeze(k))
 
     def __getitem__(self, index: Any) -> "FactoredMatrix":
@@ -371,7 +378,11 @@ def _axes(entry: Any) -> int:
 def _expanded(index: Sequence[Any], shape: Sequence[int]) -> list[Any]:
     """Sequences and arrays as tensors, and `...` as the slices it stands for."""
     plain = (slice, Integral, Tensor, type(None), type(...))
-    entries = [x if isinstance(x, plain) and not isinstance(x, bool) else torch.as_tensor(x) for x in index]
+    known = (isinstance(x, plain) and not isinstance(x, bool) for x in index)
+    cpu = torch.device("cpu")
+    entries = [
+        x if is_known else as_integers("index", x, cpu, masks=True) for x, is_known in zip(index, known, strict=True)
+    ]
     dots = [i for i, entry in enumerate(entries) if entry is ...]
     used = sum(_axes(entry) for entry in entries) - len(dots)
     if used > len(shape):

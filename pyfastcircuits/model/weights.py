@@ -16,8 +16,6 @@ from pyfastcircuits.shapes import DTYPES, check_positive
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
 Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
-POSITIONAL = ("none", "standard", "shortformer", "rotary")
-NORMS = ("layernorm", "rmsnorm")
 METADATA = "pyfastcircuits"  # under which a safetensors file keeps the options
 
 
@@ -234,10 +232,9 @@ class CircuitWeights:
 
     def _with_gain(self, weight: Tensor, name: Weight, layer: int) -> Tensor:
         """A part of a layer's weight, or what is added to its product, in the computing dtype and with the gain."""
-        gain = self.gain(name, layer)
+        gain = self._gain(name, layer)
         return weight.to(self.compute_dtype) if gain is None else weight.to(self.compute_dtype) * gain
 
-    @public
     def check_layer(self, layer: int) -> None:
         """Raise IndexError unless there is such a layer."""
         if not self.n_layers:
@@ -249,6 +246,9 @@ class CircuitWeights:
     def gain(self, name: str, layer: int) -> Tensor | None:
         """The gain of a norm on the residual side of a weight: [d, 1] of a reader, [d] of a writer."""
         self.check_layer(layer)
+        return self._gain(name, layer)
+
+    def _gain(self, name: str, layer: int) -> Tensor | None:
         gains = self.ln_post_w if name == "W_O" else self.ln_w
         if gains is None:
             return None

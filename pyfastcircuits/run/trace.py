@@ -127,7 +127,7 @@ class FrozenTrace(FrozenModel):
     @property
     def learns(self) -> bool:
         """Whether results have gradients: the run was made with them, or some of the weights require them."""
-        return self.final.requires_grad or any(tensor.requires_grad for _, tensor in self.guard.tensors)
+        return self.final.requires_grad or self.guard.weights.learns
 
     @derived
     def streams(self) -> tuple[Tensor, ...]:

@@ -124,7 +124,7 @@ BAD = {
     "layers": (lambda f: edited(f, num_hidden_layers=4), ValueError, "has no tensor 'model.layers.3.self_attn.q_proj.weight'"),
     "no layers": (lambda f: edited(f, num_hidden_layers=0), ValueError, "has no layers"),
     "option": (lambda f: edited(f, hidden_size="gone"), ValueError, "has no 'hidden_size'"),
-    "config": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not readable JSON"),
+    "config": (lambda f: (f / "config.json").write_text("{"), ValueError, r"config\.json, which is not readable JSON"),
     "corrupt": (lambda f: (f / "model.safetensors").write_bytes(b"no"), ValueError, "not a readable safetensors file"),
     "quantized": (lambda f: edited(f, quantization_config={"bits": 4}), ValueError, "quantized weights are not supported"),
     "shard": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'), FileNotFoundError, "gone.safetensors is missing"),

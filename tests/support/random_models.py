@@ -1,12 +1,13 @@
 """Random models of every kind the library takes."""
 
 import itertools
+from typing import get_args
 
 import torch
 
-from pyfastcircuits.model.weights import NORMS, POSITIONAL, CircuitWeights
+from pyfastcircuits.model.weights import CircuitWeights, Norm, Positional
 
-KINDS = list(itertools.product((None, *NORMS), POSITIONAL))
+KINDS = list(itertools.product((None, *get_args(Norm)), get_args(Positional)))
 
 
 def random_weights(
