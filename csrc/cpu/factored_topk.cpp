@@ -80,12 +80,12 @@ void search_rows(TopkArguments& s, const TopkKernels& kernels, int64_t k, const 
 }
 
 const TopkKernels& kernels_of(const Tensor& A, const std::string& screen, bool pays) {
-  STD_TORCH_CHECK(screen == "auto" || screen == "none" || screen == "bf16", "screen is '", screen,
-                  "', expected 'auto', 'none' or 'bf16'");
+  FC_CHECK(screen == "auto" || screen == "none" || screen == "bf16", "screen is '", screen,
+           "', expected 'auto', 'none' or 'bf16'");
   const Arithmetic exact = arithmetic_of("A", A);
   const bool forced = screen == "bf16", single = exact == Arithmetic::fp32;
-  STD_TORCH_CHECK(!forced || single, "screen is 'bf16' but A is ", exact == Arithmetic::fp64 ? "float64" : "bfloat16",
-                  "; a screen in bfloat16 is for float32 factors");
+  FC_CHECK(!forced || single, "screen is 'bf16' but A is ", exact == Arithmetic::fp64 ? "float64" : "bfloat16",
+           "; a screen in bfloat16 is for float32 factors");
   const bool wanted = forced || (screen == "auto" && pays && single);
   const TopkKernels* screened = wanted ? pick_topk_kernels(Arithmetic::fp32_by_bf16) : nullptr;
   if (forced) check_instructions(screened != nullptr, "screen");
@@ -96,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
                                                  bool per_row, const std::optional<Tensor>& shift,
                                                  const std::string& screen) {
   Sizes sizes = check_product(A, B);
-  sizes("shift", shift, "N");
+  sizes("shift", shift, "N", Kind::number);
   const Product p = product_of(A, B);
   const int64_t most = per_row ? p.columns : p.rows * p.columns;
-  STD_TORCH_CHECK(k >= 1 && k <= most, "k is ", k, ", expected 1 to ", most);
+  FC_CHECK(k >= 1 && k <= most, "k is ", k, ", expected 1 to ", most);
   const bool pays = !per_row && k <= p.rows * p.columns / kScreenedEntriesAWin;
   const TopkKernels& kernels = kernels_of(A, screen, pays);
   const ScalarType dtype = result_dtype(A);

@@ -135,7 +135,10 @@ std::tuple<Tensor, Tensor> triangles(const Tensor& factors) {
   const TriangleArguments arguments{strided<3>(factors), N, d, r, out.data_ptr(), data_of<bool>(regular)};
   constexpr int64_t some = 4;  // in a row: each fetches what the next reads
   run_tasks((N + some - 1) / some, [&](int64_t first) {
-    for (int64_t i = some * first; i < std::min(N, some * (first + 1)); ++i) task(arguments, i);
+    for (int64_t i = some * first; i < std::min(N, some * (first + 1)); ++i) {
+      look_for_interrupt();
+      task(arguments, i);
+    }
   });
   return {out, regular};
 }

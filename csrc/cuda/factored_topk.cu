@@ -21,7 +21,7 @@ int64_t resident_blocks(const Tensor& like) {
   int multiprocessors = 0;
   const cudaError_t error =
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device_index());
-  STD_TORCH_CHECK(error == cudaSuccess, "cannot ask the device: ", cudaGetErrorString(error));
+  FC_CHECK(error == cudaSuccess, "cannot ask the device: ", cudaGetErrorString(error));
   return kBlocksAMultiprocessor * multiprocessors;
 }
 
@@ -69,16 +69,16 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
                                                  const std::string& screen) {
   check_device();
   Sizes sizes = check_product(A, B);
-  sizes("shift", shift, "N");
+  sizes("shift", shift, "N", Kind::number);
   const Factors f(A, B);
   const int64_t rows = f.rows(), columns = f.columns();
   const int64_t most = per_row ? std::min(kMostRowEntries, columns) : std::min(kMostEntries, rows * columns);
-  STD_TORCH_CHECK(k >= 1 && k <= most, "k is ", k, ", expected 1 to ", most);
-  STD_TORCH_CHECK(screen == "auto" || screen == "none",
-                  screen == "bf16" ? "screen is 'bf16', which the CUDA C++ kernels do not have; use 'triton'"
-                                   : "screen is '" + screen + "', expected 'auto' or 'none' on the CUDA backend");
-  STD_TORCH_CHECK(!per_row || (rows < kMostBlocks && columns < kMostBlocks), "A @ B has shape [", rows, ", ", columns,
-                  "]: too large for one launch");
+  FC_CHECK(k >= 1 && k <= most, "k is ", k, ", expected 1 to ", most);
+  FC_CHECK(screen == "auto" || screen == "none",
+           screen == "bf16" ? "screen is 'bf16', which the CUDA C++ kernels do not have; use 'triton'"
+                            : "screen is '" + screen + "', expected 'auto' or 'none' on the CUDA backend");
+  FC_CHECK(!per_row || (rows < kMostBlocks && columns < kMostBlocks), "A @ B has shape [", rows, ", ", columns,
+           "]: too large for one launch");
   const ScalarType work = result_dtype(A);
   const torch::stable::accelerator::DeviceGuard guard(A.get_device_index());
   const std::optional<Tensor> shift_c = contiguous_as(shift, work);
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
   Results out{torch::stable::new_empty(A, shape, work), torch::stable::new_empty(A, shape, ScalarType::Long),
               torch::stable::new_empty(A, shape, ScalarType::Long)};
   if (out.values.numel() == 0) return {out.values, out.rows, out.columns};
-  with_types("A", A, [&]<class T, class Source>() {
+  with_types(A, [&]<class T, class Source>() {
     (per_row ? launch<T, Source, true> : launch<T, Source, false>)(f, k, largest, shift_c, out);
   });
   return {out.values, out.rows, out.columns};

@@ -16,7 +16,7 @@ struct Factors {  // contiguous
   Product cut(int64_t size) const {
     const int64_t row_blocks = ceil_div(rows(), size), tiles = std::max<int64_t>(ceil_div(columns(), size), 1);
     const int64_t splits = std::clamp<int64_t>(ceil_div(kBlocksWanted, std::max<int64_t>(row_blocks, 1)), 1, tiles);
-    STD_TORCH_CHECK(row_blocks * splits <= kMostBlocks, "A has ", rows(), " rows: too many for one launch; cut N");
+    FC_CHECK(row_blocks * splits <= kMostBlocks, "A has ", rows(), " rows: too many for one launch; cut N");
     return {A.data_ptr(), B.data_ptr(), rows(), columns(),
             A.size(1),    row_blocks,   splits, ceil_div(tiles, splits) * size};
   }

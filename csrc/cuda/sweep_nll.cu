@@ -15,8 +15,8 @@ void launch(SweepArguments s, const Tensor& like, Tensor& lse, Tensor& change) {
   const int64_t row_blocks = s.pairs * ceil_div(s.positions, size), tiles = ceil_div(s.vocabulary, size);
   s.splits = std::clamp<int64_t>(ceil_div(kBlocksWanted, row_blocks), 1, std::max<int64_t>(tiles, 1));
   s.columns_a_split = ceil_div(tiles, s.splits) * size;
-  STD_TORCH_CHECK(row_blocks * s.splits <= kMostBlocks, "delta has shape ", s.pairs, " x ", s.positions,
-                  ": too many rows for one launch; cut P");
+  FC_CHECK(row_blocks * s.splits <= kMostBlocks, "delta has shape ", s.pairs, " x ", s.positions,
+           ": too many rows for one launch; cut P");
   const auto scratch = [&] {
     return torch::stable::new_empty(like, {s.splits, s.pairs, s.positions}, ScalarType::Double);
   };
@@ -34,11 +34,11 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
                                              const std::string& precision, std::optional<double> cap,
                                              const std::optional<Tensor>& outer) {
   check_device();
-  STD_TORCH_CHECK(!outer.has_value(), "outer is given, but the CUDA kernel has none: multiply it out");
+  FC_CHECK(!outer.has_value(), "outer is given, but the CUDA kernel has none: multiply it out");
   Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap);
-  sizes("scale", scale, "P T");
+  sizes("scale", scale, "P T", Kind::number);
   const int64_t P = sizes["P"], T = sizes["T"], K = sizes["K"];
-  STD_TORCH_CHECK(precision == "ieee", "precision is '", precision, "', expected 'ieee' on the CUDA backend");
+  FC_CHECK(precision == "ieee", "precision is '", precision, "', expected 'ieee' on the CUDA backend");
   const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
 
   Tensor lse = torch::stable::new_empty(base, {P, T}, ScalarType::Double);
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
                          .rank = sizes["r"],
                          .groups = sizes["G"],
                          .tokens_per_position = K};
-  with_types("base", base, [&]<class Work, class Source>() { launch<Work, Source>(s, base, lse, change); });
+  with_types(base, [&]<class Work, class Source>() { launch<Work, Source>(s, base, lse, change); });
   return {lse, picked, change};
 }
 
