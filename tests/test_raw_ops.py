@@ -222,6 +222,17 @@ def test_wrong_arguments_are_named_and_nothing_of_ours_is(op):
             assert not re.search(r"::|\.\.|\.(h|cpp|cuh|cu|py)\b|\w\(", ours), (name, wrong, ours)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_triangles_of_factors_without_entries(dtype):
+    """A matrix without columns is regular, one without rows is not."""
+    for depth, rank in ((6, 0), (0, 3), (0, 0)):
+        triangles, regular = OPS.triangles(torch.ones(2, depth, rank, dtype=dtype))
+        assert triangles.shape == (2, rank, rank)
+        assert not triangles.any()
+        assert regular.tolist() == [rank == 0] * 2
+
+
 LONG = {
     "factored_topk": "OPS.factored_topk(R(200_000, 64), R(64, 200_000), 10, True, False, None, 'none')",
     "diagonal_ranks": "OPS.diagonal_ranks(R(200_000, 64), R(64, 200_000), torch.zeros(200_000).long())",
