@@ -317,7 +317,8 @@ struct Side : GramSide {
     for (size_t i = 0; i < factors.size(); ++i) {
       const Tensor& f = factors[i];
       const Tensor* outer = outers.empty() ? nullptr : &outers[i];
-      const std::string place = factors.size() > 1 ? std::string("[") + std::to_string(i) + "]" : "";
+      std::string place;
+      if (factors.size() > 1) place.append("[").append(std::to_string(i)).append("]");
       FC_CHECK(f.dim() == 3, name, place, " has shape ", shape_of(f), ", expected three dimensions");
       sizes.check_elements(name + place, f);
       held.push_back(factors_of(sizes, name, place, f, outer, row, entry));
