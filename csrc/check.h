@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <initializer_list>
+#include <cfloat>
 #include <iterator>
 #include <map>
 #include <optional>
@@ -15,21 +15,25 @@
 #include <string>
 #include <vector>
 
-// Throws the message alone: users need no file or function of ours. It is put together only if the condition fails.
-#define FC_CHECK(condition, ...) \
-  if (!(condition)) throw std::runtime_error(::fc::joined(__VA_ARGS__))
-
 namespace fc {
-
-template <class... Parts>
-std::string joined(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
-}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Throws what Python shows as a RuntimeError, with these words and nothing else: torch's own STD_TORCH_CHECK puts the
+// function, the file and the line in front of them.
+template <class... Words>
+[[noreturn]] void fail(const Words&... words) {
+  std::ostringstream message;
+  (message << ... << words);
+  throw std::runtime_error(message.str());
+}
+
+// Fails with the words that follow the condition where it does not hold; otherwise they cost nothing.
+#define FC_CHECK(condition, ...)               \
+  do {                                         \
+    if (!(condition)) ::fc::fail(__VA_ARGS__); \
+  } while (false)
 
 inline std::string shape_of(const Tensor& t) {
   std::string out = "[";
@@ -37,17 +41,54 @@ inline std::string shape_of(const Tensor& t) {
   return out + "]";
 }
 
-inline void check_dtypes(const char* names, std::initializer_list<Tensor> tensors) {
-  for (const Tensor& x : tensors)
-    FC_CHECK(x.scalar_type() == tensors.begin()->scalar_type(), names, " differ in dtype");
+// As Python writes it.
+inline std::string name_of(ScalarType dtype) {
+  static const std::map<ScalarType, std::string> others{{ScalarType::Byte, "uint8"},
+                                                        {ScalarType::Char, "int8"},
+                                                        {ScalarType::Short, "int16"},
+                                                        {ScalarType::Int, "int32"},
+                                                        {ScalarType::Long, "int64"},
+                                                        {ScalarType::Half, "float16"},
+                                                        {ScalarType::Float, "float32"},
+                                                        {ScalarType::Double, "float64"},
+                                                        {ScalarType::ComplexHalf, "complex32"},
+                                                        {ScalarType::ComplexFloat, "complex64"},
+                                                        {ScalarType::ComplexDouble, "complex128"}};
+  const auto found = others.find(dtype);
+  std::string name = found != others.end() ? found->second : torch::headeronly::toString(dtype);
+  for (char& letter : name)
+    if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+  return "torch." + name;
 }
+
+// The same of a device.
+inline std::string name_of(const torch::stable::Device& device) {
+  using torch::headeronly::DeviceType;
+  switch (device.type()) {
+    case DeviceType::CPU:
+      return "cpu";
+    case DeviceType::CUDA:
+      return "cuda:" + std::to_string(device.index());
+    case DeviceType::Meta:
+      return "meta";
+    default:
+      return "another device";
+  }
+}
+
+inline bool is_computed_in(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16;
+}
+
+// What an argument is made of. Factors have the dtype of the op's first argument, which is computed in; numbers are
+// converted, and may have another.
+enum class Kind { factor, number, float64, index, flag };
 
 // The sizes of an op's dimensions, by name. `sizes("q", q, "B H T r")` learns the sizes that are new and holds the
 // tensor to those that are known; "1" or "2" stands for itself. All tensors have to lie on the first one's device.
 class Sizes {
  public:
-  void operator()(const char* argument, const Tensor& x, const std::string& shape,
-                  std::optional<ScalarType> dtype = std::nullopt) {
+  void operator()(const std::string& argument, const Tensor& x, const std::string& shape, Kind kind = Kind::factor) {
     std::istringstream words(shape);
     const std::vector<std::string> names{std::istream_iterator<std::string>(words), {}};
     for (const std::string& name : names)
@@ -56,17 +97,32 @@ class Sizes {
     for (int64_t i = 0; i < x.dim() && x.dim() == static_cast<int64_t>(names.size()); ++i)
       fits &= known.try_emplace(names[static_cast<size_t>(i)], x.size(i)).first->second == x.size(i);
     FC_CHECK(fits, argument, " has shape ", shape_of(x), ", expected ", expected(names));
-    FC_CHECK(!dtype.has_value() || x.scalar_type() == *dtype, argument, " must be ",
-             dtype == ScalarType::Long     ? "int64"
-             : dtype == ScalarType::Double ? "float64"
-                                           : "bool");
-    if (!first.has_value()) first = x, first_name = argument;
-    FC_CHECK(x.device() == first->device(), argument, " is not on ", first_name, "'s device");
+    check_elements(argument, x, kind);
   }
 
-  void operator()(const char* argument, const std::optional<Tensor>& x, const std::string& shape,
-                  std::optional<ScalarType> dtype = std::nullopt) {
-    if (x.has_value()) (*this)(argument, *x, shape, dtype);
+  void operator()(const std::string& argument, const std::optional<Tensor>& x, const std::string& shape,
+                  Kind kind = Kind::factor) {
+    if (x.has_value()) (*this)(argument, *x, shape, kind);
+  }
+
+  // Holds a tensor of any shape to the first one's device, and to what its kind is made of.
+  void check_elements(const std::string& argument, const Tensor& x, Kind kind = Kind::factor) {
+    if (!first.has_value()) first = x, first_name = argument;
+    FC_CHECK(x.device() == first->device(), argument, " is on ", name_of(x.device()), ", but ", first_name, " is on ",
+             name_of(first->device()));
+    const ScalarType dtype = x.scalar_type();
+    const auto expect = [&](bool right, const std::string& wanted) {
+      FC_CHECK(right, argument, " has dtype ", name_of(dtype), wanted);
+    };
+    if (kind == Kind::index) return expect(dtype == ScalarType::Long, ", expected torch.int64");
+    if (kind == Kind::flag) return expect(dtype == ScalarType::Bool, ", expected torch.bool");
+    if (kind == Kind::float64) return expect(dtype == ScalarType::Double, ", expected torch.float64");
+    const bool factor = is_computed_in(dtype);
+    if (kind == Kind::number)
+      return expect(factor || dtype == ScalarType::Half,
+                    ", expected torch.float32, torch.float64, torch.bfloat16 or torch.float16");
+    expect(dtype == first->scalar_type(), ", but " + first_name + " has " + name_of(first->scalar_type()));
+    expect(factor, ", expected torch.float32, torch.float64 or torch.bfloat16");
   }
 
   // Of a dimension that some tensor has.
@@ -85,8 +141,24 @@ class Sizes {
 
   std::map<std::string, int64_t> known;
   std::optional<Tensor> first;
-  const char* first_name = "";
+  std::string first_name;
 };
+
+// What logits or scores are multiplied or divided by, in float32 for most dtypes.
+inline void check_positive(const char* argument, double value) {
+  FC_CHECK(value >= FLT_MIN && value <= FLT_MAX, argument, " is ", value,
+           ", expected a positive number that float32 holds");
+}
+
+// Indices from 0 to size - 1. width: 0 for a list; where pairs or more stand in a row, how many.
+inline void check_indices(const char* argument, const int64_t* values, int64_t count, int64_t size, int64_t width = 0) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] >= 0 && values[i] < size) continue;
+    const std::string place =
+        width > 0 ? std::to_string(i / width) + ", " + std::to_string(i % width) : std::to_string(i);
+    fail(argument, "[", place, "] is ", values[i], ", expected 0 to ", size - 1);
+  }
+}
 
 // Of the ops on A @ B.
 inline Sizes check_product(const Tensor& A, const Tensor& B) {
@@ -95,7 +167,6 @@ inline Sizes check_product(const Tensor& A, const Tensor& B) {
   FC_CHECK(B.dim() != 2 || B.size(0) == A.size(1), "A has shape ", shape_of(A), " and B ", shape_of(B),
            ": their inner dimensions r differ");
   sizes("B", B, "r M");
-  check_dtypes("A and B", {A, B});
   return sizes;
 }
 
@@ -107,19 +178,19 @@ inline Sizes check_sweep(const Tensor& base, const Tensor& delta, const Tensor& 
   sizes("delta", delta, "P T r");
   sizes("basis", basis, outer.has_value() ? "1 d V" : "G r V");
   sizes("outer", outer, "G r d");
-  sizes("group", group, "P", ScalarType::Long);
-  check_dtypes("base, delta and basis", {base, delta, basis});
-  if (outer.has_value()) check_dtypes("outer and base", {*outer, base});
+  sizes("group", group, "P", Kind::index);
+  FC_CHECK(sizes["G"] > 0 || sizes["P"] == 0, outer.has_value() ? "outer" : "basis", " has shape ",
+           shape_of(outer.has_value() ? *outer : basis), ": no groups");
   return sizes;
 }
 
 inline Sizes check_nll(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& tokens,
                        const Tensor& group, const std::optional<Tensor>& clean_lse, std::optional<double> cap,
                        const std::optional<Tensor>& outer = std::nullopt) {
-  FC_CHECK(!cap.has_value() || *cap > 0, "cap is ", cap.value_or(0), ", expected a positive number");
+  if (cap.has_value()) check_positive("cap", *cap);
   Sizes sizes = check_sweep(base, delta, basis, group, outer);
-  sizes("tokens", tokens, "T K", ScalarType::Long);
-  sizes("clean_lse", clean_lse, "T");
+  sizes("tokens", tokens, "T K", Kind::index);
+  sizes("clean_lse", clean_lse, "T", Kind::number);
   return sizes;
 }
 

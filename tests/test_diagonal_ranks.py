@@ -139,10 +139,13 @@ def test_errors_of_the_bare_op():
     for arguments, message in (
         ((A[0], B, columns), r"A has shape \[3\], expected \[N, r\]"),
         ((A, B[:2], columns), "their inner dimensions r differ"),
-        ((A, B.double(), columns), "A and B differ in dtype"),
-        ((A.half(), B.half(), columns), "A has an unsupported dtype"),
+        ((A, B.double(), columns), "B has dtype torch.float64, but A has torch.float32"),
+        (
+            (A.half(), B.half(), columns),
+            "A has dtype torch.float16, expected torch.float32, torch.float64 or torch.bfloat16",
+        ),
         ((A, B, columns[1:]), r"columns has shape \[3\], expected \[4\]"),
-        ((A, B, columns.int()), "columns must be int64"),
+        ((A, B, columns.int()), "columns has dtype torch.int32, expected torch.int64"),
         ((A, B, columns - 1), r"columns\[0\] is -1, expected 0 to 4"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -377,8 +377,11 @@ def test_errors_of_the_bare_op():
         ((A[0], B, 2, True, False, None, "none"), r"A has shape \[3\], expected \[N, r\]"),
         ((A, B[0], 2, True, False, None, "none"), r"B has shape \[5\], expected \[r, M\]"),
         ((A, B[:2], 2, True, False, None, "none"), "their inner dimensions r differ"),
-        ((A, B.double(), 2, True, False, None, "none"), "A and B differ in dtype"),
-        ((A.half(), B.half(), 2, True, False, None, "none"), "A has an unsupported dtype"),
+        ((A, B.double(), 2, True, False, None, "none"), "B has dtype torch.float64, but A has torch.float32"),
+        (
+            (A.half(), B.half(), 2, True, False, None, "none"),
+            "A has dtype torch.float16, expected torch.float32, torch.float64 or torch.bfloat16",
+        ),
         ((A, B, 0, True, False, None, "none"), "k is 0, expected 1 to 20"),
         ((A, B, 6, True, True, None, "none"), "k is 6, expected 1 to 5"),
         ((A, B, 2, True, False, torch.ones(3), "none"), r"shift has shape \[3\], expected \[4\]"),

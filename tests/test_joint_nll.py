@@ -203,7 +203,7 @@ def test_errors_of_the_bare_op(monkeypatch):
     a = inputs()
     for change, message in (
         ({"pairs": a.pairs[:, :1]}, r"pairs has shape \[9, 1\], expected \[9, 2\]"),
-        ({"pairs": a.pairs.int()}, "pairs must be int64"),
+        ({"pairs": a.pairs.int()}, "pairs has dtype torch.int32, expected torch.int64"),
         ({"pairs": a.pairs - 9}, r"pairs\[0, 0\] is -\d, expected 0 to 4"),
         ({"group": a.group + 3}, r"group\[0\] is \d, expected 0 to 2"),
         ({"tokens": a.tokens[1:]}, r"tokens has shape \[12, 2\], expected \[13, 2\]"),

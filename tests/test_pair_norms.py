@@ -234,8 +234,11 @@ def test_errors_of_several_rights():
     op = torch.ops.pyfastcircuits.pair_grams
     for arguments, message in (
         ((left, [], None, [], None), "right is empty"),
-        ((left, [right, wide], None, [], None), "the tensors of right differ in shape"),
-        ((left, [right, right.double()], None, [], None), "the tensors of right differ in dtype"),
+        ((left, [right, wide], None, [], None), r"right\[1\] makes factors of 3 rows or columns, but right\[0\] of 2"),
+        (
+            (left, [right, right.double()], None, [], None),
+            r"right\[1\] has dtype torch.float64, but left has torch.float32",
+        ),
         ((left, [right], None, [right, right], None), "right_outer has 2 tensors, but right has 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -302,8 +305,8 @@ def test_errors_of_the_bare_op():
     for arguments, message in (
         ((left[0], right, None, "ieee"), r"left has shape \[3, 7\]"),
         ((left, right[:, :2], None, "ieee"), r"right has shape \[5, 2, 2\]"),
-        ((left, right.double(), None, "ieee"), "differ in dtype"),
-        ((left, right, torch.ones(5), "ieee"), "before must be int64"),
+        ((left, right.double(), None, "ieee"), "right has dtype torch.float64, but left has torch.float32"),
+        ((left, right, torch.ones(5), "ieee"), "before has dtype torch.float32, expected torch.int64"),
         ((left, right, None, "fp8"), "precision is 'fp8'"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -246,7 +246,7 @@ def test_errors_of_the_bare_op(monkeypatch):
         (3, s.tokens, r"tokens has shape \[3, 1\], expected \[3\]"),
         (4, s.group + 1, r"group\[0\] is 1, expected 0 to 0"),
         (5, good[5][:1], r"thresholds has shape \[1, 3\], expected \[2, 3\]"),
-        (5, good[5].float(), "thresholds must be float64"),
+        (5, good[5].float(), "thresholds has dtype torch.float32, expected torch.float64"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.pyfastcircuits.target_ranks(*good[:place], value, *good[place + 1 :])

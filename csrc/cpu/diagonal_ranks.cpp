@@ -77,7 +77,10 @@ struct Ranks {
     make_entries();
     std::memset(static_cast<void*>(counts.data), 0, counts.bytes());
     Walk<Scheme, Ranks> walk(*this, left.data, static_cast<const typename Scheme::Right*>(stripe.packed), p.rank);
-    for (int64_t panel = 0; panel * kW < stripe.columns; ++panel) walk.panel(panel, 0, blocks);
+    for (int64_t panel = 0; panel * kW < stripe.columns; ++panel) {
+      if (panel % kPanelsALook == 0) look_for_interrupt();
+      walk.panel(panel, 0, blocks);
+    }
     walk.finish();
     for (int64_t row = first_row; row < end_row; ++row) s.ranks[row] += counts.data[row - first_row];
   }
@@ -111,14 +114,13 @@ namespace {
 
 Tensor diagonal_ranks(const Tensor& A, const Tensor& B, const Tensor& columns) {
   Sizes sizes = check_product(A, B);
-  sizes("columns", columns, "N", ScalarType::Long);
+  sizes("columns", columns, "N", Kind::index);
+  FC_CHECK(sizes["M"] > 0 || sizes["N"] == 0, "B has shape ", shape_of(B), ": no columns");
   const Product product = product_of(A, B);
   const RankKernels& kernels = *pick_rank_kernels(arithmetic_of("A", A));
   const Tensor columns_c = torch::stable::contiguous(columns);
   const auto* chosen = data_of<const int64_t>(columns_c);
-  for (int64_t i = 0; i < product.rows; ++i)
-    FC_CHECK(chosen[i] >= 0 && chosen[i] < product.columns, "columns[", i, "] is ", chosen[i], ", expected 0 to ",
-             product.columns - 1);
+  check_indices("columns", chosen, product.rows, product.columns);
 
   Tensor ranks = torch::stable::new_empty(A, {product.rows}, ScalarType::Long);
   const RankArguments arguments{product, chosen, data_of<int64_t>(ranks)};

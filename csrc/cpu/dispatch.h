@@ -76,14 +76,14 @@ static auto select(Arithmetic arithmetic) -> decltype(Op<Ieee<float>, float>::ke
 #define FC_CASE_OF_TIER(tier, name) \
   case Tier::tier:                  \
     return tier::name(argument);
-#define FC_TIERS(Result, name, Argument)                                 \
-  FC_FOR_EACH_TIER(FC_DECLARE_OF_TIER, Result, name, Argument)           \
-  static Result pick_##name(Argument argument) {                         \
-    switch (current_tier()) {                                            \
-      FC_FOR_EACH_TIER(FC_CASE_OF_TIER, name)                            \
-      default:                                                           \
-        FC_CHECK(false, "this build has no code for the tier in force"); \
-    }                                                                    \
+#define FC_TIERS(Result, name, Argument)                       \
+  FC_FOR_EACH_TIER(FC_DECLARE_OF_TIER, Result, name, Argument) \
+  static Result pick_##name(Argument argument) {               \
+    switch (current_tier()) {                                  \
+      FC_FOR_EACH_TIER(FC_CASE_OF_TIER, name)                  \
+      default:                                                 \
+        fail("this build has no code for the tier in force");  \
+    }                                                          \
   }
 
 namespace fc::cpu {
@@ -95,17 +95,16 @@ Strided<N> strided(const Tensor& x) {
   return out;
 }
 
+// Of an argument that Sizes has found to be of a dtype that is computed in.
 inline Arithmetic arithmetic_of(const char* name, const Tensor& argument, bool rounded = false) {
   switch (argument.scalar_type()) {
-    case ScalarType::Float:
-      return rounded ? Arithmetic::fp32_by_bf16 : Arithmetic::fp32;
     case ScalarType::BFloat16:
       return rounded ? Arithmetic::bf16_by_bf16 : Arithmetic::bf16_inputs;
     case ScalarType::Double:
       FC_CHECK(!rounded, "precision is 'bf16' but ", name, " is float64; pass float32 or bfloat16");
       return Arithmetic::fp64;
     default:
-      FC_CHECK(false, name, " has an unsupported dtype; expected float32, float64 or bfloat16");
+      return rounded ? Arithmetic::fp32_by_bf16 : Arithmetic::fp32;
   }
 }
 

@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
                                                  bool per_row, const std::optional<Tensor>& shift,
                                                  const std::string& screen) {
   Sizes sizes = check_product(A, B);
-  sizes("shift", shift, "N");
+  sizes("shift", shift, "N", Kind::number);
   const Product p = product_of(A, B);
   const int64_t most = per_row ? p.columns : p.rows * p.columns;
   FC_CHECK(k >= 1 && k <= most, "k is ", k, ", expected 1 to ", most);

@@ -262,6 +262,7 @@ struct Search {
     Walk<Screen, Search> walk(*this, screen_left.data, panels.screen, steps<Screen>(p.rank));
     int64_t known = 0;
     for (int64_t panel = 0; panel * kW < stripe.columns; ++panel) {
+      if (panel % kPanelsALook == 0) look_for_interrupt();
       if (const int64_t now = __atomic_load_n(s.times_raised, __ATOMIC_RELAXED); now != known) {
         known = now;
         make_room(0);

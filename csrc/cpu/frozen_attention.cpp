@@ -50,15 +50,15 @@ std::tuple<Tensor, Tensor> frozen_attention(const Tensor& q, const Tensor& k, co
   const int64_t B = sizes["B"], H = sizes["H"], T = sizes["T"], r = sizes["r"], Hkv = sizes["Hkv"];
   FC_CHECK(Hkv > 0 ? H % Hkv == 0 : H == 0, "q has ", H, " heads, no multiple of k's ", Hkv);
   sizes("values", values, transposed ? "S B H T s" : "S B Hkv T s");
-  sizes("lse", lse, "B H T");
-  sizes("pre", pre, "B T");
-  sizes("post", post, "B T");
-  sizes("mask", mask, "B T", ScalarType::Bool);
-  check_dtypes("q, k and values", {q, k, values});
+  sizes("lse", lse, "B H T", Kind::number);
+  sizes("pre", pre, "B T", Kind::number);
+  sizes("post", post, "B T", Kind::number);
+  sizes("mask", mask, "B T", Kind::flag);
   const int64_t S = sizes["S"], s = sizes["s"];
   FC_CHECK(lse.has_value() || !transposed, "lse is None, but the transposed form needs it");
   FC_CHECK(!window.has_value() || *window >= 1, "window is ", *window, ", expected at least 1");
-  FC_CHECK(!softcap.has_value() || *softcap > 0, "softcap is ", *softcap, ", expected more than 0");
+  check_positive("scale", scale);
+  if (softcap.has_value()) check_positive("softcap", *softcap);
   const AttentionKernels& kernels = *pick(pick_attention_kernels, "q", q, precision);
 
   const auto double_of = [](const std::optional<Tensor>& x) { return contiguous_as(x, ScalarType::Double); };

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "dispatch.h"
+#include "interrupts.h"
 
 namespace fc::cpu {
 
@@ -252,6 +253,7 @@ struct Attention {
       for (int64_t chunk = first_chunk(); chunk < task.end; chunk += kChunk) {
         const Range range = seen(panel, chunk);
         if (range.first >= range.end) continue;
+        look_for_interrupt();
         read_sources(chunk, head);
         for (int64_t source = range.first; source < range.end; source += kRows) {
           T* tile = score(keys, panel, source, chunk);
@@ -294,6 +296,7 @@ struct Attention {
       const Right* weights;
     } seen_by[kMostPanels];
     for (int64_t chunk = first_chunk(); chunk < task.end; chunk += kChunk) {
+      look_for_interrupt();
       read_sources(chunk, head);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const Range range = seen(panel, chunk);

@@ -58,6 +58,7 @@ struct Joint : NllEpilogue<Scheme, Source> {
   void stripe_done(int64_t first, int64_t columns) {
     const bool plain = s.clean_lse == nullptr && s.cap == 0 && columns % kW == 0;
     for (int64_t t = 0; t < sweep.window; ++t) {
+      look_for_interrupt();
       pick(t, first, columns);
       if (plain)
         add_pairs<true>(t, columns);
@@ -167,15 +168,16 @@ std::tuple<Tensor, Tensor, Tensor> joint_nll(const Tensor& base, const Tensor& d
                                              const std::optional<Tensor>& clean_lse, const std::string& precision,
                                              std::optional<double> cap) {
   Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap);
-  sizes("pairs", pairs, "N 2", ScalarType::Long);
+  sizes("pairs", pairs, "N 2", Kind::index);
+  FC_CHECK(sizes["P"] > 0 || sizes["N"] == 0, "pairs has shape ", shape_of(pairs), ", but delta ", shape_of(delta),
+           " holds no ablation");
   const int64_t S = sizes["P"], P = sizes["N"], r = sizes["r"];
   const JointTask task = pick(pick_joint_nll, "base", base, precision);
 
   const NllTensors tensors(inputs_of(base, delta, basis, group), base, P, tokens, clean_lse);
   const Tensor pairs_c = torch::stable::contiguous(pairs);
   const auto* given = data_of<const int64_t>(pairs_c);
-  for (int64_t i = 0; i < 2 * P; ++i)
-    FC_CHECK(given[i] >= 0 && given[i] < S, "pairs[", i / 2, ", ", i % 2, "] is ", given[i], ", expected 0 to ", S - 1);
+  check_indices("pairs", given, 2 * P, S, 2);
   std::vector<Pair> sorted;
   for (int64_t p = 0; p < P; ++p) sorted.push_back({given[2 * p], given[2 * p + 1], p});
   std::stable_sort(sorted.begin(), sorted.end(), [](const Pair& a, const Pair& b) { return a.first < b.first; });

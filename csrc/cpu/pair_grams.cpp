@@ -6,6 +6,7 @@
 // There is a second micro-kernel, add_dots(), because tiles come out of multiply() with the entries of one factor side
 // by side: feeding them to multiply() again would take a transposition that costs as much as it saves.
 #include "dispatch.h"
+#include "interrupts.h"
 
 namespace fc::cpu {
 
@@ -239,6 +240,7 @@ struct Grams {
     for (int64_t panel = 0; panel < panels(g.left); ++panel)
       for (int64_t rows = panel; rows < panels(g.left); ++rows, ++unit) {
         if (unit < units.first || unit >= units.end) continue;
+        look_for_interrupt();
         tiles(g.left, left, rows, panel, 0, N, left_tiles, out.squares);
         for (int64_t group = 0; group < M; group += rights) {
           const int64_t end = smaller(group + rights, M);
@@ -287,7 +289,8 @@ namespace {
 constexpr int64_t kMostGroups = 32, kPartialSums = 8 << 20;
 
 // row, entry: which of the factors' dimensions are the rows and the entries of X.
-GramFactors factors_of(const char* name, const Tensor& factors, const Tensor* outer, int row, int entry) {
+GramFactors factors_of(Sizes& sizes, const std::string& name, const std::string& place, const Tensor& factors,
+                       const Tensor* outer, int row, int entry) {
   const auto ordered = [&](const Tensor& x) {
     return Strided<3>{x.data_ptr(), {x.stride(0), x.stride(row), x.stride(entry)}};
   };
@@ -295,8 +298,9 @@ GramFactors factors_of(const char* name, const Tensor& factors, const Tensor* ou
   if (outer == nullptr) return f;
   FC_CHECK(outer->dim() == 3 && outer->size(entry) == f.inner && outer->size(0) % std::max<int64_t>(f.count, 1) == 0 &&
                (f.count > 0 || outer->size(0) == 0),
-           name, "_outer has shape ", shape_of(*outer), ", which does not fit ", name, " ", shape_of(factors));
-  FC_CHECK(outer->scalar_type() == factors.scalar_type(), name, "_outer and ", name, " differ in dtype");
+           name, "_outer", place, " has shape ", shape_of(*outer), ", which does not fit ", name, place, " ",
+           shape_of(factors));
+  sizes.check_elements(name + "_outer" + place, *outer);
   f.outer = ordered(*outer);
   f.shared = outer->size(0) / std::max<int64_t>(f.count, 1);
   f.count = outer->size(0);
@@ -305,19 +309,25 @@ GramFactors factors_of(const char* name, const Tensor& factors, const Tensor* ou
 
 // One side, and the parts it points at.
 struct Side : GramSide {
-  Side(const char* name, const std::vector<Tensor>& factors, const std::vector<Tensor>& outers, int row, int entry)
+  Side(Sizes& sizes, const std::string& name, const std::vector<Tensor>& factors, const std::vector<Tensor>& outers,
+       int row, int entry)
       : GramSide{} {
     FC_CHECK(outers.empty() || outers.size() == factors.size(), name, "_outer has ", outers.size(), " tensors, but ",
              name, " has ", factors.size());
     for (size_t i = 0; i < factors.size(); ++i) {
       const Tensor& f = factors[i];
       const Tensor* outer = outers.empty() ? nullptr : &outers[i];
-      FC_CHECK(f.dim() == 3, name, " has shape ", shape_of(f), ", expected three dimensions");
-      FC_CHECK(f.scalar_type() == factors[0].scalar_type(), "the tensors of ", name, " differ in dtype");
-      held.push_back(factors_of(name, f, outer, row, entry));
+      std::string place;
+      if (factors.size() > 1) place.append("[").append(std::to_string(i)).append("]");
+      FC_CHECK(f.dim() == 3, name, place, " has shape ", shape_of(f), ", expected three dimensions");
+      sizes.check_elements(name + place, f);
+      held.push_back(factors_of(sizes, name, place, f, outer, row, entry));
       const int64_t rank_here = (outer == nullptr ? f : *outer).size(row), depth_here = f.size(entry);
       if (i == 0) rank = rank_here, depth = depth_here;
-      FC_CHECK(rank_here == rank && depth_here == depth, "the tensors of ", name, " differ in shape");
+      FC_CHECK(depth_here == depth, name, place, " has shape ", shape_of(f), ", but ", name, "[0] has ",
+               shape_of(factors[0]), ": their d differ");
+      FC_CHECK(rank_here == rank, name, place, " makes factors of ", rank_here, " rows or columns, but ", name,
+               "[0] of ", rank);
       count += held.back().count;
     }
     parts = held.data();
@@ -334,13 +344,12 @@ std::tuple<Tensor, Tensor, Tensor> pair_grams(const Tensor& left, const std::vec
   FC_CHECK(!right.empty(), "right is empty, expected at least one tensor");
   const std::vector<Tensor> left_outers =
       left_outer.has_value() ? std::vector<Tensor>{*left_outer} : std::vector<Tensor>{};
-  const Side lefts("left", {left}, left_outers, 1, 2), rights("right", right, right_outer, 2, 1);
+  Sizes sizes;
+  const Side lefts(sizes, "left", {left}, left_outers, 1, 2), rights(sizes, "right", right, right_outer, 2, 1);
   FC_CHECK(lefts.depth == rights.depth, "left has shape ", shape_of(left), " and right ", shape_of(right[0]),
            ": their d differ");
-  check_dtypes("left and right", {left, right[0]});
   const int64_t N = lefts.count, M = rights.count;
-  Sizes sizes;
-  sizes("before", before, std::to_string(M), ScalarType::Long);
+  sizes("before", before, std::to_string(M), Kind::index);
   const GramKernels& kernels = *pick_gram_kernels(arithmetic_of("left", left));
 
   const std::optional<Tensor> before_c = contiguous_as(before, ScalarType::Long);

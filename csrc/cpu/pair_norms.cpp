@@ -2,6 +2,7 @@
 // and multiplies left factors by them; the squares of each product are summed before the next, so that none reaches
 // memory. Sums run in an order that depends on the shapes alone: results do not depend on threads.
 #include "dispatch.h"
+#include "interrupts.h"
 
 namespace fc::cpu {
 
@@ -74,6 +75,7 @@ struct Pairs {
     const auto right_at = [&](int64_t column) { return block.first_right + smaller(column, columns - 1) / p.width; };
 
     for (int64_t i = block.first_left; i < block.end_left; ++i) {
+      look_for_interrupt();
       const Left* head = static_cast<const Left*>(packed) + i * packed_size(p);
       const auto skipped = [&](int64_t panel) {
         bool any = false;
@@ -174,8 +176,7 @@ Tensor pair_norms(const Tensor& left, const Tensor& right, const std::optional<T
   Sizes sizes;
   sizes("left", left, "N r d");
   sizes("right", right, "M d s");
-  sizes("before", before, "M", ScalarType::Long);
-  check_dtypes("left and right", {left, right});
+  sizes("before", before, "M", Kind::index);
   const int64_t N = sizes["N"], M = sizes["M"], r = sizes["r"], d = sizes["d"], s = sizes["s"];
   const PairKernels& kernels = *pick(pick_pair_kernels, "left", left, precision);
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dispatch.h"
+#include "interrupts.h"
 #include "isa.h"
 
 namespace fc::cpu {
@@ -107,6 +108,9 @@ class Walk {
   alignas(64) T buffers[2][kRows * kWidth<Scheme>];
   Tile waiting{};  // to be consumed
 };
+
+// Panels that a task walks over between two looks for an interrupt.
+inline constexpr int64_t kPanelsALook = 64;
 
 // Packs columns first..end of the stripe as panels, where they lie among all of its panels.
 template <class Scheme, class Source>

@@ -72,6 +72,7 @@ namespace {
 
 double cpu_rate(const std::string& kind, double seconds) {
   FC_CHECK(kind == "fma" || kind == "exp" || kind == "bf16", "kind is '", kind, "', expected 'fma', 'exp' or 'bf16'");
+  check_positive("seconds", seconds);
   const Rate rate = kind == "fma" ? Rate::fma : kind == "exp" ? Rate::exp : Rate::bf16;
   const RateLoop loop = pick_rate_loop(rate);
   if (loop == nullptr) return 0;
@@ -80,6 +81,7 @@ double cpu_rate(const std::string& kind, double seconds) {
   const int64_t threads = torch::stable::get_num_threads();
   double best = 0;
   for (const auto start = Clock::now(); Clock::now() - start < std::chrono::duration<double>(seconds);) {
+    look_for_interrupt();
     const auto before = Clock::now();
     int64_t operations = 0;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

@@ -232,6 +232,7 @@ struct Sweep {
     pack_outers();
     const int64_t width = kPanelsAStripe * kW;
     for (int64_t first = 0; first < s.vocabulary; first += width) {
+      look_for_interrupt();
       const int64_t columns = smaller(width, s.vocabulary - first);
       pack_base(op, first, columns);
       if (op.plain(columns))
@@ -262,8 +263,7 @@ inline OwnedInputs inputs_of(const Tensor& base, const Tensor& delta, const Tens
   const int64_t P = delta.size(0), G = (outer.has_value() ? *outer : basis).size(0);
   OwnedInputs out{torch::stable::contiguous(group), std::vector<int64_t>(static_cast<size_t>(P)), {}};
   const auto* groups = data_of<const int64_t>(out.group);
-  for (int64_t p = 0; p < P; ++p)
-    FC_CHECK(groups[p] >= 0 && groups[p] < G, "group[", p, "] is ", groups[p], ", expected 0 to ", G - 1);
+  check_indices("group", groups, P, G);
   std::iota(out.order.begin(), out.order.end(), int64_t{0});
   std::stable_sort(out.order.begin(), out.order.end(), [&](int64_t a, int64_t b) { return groups[a] < groups[b]; });
   const Strided<3> outers = outer.has_value() ? strided<3>(*outer) : Strided<3>{};
@@ -277,11 +277,9 @@ template <class Arguments>
 void run_blocks(const Arguments& arguments, void (*task)(const Arguments&, const Block&), const TilePlan& plan) {
   const SweepInputs& s = arguments.inputs;
   const int64_t across = plan.tasks > 0 ? ceil_div(s.positions, plan.position_block) : 1;
-  torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t p = i / across * plan.pair_block, t = i % across * plan.position_block;
-      task(arguments, {p, std::min(p + plan.pair_block, s.pairs), t, std::min(t + plan.position_block, s.positions)});
-    }
+  run_tasks(plan.tasks, [&](int64_t i) {
+    const int64_t p = i / across * plan.pair_block, t = i % across * plan.position_block;
+    task(arguments, {p, std::min(p + plan.pair_block, s.pairs), t, std::min(t + plan.position_block, s.positions)});
   });
 }
 

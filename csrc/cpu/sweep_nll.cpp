@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
                                              const std::string& precision, std::optional<double> cap,
                                              const std::optional<Tensor>& outer) {
   Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap, outer);
-  sizes("scale", scale, "P T");
+  sizes("scale", scale, "P T", Kind::number);
   const int64_t P = sizes["P"], T = sizes["T"], depth_bytes = sizes["r"] * static_cast<int64_t>(base.element_size());
   const SweepTask task = pick(pick_sweep_nll, "base", base, precision);
 

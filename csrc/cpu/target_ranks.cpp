@@ -98,8 +98,8 @@ namespace {
 Tensor target_ranks(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& tokens,
                     const Tensor& group, const Tensor& thresholds, const std::string& precision) {
   Sizes sizes = check_sweep(base, delta, basis, group);
-  sizes("tokens", tokens, "T", ScalarType::Long);
-  sizes("thresholds", thresholds, "P T", ScalarType::Double);
+  sizes("tokens", tokens, "T", Kind::index);
+  sizes("thresholds", thresholds, "P T", Kind::float64);
   const int64_t P = sizes["P"], T = sizes["T"], r = sizes["r"];
   const RankTask task = pick(pick_target_ranks, "base", base, precision);
 

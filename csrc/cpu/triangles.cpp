@@ -133,9 +133,16 @@ std::tuple<Tensor, Tensor> triangles(const Tensor& factors) {
   Tensor out = torch::stable::new_empty(factors, {N, r, r}, result_dtype(factors));
   Tensor regular = torch::stable::new_empty(factors, {N}, ScalarType::Bool);
   const TriangleArguments arguments{strided<3>(factors), N, d, r, out.data_ptr(), data_of<bool>(regular)};
+  if (d == 0 || r == 0) {  // no entry to make a triangle of; a matrix without rows is regular
+    std::fill_n(arguments.regular, N, r == 0);
+    return {torch::stable::new_zeros(factors, {N, r, r}, result_dtype(factors)), regular};
+  }
   constexpr int64_t some = 4;  // in a row: each fetches what the next reads
   run_tasks((N + some - 1) / some, [&](int64_t first) {
-    for (int64_t i = some * first; i < std::min(N, some * (first + 1)); ++i) task(arguments, i);
+    for (int64_t i = some * first; i < std::min(N, some * (first + 1)); ++i) {
+      look_for_interrupt();
+      task(arguments, i);
+    }
   });
   return {out, regular};
 }

@@ -21,14 +21,14 @@ void launch(const Factors& f, const Tensor& columns, Tensor& ranks) {
 Tensor diagonal_ranks(const Tensor& A, const Tensor& B, const Tensor& columns) {
   check_device();
   Sizes sizes = check_product(A, B);
-  sizes("columns", columns, "N", ScalarType::Long);
+  sizes("columns", columns, "N", Kind::index);
   const Factors f(A, B);
   FC_CHECK(f.columns() > 0 || f.rows() == 0, "B has shape ", shape_of(B), ": no columns");
   const torch::stable::accelerator::DeviceGuard guard(A.get_device_index());
   Tensor ranks = torch::stable::new_empty(A, {f.rows()}, ScalarType::Long);
   if (f.rows() == 0) return ranks;
   const Tensor asked = torch::stable::contiguous(columns);
-  with_types("A", A, [&]<class T, class Source>() { launch<T, Source>(f, asked, ranks); });
+  with_types(A, [&]<class T, class Source>() { launch<T, Source>(f, asked, ranks); });
   return ranks;
 }
 

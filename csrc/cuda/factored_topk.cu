@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
                                                  const std::string& screen) {
   check_device();
   Sizes sizes = check_product(A, B);
-  sizes("shift", shift, "N");
+  sizes("shift", shift, "N", Kind::number);
   const Factors f(A, B);
   const int64_t rows = f.rows(), columns = f.columns();
   const int64_t most = per_row ? std::min(kMostRowEntries, columns) : std::min(kMostEntries, rows * columns);
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> factored_topk(const Tensor& A, const Tensor& 
   Results out{torch::stable::new_empty(A, shape, work), torch::stable::new_empty(A, shape, ScalarType::Long),
               torch::stable::new_empty(A, shape, ScalarType::Long)};
   if (out.values.numel() == 0) return {out.values, out.rows, out.columns};
-  with_types("A", A, [&]<class T, class Source>() {
+  with_types(A, [&]<class T, class Source>() {
     (per_row ? launch<T, Source, true> : launch<T, Source, false>)(f, k, largest, shift_c, out);
   });
   return {out.values, out.rows, out.columns};

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
   check_device();
   FC_CHECK(!outer.has_value(), "outer is given, but the CUDA kernel has none: multiply it out");
   Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap);
-  sizes("scale", scale, "P T");
+  sizes("scale", scale, "P T", Kind::number);
   const int64_t P = sizes["P"], T = sizes["T"], K = sizes["K"];
   FC_CHECK(precision == "ieee", "precision is '", precision, "', expected 'ieee' on the CUDA backend");
   const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& d
                          .rank = sizes["r"],
                          .groups = sizes["G"],
                          .tokens_per_position = K};
-  with_types("base", base, [&]<class Work, class Source>() { launch<Work, Source>(s, base, lse, change); });
+  with_types(base, [&]<class Work, class Source>() { launch<Work, Source>(s, base, lse, change); });
   return {lse, picked, change};
 }
 

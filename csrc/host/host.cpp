@@ -1,5 +1,8 @@
-// Host work that needs no torch: facts of the build and the CPU, and how sweeps are cut into tasks.
+// Host work that needs no torch: facts of the build and the CPU, how sweeps are cut into tasks, and what Python has to
+// say to an op that runs.
 #include <pybind11/pybind11.h>
+
+#include <memory>
 
 #include "../cpu/caches.h"
 #include "../plan.h"
@@ -23,9 +26,37 @@ py::dict build_facts() {
   return facts;
 }
 
+// What a signal's handler raised. Torch's bindings raise it again in Python, as they do any builtin_exception; for all
+// other code between an op and Python it is an error like any other.
+class Interrupted : public py::builtin_exception {
+ public:
+  explicit Interrupted(const py::error_already_set& raised)
+      : py::builtin_exception("interrupted"), raised(std::make_shared<py::error_already_set>(raised)) {}
+  void set_error() const override { raised->restore(); }
+
+ private:
+  std::shared_ptr<py::error_already_set> raised;
+};
+
+unsigned long main_thread = 0;  // Python's name of it: signals are handled there alone
+
+// Lets the handlers of signals that have come run, and throws what one of them raises.
+void ask_python() {
+  if (PyThread_get_thread_ident() != main_thread || !Py_IsInitialized()) return;
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw Interrupted(py::error_already_set());
+}
+
+// The address of ask_python(), for the library of the ops.
+uintptr_t question(unsigned long main_thread_name) {
+  main_thread = main_thread_name;
+  return reinterpret_cast<uintptr_t>(&ask_python);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
+  m.def("question", &question, py::arg("main_thread"));
   m.def("build_facts", &build_facts);
   m.def(
       "plan_tiles",

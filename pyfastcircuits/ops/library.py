@@ -1,6 +1,8 @@
 """Loads the compiled parts and knows what this build and this machine can do."""
 
+import ctypes
 import importlib.util
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ except ImportError as error:
         "pyfastcircuits is not compiled for this Python: run `make build`, or `pip install --no-build-isolation -e .`"
     ) from error
 
-torch.ops.load_library(str(_FOLDER / "_ops.so"))
+_OPS_LIBRARY = str(_FOLDER / "_ops.so")
+torch.ops.load_library(_OPS_LIBRARY)
+# Ops ask now and then whether the user pressed Ctrl-C: only the module that knows Python can tell them.
+ctypes.CDLL(_OPS_LIBRARY).pyfastcircuits_ask_python_with(ctypes.c_void_p(host.question(threading.main_thread().ident)))
 _CUDA_LIBRARY = _FOLDER / "_cuda.so"
 if _CUDA_LIBRARY.exists():
     torch.ops.load_library(str(_CUDA_LIBRARY))
