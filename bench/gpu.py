@@ -31,6 +31,7 @@ CAPTIONS = {
     f"with one each; the limit counts the heads' products and the pairs' exponentials.",
     "attention": f"`frozen_attention`, fp32, H={H}, T={LONG:,}, r={r}, {S} streams; one layer.",
     "pairs": f"`pair_norms`, fp32, the composition scores of {L}x{H} heads of one kind, d={d}, r={r}; relative errors.",
+    "whole": f"What a user calls, random weights of GPT-2 small's shape without MLPs, T={T}: every pair of heads.",
     "entries": f"`factored_topk` and `diagonal_ranks`, fp32, one head's circuit: {V:,} x {V:,}, r={r}; the best {BEST} of "
     f"all, the best {ROW_BEST} of each row, ranks of the diagonal (the error is in ranks).",
 }
@@ -46,8 +47,9 @@ def build() -> None:
 
 def tests() -> None:
     """Every op on the GPU against fp64."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-o", "filterwarnings=", "tests/gpu"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    jobs = ["-n", str(min(8, os.cpu_count() or 1))]  # what takes long is compiling kernels
+    plain = ["-q", "-o", "addopts=", "-o", "filterwarnings=", "--tb=short", "--durations=8"]
+    subprocess.run([sys.executable, "-m", "pytest", *plain, *jobs, "tests/gpu"], cwd=ROOT, check=True)
 
 
 def sweep() -> Iterator[Row]:
@@ -238,6 +240,33 @@ def attention() -> Iterator[Row]:
         yield measured(f"triton {precision}", our_form(precision), error, limit, flops, "streams/s", S)
 
 
+def whole() -> Iterator[Row]:
+    """What a user calls, on random weights of GPT-2 small's shape: one trace, every pair of heads, every score."""
+    import pyfastcircuits as fc
+
+    torch.manual_seed(0)
+    heads = [torch.randn(L, H, d, r, device="cuda") / d**0.5 for _ in range(3)]
+    W_O = torch.randn(L, H, r, d, device="cuda") / (H * r) ** 0.5
+    W_E, W_U = torch.randn(V, d, device="cuda"), torch.randn(d, V, device="cuda") / d**0.5
+    weights = fc.CircuitWeights(W_E, *heads, W_O, W_U, positional="none")
+    tokens = torch.randint(V, (1, T), device="cuda")
+    run = fc.trace(weights, tokens)
+    pairs = L * (L - 1) // 2 * H * H
+    flops = 2 * pairs * T * V * r
+    exps = pairs * T * V / exp_rate()
+    exact = fc.pair_ablation(run, "path", pairs=[[(0, 0), (1, 0)]], precision="ieee").values[0]
+    for precision in ("bf16", "tf32", "ieee"):
+        limit = max(exps, flops / matmul_rate(precision))
+        form = partial(fc.pair_ablation, run, "path", precision=precision)
+        error = partial(lambda exact, out: (out.values[0] - exact).abs().max(), exact)
+        yield measured(f"pair_ablation: {precision}", form, error, limit, flops, "pairs/s", pairs, runs=3)
+    for kind in ("Q", "K", "V"):
+        form = partial(fc.composition_scores, weights, kind)
+        theirs = fc.composition_scores(weights, kind, backend="reference")
+        error = partial(lambda theirs, out: (out - theirs).abs().nan_to_num().max(), theirs)
+        yield measured(f"composition_scores: {kind}", form, error, 0.0, 2 * pairs * d * r * r, "pairs/s", pairs)
+
+
 def measured(
     name: str,
     form: Callable[[], Tensor],
@@ -246,11 +275,12 @@ def measured(
     flops: float,
     unit: str,
     count: int,
+    runs: int = 7,
 ) -> Row:
     """One row: `flops` are those that are wanted, `limit` the seconds they would take at the rates measured here."""
     try:
         worst = error(form()).item()
-        taken, memory = seconds(form), peak_memory(form)
+        taken, memory = seconds(form, runs), peak_memory(form)
     except Exception as problem:
         return {"form": name, "failed": repr(problem)[:80]}
     return {
@@ -264,12 +294,11 @@ def measured(
     }
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Median of one run, by events, after two to warm up."""
-    for _ in range(2):
-        work()
+def seconds(work: Callable[[], object], runs: int = 7) -> float:
+    """Median of so many runs, by events, after one to warm up."""
+    work()
     times = []
-    for _ in range(7):
+    for _ in range(runs):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
@@ -311,13 +340,14 @@ def exp_rate() -> float:
 
 
 SECTIONS: dict[str, tuple[Callable[[], Iterator[Row] | None], int]] = {  # seconds each may take: one call has 500
-    "build": (build, 100),
-    "tests": (tests, 170),
+    "build": (build, 110),
+    "tests": (tests, 200),
     "sweep": (sweep, 70),
     "joint": (joint, 45),
     "pairs": (pairs, 25),
     "entries": (entries, 50),
     "attention": (attention, 40),
+    "whole": (whole, 60),
 }
 
 
