@@ -23,8 +23,18 @@ def configure(op: str, sizes: dict[str, int], x: Tensor, precision: str = "ieee"
 
 
 def rounded(factor: Tensor, kind: str) -> Tensor:
-    """A contiguous factor in the dtype that `kind` multiplies: for bfloat16 products factors are rounded once, here."""
-    return (factor.bfloat16() if kind == "bf16" else factor).contiguous()
+    """A contiguous factor with the digits that `kind` multiplies: it is rounded once, here, to the nearest.
+
+    Tensor cores read 10 bits of a TF32 factor's fraction and cut the others off, which errs twice as much, and to the
+    same side always.
+    """
+    if kind == "bf16":
+        return factor.bfloat16().contiguous()
+    factor = factor.contiguous()
+    if kind != "tf32":
+        return factor
+    nearest = ((factor.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+    return torch.where(factor.isnan(), factor, nearest)  # some NaN would be carried over into a number
 
 
 def laid_out(factor: Tensor, kind: str) -> Tensor:

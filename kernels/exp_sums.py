@@ -113,5 +113,5 @@ def clean_means(base: Tensor, basis: Tensor, clean_lse: Tensor, work: torch.dtyp
         seen = probability > 0
         probability = torch.where(seen, probability, 0.0)
         mean_base += torch.where(seen, probability * logits, 0.0).sum(-1)
-        mean_basis += probability @ basis[..., here].reshape(groups * rank, -1).double().T
+        mean_basis += probability @ basis[..., here].flatten(0, 1).double().T
     return mean_base.to(work), mean_basis.view(positions, groups, rank).transpose(0, 1).to(work).contiguous()

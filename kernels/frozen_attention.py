@@ -14,7 +14,7 @@ from torch import Tensor
 from pyfastcircuits.gradients import register_frozen_attention
 from pyfastcircuits.kernels.common import configure, laid_out, rounded
 from pyfastcircuits.kernels.exp_sums import LOG2E, capped, finite, online_sum
-from pyfastcircuits.kernels.tile import dot, load_left, multiply, work_type
+from pyfastcircuits.kernels.tile import dot, load_left, multiply, nearest_tf32, work_type
 from pyfastcircuits.shapes import check_shapes, frozen_attention_outputs, register_outputs
 
 # A score that is fused into a subtraction in one kernel alone would not be the one whose logsumexp was taken. Left to
@@ -37,7 +37,7 @@ def _scores(
 ):
     """Scores of a tile [M, N]; those of sources past the last repeat its."""
     columns = tl.minimum(n, positions - 1).to(tl.int64) * DEPTH
-    end = positions.to(tl.int64) * DEPTH
+    end = tl.cast(positions, tl.int64) * DEPTH
     return capped(multiply(left, rows, sources, 1, columns, end, DEPTH, BLOCK_K, PRECISION) * SCALE, CAP)
 
 
@@ -159,6 +159,8 @@ def frozen_attention_kernel(
             if before is not None:
                 weights = weights * tl.load(before + batch * positions + n, there, 0.0)[None, :]
             weights = tl.where(seen & there[None, :], weights, 0.0)
+            if PRECISION == "tf32":
+                weights = nearest_tf32(weights)
             pointers = values + stream * batches * heads_from * positions * WIDTH + c % WIDTH
             pointers = pointers[None, :] + (home + n)[:, None] * WIDTH
             right = tl.load(pointers, there[:, None] & inside[None, :], 0.0)

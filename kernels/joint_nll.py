@@ -81,12 +81,10 @@ def joint_nll_kernel(
         # The last tile writes the first copy.
         old = (end - tile) % 2 * splits + split
         new = (end - tile - 1) % 2 * splits + split
-        stop = tl.load(starts)
         for single in range(singles):
-            place = stop
-            stop = tl.load(starts + single + 1)
             begun = clean + tl.load(products + single * TILE + cell)
-            for p in range(place, stop):
+            # Both ends are loaded: Triton 3.6 drops a scalar that this loop would carry from one single to the next.
+            for p in range(tl.load(starts + single), tl.load(starts + single + 1)):
                 logits = begun + tl.load(products + tl.load(second + p) * TILE + cell)
                 logits = tl.where(there, capped(logits, CAP), float("-inf"))
                 source = (old.to(tl.int64) * pairs + p) * positions + t

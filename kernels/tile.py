@@ -67,6 +67,13 @@ def load_right(
 
 
 @triton.jit
+def nearest_tf32(x):
+    """The same as kernels.common.rounded makes of a factor, for one that a kernel makes."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, ((bits + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def dot(
     left,  # [M, BLOCK_K]
     right,  # [BLOCK_K, N]
@@ -80,7 +87,7 @@ def dot(
     if INTERPRETED and left.dtype == tl.bfloat16:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    kind: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+    kind: tl.constexpr = PRECISION if PRECISION == "tf32" or PRECISION == "tf32x3" else "ieee"
     return tl.dot(left, right, total, input_precision=kind, out_dtype=total.dtype)
 
 

@@ -81,6 +81,7 @@ def test_triton_products(variant: ProductVariant) -> None:
         *((compile_sweep, v) for v in variants() if v.arch == MAIN and v.precision == "tf32"),
         *((compile_pairs, v) for v in pair_variants() if v.arch == MAIN and v.precision == "tf32"),
         *((compile_product, v) for v in product_variants() if v.arch == MAIN and v.dtype == "float32"),
+        *((compile_attention, v) for v in attention_variants() if v.arch == MAIN and v.precision == "tf32"),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )

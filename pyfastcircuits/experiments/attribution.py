@@ -195,7 +195,8 @@ def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias
     """The writes of each path along directions [N, d], with the direct path's bias [N]: [P, N]."""
     weights = trace.weights
     values = directions.new_empty(len(paths), len(directions))
-    at_once = max(1, memory.BLOCK_BYTES // (trace.tokens.numel() * weights.d_head * directions.element_size()))
+    bytes_a_path = trace.tokens.numel() * weights.d_head * directions.element_size()
+    at_once = max(1, memory.block_bytes(trace.tokens.device) // bytes_a_path)
     for end, members in grouped(path[-1:] for path in paths).items():
         if not end:
             direct = where.rows(trace.non_head_stream(weights.n_layers))

@@ -304,7 +304,8 @@ def _experiments_at_once(intervention: Intervention, part: _Part) -> int:
     """The number of experiments whose deltas fill a block."""
     weights, narrow = part.weights, part.narrow(intervention)
     width = weights.d_head if narrow and part.measurement.final_norm == "frozen" else weights.d_model
-    at_once = max(1, memory.BLOCK_BYTES // (len(part.rows) * max(width, 8) * part.rows.element_size()))
+    block = memory.block_bytes(part.rows.device)
+    at_once = max(1, block // (len(part.rows) * max(width, 8) * part.rows.element_size()))
     if intervention.has_own_heads and narrow:  # their W_O together at most four times W_U's slice in depth
         at_once = min(at_once, max(1, 4 * weights.d_model // weights.d_head))
     return at_once
@@ -316,7 +317,7 @@ def _sequences_at_once(trace: FrozenTrace, interventions: Sequence[Intervention]
     widths = [
         max(i.extra_floats_per_position, weights.d_head if i.write_heads else weights.d_model) for i in interventions
     ]
-    rows = min(memory.BLOCK_BYTES // (size * max(widths, default=1)), memory.ROWS)
+    rows = min(memory.block_bytes(weights.device) // (size * max(widths, default=1)), memory.ROWS)
     if not how.low_memory:
-        rows = min(rows, memory.CLEAN_LOGITS_BYTES // (size * weights.d_vocab))
+        rows = min(rows, memory.clean_logits_bytes(weights.device) // (size * weights.d_vocab))
     return max(1, rows // (trace.tokens.shape[1] - 1))

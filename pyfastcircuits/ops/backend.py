@@ -34,11 +34,24 @@ def resolve_backend(backend: str, device: torch.device, op: str = "sweep_nll") -
     if wanted == "cuda" and not interpreted:
         if not torch.cuda.is_available():
             raise RuntimeError(f"backend={backend!r} needs a CUDA device, and torch sees none")
-        if backend == "cuda" and not library._CUDA_LIBRARY.exists():
+        if backend == "cuda" and not library.HAS_CUDA_KERNELS:
             raise RuntimeError("backend='cuda': this build has no CUDA kernels; rebuild where nvcc is found")
     if device.type != wanted and not interpreted:
         raise ValueError(f"backend={backend!r} runs on {wanted} tensors, but they are on {device}")
     return backend
+
+
+GPU_SHARE = 64  # of a GPU's memory, the part that is scratch
+
+
+def room(device: torch.device, scratch: int) -> int:
+    """The bytes of scratch memory that work takes on a device where it takes `scratch` on a CPU.
+
+    A CPU's caches are small, and its cores busy with little; a GPU is idle between launches, and wants each large.
+    """
+    if device.type != "cuda":
+        return scratch
+    return max(scratch, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
 
 
 def kernel_of(op: str, backend: str) -> Any:

@@ -23,7 +23,8 @@ torch.ops.load_library(_OPS_LIBRARY)
 # Ops ask now and then whether the user pressed Ctrl-C: only the module that knows Python can tell them.
 ctypes.CDLL(_OPS_LIBRARY).pyfastcircuits_ask_python_with(ctypes.c_void_p(host.question(threading.main_thread().ident)))
 _CUDA_LIBRARY = _FOLDER / "_cuda.so"
-if _CUDA_LIBRARY.exists():
+HAS_CUDA_KERNELS = _CUDA_LIBRARY.exists()
+if HAS_CUDA_KERNELS:
     torch.ops.load_library(str(_CUDA_LIBRARY))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
-from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
+from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend, room
 from pyfastcircuits.shapes import (
     check_positive,
     check_positive_entries,
@@ -65,13 +65,14 @@ def sweep_partial(
 
     With `outer` the bases are the products outer @ basis[0]: of heads, W_O[head] @ W_U. From FUSED_GROUPS groups on the
     CPU kernel makes them a stripe of the vocabulary at a time and stores none; else they are multiplied out in slices
-    of the vocabulary, SCRATCH bytes at a time. Shapes alone decide, so that no result depends on threads.
+    of the vocabulary, SCRATCH bytes at a time (more on a GPU). Shapes alone decide, so that no result depends on
+    threads.
     """
     chosen = resolve_backend(backend, base.device)
     check_positive("cap", cap)
     if outer is not None and not (chosen == "cpu" and len(outer) >= FUSED_GROUPS):
         bytes_a_column = base.element_size() * (outer[..., 0].numel() + 2 * len(basis[0]))
-        width = max(COLUMNS, SCRATCH // max(bytes_a_column, 1) // COLUMNS * COLUMNS)
+        width = max(COLUMNS, room(base.device, SCRATCH) // max(bytes_a_column, 1) // COLUMNS * COLUMNS)
         slices = (slice(first, first + width) for first in range(0, max(base.shape[1], 1), width))
         of_slice = partial(
             sweep_partial, group=group, scale=scale, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend

@@ -45,7 +45,8 @@ class Unembedding:
         `multiplied`: a product with W_U's slice is made, for which up to two copies of the slice are.
         """
         copies = 2 * multiplied + (self.weights.W_U.dtype != self.dtype)
-        width = 2 * memory.BLOCK_BYTES // (self.dtype.itemsize * max(depth + copies * self.weights.d_model, 1))
+        block = memory.block_bytes(self.weights.device)
+        width = 2 * block // (self.dtype.itemsize * max(depth + copies * self.weights.d_model, 1))
         stripe = 2 * stripe_columns()
         return list(slices(self.weights.d_vocab, max(stripe, width // stripe * stripe)))
 
@@ -198,7 +199,7 @@ class _RowLosses(torch.autograd.Function):
         wide = W_U.to(rows.dtype)
         into_rows, into_W_U = torch.empty_like(rows), torch.zeros_like(wide)
         into_bias = None if bias is None else torch.zeros_like(bias)
-        for part in slices(len(rows), max(1, 4 * memory.BLOCK_BYTES // (wide.shape[1] * rows.element_size()))):
+        for part in slices(len(rows), max(1, 4 * memory.block_bytes(rows.device) // wide[0].nbytes)):
             logits = rows[part] @ wide
             if bias is not None:
                 logits += bias

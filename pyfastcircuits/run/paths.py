@@ -67,11 +67,13 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
     for (layer, head), members in grouped(path[-1] for path in paths).items():
         W_V = weights.head("W_V", layer, head)
         values = out.new_empty(len(members), *out.shape[1:])
-        for before, inner in grouped(paths[i][-2:-1] for i in members).items():
-            if before:
-                carried = torch.stack([_prefix_z(trace, paths[members[i]][:-1]) for i in inner])
-                virtual_weights = centered(weights.head("W_O", *before[0]), weights) @ W_V
-                values[inner] = (carried @ virtual_weights) * trace.scales[layer][..., None]
+        for before, inner in grouped(tuple(source for source, _ in paths[i][-2:-1]) for i in members).items():
+            if before:  # the sources in a layer together
+                prefixes = [paths[members[i]][:-1] for i in inner]
+                carried = torch.stack([_prefix_z(trace, prefix) for prefix in prefixes])
+                W_O = weights.heads("W_O", *before)[[prefix[-1][1] for prefix in prefixes]]
+                virtual_weights = centered(W_O, weights) @ W_V
+                values[inner] = (carried @ virtual_weights[:, None]) * trace.scales[layer][..., None]
             else:
                 values[inner] = trace.normed(trace.non_head_stream(layer), layer) @ W_V
         z = apply_pattern(head_pattern(trace.patterns[layer], head), values[:, :, None])[:, :, 0]
@@ -84,7 +86,7 @@ def _prefix_z(trace: FrozenTrace, path: Path) -> Tensor:
     z = trace.prefix_z.get(path)
     if z is None:
         z = path_z(trace, [path])[0]
-        if not z.requires_grad and (len(trace.prefix_z) + 1) * z.nbytes <= memory.BLOCK_BYTES:
+        if not z.requires_grad and (len(trace.prefix_z) + 1) * z.nbytes <= memory.block_bytes(z.device):
             trace.prefix_z[path] = z
     return z
 
@@ -184,6 +186,6 @@ def _in_parts(trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace], T
     """
     sequences, length = trace.tokens.shape
     row = trace.weights.compute_dtype.itemsize * trace.weights.d_model
-    step = max(1, 2 * memory.BLOCK_BYTES // (row * length * (count + 2)))
+    step = max(1, 2 * memory.block_bytes(trace.tokens.device) // (row * length * (count + 2)))
     parts = (trace[first : first + step] for first in range(0, sequences, step))
     return torch.cat([part.stream_losses(streams(part), backend) for part in parts], 1)

@@ -165,7 +165,7 @@ def test_errors() -> None:
         raw("cuda")(A[:, :4], B, 3, True, False, None, "none")
     with pytest.raises(RuntimeError, match=r"shift has shape \[3\], expected \[40\]"):
         raw("cuda")(A, B, 3, True, False, A[:3, 0], "none")
-    with pytest.raises(RuntimeError, match="shift is not on A's device"):
+    with pytest.raises(RuntimeError, match="shift is on cpu, but A is on cuda:0"):
         raw("cuda")(A, B, 3, True, False, A[:, 0].cpu(), "none")
 
 

@@ -5,6 +5,7 @@ import torch
 from support.sweep_cases import Joint, assert_partials_as_accurate, eager, exact, joint, make, not_finite, partial
 
 from pyfastcircuits import ops
+from pyfastcircuits.kernels.common import rounded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -13,15 +14,9 @@ PRECISIONS = ["ieee", "tf32", "bf16"]
 
 def check(case: Joint, precision: str = "ieee", tiny: float = 2e-6, cap: float | None = None) -> None:
     ours = partial(case, precision=precision, cap=cap)
-    truth_of = case
-    if precision == "bf16":  # exact for the rounded factors; their rounding is the caller's choice
-        truth_of = case._replace(delta=case.delta.bfloat16().to(case.delta), basis=case.basis.bfloat16().to(case.basis))
-    theirs = eager(truth_of, cap)
-    if precision == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        theirs = eager(case, cap)
-        torch.backends.cuda.matmul.allow_tf32 = False
-    assert_partials_as_accurate(ours, theirs, exact(truth_of, cap), tiny)
+    delta, basis = (rounded(x, precision).to(x) for x in (case.delta, case.basis))
+    truth_of = case._replace(delta=delta, basis=basis)  # their rounding is the caller's choice
+    assert_partials_as_accurate(ours, eager(truth_of, cap), exact(truth_of, cap), tiny)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -273,7 +273,18 @@ def _compiled(
         attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    check_loops(compiled.asm)
     return compiled.asm["cubin"], compiled.metadata.shared
+
+
+def check_loops(asm: dict[str, str]) -> None:
+    """Every loop that carries values in the kernel's text still does in what is compiled of it.
+
+    Triton 3.6 took a scalar that a loop carried for what it was before the loop: on a GPU joint_nll was wrong, and in the
+    interpreter it was not.
+    """
+    carrying = {kind: len(re.findall(r"scf\.for .*iter_args|scf\.while \(", asm[kind])) for kind in ("ttir", "ttgir")}
+    assert carrying["ttgir"] >= carrying["ttir"], f"loops that carry values: {carrying}"
 
 
 def cuobjdump(file: Path | bytes, *options: str) -> str:
