@@ -69,11 +69,13 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     rows = ROWS[dtype]
     # Ablations of a block share a tile of clean logits: it has as many as a group holds, and at least 16 positions.
     block_p = min(rows // 16, _power_above(pairs // max(shape["G"], 1)))
-    block_t, block_v = rows // block_p, max(rows // 2, 32)
+    block_t, block_v = rows // block_p, 64 if dtype in ("bf16", "fp32") else 32
     row_blocks = _blocks(pairs, block_p) * _blocks(positions, block_t)
     splits = _splits(row_blocks, _blocks(vocabulary, block_v), arch)
     blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": _depth(rank, dtype)}
-    return Config(blocks, splits, _warps(rows), num_stages=3 if dtype == "bf16" else 2)
+    # Four warps hold a tile, but not beside the left factor's when that is loaded anew at every step.
+    num_warps = 8 if rows > 64 and rank > DEEPEST[dtype] else 4
+    return Config(blocks, splits, num_warps, num_stages=3 if dtype in ("bf16", "fp32") else 2)
 
 
 def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
@@ -87,10 +89,10 @@ def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
 
 
 def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
-    size = ROWS[dtype]
+    size = 32 if dtype == "fp64" else 128
     block_r, block_s = (_part(shape[rank], shape[heads], size) for heads, rank in ("Nr", "Ms"))
     blocks = {"BLOCK_N": size // block_r, "BLOCK_R": block_r, "BLOCK_M": size // block_s, "BLOCK_S": block_s}
-    blocks["BLOCK_K"] = {"bf16": 64, "fp64": 16}.get(dtype, 32)
+    blocks["BLOCK_K"] = {"bf16": 64, "tf32": 32}.get(dtype, 16)
     return Config(blocks, 1, _warps(size), num_stages=3 if size > 64 else 2)
 
 
@@ -119,10 +121,14 @@ def _splits(row_blocks: int, column_blocks: int, arch: int) -> int:
 
 
 def _frozen_attention(shape: dict[str, int], dtype: str, arch: int) -> Config:
-    block_c = min(ROWS[dtype], _power_above(max(shape["C"], 16)))
-    block_k = _depth(max(shape["r"], 16), dtype)
-    blocks = {"BLOCK_M": ROWS[dtype], "BLOCK_N": 32, "BLOCK_C": block_c, "BLOCK_K": block_k}
-    return Config(blocks, 1, num_warps=8, num_stages=2)
+    # Scores are made again for every block of columns, so that is as wide as registers hold.
+    widest = 256 if dtype == "bf16" and arch >= 90 else ROWS[dtype]
+    block_c = min(widest, _power_above(max(shape["C"], 16)))
+    block_n = 64 if dtype == "fp32" else 32
+    block_k = 16 if dtype == "fp32" else _depth(max(shape["r"], 16), dtype)
+    blocks = {"BLOCK_M": ROWS[dtype], "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": block_k}
+    tensor_cores = dtype in ("bf16", "tf32")
+    return Config(blocks, 1, num_warps=4 if dtype == "fp32" else 8, num_stages=3 if tensor_cores else 2)
 
 
 def _warps(size: int) -> int:

@@ -20,6 +20,7 @@ from pyfastcircuits.shapes import check_shapes, frozen_attention_outputs, regist
 # A score that is fused into a subtraction in one kernel alone would not be the one whose logsumexp was taken. Left to
 # itself, ptxas would rather spill than have few warps.
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
+LSE_OPTIONS = OPTIONS | {"num_warps": 8}  # its tiles of scores are all it holds
 
 
 @triton.jit
@@ -230,7 +231,7 @@ def frozen_attention_triton(
         if lse is None:
             highest, totals = q.new_empty(2, batches, heads, positions, dtype=out.dtype)
             attention_lse_kernel[(blocks * heads,)](
-                q, k, mask, highest, totals, heads, sizes["Hkv"], positions, window, **options
+                q, k, mask, highest, totals, heads, sizes["Hkv"], positions, window, **options | LSE_OPTIONS
             )
             lse = found = highest.double() + totals.double().log()
         if values.numel():

@@ -56,6 +56,13 @@ def rows_of(order, group, pairs, positions, groups, block, BLOCK_P: tl.constexpr
 
 
 @triton.jit
+def clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Pointers to the clean logits of a block's positions, [BLOCK_T]: its ablations share them."""
+    t = block // tl.cdiv(pairs, BLOCK_P) * BLOCK_T + tl.arange(0, BLOCK_T)
+    return base + tl.minimum(t, positions - 1).to(tl.int64) * vocabulary
+
+
+@triton.jit
 def next_group(home, after, groups):
     """The lowest group above `after` of a block's rows; `groups` where there is none."""
     return tl.min(tl.where(home > after, home, groups)).to(tl.int64)
@@ -63,7 +70,7 @@ def next_group(home, after, groups):
 
 @triton.jit
 def logits_of(
-    base,  # [M] pointers to the rows of clean logits
+    clean_rows,  # [BLOCK_T] pointers
     scale,  # [M] or None
     left,
     rows,
@@ -77,9 +84,14 @@ def logits_of(
     CAP: tl.constexpr,
 ):
     """The ablated logits [M, N] and the clean ones as they are given; -inf in columns from `end` on."""
-    # Added to the base afterwards: a sum that starts from a large logit would round at every step.
+    # Loaded before the product, while which it comes, and added after: a sum that starts from a large logit would round
+    # at every step. Each position is loaded once, and goes to all ablations of the block by shared memory.
+    clean = tl.load(clean_rows[:, None] + columns[None, :], (columns < end)[None, :], float("-inf"))
+    T: tl.constexpr = clean_rows.shape[0]
+    P: tl.constexpr = rows.shape[0] // T
+    N: tl.constexpr = columns.shape[0]
+    clean = tl.reshape(tl.broadcast_to(clean[None, :, :], (P, T, N)), (P * T, N))
     product = multiply(left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
-    clean = tl.load(base[:, None] + columns[None, :], (columns < end)[None, :], float("-inf"))
     logits = product + clean
     if scale is not None:
         logits = tl.where((columns < end)[None, :], logits * scale[:, None], float("-inf"))

@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastcircuits.kernels.exp_sums import clean_means, expected, logsumexp, online_sum, reference
-from pyfastcircuits.kernels.sweep import block_and_split, logits_of, next_group, prepared, rows_of
+from pyfastcircuits.kernels.sweep import block_and_split, clean_rows, logits_of, next_group, prepared, rows_of
 from pyfastcircuits.kernels.tile import load_left, tiles_of, work_type
 from pyfastcircuits.shapes import check_shapes, register_outputs, sweep_nll_outputs, work_dtype
 
 # Left to itself, ptxas would rather spill than have few warps.
-TOKENS_OPTIONS = {"num_stages": 1, "maxnreg": 255}
+TOKENS_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
 CHANGES_OPTIONS = {"maxnreg": 255}
 
 
@@ -51,7 +51,7 @@ def sweep_nll_kernel(
     T: tl.constexpr = work_type(base.dtype.element_ty)
     block, split = block_and_split(pairs, splits, BLOCK_P)
     out, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
-    base += t * vocabulary
+    base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
     if scale is not None:
@@ -116,7 +116,7 @@ def sweep_nll_tokens_kernel(
     T: tl.constexpr = work_type(base.dtype.element_ty)
     block = tl.program_id(0)
     out, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
-    base += t * vocabulary
+    base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
     if scale is not None:

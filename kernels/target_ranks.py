@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.sweep import block_and_split, logits_of, next_group, prepared, rows_of
+from pyfastcircuits.kernels.sweep import block_and_split, clean_rows, logits_of, next_group, prepared, rows_of
 from pyfastcircuits.kernels.tile import load_left, tiles_of
 from pyfastcircuits.shapes import check_shapes, register_outputs, target_ranks_outputs, work_dtype
 
@@ -37,7 +37,7 @@ def target_ranks_kernel(
     """Adds the counts of one block of rows in one split of the vocabulary."""
     block, split = block_and_split(pairs, splits, BLOCK_P)
     out, t, home, _poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
-    base += t * vocabulary
+    base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
     bar = tl.load(thresholds + out)

@@ -24,8 +24,8 @@ from pyfastcircuits.kernels.factored_topk import (
     factored_topk_screen_kernel,
     factored_topk_segments_kernel,
 )
+from pyfastcircuits.kernels.frozen_attention import LSE_OPTIONS, attention_lse_kernel, frozen_attention_kernel
 from pyfastcircuits.kernels.frozen_attention import OPTIONS as ATTENTION_OPTIONS
-from pyfastcircuits.kernels.frozen_attention import attention_lse_kernel, frozen_attention_kernel
 from pyfastcircuits.kernels.joint_nll import CHANGES_WARPS, joint_nll_kernel
 from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
 from pyfastcircuits.kernels.sweep_nll import CHANGES_OPTIONS, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
@@ -201,7 +201,8 @@ def compile_attention(variant: AttentionVariant, ones: bool = False) -> tuple[by
     constants |= {"TRANSPOSED": name.endswith("transposed"), "PRECISION": precision, **config.blocks}
     if not whole:
         constants |= dict.fromkeys(("before", "after", "mask"))
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **ATTENTION_OPTIONS}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options |= LSE_OPTIONS if name == "attention_lse" else ATTENTION_OPTIONS
     return _compiled(ATTENTION_KERNELS[name], types, constants, {"positions", "window"}, options, arch, ones)
 
 
