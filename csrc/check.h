@@ -7,12 +7,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cfloat>
-#include <iterator>
+#include <cstdio>
 #include <map>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace fc {
@@ -20,13 +20,24 @@ namespace fc {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Words of a message. A stream would put them together too, but its locale is not to be trusted: where a compiler links
+// libstdc++ into this module, beside the one that Python has loaded, writing a number crashes.
+inline std::string word(const std::string& text) { return text; }
+inline std::string word(double number) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", number);
+  return text;
+}
+template <class Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
+std::string word(Integer number) {
+  return std::to_string(number);
+}
+
 // Throws what Python shows as a RuntimeError, with these words and nothing else: torch's own STD_TORCH_CHECK puts the
 // function, the file and the line in front of them.
 template <class... Words>
 [[noreturn]] void fail(const Words&... words) {
-  std::ostringstream message;
-  (message << ... << words);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error((std::string() + ... + word(words)));
 }
 
 // Fails with the words that follow the condition where it does not hold; otherwise they cost nothing.
@@ -89,8 +100,8 @@ enum class Kind { factor, number, float64, index, flag };
 class Sizes {
  public:
   void operator()(const std::string& argument, const Tensor& x, const std::string& shape, Kind kind = Kind::factor) {
-    std::istringstream words(shape);
-    const std::vector<std::string> names{std::istream_iterator<std::string>(words), {}};
+    std::vector<std::string> names(1);
+    for (const char letter : shape) letter == ' ' ? names.emplace_back() : names.back() += letter;
     for (const std::string& name : names)
       if (name[0] <= '9') known.try_emplace(name, std::stoll(name));
     bool fits = x.dim() == static_cast<int64_t>(names.size());

@@ -151,7 +151,7 @@ def _eigenvalues(matrices: Tensor) -> Tensor:
 
 def _unembed_embed(weights: CircuitWeights) -> Tensor:
     """W_U @ W_E, [d, d]."""
-    with OneDnnMatmul():
+    with OneDnnMatmul(weights.device):
         product = weights.W_U.to(weights.compute_dtype) @ weights.W_E.to(weights.compute_dtype)
     return through_final_gain(weights, product.mT).mT * weights.embed_scale
 

@@ -192,7 +192,7 @@ def measure(
     """
     values = {metric.name: _Values(trace, how, (len(labels),)) for metric in how.metrics}
     clean = {metric.name: _Values(trace, how, ()) for metric in how.metrics}
-    with OneDnnMatmul():
+    with OneDnnMatmul(trace.weights.device):
         unembedding = Unembedding(trace.weights)
         for sequences in slices(len(trace.tokens), _sequences_at_once(trace, interventions, how)):
             asked = how.asked[sequences]

@@ -32,12 +32,17 @@ def available() -> bool:
 class OneDnnMatmul(TorchDispatchMode):
     """Inside, oneDNN multiplies fp32 matrices on a CPU, whoever asks for the product; all else is as it was.
 
-    It has full fp32 precision, as torch.mm; sums are taken in another order.
+    It has full fp32 precision, as torch.mm; sums are taken in another order. Work on another `device` is left alone: to
+    look at each of its calls takes time.
     """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.here = torch.device(device).type == "cpu"
 
     def __enter__(self) -> "OneDnnMatmul":
         """Take over products, unless oneDNN is switched off or not there."""
-        self.entered = os.environ.get("PYFASTCIRCUITS_ONEDNN") != "0" and available()
+        self.entered = self.here and os.environ.get("PYFASTCIRCUITS_ONEDNN") != "0" and available()
         if self.entered:
             super().__enter__()
         return self

@@ -264,6 +264,12 @@ def grouped(keys: Iterable[Key]) -> dict[Key, list[int]]:
     return places
 
 
+def span(places: list[int]) -> slice | list[int]:
+    """The same places as a slice, whose view needs no copy and no index on the device, if they follow one another."""
+    first, last = places[0], places[-1] + 1
+    return slice(first, last) if places == list(range(first, last)) else places
+
+
 def _is_head(entry: Any) -> bool:
     return isinstance(entry, (tuple, list))
 

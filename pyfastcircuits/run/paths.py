@@ -13,7 +13,7 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run import memory
-from pyfastcircuits.run.nodes import Head, Path, grouped, parse_path
+from pyfastcircuits.run.nodes import Head, Path, grouped, parse_path, span
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -71,13 +71,13 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
             if before:  # the sources in a layer together
                 prefixes = [paths[members[i]][:-1] for i in inner]
                 carried = torch.stack([_prefix_z(trace, prefix) for prefix in prefixes])
-                W_O = weights.heads("W_O", *before)[[prefix[-1][1] for prefix in prefixes]]
+                W_O = weights.heads("W_O", *before)[span([prefix[-1][1] for prefix in prefixes])]
                 virtual_weights = centered(W_O, weights) @ W_V
-                values[inner] = (carried @ virtual_weights[:, None]) * trace.scales[layer][..., None]
+                values[span(inner)] = (carried @ virtual_weights[:, None]) * trace.scales[layer][..., None]
             else:
-                values[inner] = trace.normed(trace.non_head_stream(layer), layer) @ W_V
+                values[span(inner)] = trace.normed(trace.non_head_stream(layer), layer) @ W_V
         z = apply_pattern(head_pattern(trace.patterns[layer], head), values[:, :, None])[:, :, 0]
-        out[members] = trace.apply_post_norm(z, layer)
+        out[span(members)] = trace.apply_post_norm(z, layer)
     return out
 
 
