@@ -61,9 +61,7 @@ class Sweep:
     options: MeasureOptions
 
     @public
-    def examples(
-        self, n: int, *, context: int = 12, progress: Callable[[float], None] | None = None
-    ) -> list[Example]:
+    def examples(self, n: int, *, context: int = 12, progress: Callable[[float], None] | None = None) -> list[Example]:
         """For each of the n ablations that matter most, the predicted token whose metric it harms most.
 
         Args:
