@@ -4,31 +4,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.command import run
 from support.random_models import random_tokens, random_weights
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc
 from pyfastcircuits.command.cli import app
 from pyfastcircuits.command.plain import percent, significant
-
-
-@pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    random_weights(2, norm="rmsnorm", dtype=torch.float32).save(folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture
-def tokens(tmp_path):
-    file = tmp_path / "tokens.npy"
-    np.save(file, random_tokens(3, 12).numpy())
-    return file
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
 
 
 def test_sweep_writes_what_the_library_says(model, tokens, tmp_path):
@@ -265,19 +247,6 @@ def test_composition_of_bad_input(tmp_path, model):
         assert result.exit_code == 2
         assert message in result.output.replace("\n", " ")
     assert run("composition", model, "--kind", "X").exit_code == 2
-
-
-@pytest.fixture
-def worded(model):
-    """The random model with a tokenizer of 97 words: "a0" to "a96", and "[START]" at 0."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"[START]": 0, **{f"a{i}": i for i in range(1, 97)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[START]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["[START]"])
-    tokenizer.save(str(model / "tokenizer.json"))
-    return model
 
 
 def test_tables_of_all_heads_are_what_the_library_says(worded, tmp_path):

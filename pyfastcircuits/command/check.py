@@ -60,8 +60,10 @@ def check_tables(
 
 def check_steps(weights: CircuitWeights) -> dict[str, int]:
     """The phases of check_tables."""
-    fits = weights.n_heads if weights.n_layers else 1
-    return {"reading": 1, "rebuilding": 1, "counting": fits}
+    counted = (
+        {"counting": weights.n_heads, "patterns": len(validation.PATTERNS)} if weights.n_layers else {"counting": 1}
+    )
+    return {"reading": 1, "rebuilding": 1, **counted}
 
 
 def _head_findings(
@@ -83,7 +85,10 @@ def _head_findings(
         for triple, counts in x.triples
     ]
     yield "skip-trigrams", triples, _evidence_table(found, text)
-    patterns = [_pattern(weights, counts, text, *pattern) for pattern in validation.PATTERNS]
+    patterns = []
+    for pattern in validation.PATTERNS:
+        patterns.append(_pattern(weights, counts, text, *pattern))
+        progress(1)
     yield "patterns", patterns, _pattern_table(patterns)
 
 
@@ -131,8 +136,8 @@ def _head_fit_table(heads: list[validation.HeadFit]) -> Table:
         middle = (significant(median(x)) if x else "-" for x in (found.lifts, found.control))
         rows.append([label_name(found.head), *map(str, counts), *middle])
     caption = (
-        f"of tokens seen {SEEN} times. lift: P(output | source before, destination now) / P(output | destination now)\n"
-        "seen enough: source before destination 100 times, destination before output 20 times.\n"
+        f"of tokens seen {SEEN} times. lift: P(output | source before, destination now) / P(output | destination now); "
+        "seen enough: source before destination 100 times, destination before output 20 times; "
         "control: median lift of the same destinations and outputs behind a source drawn at random."
     )
     return make_table("Each head's largest skip-trigrams, counted in the text", (), names, rows, caption)
@@ -162,15 +167,17 @@ def _pattern(
 
 
 def _pattern_table(patterns: Sequence[dict[str, Any]]) -> Table:
-    names, rows = ("head", "attention", "logit", "lift", "shown"), []
+    names, rows = ("pattern", "skip-trigram", "head", "attention", "logit", "lift", "shown"), []
     for found in patterns:
-        strength = ["", "", "", "", found.get("error", "")]
-        if "error" not in found:
-            strengths = (f"{significant(found[x], signed=True)} ({found[f'{x}_rank']})" for x in ("attention", "logit"))
-            strength = [found["head"], *strengths, significant(found["lift"]), "yes" if found["shown"] else "no"]
-        rows.append([found["pattern"], *map(quoted, found["pieces"]), *strength])
+        trigram = "{} ... {} -> {}".format(*map(quoted, found["pieces"]))
+        if "error" in found:
+            rows.append([found["pattern"], f"{trigram}: {found['error']}", *[""] * 5])
+            continue
+        strengths = (f"{significant(found[x], signed=True)} ({found[f'{x}_rank']})" for x in ("attention", "logit"))
+        shown = "yes" if found["shown"] else "no"
+        rows.append([found["pattern"], trigram, found["head"], *strengths, significant(found["lift"]), shown])
     caption = (
-        "of the head that shows it best; in brackets, how many tokens stand above, as destination and as output.\n"
+        "of the head that shows it best; in brackets, how many tokens stand above, as destination and as output; "
         "shown: the attention is above the mean token's, and the output among the first 40."
     )
-    return make_table("Patterns of Python", ("pattern", *TRIPLE), names, rows, caption)
+    return make_table("Patterns of Python", names[:2], names[2:], rows, caption)

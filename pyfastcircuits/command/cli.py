@@ -279,8 +279,11 @@ def tables(
         else:
             bar.plan({"bigrams": 1, "copying": 0 if sources else count})
             circuit = fc.bigrams(weights, normed=normed)
-            options = {"normalize": "center", "backend": backend}
-            best = fc.top_per_row(circuit, k, sources, **options) if sources else fc.top_entries(circuit, k, **options)
+            best = (
+                fc.top_per_row(circuit, k, sources, normalize="center", backend=backend)
+                if sources
+                else fc.top_entries(circuit, k, normalize="center", backend=backend)
+            )
             bar.advance()
             report.found({"bigrams": write.bigram_records(best, shown)})
             if sources:
@@ -323,8 +326,11 @@ def heads(
         start, (layers, count) = text.TokenText(model).start or 0, (weights.n_layers, weights.n_heads)
         if not layers:
             raise ValueError(f"{model} has no heads")
-        drawn = {"length": length, "copies": copies, "batch": batch, "batches": batches, "seed": seed}
-        made = made_by("heads", model, {**drawn, "start": start, "backend": backend, "dtype": dtype})
+        options = {
+            "length": length, "copies": copies, "batch": batch, "batches": batches, "seed": seed, "start": start,
+            "backend": backend, "dtype": dtype,
+        }  # fmt: skip
+        made = made_by("heads", model, options)
         names = ["heads", "induction"] if layers > 1 else ["heads"]
         check_files(out, [f"{name}.parquet" for name in names], made, force=force)
         report.line(
@@ -332,7 +338,10 @@ def heads(
             f"random tokens, behind token {start}"
         )
         bar.plan({"runs": batch * batches, "weights": layers - 1, "writing": len(names)})
-        scores = fc.head_scores(run, **drawn, start=start, weights=weights, progress=bar.advance)
+        scores = fc.head_scores(
+            run, length=length, copies=copies, batch=batch, batches=batches, seed=seed, start=start, weights=weights,
+            progress=bar.advance,
+        )  # fmt: skip
         found = fc.induction_heads(run, scores, weights=weights, backend=backend) if layers > 1 else None
         bar.advance(layers - 1)
         report.show(show.head_table(scores, top))

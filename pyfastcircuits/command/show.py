@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -29,6 +29,7 @@ METRIC_NAMES = {
     "top1": "top-1 accuracy",
 }
 HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
+WORD = 20  # letters of a word that a table does not break
 TRIPLE = ("source ...", "destination", "-> output")
 STRENGTHS = "attention: score less the destination's mean over sources; logit: less the mean over outputs"
 
@@ -36,22 +37,18 @@ STRENGTHS = "attention: score less the destination's mean over sources; logit: l
 def make_table(
     title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
 ) -> Table:
-    """A table with columns of text, then of figures. Cells are plain text: a token such as "[START]" is no markup."""
-    table = Table(title=title, caption=caption)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    for row in rows:
+    """A table with columns of text, then of figures, whose words stay whole in a narrow window.
+
+    Cells are plain text: a token such as "[START]" is no markup.
+    """
+    table = Table(title=title, caption=caption, caption_justify="left", collapse_padding=True)
+    cells = [[name, *column] for name, *column in zip((*left, *right), *rows, strict=True)]
+    for i, (name, *column) in enumerate(cells):
+        longest = max(len(word) for cell in (name, *column) for word in cell.split() or [""])
+        justify: Literal["left", "right"] = "left" if i < len(left) else "right"
+        table.add_column(name, justify=justify, overflow="fold", min_width=min(longest, WORD))
+    for row in zip(*(column for _, *column in cells), strict=True):
         table.add_row(*map(Text, row))
-    return table
-
-
-def _narrowed(table: Table) -> Table:
-    """The table, such that a narrow window folds the names of its columns and none of their figures."""
-    table.collapse_padding = True
-    for column in table.columns:
-        column.overflow = "fold"
     return table
 
 
@@ -106,28 +103,29 @@ def effect_table(found: Result, examples: list[Example], text: TokenText) -> Tab
     """The ablations that harm most, each with the token that suffers most."""
     verb = {"rise": "rise", "fall": "fall", "size": "change"}[found.harm]
     kind = "Head pairs whose path" if found.setup.get("scope") == "path" else "What"
-    names = ["source", "dest"] if of_pairs(found) else ["layer" if isinstance(found.labels[0], int) else "head"]
     title = f"{kind} matters most: {verb} of the {METRIC_NAMES[found.metric]} without it"
+    names = ["source", "dest"] if of_pairs(found) else ["layer" if isinstance(found.labels[0], int) else "head"]
+    names.append("hit hardest: context -> token (with it, change without)")
     best = found.top(len(examples))
-    changes = [change for _, change in best]
-    if found.metric in ("nll", "kl"):
-        unit, figures = in_nats(changes, signed=True)
-        verb = f"{verb} ({unit})"
-    else:
-        figures = [significant(x, 4, signed=True) for x in changes]
-    columns, names = [figures], [*names, verb]
+    columns = [_column(verb, [change for _, change in best], found.metric in ("nll", "kl"), signed=True)]
     if "kl" in found.measured[1:]:
         kl = dict(zip(found.labels, found.kl.flatten().tolist(), strict=True))
-        unit, figures = in_nats([kl[label] for label, _ in best])
-        columns, names = [*columns, figures], [*names, f"kl ({unit})"]
-    table = make_table(title, (), names, ())
-    table.add_column("hit hardest: context -> token (with it, change without)")
-    for (label, _), example, *cells in zip(best, examples, *columns, strict=True):
-        shown = Text(text(example.context)[-40:], style="dim")
-        shown.append(" -> ").append(quoted(text.decode([example.target])), style="bold")
-        shown.append(f" ({significant(example.clean)}, {significant(example.ablated - example.clean, signed=True)})")
-        table.add_row(*(map(label_name, label) if of_pairs(found) else [label_name(label)]), *cells, shown)
-    return table
+        columns.append(_column("kl", [kl[label] for label, _ in best], True, signed=False))
+    rows = []
+    for (label, _), example, *figures in zip(best, examples, *(cells for _, cells in columns), strict=True):
+        shown = f"{text(example.context)[-40:]} -> {quoted(text.decode([example.target]))}"
+        values = significant(example.clean), significant(example.ablated - example.clean, signed=True)
+        heads = map(label_name, label) if of_pairs(found) else [label_name(label)]
+        rows.append([*heads, f"{shown} ({', '.join(values)})", *figures])
+    return make_table(title, names, [name for name, _ in columns], rows)
+
+
+def _column(name: str, values: Sequence[float], nats: bool, *, signed: bool) -> tuple[str, list[str]]:
+    """A column of figures and its name, with the unit of those in nats."""
+    if not nats:
+        return name, [significant(x, 4, signed=signed) for x in values]
+    unit, figures = in_nats(values, signed=signed)
+    return f"{name}\n({unit})", figures
 
 
 def composition_table(found: Result, eigenvalues: Tensor, copying: Tensor, top: int) -> Table:
@@ -145,7 +143,7 @@ def composition_table(found: Result, eigenvalues: Tensor, copying: Tensor, top: 
     caption = "random: mean score under a random rotation; z: score**2 against it. copies: eigenvalue copying score."
     if spectra:
         caption += (
-            "\ncomposed QK: positivity of the K-composed QK circuit's eigenvalues; largest: real part of the largest."
+            " composed QK: positivity of the K-composed QK circuit's eigenvalues; largest: real part of the largest."
         )
     rows = []
     for i in found.z.argsort(descending=True)[:top].tolist():
@@ -156,7 +154,7 @@ def composition_table(found: Result, eigenvalues: Tensor, copying: Tensor, top: 
             largest = complex(eigenvalues[i, eigenvalues[i].abs().argmax()])
             row += [significant(float(positivity(eigenvalues[i])), signed=True), significant(largest.real)]
         rows.append(row)
-    return _narrowed(make_table(title, (), names, rows, caption))
+    return make_table(title, (), names, rows, caption)
 
 
 def head_table(scores: Result, top: int) -> Table:
@@ -174,8 +172,8 @@ def induction_table(found: Result, top: int) -> Table:
     """What the weights say of the same heads, of induction_heads."""
     names = ("head", "induction", "after", "previous token", "K-composition z", "matching", "OV copies")
     caption = (
-        "after: the earlier head that attends most to the previous token, and its score. K-composition z: how their\n"
-        "K-composition stands out from a random rotation; matching, positivity of the eigenvalues of their composed\n"
+        "after: the earlier head that attends most to the previous token, and its score. K-composition z: how their "
+        "K-composition stands out from a random rotation; matching, positivity of the eigenvalues of their composed "
         "QK circuit; OV copies, that of the head's OV circuit."
     )
     rows = []
@@ -193,7 +191,7 @@ def _strengths(text: TokenText, tokens: Tensor, values: Tensor) -> str:
     return "  ".join(f"{quoted(text.decode([token]))} {significant(value, signed=True)}" for token, value in pairs)
 
 
-def entrymake_table(title: str, names: tuple[str, str, str], found: TopEntries, text: TokenText) -> Table:
+def entry_table(title: str, names: tuple[str, str, str], found: TopEntries, text: TokenText) -> Table:
     """Single entries of a table over the vocabulary: row token, column token, value."""
     entries = zip(*(x.tolist() for x in found), strict=True)
     rows = (
@@ -203,7 +201,7 @@ def entrymake_table(title: str, names: tuple[str, str, str], found: TopEntries, 
     return make_table(title, names[:2], names[2:], rows)
 
 
-def rowmake_table(title: str, names: tuple[str, str], found: TopEntries, text: TokenText) -> Table:
+def row_table(title: str, names: tuple[str, str], found: TopEntries, text: TokenText) -> Table:
     """The best entries of some rows of such a table: row token, column tokens with their values."""
     entries = zip(found.rows[:, 0].tolist(), found.columns, found.values, strict=True)
     return make_table(
@@ -245,7 +243,7 @@ def copying_table(found: CopyingAccuracy, eigenvalues: Tensor) -> Table:
         for x in heads
     )
     caption = (
-        "share of tokens whose own logit is the largest, among the five largest, above zero;\n"
+        "share of tokens whose own logit is the largest, among the five largest, above zero; "
         "eigenvalues: copying score of the spectrum, from -1 to 1"
     )
     return make_table("Copying: a token's own logit in its row of the OV circuit", (), names, rows, caption)

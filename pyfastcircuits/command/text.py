@@ -92,7 +92,8 @@ class TokenText:
             return None
         model = json.loads(self.tokenizer.to_str())["model"]
         name = model.get("unk_token")
-        return model.get("unk_id") if name is None else self.tokenizer.token_to_id(name)
+        token: int | None = model.get("unk_id") if name is None else self.tokenizer.token_to_id(name)
+        return token
 
     @property
     def start(self) -> int | None:
