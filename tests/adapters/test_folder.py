@@ -199,7 +199,7 @@ def test_the_command_names_what_is_wrong(tmp_path):
     ids = tmp_path / "ids.txt"
     ids.write_text(" ".join(map(str, tokens(1)[0].tolist())))
     result = run("sweep", "--model", folder, "--tokens", ids, "--out", tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "has no tensor 'model.layers.1.mlp.up_proj.weight', which its configuration asks for" in " ".join(
         result.output.split()
     )
