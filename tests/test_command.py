@@ -154,7 +154,7 @@ class TestWhatMadeAFile:
             monkeypatch.setattr(fc, work, pytest.fail)
         output = refused(*arguments)
         assert re.search(
-            r"--out is '.*', where \S+\.parquet was made by another run, '.*': take another folder", output
+            r"--out is '.*': \S+\.parquet there was made by another run, '.*'; take another folder", output
         )
         assert "--force" in output
         assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
@@ -182,7 +182,7 @@ class TestWhatMadeAFile:
     def test_files_that_say_nothing_are_kept(self, name, model, tokens, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / name).write_text("mine")
-        assert f"where {name} was not made by " in refused(*command("sweep", model, tokens, tmp_path))
+        assert f"{name} there does not say what made it" in refused(*command("sweep", model, tokens, tmp_path))
         assert (tmp_path / "out" / name).read_text() == "mine"
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
@@ -256,6 +256,15 @@ class TestOutput:
         assert "(micronats)" in result.output
         assert not re.search(r"[^.\d]0\.00+[^\d]", result.output)
 
+    @pytest.mark.filterwarnings("default")
+    def test_warnings_are_one_line(self, tmp_path):
+        weights = random_weights(2, dtype=torch.float32)
+        weights.W_O[0, 1] = 0
+        weights.save(tmp_path / "m.safetensors")
+        result = run("composition", tmp_path / "m.safetensors", "--out", tmp_path)
+        assert result.stderr.splitlines()[0].startswith("warning: the OV matrix of head 0.1 is zero: its composition")
+        assert ".py" not in result.stderr
+
     def test_figures(self):
         assert [significant(x) for x in (0, -0.0, 12.345, 0.00123, -4.56e-5, 1234567, float("nan"))] == [
             "0", "0", "12.3", "0.00123", "-4.6e-5", "1.2e6", "nan",
@@ -294,6 +303,7 @@ PHASES = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.processes
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c_ends_within_a_second(phase, tmp_path):
@@ -304,15 +314,14 @@ from pyfastcircuits.command import cli, options
 print("started", flush=True)
 cli.app(["sweep", "--out", {str(tmp_path)!r}])
 """
-    started = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert started.stdout.readline() == "started\n"
-    time.sleep(2)
-    start = time.monotonic()
-    started.send_signal(signal.SIGINT)
-    _, errors = started.communicate(timeout=30)
-    assert time.monotonic() - start < 2  # a second, on a machine that does nothing else
-    assert started.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as started:
+        assert started.stdout.readline() == "started\n"
+        time.sleep(2)
+        start = time.monotonic()
+        started.send_signal(signal.SIGINT)
+        *_, last = iter(started.stderr.readline, "")
+        assert last == "interrupted\n"
+        assert started.wait() == 130
+        assert time.monotonic() - start < 1
     assert not list(tmp_path.glob("*.partial"))

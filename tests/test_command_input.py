@@ -72,6 +72,7 @@ class TestTokens:
         [
             (np.array([[1, 2**63 + 5]], np.uint64), "id [0, 1] is 9223372036854775813, expected 0 to 96"),
             (np.array([[1, -1]]), "id [0, 1] is -1, expected 0 to 96"),
+            (np.array([[1], [2]]), "it has shape [2, 1], expected at least one sequence of at least 2 ids"),
             (np.array([1, 97], np.uint8), "id [0, 1] is 97, expected 0 to 96"),
             (np.zeros((4, 0), int), "it has shape [4, 0], expected at least one sequence of at least 2 ids"),
             (np.zeros((0, 4), int), "it has shape [0, 4], expected at least one sequence"),
@@ -101,6 +102,12 @@ class TestTokens:
             (tmp_path / "t.npy").write_bytes(content)
             output = refused("sweep", model, "--tokens", tmp_path / "t.npy", "--out", tmp_path / "out")
             assert "t.npy': it is not a readable .npy array (" in output
+
+    def test_more_tokens_than_the_model_has_positions(self, model, tmp_path):
+        np.save(tmp_path / "t.npy", np.zeros(40, int))
+        output = refused("sweep", model, "--tokens", tmp_path / "t.npy", "--out", tmp_path / "out")
+        assert "error: --tokens has " in output
+        assert run("sweep", model, "--tokens", tmp_path / "t.npy", "--length", 32, "--out", tmp_path).exit_code == 0
 
     @pytest.mark.parametrize("word", ["2.0", "x", "1_0", "٣", "9" * 40, "0x1", "\x1b[31m"])
     def test_lines_that_are_no_ids(self, model, tmp_path, word):

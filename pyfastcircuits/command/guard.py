@@ -17,7 +17,7 @@ from pyfastcircuits.command.report import Report
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 EXIT_CODES = "Exit codes: 0 done; 1 a check failed, or files could not be written; 2 bad input; 130 interrupted."
-_GRACE = 0.7  # seconds in which Python may end by itself after Ctrl-C
+_GRACE = 0.4  # seconds in which Python may end by itself after Ctrl-C
 _COMMON = {
     "as_json": Annotated[bool, typer.Option("--json", help="print the findings as JSON, and nothing else, to stdout")],
     "quiet": Annotated[bool, typer.Option("--quiet", help="show no tables and no progress, only errors")],
@@ -35,7 +35,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
         for name, hint in _COMMON.items()
     ]
-    options = {x.name: f"--{x.name.replace('_', '-')}" for x in own} | {"name_or_path": "MODEL"}
+    options = {x.name: f"--{x.name.replace('_', '-')}" for x in own} | {"name_or_path": "MODEL", "tokens": "--tokens"}
 
     @wraps(function)
     def command(*, as_json: bool, quiet: bool, **given: Any) -> None:

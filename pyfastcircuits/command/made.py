@@ -80,8 +80,12 @@ def check_files(folder: Path, names: Sequence[str], made: Mapping[str, Any], *, 
             continue
         other = _maker(file)
         if other is None or _identity(other) != _identity(json.loads(json.dumps(made))):
-            by = "not made by this version" if other is None else f"made by another run, {other.get('command_line')!r}"
-            raise ValueError(f"--out is {str(folder)!r}, where {file.name} was {by}: take another folder, or --force")
+            by = (
+                "does not say what made it"
+                if other is None
+                else f"was made by another run, {other.get('command_line')!r}"
+            )
+            raise ValueError(f"--out is {str(folder)!r}: {file.name} there {by}; take another folder, or --force")
 
 
 def _identity(made: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -29,7 +29,8 @@ METRIC_NAMES = {
     "top1": "top-1 accuracy",
 }
 HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
-WORD = 20  # letters of a word that a table does not break
+COLUMNS = 80  # of a window in which tables keep words whole,
+WORD = 20  # those of so many letters at least
 TRIPLE = ("source ...", "destination", "-> output")
 STRENGTHS = "attention: score less the destination's mean over sources; logit: less the mean over outputs"
 
@@ -41,13 +42,13 @@ def make_table(
 
     Cells are plain text: a token such as "[START]" is no markup.
     """
-    table = Table(title=title, caption=caption, caption_justify="left", collapse_padding=True)
-    cells = [[name, *column] for name, *column in zip((*left, *right), *rows, strict=True)]
-    for i, (name, *column) in enumerate(cells):
-        longest = max(len(word) for cell in (name, *column) for word in cell.split() or [""])
-        justify: Literal["left", "right"] = "left" if i < len(left) else "right"
-        table.add_column(name, justify=justify, overflow="fold", min_width=min(longest, WORD))
-    for row in zip(*(column for _, *column in cells), strict=True):
+    columns = list(zip((*left, *right), *rows, strict=True))
+    widths = [min(WORD, max(len(word) for cell in column for word in cell.split() or [""])) for column in columns]
+    narrow = sum(widths) + 3 * len(widths) + 1 > COLUMNS
+    table = Table(title=title, caption=caption, caption_justify="left", collapse_padding=narrow)
+    for i, ((name, *_), width) in enumerate(zip(columns, widths, strict=True)):
+        table.add_column(name, justify="left" if i < len(left) else "right", overflow="fold", min_width=width)
+    for row in list(zip(*columns, strict=True))[1:]:
         table.add_row(*map(Text, row))
     return table
 

@@ -225,7 +225,7 @@ def read_tokens(file: Path, vocabulary: int) -> Tensor:
     """
     with _reading("--tokens", file):
         rows = _array(file) if file.suffix == ".npy" else _lines(file)
-        if not rows.size:
+        if not len(rows) or rows.shape[1] < 2:
             raise ValueError(f"it has shape {list(rows.shape)}, expected at least one sequence of at least 2 ids")
         wrong = np.argwhere((rows < 0) | (rows >= vocabulary))
         if len(wrong):
