@@ -153,9 +153,7 @@ class TestWhatMadeAFile:
         for work in ("sweep", "head_scores", "composition_scores", "skip_trigrams"):
             monkeypatch.setattr(fc, work, pytest.fail)
         output = refused(*arguments)
-        assert re.search(
-            r"--out is '.*': \S+\.parquet there was made by another run, '.*'; take another folder", output
-        )
+        assert re.search(r"--out is '.*': \S+\.parquet there was made by another run, .*; take another folder", output)
         assert "--force" in output
         assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
         monkeypatch.undo()

@@ -33,7 +33,7 @@ class TestTokens:
             ("a1 a2 a3".encode("utf-16"), "expected a text in UTF-8"),
             (b"a1 a2\0 a3", "it is a binary file"),
             (bytes(range(1, 127)), "it is a binary file"),
-            (b"", "the text is empty"),
+            (b"", "--text is empty: it gives no tokens"),
             (b"once upon a time a1 was there", "are unknown to the model's tokenizer, expected a text that it is for"),
         ],
     )

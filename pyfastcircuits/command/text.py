@@ -191,7 +191,7 @@ def sequences_of(text: TokenText, content: str, length: int, most: int) -> Tenso
     """
     ids = torch.tensor(text.encode(content)[0], dtype=torch.long)
     if not len(ids):
-        raise ValueError("the text is empty: it has no tokens")
+        raise ValueError("--text is empty: it gives no tokens")
     return evenly(rows_of(text, ids, length), most)
 
 
