@@ -25,6 +25,22 @@ class TestTokens:
             assert f"{option} '{number}' is " in refused(*more, option, number)
         assert run(*more, option, "96").exit_code == 0
 
+    def test_unknown_tokens_of_every_kind_of_tokenizer(self, model, tmp_path):
+        from tokenizers import Tokenizer, models
+
+        for kind in (
+            models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0),
+            models.Unigram([("a", -1.0)]),
+            models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"),
+            models.BPE({"a": 0, "<unk>": 1}, [], unk_token="<unk>"),
+            models.BPE({"a": 0}, []),
+        ):
+            Tokenizer(kind).save(str(model / "tokenizer.json"))
+            assert run("tables", model, "--source", "a").exit_code == 0
+            assert "error: --source " in refused("tables", model, "--source", "z")
+            (tmp_path / "text").write_text("zzzz")
+            refused("sweep", model, "--text", tmp_path / "text", "--out", tmp_path / "out")
+
     @pytest.mark.parametrize(
         ("content", "says"),
         [

@@ -56,12 +56,15 @@ class TokenText:
         """Token ids of each text, on all cores.
 
         Raises:
-            ValueError: the model has no tokenizer.
+            ValueError: the model has no tokenizer, or one that fails where it does not know a text.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer.json, so it reads token ids and no text; pass --tokens")
         batches = (list(texts[i : i + _FILES_AT_ONCE]) for i in range(0, len(texts), _FILES_AT_ONCE))
-        return [x.ids for batch in batches for x in self.tokenizer.encode_batch(batch, add_special_tokens=False)]
+        try:
+            return [x.ids for batch in batches for x in self.tokenizer.encode_batch(batch, add_special_tokens=False)]
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ValueError(f"the model's tokenizer does not know all of the text: {error}") from error
 
     def token(self, text: str) -> int:
         """The token of a text that is one token; "\\n" and "\\t" stand for a line break and a tab.
