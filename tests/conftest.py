@@ -8,9 +8,12 @@ that any two values of different axes still meet: a fault of two things at once 
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits
 
@@ -78,3 +81,33 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, (skipped, reason) in SKIPPED.items():
         if skipped and item.get_closest_marker(marker):
             pytest.skip(reason)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The folder of a small random model, without a tokenizer."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    random_weights(2, norm="rmsnorm", dtype=torch.float32).save(folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def worded(model: Path) -> Path:
+    """The same with a tokenizer of 97 words: "a0" to "a96", and "[START]" at 0."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"[START]": 0, **{f"a{i}": i for i in range(1, 97)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[START]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[START]"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    return model
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """Tokens for it, three rows of twelve."""
+    file = tmp_path / "tokens.npy"
+    np.save(file, random_tokens(3, 12).numpy())
+    return file

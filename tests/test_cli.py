@@ -4,30 +4,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.command import run
 from support.random_models import random_tokens, random_weights
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc
 from pyfastcircuits.command.cli import app
-
-
-@pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    random_weights(2, norm="rmsnorm", dtype=torch.float32).save(folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture
-def tokens(tmp_path):
-    file = tmp_path / "tokens.npy"
-    np.save(file, random_tokens(3, 12).numpy())
-    return file
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
+from pyfastcircuits.command.plain import percent, significant
 
 
 def test_sweep_writes_what_the_library_says(model, tokens, tmp_path):
@@ -83,7 +66,7 @@ def test_token_text(model, tmp_path):
 
 
 BAD = {
-    "model": (["no-such-model"], "no-such-model: neither a file or folder nor a bundled model"),
+    "model": (["no-such-model"], "MODEL is 'no-such-model': neither a file or folder nor a bundled model"),
     "mode": (["--mode", "resample"], "mode is 'resample', but the run has one sequence"),
     "against": (["--metric", "logit_difference"], "against is missing, but metric is 'logit_difference'"),
     "attention": (["--attention", "recomputed"], "attention is 'recomputed', but scope is 'path'"),
@@ -145,7 +128,7 @@ def test_bad_input_is_one_line(model, tokens, tmp_path, what):
     if what == "mode":
         np.save(tokens, random_tokens(1, 12).numpy())
     result = run("sweep", *name, *arguments, "--tokens", tokens, "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
 
@@ -154,7 +137,7 @@ def test_bad_input_is_one_line(model, tokens, tmp_path, what):
     ("content", "message"),
     [
         ("1 2\n3\n", "lengths"),
-        ("a b\n", "not a text of token ids"),
+        ("a b\n", "line 1 holds 'a', expected ids"),
         ("", "none"),
         ("1 200\n", "is 200"),
         ("5\n", "at least 2"),
@@ -164,7 +147,7 @@ def test_bad_tokens_are_one_line(model, tmp_path, content, message):
     file = tmp_path / "tokens.txt"
     file.write_text(content)
     result = run("sweep", model, "--tokens", file, "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
 
 
@@ -176,13 +159,13 @@ def test_bad_arrays_are_one_line(model, tmp_path):
     ):
         write(tmp_path / name)
         result = run("sweep", model, "--tokens", tmp_path / name, "--out", tmp_path / "out")
-        assert (result.exit_code, name in result.output) == (1, True)
+        assert (result.exit_code, name in result.output) == (2, True)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(model, tokens, tmp_path):
     (tmp_path / "file").touch()
     result = run("sweep", model, "--tokens", tokens, "--out", tmp_path / "file" / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "cannot write there" in result.output
 
 
@@ -190,13 +173,13 @@ def test_text_without_a_tokenizer_and_a_broken_one(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("hello")
     result = run("sweep", model, "--text", text, "--out", tmp_path / "out")
-    assert (result.exit_code, "no tokenizer.json" in result.output) == (1, True)
+    assert (result.exit_code, "no tokenizer.json" in result.output) == (2, True)
     (model / "tokenizer.json").write_text("{")
     result = run("sweep", model, "--text", text, "--out", tmp_path / "out")
-    assert (result.exit_code, "not a readable tokenizer" in result.output) == (1, True)
+    assert (result.exit_code, "not a readable tokenizer" in result.output) == (2, True)
     (model / "tokenizer.json").unlink()
     result = run("sweep", model, "--text", tmp_path / "missing.txt", "--out", tmp_path / "out")
-    assert (result.exit_code, "missing.txt" in result.output) == (1, True)
+    assert (result.exit_code, "missing.txt" in result.output) == (2, True)
 
 
 def test_info():
@@ -261,22 +244,9 @@ def test_composition_of_bad_input(tmp_path, model):
         (("composition", model, "--backend", "cuda"), "backend='cuda'"),
     ):
         result = run(*arguments, "--out", tmp_path / "out")
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert message in result.output.replace("\n", " ")
     assert run("composition", model, "--kind", "X").exit_code == 2
-
-
-@pytest.fixture
-def worded(model):
-    """The random model with a tokenizer of 97 words: "a0" to "a96", and "[START]" at 0."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"[START]": 0, **{f"a{i}": i for i in range(1, 97)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[START]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["[START]"])
-    tokenizer.save(str(model / "tokenizer.json"))
-    return model
 
 
 def test_tables_of_all_heads_are_what_the_library_says(worded, tmp_path):
@@ -334,20 +304,20 @@ def test_tables_of_a_head_and_of_tokens(worded):
     found = fc.skip_trigrams(weights, (1, 2), [7, 0], 3)
     for tokens, values in ((found.destinations, found.attention), (found.outputs, found.logits)):
         for token, value in zip(tokens.flatten().tolist(), values.flatten().tolist(), strict=True):
-            assert f"'a{token}' {value:+.2f}" in result.output
+            assert f"'a{token}' {significant(value, signed=True)}" in result.output
     assert "'[START]'" in result.output
     result = run("tables", worded, "--head", "1.2", "-k", 3)
     for triple in fc.skip_trigrams(weights, (1, 2), k=3).top(3):
-        assert f"{triple.score:+.2f}" in result.output
+        assert significant(triple.score, signed=True) in result.output
         assert f"'a{triple.output}'" in result.output
     result = run("tables", worded, "--source", "a9", "-k", 2)
     best = fc.top_per_row(fc.bigrams(weights), 2, [9], normalize="center")
     for token, value in zip(best.columns[0].tolist(), best.values[0].tolist(), strict=True):
-        assert f"'a{token}' {value:+.2f}" in result.output
+        assert f"'a{token}' {significant(value, signed=True)}" in result.output
     result = run("tables", worded, "-k", 1)
     best, accuracy = fc.top_entries(fc.bigrams(weights), 1, normalize="center"), fc.copying_accuracy(weights)
-    assert f"{float(best.values[0]):+.2f}" in result.output
-    assert f"{float(accuracy.positive[1, 3]):.1%}" in result.output
+    assert significant(float(best.values[0]), signed=True) in result.output
+    assert percent(float(accuracy.positive[1, 3])) in result.output
 
 
 def test_tables_without_a_tokenizer_show_ids(model):
@@ -363,7 +333,7 @@ def test_tables_of_rotary_positions_at_an_offset(tmp_path):
     weights.save(tmp_path / "m.safetensors")
     result = run("tables", tmp_path / "m.safetensors", "--head", "0.1", "--source", 8, "--offset", 3, "-k", 1)
     found = fc.skip_trigrams(weights, (0, 1), [8], 1, offset=3)
-    assert f"'{int(found.destinations)}' {float(found.attention):+.2f}" in result.output
+    assert f"'{int(found.destinations)}' {significant(float(found.attention), signed=True)}" in result.output
 
 
 def test_tables_of_bad_input(worded, tmp_path):
@@ -380,11 +350,11 @@ def test_tables_of_bad_input(worded, tmp_path):
         ([worded, "--check"], "the model has 2 layers"),
         ([tmp_path / "none.safetensors", "--all-heads"], "has no heads"),
         ([tmp_path / "none.safetensors", "--source", "a"], "'a' is no token id, and this model has no tokenizer.json"),
-        ([tmp_path / "none.safetensors", "--source", "97"], "rows[0] is 97, expected 0 to 96"),
+        ([tmp_path / "none.safetensors", "--source", "97"], "--source '97' is token 97, expected 0 to 96"),
         (["no-such-model"], "no-such-model"),
     ):
         result = run("tables", *arguments, "--out", tmp_path / "out")
-        assert result.exit_code == 1, arguments
+        assert result.exit_code == 2, arguments
         assert message in result.output.replace("\n", ""), arguments
         assert "Traceback" not in result.output
     assert run("tables", worded, "-k", 0).exit_code == 2
@@ -406,9 +376,9 @@ def test_heads_writes_what_the_library_says(tmp_path, layers):
     for name in ("induction", "previous_token", "prefix_matching", "duplicate_token", "copying"):
         np.testing.assert_array_equal(columns[name], getattr(scores, name).flatten().numpy())
     shown = [line for line in result.output.splitlines() if "│" in line]
-    for line, (((layer, head),), score) in zip(shown, scores.top(2), strict=True):
+    for line, (((layer, head),), score) in zip(shown[:2], scores.top(2), strict=True):
         assert line.split("│")[1].strip() == f"{layer}.{head}"
-        assert line.split("│")[2].strip() == f"{score:.3f}"
+        assert line.split("│")[2].strip() == significant(score)
     assert (tmp_path / "out" / "induction.parquet").exists() == (layers > 1)
     if layers > 1:
         found = fc.induction_heads(weights, scores)
@@ -429,18 +399,18 @@ def test_heads_of_bad_input(model, tmp_path):
         (["no-such-model"], "no-such-model"),
     ):
         result = run("heads", *arguments, "--out", tmp_path / "out")
-        assert result.exit_code == 1, arguments
+        assert result.exit_code == 2, arguments
         assert message in result.output.replace("\n", ""), arguments
         assert "Traceback" not in result.output
 
 
 def test_check_of_the_bundled_models(monkeypatch):
     """The check itself, over the held-out text: a tenth of the work."""
-    from pyfastcircuits.command import show, text
+    from pyfastcircuits.command import check, text
 
-    monkeypatch.setattr(show, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
-    monkeypatch.setattr(show, "SEEN", 60)
-    monkeypatch.setattr(show, "TRIPLES", 20)
+    monkeypatch.setattr(check, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
+    monkeypatch.setattr(check, "SEEN", 60)
+    monkeypatch.setattr(check, "TRIPLES", 20)
     result = run("tables", "bigram-0l", "--check")
     assert result.exit_code == 0, result.output
     for words in ("logits differ from the model's by", "mean KL(counts || table)", "Likeliest successors"):

@@ -5,7 +5,7 @@ import torch
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits.experiments.sweep import count_ablations
+from pyfastcircuits.experiments.sweep import count_steps
 
 WEIGHTS, TOKENS = random_weights(3, norm="rmsnorm"), random_tokens(3)
 
@@ -34,7 +34,9 @@ def test_a_sweep_is_its_parts(scope, attention):
     assert list(found.result.labels) == list(expected.labels)
     assert torch.equal(found.orders, fc.order_losses(run))
     assert all(torch.equal(a, b) for a, b in zip(found.marginals, fc.layer_marginals(run), strict=True))
-    assert len(expected.labels) == count_ablations(WEIGHTS, scope) == pytest.approx(sum(done))
+    steps = count_steps(WEIGHTS, scope)
+    assert len(expected.labels) == steps["ablations"]
+    assert sum(done) == pytest.approx(sum(steps.values()))
     assert found.seconds > 0
 
 

@@ -88,7 +88,8 @@ def test_saved_and_loaded(tmp_path, norm, positional, as_folder):
 class TestBadFiles:
     def test_missing(self, tmp_path):
         with pytest.raises(
-            FileNotFoundError, match=r"nothing: neither a file or folder nor a bundled model \(bigram-0l"
+            FileNotFoundError,
+            match=r"name_or_path is '.*nothing': neither a file or folder nor a bundled model \(bigram-0l",
         ):
             fc.load_weights(tmp_path / "nothing")
         with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing"):
@@ -128,3 +129,27 @@ class TestBadFiles:
         save_file(tensors | {"W_extra": torch.zeros(1)}, file, metadata=metadata)
         with pytest.raises(ValueError, match=r"does not hold a CircuitWeights: .*W_extra"):
             fc.load_weights(file)
+
+    def test_names_that_are_no_paths(self):
+        for name in ("x" * 5000, "a/" * 5000):
+            with pytest.raises(
+                OSError, match=r"name_or_path is '.*\.\.\.: (it cannot be read \(File name too long\)|neither)"
+            ):
+                fc.load_weights(name)
+        with pytest.raises(OSError, match=r"name_or_path is '.*a.*0b': neither"):
+            fc.load_weights("a\0b")
+
+    def test_nested_metadata(self, tmp_path):
+        from safetensors.torch import save_file
+
+        file = tmp_path / "model.safetensors"
+        save_file({"W_E": torch.zeros(1)}, file, metadata={"pyfastcircuits": "[" * 100_000})
+        with pytest.raises(
+            ValueError, match=r"name_or_path is '.*does not hold a CircuitWeights: its metadata is nested"
+        ):
+            fc.load_weights(file)
+
+    @pytest.mark.parametrize("name", ["", "no/such/folder/m.safetensors", "x" * 5000, "a\0b"])
+    def test_what_cannot_be_written(self, tmp_path, name):
+        with pytest.raises(OSError, match=r"path is '.*, which cannot be written: "):
+            random_weights().save(tmp_path / name)

@@ -6,7 +6,8 @@ read. Nothing is downloaded, and no pickle is opened, because loading one runs c
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.hugging_face import family_of, read_checkpoint
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.model.weights import METADATA, CircuitWeights
 
 BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
@@ -33,18 +34,20 @@ def load_weights(name_or_path: str | Path) -> CircuitWeights:
 
     Raises:
         FileNotFoundError: there is no such model, or a shard of it is missing.
+        OSError: a file cannot be read.
         ValueError: a file is corrupt, or a pickle (which is never opened); tensors are missing, extra or do not fit; a
             Hugging Face family or option is not supported. Each is named.
         ImportError: the safetensors package is missing.
     """
-    folder, path = model_folder(name_or_path), Path(name_or_path)
-    if _is_hugging_face(path):
-        return _weights_in(path)
-    file = path if path.is_file() else folder / _SINGLE
-    if file.suffix in _PICKLES:
-        raise ValueError(f"{file} is a pickle by its name, and loading one runs code; convert it to safetensors")
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing")
+    with _naming(name_or_path):
+        path = Path(name_or_path)
+        if _is_hugging_face(path):
+            return _weights_in(path)
+        return _weights_of(_files(name_or_path)[0])
+
+
+def _weights_of(file: Path) -> CircuitWeights:
+    """What CircuitWeights.save has written."""
     opened = _open_safetensors(file)
     metadata = opened.metadata() or {}
     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
@@ -55,8 +58,10 @@ def load_weights(name_or_path: str | Path) -> CircuitWeights:
         )
     try:
         return CircuitWeights(**tensors, **json.loads(metadata[METADATA]))
-    except (TypeError, json.JSONDecodeError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{file} does not hold a CircuitWeights: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{file} does not hold a CircuitWeights: its metadata is nested too deeply") from None
 
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype) -> Any:
@@ -68,22 +73,59 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype) -> Any:
         ImportError: transformers is missing.
         FileNotFoundError, ValueError: as load_weights; tensors are missing beside those of the circuits.
     """
-    folder = Path(name_or_path)
+    weights, folder = load_weights(name_or_path), Path(name_or_path)
     if not _is_hugging_face(folder):
-        return load_weights(name_or_path).to(dtype)
-    _weights_in(folder)  # transformers would make up missing tensors
+        return weights.to(
+            dtype
+        )  # of a Hugging Face model they are read all the same: transformers makes up missing ones
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ImportError("running this model needs transformers: pip install 'pyfastcircuits[hf]'") from error
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="eager",
-        output_loading_info=True,
-    )  # fmt: skip
-    missing = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
-    if missing:
-        raise ValueError(f"{folder} has no tensor {missing[0]!r}, which its configuration asks for")
+    with _naming(name_or_path):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="eager",
+            output_loading_info=True,
+        )  # fmt: skip
+        missing = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+        if missing:
+            raise ValueError(f"{folder} has no tensor {missing[0]!r}, which its configuration asks for")
     return model.eval()
+
+
+@contextmanager
+def _naming(name_or_path: str | Path) -> Iterator[None]:
+    """Name the argument in errors of the files that it leads to."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        kind = next((x for x in (FileNotFoundError, OSError) if isinstance(error, x)), ValueError)
+        reason = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) and error.strerror else error
+        raise kind(f"name_or_path is {describe(str(name_or_path))}: {reason}") from error
+
+
+def model_files(name_or_path: str | Path) -> list[Path]:
+    """The files that a model is read from: its weights; its configuration and tokenizer, where there are such.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as load_weights.
+    """
+    with _naming(name_or_path):
+        beside = (_folder(name_or_path) / name for name in (_CONFIG, "tokenizer.json"))
+        return [*_files(name_or_path), *(file for file in beside if file.is_file())]
+
+
+def _files(name_or_path: str | Path) -> list[Path]:
+    """The files of a model's weights."""
+    folder, path = _folder(name_or_path), Path(name_or_path)
+    if _is_hugging_face(path):
+        return _shards(path)
+    file = path if path.is_file() else folder / _SINGLE
+    if file.suffix in _PICKLES:
+        raise ValueError(f"{file} is a pickle by its name, and loading one runs code; convert it to safetensors")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing")
+    return [file]
 
 
 def model_folder(name_or_path: str | Path) -> Path:
@@ -91,12 +133,18 @@ def model_folder(name_or_path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is neither a bundled model nor a folder or file of this name.
+        OSError: it cannot be read.
     """
+    with _naming(name_or_path):
+        return _folder(name_or_path)
+
+
+def _folder(name_or_path: str | Path) -> Path:
     if str(name_or_path) in BUNDLED:
         return Path(__file__).parents[1] / "models" / str(name_or_path)
     path = Path(name_or_path)
     if not path.exists():
-        raise FileNotFoundError(f"{name_or_path}: neither a file or folder nor a bundled model ({', '.join(BUNDLED)})")
+        raise FileNotFoundError(f"neither a file or folder nor a bundled model ({', '.join(BUNDLED)})")
     return path if path.is_dir() else path.parent
 
 
@@ -152,8 +200,10 @@ def _open_safetensors(file: Path) -> Any:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"name_or_path leads to {file}, which is not readable JSON: {error}") from error
+    except ValueError as error:  # of its encoding too
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{file} is not readable JSON: it is nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError(f"name_or_path leads to {file}, which holds a {type(content).__name__}, expected an object")
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
     return content

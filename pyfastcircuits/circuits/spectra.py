@@ -5,7 +5,7 @@ spectrum of an r x r matrix. Positive eigenvalues of the OV circuit mean copying
 token ("Summarizing OV/QK Matrices", Elhage et al. 2021). As in `vocabulary`, the weights are taken as they are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -18,6 +18,8 @@ from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.run.nodes import parse_path
+
+_AT_ONCE = 64  # pairs whose eigenvalues are made in one go
 
 
 @public
@@ -46,10 +48,17 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
 
 @public
 @torch.no_grad()
-def composed_eigenvalues(weights: CircuitWeights, pairs: Iterable[Sequence[Sequence[int]]]) -> Tensor:
+def composed_eigenvalues(
+    weights: CircuitWeights,
+    pairs: Iterable[Sequence[Sequence[int]]],
+    *,
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
     """The nonzero eigenvalues of the K-composed QK circuits of P pairs (source, destination), complex [P, r].
 
     They are positive for a previous-token head and an induction head: the circuit matches a token with itself.
+
+    `progress` is called with the number of pairs finished since the last call.
 
     Raises:
         ValueError, IndexError: as composed_qk_circuit.
@@ -61,7 +70,12 @@ def composed_eigenvalues(weights: CircuitWeights, pairs: Iterable[Sequence[Seque
         through = (weights.head("W_O", *first) @ weights.head("W_K", *second)).mT
         product = through @ (weights.head("W_V", *first).mT @ (middle @ weights.head("W_Q", *second)))
         small.append(product[None])
-    return _eigenvalues(torch.cat(small))
+    values = []
+    for part in torch.cat(small).split(_AT_ONCE):
+        values.append(_eigenvalues(part))
+        if progress is not None:
+            progress(len(part))
+    return torch.cat(values)
 
 
 @public

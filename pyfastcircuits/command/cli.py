@@ -1,78 +1,83 @@
 """The command `pyfastcircuits`: from a model's name to the tables it shows and the files it writes."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 
 try:
     import pyarrow as pa
     import typer
-    from rich import progress as bars
-    from rich.console import Console
 
+    from pyfastcircuits.command import check as checks
     from pyfastcircuits.command import show, text, write
+    from pyfastcircuits.command.guard import EXIT_CODES, guarded
+    from pyfastcircuits.command.made import check_files, check_folder, made_by
+    from pyfastcircuits.command.options import (
+        Backend,
+        Dtype,
+        Force,
+        Model,
+        ModelOption,
+        Precision,
+        device_of,
+        head_of,
+        model_of,
+        named,
+        token_of,
+        weights_of,
+    )  # fmt: skip
+    from pyfastcircuits.command.report import Report
 except ImportError as error:
     sys.exit(f"the command needs the cli extra ({error}): pip install 'pyfastcircuits[cli]'")
 
 import pyfastcircuits as fc
-from pyfastcircuits import ops
-from pyfastcircuits.adapters.files import load_model
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
-from pyfastcircuits.experiments.sweep import SweepScope, count_ablations, limit_seconds
+from pyfastcircuits.experiments.sweep import SweepScope, count_steps
 from pyfastcircuits.run.nodes import Kind
 
-PATTERNS = 4 << 30  # bytes of attention patterns that a sweep keeps, unless --sequences says otherwise
-SEQUENCES = "256, or as many as have 4 GiB of attention patterns"
-MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"
+PATTERNS = 4 << 30  # bytes of attention patterns that a sweep of a text keeps, unless --sequences says otherwise
+LENGTH = 512
+SEQUENCES = "of a text 256, or as many as have 4 GiB of attention patterns; all of --tokens"
 
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL, show_default="induction-2l")]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="the same, by name")]
-Backend = Annotated[ops.Backend, typer.Option(help="which kernels run")]
-Dtype = Annotated[Literal["float32", "float64", "bfloat16"], typer.Option(help="of the weights")]
-Precision = Annotated[ops.Precision, typer.Option(help="of the multiply-adds")]
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a subcommand for which bad input is one line of error, not a traceback."""
-
-    @wraps(function)
-    def guarded(**options: Any) -> None:
-        try:
-            function(**options)
-        except (ValueError, TypeError, IndexError, OSError, RuntimeError, ImportError) as error:
-            Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
-            raise typer.Exit(1) from None
-
-    return app.command()(guarded)
+    """Make a function a subcommand; see guard."""
+    return app.command(epilog=EXIT_CODES)(guarded(function))
 
 
-@app.callback()
-def main() -> None:
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
     """Transformer-circuit analysis as fused kernels."""
+    if version:
+        print(fc.__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @command
-def info() -> None:
+def info(report: Report) -> None:
     """Facts of this build and machine."""
+    report.found(fc.build_info())
     for key, value in fc.build_info().items():
-        _say(f"{key}: {value}")
+        report.line(f"{key}: {value}")
 
 
 @command
 def sweep(
+    report: Report,
     name: Model = None,
     option: ModelOption = None,
-    text_file: Annotated[Path | None, typer.Option("--text", help="a text to run over")] = None,
+    text_file: Annotated[Path | None, typer.Option("--text", help="a text to run over, in UTF-8")] = None,
     tokens_file: Annotated[Path | None, typer.Option("--tokens", help="token ids: .npy, or text, a row a line")] = None,
     scope: Annotated[SweepScope, typer.Option(help="pairs of heads by what is taken out; heads; layers")] = "path",
     mode: Annotated[Mode, typer.Option(help="what is written instead")] = "zero",
@@ -81,10 +86,14 @@ def sweep(
     against: Annotated[str | None, typer.Option(help="the token that a logit difference is against")] = None,
     top: Annotated[int, typer.Option(min=0, help="ablations to show")] = 10,
     out: Annotated[Path, typer.Option(help="folder of sweep.parquet, orders.parquet and pairs.png")] = Path("out"),
+    force: Force = False,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="at most so many sequences of the text", show_default=SEQUENCES)
+        int | None, typer.Option(min=1, help="at most so many, evenly spaced", show_default=SEQUENCES)
     ] = None,
-    length: Annotated[int, typer.Option(min=2, help="tokens a sequence; at most the model's positions")] = 512,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="tokens a sequence, at most", show_default=f"of a text {LENGTH}; all of --tokens"),
+    ] = None,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
@@ -93,59 +102,83 @@ def sweep(
     """Term importance order by order, and the ablation of every pair of heads, every head or every layer."""
     if text_file and tokens_file:
         raise ValueError("--text and --tokens: give one of them")
-    _check_folder(out)
-    model = _named(name, option)
-    run = load_model(model, getattr(torch, dtype)).to(_device(backend))
-    weights = run if isinstance(run, fc.CircuitWeights) else fc.CircuitWeights.from_model(run)
-    shown = text.TokenText(model)
-    if tokens_file:
-        tokens = text.read_tokens(tokens_file)
-    else:
-        content = text.read_text(text_file) if text_file else text.held_out_text()
-        length = min(length, _positions(run, weights) or length)
-        most = sequences or max(1, min(256, PATTERNS // _pattern_bytes(weights, length)))
-        tokens = text.sequences_of(shown, content, length, most)
-    kind, count = {"head": "heads", "layer": "layers"}.get(scope, "pairs"), count_ablations(weights, scope)
-    _say(
-        f"{model}: {weights.n_layers} layers, {weights.n_heads} heads, {weights.d_vocab} tokens; "
-        f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens; {count} {kind}{' of heads' * (kind == 'pairs')}"
-    )
-    with _progress(kind, count) as progress:
+    model, device = named(name, option), device_of(backend, precision, dtype)
+    check_folder(out)
+    with report.bar as bar:
+        run, weights = model_of(model, dtype, device)
+        shown = text.TokenText(model)
+        if tokens_file:
+            tokens = text.read_tokens(tokens_file, weights.d_vocab)[:, :length]
+            tokens = text.evenly(tokens, sequences or len(tokens))
+        else:
+            content = text.read_text(text_file) if text_file else text.held_out_text()
+            size = min(length or LENGTH, _positions(run, weights) or LENGTH)
+            most = sequences or max(1, min(256, PATTERNS // _pattern_bytes(weights, size)))
+            tokens = text.sequences_of(shown, content, size, most)
+            unknown = text.check_known(tokens, shown, weights.d_vocab)
+            if unknown > 0.01:
+                report.warn(f"--text: {unknown:.0%} of its tokens are unknown to the model's tokenizer")
+        against_token = None if against is None else token_of("--against", against, shown, weights)
+        kind, steps = {"head": "heads", "layer": "layers"}.get(scope, "pairs"), count_steps(weights, scope)
+        count = steps["ablations"]
+        files = ["orders.parquet", "sweep.parquet", *[f"{kind}.png"] * (count > 0)]
+        made = made_by(
+            "sweep",
+            model,
+            {
+                "scope": scope, "mode": mode, "attention": attention, "metric": metric, "against": against_token,
+                "backend": backend, "dtype": dtype, "precision": precision, "low_memory": low_memory,
+            },
+            tokens,
+            str(tokens_file or text_file or "held-out files of the standard library"),
+        )  # fmt: skip
+        check_files(out, files, made, force=force)
+        report.line(
+            f"{model}: {weights.n_layers} layers, {weights.n_heads} heads, {weights.d_vocab} tokens; "
+            f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens; {count} {kind}{' of heads' * (kind == 'pairs')}"
+        )
+        bar.plan({**steps, "examples": min(top, count), "writing": len(files)})
         found = fc.sweep(
             run,
             tokens.to(weights.device),
             scope,
             mode,
             attention,
-            progress=progress,
+            progress=bar.advance,
             metric=metric,
-            against=None if against is None else shown.token(against),
+            against=against_token,
             low_memory=low_memory,
             precision=precision,
             backend=backend,
         )
-    console.print(show.order_table(found))
-    if weights.n_layers:
-        console.print(show.marginal_table(found))
-    files = write.write_tables(out, {"orders": pa.table(show.order_steps(found)), "sweep": found.result.table()})
-    if count:
-        console.print(show.effect_table(found.result, found.examples(top), shown))
-        files.append(out / f"{kind}.png")
-        title = f"{model}: {scope} ablation, {mode}, attention {attention}"
-        write.heatmap(found.result, files[-1], title, f"change of the {show.METRIC_NAMES[found.result.metric]}")
-        limit = limit_seconds(found)
-        share = "" if limit is None else f", {limit / found.seconds:.0%} of this machine's limit"
-        _say(f"{count / found.seconds:.1f} {kind}/s of {len(tokens) * (tokens.shape[1] - 1)} tokens each{share}")
-    _say_written(files)
+        report.show(show.order_table(found))
+        if weights.n_layers:
+            report.show(show.marginal_table(found))
+        examples = found.examples(top, progress=bar.advance) if count else []
+        written = {"orders": pa.table(show.order_steps(found)), "sweep": found.result.table()}
+        paths = write.write_tables(out, written, made)
+        bar.advance(len(written))
+        if count:
+            report.show(show.effect_table(found.result, examples, shown))
+            title = f"{model}: {scope} ablation, {mode}, attention {attention}"
+            label = f"change of the {show.METRIC_NAMES[found.result.metric]}"
+            paths.append(write.heatmap(found.result, out / files[-1], title, label, made))
+            bar.advance()
+            report.line(f"{count / found.seconds:.1f} {kind}/s of {len(tokens) * (tokens.shape[1] - 1)} tokens each")
+    marginals = {name: x.tolist() for name, x in found.marginals._asdict().items()}
+    report.found({"marginals": marginals, "examples": write.example_records(found, examples, shown)})
+    _end(report, made, written, paths)
 
 
 @command
 def composition(
+    report: Report,
     name: Model = None,
     option: ModelOption = None,
     kind: Annotated[Kind, typer.Option(help="what of the destination reads: queries, keys or values")] = "K",
     top: Annotated[int, typer.Option(min=0, help="pairs to show")] = 10,
     out: Annotated[Path, typer.Option(help="folder of composition-K.parquet and composition-K.png")] = Path("out"),
+    force: Force = False,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
@@ -154,30 +187,42 @@ def composition(
 
     Norm gains are in the weights; with layernorms, what is written is centred first.
     """
-    _check_folder(out)
-    model = _named(name, option)
-    weights = _weights(model, dtype, backend)
-    weights = fc.center(weights) if weights.norm == "layernorm" else weights
-    pairs = fc.enumerate_paths(weights.n_layers, weights.n_heads, 2)
-    if not pairs:
-        raise ValueError(f"{model} has {weights.n_layers} layers: composition needs two heads in different layers")
-    with _progress("pairs", len(pairs)) as progress:
-        scores = fc.composition_scores(weights, kind, precision=precision, backend=backend, progress=progress)
-    mean = fc.composition_baseline(weights, kind).mean
-    z = fc.composition_z_scores(weights, kind, scores)
-    score, baseline, z = (x.cpu()[tuple(torch.tensor(pairs).view(-1, 4).mT)] for x in (scores, mean, z))
-    found = fc.Result(pairs, z, z.new_zeros(()), "z", {"score": score, "baseline": baseline}, {"kind": kind})
-    eigenvalues = fc.composed_eigenvalues(weights, pairs if kind == "K" else []).cpu()
-    console.print(show.composition_table(found, eigenvalues, fc.copying_scores(weights).cpu(), top))
-    name = f"composition-{kind}"
-    files = [*write.write_tables(out, {name: write.composition_columns(found, eigenvalues)}), out / f"{name}.png"]
-    label = f"{kind}-composition, standard deviations from a random rotation"
-    write.heatmap(found, files[-1], f"{model}: {kind}-composition", label)
-    _say_written(files)
+    model, device = named(name, option), device_of(backend, precision, dtype)
+    check_folder(out)
+    with report.bar as bar:
+        table = f"composition-{kind}"
+        made = made_by("composition", model, {"kind": kind, "backend": backend, "dtype": dtype, "precision": precision})
+        check_files(out, [f"{table}.parquet", f"{table}.png"], made, force=force)
+        weights = weights_of(model, dtype, device)
+        weights = fc.center(weights) if weights.norm == "layernorm" else weights
+        pairs = fc.enumerate_paths(weights.n_layers, weights.n_heads, 2)
+        if not pairs:
+            raise ValueError(f"{model} has {weights.n_layers} layers: composition needs two heads in different layers")
+        of_spectra = pairs if kind == "K" else []
+        bar.plan({"scores": len(pairs), "baseline": 1, "spectra": len(of_spectra), "copying": 1, "writing": 2})
+        scores = fc.composition_scores(weights, kind, precision=precision, backend=backend, progress=bar.advance)
+        mean = fc.composition_baseline(weights, kind).mean
+        z = fc.composition_z_scores(weights, kind, scores)
+        bar.advance()
+        score, baseline, z = (x.cpu()[tuple(torch.tensor(pairs).view(-1, 4).mT)] for x in (scores, mean, z))
+        found = fc.Result(pairs, z, z.new_zeros(()), "z", {"score": score, "baseline": baseline}, {"kind": kind})
+        eigenvalues = fc.composed_eigenvalues(weights, of_spectra, progress=bar.advance).cpu()
+        copying = fc.copying_scores(weights).cpu()
+        bar.advance()
+        report.show(show.composition_table(found, eigenvalues, copying, top))
+        written = {table: write.composition_columns(found, eigenvalues)}
+        paths = write.write_tables(out, written, made)
+        bar.advance()
+        label = f"{kind}-composition, standard deviations from a random rotation"
+        paths.append(write.heatmap(found, out / f"{table}.png", f"{model}: {kind}-composition", label, made))
+        bar.advance()
+    report.found({"copying": copying.tolist()})
+    _end(report, made, written, paths)
 
 
 @command
 def tables(
+    report: Report,
     name: Model = None,
     option: ModelOption = None,
     head: Annotated[str | None, typer.Option(help="skip-trigrams of this head, as LAYER.HEAD")] = None,
@@ -190,6 +235,7 @@ def tables(
     normed: Annotated[bool, typer.Option("--normed", help="embeddings go through the norm first")] = False,
     offset: Annotated[int, typer.Option(help="rotary positions: from the source to the destination")] = 0,
     out: Annotated[Path, typer.Option(help="folder of the Parquet files of --all-heads")] = Path("out"),
+    force: Force = False,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
 ) -> None:
@@ -198,39 +244,64 @@ def tables(
         raise ValueError("--head, --all-heads and --check: give one of them")
     if source and (all_heads or check):
         raise ValueError("--source goes with --head, or alone")
-    if all_heads:
-        _check_folder(out)
-    model = _named(name, option)
-    weights, shown = _weights(model, dtype, backend), text.TokenText(model)
-    sources = [shown.token(piece) for piece in source] if source else None
-    if check:
-        for part in show.validation_tables(weights, shown, backend):
-            console.print(part, highlight=False)
-    elif all_heads:
-        if not weights.n_layers:
-            raise ValueError(f"--all-heads: {model} has no heads")
-        with _progress("heads", weights.n_layers * weights.n_heads) as progress:
+    model, device = named(name, option), device_of(backend)
+    with report.bar as bar:
+        weights, shown = weights_of(model, dtype, device), text.TokenText(model)
+        sources = [token_of("--source", piece, shown, weights) for piece in source] if source else None
+        count = weights.n_layers * weights.n_heads
+        if check:
+            bar.plan(checks.check_steps(weights))
+            for finding, values, table in checks.check_tables(weights, shown, backend, bar.advance):
+                report.found({finding: values})
+                report.show(table)
+        elif all_heads:
+            if not count:
+                raise ValueError(f"--all-heads: {model} has no heads")
+            check_folder(out)
+            options = {"k": k, "normed": normed, "offset": offset, "backend": backend, "dtype": dtype}
+            made = made_by("tables", model, options)
+            check_files(out, [f"{table}.parquet" for table in write.HEAD_TABLES], made, force=force)
+            bar.plan({"heads": count, "writing": 1})
             written = write.head_tables(
-                weights, k, shown, normed=normed, offset=offset, backend=backend, progress=progress
+                weights, k, shown, normed=normed, offset=offset, backend=backend, progress=bar.advance
             )
-        _say_written(write.write_tables(out, written))
-    elif head is not None:
-        found = fc.skip_trigrams(weights, _head(head), sources, k, normed=normed, offset=offset, backend=backend)
-        console.print((show.source_table if sources else show.triple_table)(found, shown))
-    elif sources:
-        rows = fc.top_per_row(fc.bigrams(weights, normed=normed), k, sources, normalize="center", backend=backend)
-        console.print(show.row_table("Bigrams: the direct path", ("token", "raised next"), rows, shown))
-    else:
-        best = fc.top_entries(fc.bigrams(weights, normed=normed), k, normalize="center", backend=backend)
-        title = "Largest bigrams: the direct path, logits less the mean over outputs"
-        console.print(show.entry_table(title, ("token", "raised next", "logit"), best, shown))
-        if weights.n_layers:
-            accuracy = fc.copying_accuracy(weights, backend=backend)
-            console.print(show.copying_table(accuracy, fc.copying_scores(weights)))
+            paths = write.write_tables(out, written, made)
+            bar.advance()
+            _end(report, made, written, paths)
+        elif head is not None:
+            bar.plan({"skip-trigrams": 1})
+            trigrams = fc.skip_trigrams(
+                weights, head_of(head), sources, k, normed=normed, offset=offset, backend=backend
+            )
+            bar.advance()
+            report.found(write.skip_trigram_records(trigrams, shown, ranked=not sources))
+            report.show((show.source_table if sources else show.triple_table)(trigrams, shown))
+        else:
+            bar.plan({"bigrams": 1, "copying": 0 if sources else count})
+            circuit = fc.bigrams(weights, normed=normed)
+            best = (
+                fc.top_per_row(circuit, k, sources, normalize="center", backend=backend)
+                if sources
+                else fc.top_entries(circuit, k, normalize="center", backend=backend)
+            )
+            bar.advance()
+            report.found({"bigrams": write.bigram_records(best, shown)})
+            if sources:
+                report.show(show.row_table("Bigrams: the direct path", ("token", "raised next"), best, shown))
+                return
+            title = "Largest bigrams: the direct path, logits less the mean over outputs"
+            report.show(show.entry_table(title, ("token", "raised next", "logit"), best, shown))
+            if count:
+                accuracy = fc.copying_accuracy(weights, backend=backend, progress=bar.advance)
+                eigenvalues = fc.copying_scores(weights)
+                report.found({"copying": {x: y.tolist() for x, y in accuracy._asdict().items()}})
+                report.found({"copying_scores": eigenvalues.tolist()})
+                report.show(show.copying_table(accuracy, eigenvalues))
 
 
 @command
 def heads(
+    report: Report,
     name: Model = None,
     option: ModelOption = None,
     top: Annotated[int, typer.Option(min=0, help="heads to show")] = 10,
@@ -240,6 +311,7 @@ def heads(
     batches: Annotated[int, typer.Option(help="how many such runs")] = 4,
     seed: Annotated[int, typer.Option(help="of the tokens")] = 0,
     out: Annotated[Path, typer.Option(help="folder of heads.parquet and induction.parquet")] = Path("out"),
+    force: Force = False,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
 ) -> None:
@@ -247,70 +319,45 @@ def heads(
 
     On random tokens that repeat, 4 times 25 of them as Olsson et al. 2022 have it; with what the weights say of it.
     """
-    _check_folder(out)
-    model = _named(name, option)
-    run = load_model(model, getattr(torch, dtype)).to(_device(backend))
-    start = text.TokenText(model).start or 0
-    scores = fc.head_scores(run, length=length, copies=copies, batch=batch, batches=batches, seed=seed, start=start)
-    layers, count = scores.values.shape
-    if not layers:
-        raise ValueError(f"{model} has no heads")
-    _say(
-        f"{model}: {layers} layers, {count} heads; {batch * batches} sequences of {copies} copies of {length} "
-        f"random tokens, behind token {start}"
-    )
-    found = fc.induction_heads(run, scores, backend=backend) if layers > 1 else None
-    console.print(show.head_table(scores, found, top))
-    written = {"heads": scores} if found is None else {"heads": scores, "induction": found}
-    _say_written(write.write_tables(out, {file: result.table() for file, result in written.items()}))
+    model, device = named(name, option), device_of(backend)
+    check_folder(out)
+    with report.bar as bar:
+        run, weights = model_of(model, dtype, device)
+        start, (layers, count) = text.TokenText(model).start or 0, (weights.n_layers, weights.n_heads)
+        if not layers:
+            raise ValueError(f"{model} has no heads")
+        options = {
+            "length": length, "copies": copies, "batch": batch, "batches": batches, "seed": seed, "start": start,
+            "backend": backend, "dtype": dtype,
+        }  # fmt: skip
+        made = made_by("heads", model, options)
+        names = ["heads", "induction"] if layers > 1 else ["heads"]
+        check_files(out, [f"{name}.parquet" for name in names], made, force=force)
+        report.line(
+            f"{model}: {layers} layers, {count} heads; {batch * batches} sequences of {copies} copies of {length} "
+            f"random tokens, behind token {start}"
+        )
+        bar.plan({"runs": batch * batches, "weights": layers - 1, "writing": len(names)})
+        scores = fc.head_scores(
+            run, length=length, copies=copies, batch=batch, batches=batches, seed=seed, start=start, weights=weights,
+            progress=bar.advance,
+        )  # fmt: skip
+        found = fc.induction_heads(run, scores, weights=weights, backend=backend) if layers > 1 else None
+        bar.advance(layers - 1)
+        report.show(show.head_table(scores, top))
+        if found is not None:
+            report.show(show.induction_table(found, top))
+        written = {"heads": scores.table()} | ({} if found is None else {"induction": found.table()})
+        paths = write.write_tables(out, written, made)
+        bar.advance(len(paths))
+    _end(report, made, written, paths)
 
 
-def _say(line: str) -> None:
-    console.print(line, highlight=False)
-
-
-def _say_written(files: Iterable[Path]) -> None:
-    _say(f"written: {', '.join(map(str, files))}")
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
-    """A bar up to `total`, which the callable that this gives moves on."""
-    with bars.Progress(
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn(what),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-        console=console,
-    ) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda done: progress.advance(task, done)
-        progress.update(task, completed=total)
-
-
-def _named(name: str | None, option: str | None) -> str:
-    if name and option:
-        raise ValueError(f"model is given twice, as {name!r} and --model {option!r}: give one of them")
-    return name or option or "induction-2l"
-
-
-def _head(name: str) -> tuple[int, int]:
-    layer, dot, head = name.partition(".")
-    if not (dot and layer.isdecimal() and head.isdecimal()):
-        raise ValueError(f"--head is {name!r}, expected LAYER.HEAD, such as 1.4")
-    return int(layer), int(head)
-
-
-def _weights(name: str, dtype: str, backend: str) -> fc.CircuitWeights:
-    return fc.load_weights(name).to(getattr(torch, dtype)).to(_device(backend))
-
-
-def _device(backend: str) -> str:
-    on_gpu = backend in ("triton", "cuda") or (backend == "auto" and torch.cuda.is_available())
-    if on_gpu and not torch.cuda.is_available():
-        ops.resolve_backend(backend, torch.device("cuda"))  # raises, and says what is missing
-    return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+def _end(report: Report, made: dict[str, Any], tables: dict[str, pa.Table], files: list[Path]) -> None:
+    """Tell what has been written, and by what."""
+    report.found({name: table.to_pylist() for name, table in tables.items()})
+    report.found({"made_by": made, "files": list(map(str, files))})
+    report.line(f"written: {', '.join(map(str, files))}")
 
 
 def _positions(model: Any, weights: fc.CircuitWeights) -> int | None:
@@ -321,14 +368,3 @@ def _positions(model: Any, weights: fc.CircuitWeights) -> int | None:
 def _pattern_bytes(weights: fc.CircuitWeights, length: int) -> int:
     """The size of one sequence's attention patterns."""
     return max(1, weights.n_layers) * weights.n_heads * length**2 * weights.compute_dtype.itemsize
-
-
-def _check_folder(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {folder}: cannot write there ({error.strerror})") from error

@@ -5,7 +5,12 @@ it, and the sweep reads it unless it is given another. This needs the `cli` extr
 """
 
 import hashlib
+import json
+import re
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,11 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.adapters.files import model_folder
+from pyfastcircuits.command.plain import quoted, visible
 
 START = "[START]"
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")  # those that texts do not hold
+_FILES_AT_ONCE = 64  # encoded in one call, which Ctrl-C waits for
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -34,8 +42,8 @@ class TokenText:
                 raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
 
     def __call__(self, ids: list[int]) -> str:
-        """The tokens as one string, line breaks and tabs escaped."""
-        return self.decode(ids).replace("\n", "\\n").replace("\t", "\\t")
+        """The tokens as one string, in which what is not printable is escaped."""
+        return visible(self.decode(ids))
 
     def decode(self, ids: list[int]) -> str:
         """The tokens as one string; ids where there is no tokenizer."""
@@ -48,11 +56,15 @@ class TokenText:
         """Token ids of each text, on all cores.
 
         Raises:
-            ValueError: the model has no tokenizer.
+            ValueError: the model has no tokenizer, or one that fails where it does not know a text.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer.json, so it reads token ids and no text; pass --tokens")
-        return [encoded.ids for encoded in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        batches = (list(texts[i : i + _FILES_AT_ONCE]) for i in range(0, len(texts), _FILES_AT_ONCE))
+        try:
+            return [x.ids for batch in batches for x in self.tokenizer.encode_batch(batch, add_special_tokens=False)]
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ValueError(f"the model's tokenizer does not know all of the text: {error}") from error
 
     def token(self, text: str) -> int:
         """The token of a text that is one token; "\\n" and "\\t" stand for a line break and a tab.
@@ -60,17 +72,31 @@ class TokenText:
         Without a tokenizer the text is the id of the token.
 
         Raises:
-            ValueError: the text has no token, or several; it is not an id, and there is no tokenizer.
+            ValueError: the text has no token, or several, or the tokenizer does not know it; it is not an id, and
+                there is no tokenizer.
         """
         if self.tokenizer is None:
-            if not text.isdecimal():
+            if not re.fullmatch("[0-9]{1,18}", text):
                 raise ValueError(f"{text!r} is no token id, and this model has no tokenizer.json")
             return int(text)
-        (ids,) = self.encode(text.replace("\\n", "\n").replace("\\t", "\t"))
+        piece = text.replace("\\n", "\n").replace("\\t", "\t")
+        (ids,) = self.encode(piece)
+        if self.unknown in ids and piece != self.tokenizer.id_to_token(self.unknown):
+            raise ValueError(f"{text!r} is unknown to the model's tokenizer, expected a token that it has")
         if len(ids) != 1:
-            pieces = ", ".join(repr(self.decode([i])) for i in ids) or "none"
+            pieces = ", ".join(quoted(self.decode([i])) for i in ids) or "none"
             raise ValueError(f"{text!r} is {len(ids)} tokens, expected one: {pieces}")
         return ids[0]
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """The token that stands for what the tokenizer does not know; None where it has none."""
+        if self.tokenizer is None:
+            return None
+        model = json.loads(self.tokenizer.to_str())["model"]
+        name = model.get("unk_token")
+        token: int | None = model.get("unk_id") if name is None else self.tokenizer.token_to_id(name)
+        return token
 
     @property
     def start(self) -> int | None:
@@ -103,13 +129,40 @@ def stdlib_files(held_out: bool) -> list[Path]:
 
 
 def read_text(file: Path) -> str:
-    """A text as UTF-8, in which bytes that are not are replaced."""
+    """A text of the user's.
+
+    Raises:
+        ValueError: the file cannot be read, is not UTF-8, or holds control characters as only binary files do.
+    """
+    with _reading("--text", file):
+        content = file.read_text(encoding="utf-8-sig")
+        controls = _CONTROLS.findall(content)
+        if "\0" in controls or len(controls) > len(content) / 100:
+            raise ValueError(f"it is a binary file: it holds {len(controls)} control characters")
+    return content
+
+
+@contextmanager
+def _reading(option: str, file: Path) -> Iterator[None]:
+    """Name the option in errors of its file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        where = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise ValueError(f"{option} is {str(file)!r}, expected a text in UTF-8, which has no {where}") from error
+    except (OSError, ValueError) as error:
+        reason = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+        raise ValueError(f"{option} is {str(file)!r}: {reason}") from error
+
+
+def _source(file: Path) -> str:
+    """A file of the standard library as UTF-8, in which bytes that are not are replaced."""
     return file.read_text(encoding="utf-8", errors="replace")
 
 
 def held_out_text() -> str:
     """The files of the standard library that the bundled models were not trained on, one after the other."""
-    return "".join(map(read_text, stdlib_files(held_out=True)))
+    return "".join(map(_source, stdlib_files(held_out=True)))
 
 
 def corpus_tokens(text: TokenText, held_out: bool) -> Tensor:
@@ -119,7 +172,7 @@ def corpus_tokens(text: TokenText, held_out: bool) -> Tensor:
         ValueError: the model has no tokenizer.
     """
     lead = [] if text.start is None else [text.start]
-    files = text.encode(*map(read_text, stdlib_files(held_out)))
+    files = text.encode(*map(_source, stdlib_files(held_out)))
     return torch.tensor([token for file in files for token in (*lead, *file)])
 
 
@@ -141,32 +194,71 @@ def sequences_of(text: TokenText, content: str, length: int, most: int) -> Tenso
     """
     ids = torch.tensor(text.encode(content)[0], dtype=torch.long)
     if not len(ids):
-        raise ValueError("the text is empty: it has no tokens")
-    rows = rows_of(text, ids, length)
+        raise ValueError("--text is empty: it gives no tokens")
+    return evenly(rows_of(text, ids, length), most)
+
+
+def check_known(tokens: Tensor, text: TokenText, vocabulary: int) -> float:
+    """The share of the tokens of a text, behind the first of each sequence, that the tokenizer does not know.
+
+    Raises:
+        ValueError: it is more than half; the tokenizer has tokens that the model has not.
+    """
+    largest = int(tokens.max())
+    if largest >= vocabulary:
+        raise ValueError(f"the model's tokenizer.json gives token {largest}, expected 0 to {vocabulary - 1}")
+    unknown = 0.0 if text.unknown is None else float((tokens[:, 1:] == text.unknown).double().mean())
+    if unknown > 0.5:
+        raise ValueError(
+            f"--text: {unknown:.0%} of its tokens are unknown to the model's tokenizer, expected a text that it is for"
+        )
+    return unknown
+
+
+def evenly(rows: Tensor, most: int) -> Tensor:
+    """At most `most` of the rows, evenly spaced."""
     return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()]
 
 
-def read_tokens(file: Path) -> Tensor:
+def read_tokens(file: Path, vocabulary: int) -> Tensor:
     """Token ids [B, T] from a .npy array ([T] or [B, T]), or from text: ids separated by spaces, a sequence a line.
 
     Raises:
-        ValueError: the file holds something else than integers, or lines of different lengths.
+        ValueError: the file cannot be read, or holds something else than ids below `vocabulary` in lines of one length.
     """
-    if file.suffix == ".npy":
+    with _reading("--tokens", file):
+        rows = _array(file) if file.suffix == ".npy" else _lines(file)
+        if not len(rows) or rows.shape[1] < 2:
+            raise ValueError(f"it has shape {list(rows.shape)}, expected at least one sequence of at least 2 ids")
+        wrong = np.argwhere((rows < 0) | (rows >= vocabulary))
+        if len(wrong):
+            where, value = wrong[0].tolist(), rows[tuple(wrong[0])]
+            raise ValueError(f"id {where} is {value}, expected 0 to {vocabulary - 1}")
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+def _array(file: Path) -> Any:
+    """The array [B, T] of a .npy file."""
+    with file.open("rb") as opened:
         try:
-            array = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file} is not a readable .npy array: {error}") from error
-        if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-            raise ValueError(
-                f"{file} holds {array.dtype} of shape {list(array.shape)}, expected integers [T] or [B, T]"
-            )
-        return torch.from_numpy(array.astype(np.int64)).reshape(-1, array.shape[-1])
-    try:
-        rows = [[int(word) for word in line.split()] for line in file.read_text().splitlines() if line.strip()]
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not a text of token ids: {error}") from error
-    lengths = sorted({len(row) for row in rows})
+            array = np.lib.format.read_array(opened, allow_pickle=False)
+        except (ValueError, EOFError, MemoryError, OverflowError) as error:
+            raise ValueError(f"it is not a readable .npy array ({error})") from error
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        raise ValueError(f"it holds {array.dtype} of shape {list(array.shape)}, expected integers [T] or [B, T]")
+    return np.atleast_2d(array)
+
+
+def _lines(file: Path) -> Any:
+    """The array [B, T] of a text of ids."""
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        words = line.split()
+        wrong = next((word for word in words if not re.fullmatch("-?[0-9]{1,18}", word)), None)
+        if wrong is not None:
+            raise ValueError(f"line {number} holds {wrong[:40]!r}, expected ids: integers separated by spaces")
+        rows += [words] if words else []
+    lengths = sorted(set(map(len, rows)))
     if len(lengths) != 1:
-        raise ValueError(f"{file} has sequences of lengths {lengths or 'none'}, expected one length")
-    return torch.tensor(rows)
+        raise ValueError(f"it has sequences of lengths {lengths or 'none'}, expected one length")
+    return np.array(rows, dtype=np.int64)

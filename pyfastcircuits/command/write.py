@@ -1,7 +1,12 @@
 """The files that the command writes: Parquet tables (pyarrow) and heatmaps (matplotlib)."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,13 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 import pyfastcircuits as fc
+from pyfastcircuits.command.guard import Failed
+from pyfastcircuits.command.made import KEY
+from pyfastcircuits.command.plain import visible
 from pyfastcircuits.command.show import of_pairs
 from pyfastcircuits.command.text import TokenText
-from pyfastcircuits.ops import Backend
+from pyfastcircuits.experiments.sweep import Example
+from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.result import label_name
 
 HEAD_TABLES = {
@@ -27,14 +36,32 @@ _TOKENS = ("source", "destination", "output", "token", "next")
 _REALS = ("attention", "logit", "score", "top1", "top5", "positive", "eigenvalues")
 
 
-def write_tables(folder: Path, tables: Mapping[str, pa.Table]) -> list[Path]:
-    """Write each table as NAME.parquet, whole or not at all; the files."""
-    files = []
-    for name, table in tables.items():
-        partial, file = folder / f"{name}.partial", folder / f"{name}.parquet"
-        pq.write_table(table, partial)
-        files.append(partial.replace(file))
+def write_tables(folder: Path, tables: Mapping[str, pa.Table], made: Mapping[str, Any]) -> list[Path]:
+    """Write each table as NAME.parquet, with what made it in its metadata; the files.
+
+    Raises:
+        Failed: a file cannot be written.
+    """
+    files = [folder / f"{name}.parquet" for name in tables]
+    for file, table in zip(files, tables.values(), strict=True):
+        metadata = {**(table.schema.metadata or {}), KEY: json.dumps(made)}
+        with _whole(file) as partial:
+            pq.write_table(table.replace_schema_metadata(metadata), partial)
     return files
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """Where to write a file that is to be there whole or not at all."""
+    partial = file.with_suffix(".partial")
+    try:
+        yield partial
+        partial.replace(file)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise Failed(f"--out is {str(file.parent)!r}: {file.name} cannot be written ({reason})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def composition_columns(found: fc.Result, eigenvalues: Tensor) -> pa.Table:
@@ -82,6 +109,43 @@ def head_tables(
     return {name: _with_text(names, rows[name], text) for name, names in HEAD_TABLES.items()}
 
 
+def skip_trigram_records(found: fc.SkipTrigrams, text: TokenText, *, ranked: bool) -> dict[str, list[dict[str, Any]]]:
+    """Skip-trigrams by rank; or, of some sources, the destinations that attend to each and the outputs it raises."""
+    k = found.logits.shape[1]
+    if ranked:
+        triples: list[tuple[float, ...]] = [(*t, t.score) for t in found.top(k)]
+        return {"skip-trigrams": _with_text(HEAD_TABLES["skip-trigrams"][3:], triples, text).to_pylist()}
+    sources, parts = found.sources.repeat_interleave(k), {}
+    for name, tokens, value, values in (
+        ("destination", found.destinations, "attention", found.attention),
+        ("output", found.outputs, "logit", found.logits),
+    ):
+        rows = list(zip(*(x.flatten().tolist() for x in (sources, tokens, values)), strict=True))
+        parts[f"{name}s"] = _with_text(("source", name, value), rows, text).to_pylist()
+    return parts
+
+
+def bigram_records(found: TopEntries, text: TokenText) -> list[dict[str, Any]]:
+    """Entries of the bigram table."""
+    columns = (found.rows, found.columns, found.values)
+    rows = list(zip(*(x.flatten().tolist() for x in columns), strict=True))
+    return list(_with_text(HEAD_TABLES["bigrams"][1:], rows, text).to_pylist())
+
+
+def example_records(sweep: fc.Sweep, examples: list[Example], text: TokenText) -> list[dict[str, Any]]:
+    """The examples of a sweep, each with its ablation and the texts of its tokens."""
+    labels = (label_name(label) for label, _ in sweep.result.top(len(examples)))
+    return [
+        {
+            "ablation": label,
+            **asdict(example),
+            "context_text": text.decode(example.context),
+            "target_text": text.decode([example.target]),
+        }
+        for label, example in zip(labels, examples, strict=True)
+    ]
+
+
 def _ranked(columns: Iterable[Tensor]) -> Iterable[tuple[float, ...]]:
     return zip(itertools.count(), *(column.tolist() for column in columns), strict=False)
 
@@ -97,8 +161,12 @@ def _with_text(names: tuple[str, ...], rows: list[tuple[float, ...]], text: Toke
     return pa.table(arrays)
 
 
-def heatmap(found: fc.Result, file: Path, title: str, label: str) -> None:
-    """Draw each difference from the baseline: by source and destination for pairs, else by layer and head."""
+def heatmap(found: fc.Result, file: Path, title: str, label: str, made: Mapping[str, Any]) -> Path:
+    """Draw each difference from the baseline, by source and destination for pairs, else by layer and head; the file.
+
+    Raises:
+        Failed: the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     if of_pairs(found):
@@ -116,14 +184,18 @@ def heatmap(found: fc.Result, file: Path, title: str, label: str) -> None:
     image = axes.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound)
     axes.set_xticks(range(len(across)), across, rotation=90)
     axes.set_yticks(range(len(down)), down)
-    axes.set(title=title, **names)
+    axes.set(**names)
+    axes.set_title(visible(title), parse_math=False)
     if grid.size <= 400:
         for (i, j), value in np.ndenumerate(grid):
             if np.isfinite(value):
                 colour = "white" if abs(value) > 0.6 * bound else "black"
                 axes.text(j, i, f"{value:+.3f}", ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, label=label)
-    figure.savefig(file, dpi=150, bbox_inches="tight")
+    with _whole(file) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter of the title that the font has not
+        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", metadata={KEY: json.dumps(made)})
+    return file
 
 
 def _grid_of_pairs(found: fc.Result) -> tuple[Any, list[str], list[str]]:

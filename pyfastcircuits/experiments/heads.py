@@ -1,6 +1,6 @@
 """Detectors of known heads: their attention where tokens repeat, and whether their weights say the same."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ def head_scores(
     start: int = 0,
     tokens: Tensor | None = None,
     weights: CircuitWeights | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Result:
     """Score every head on random tokens that come again, by what it attends to and copies: five scores, [L, H] each.
 
@@ -66,6 +67,7 @@ def head_scores(
             tokenizer puts in front; its position is where heads rest.
         tokens: [B, T] or [T]: sequences of one's own, instead of all these but `batch`.
         weights: what `CircuitWeights.from_model(model)` returned before; None reads them, once for all runs.
+        progress: called with the number of sequences finished since the last call.
 
     Returns:
         Of all heads, in the weights' computing dtype; `.values` is the induction score, the baseline 0. Scores that
@@ -99,6 +101,8 @@ def head_scores(
     counts = {name: torch.zeros_like(total) for name, total in sums.items()}
     for part in parts:
         _add(trace(model, part, weights=weights), sums, counts)
+        if progress is not None:
+            progress(len(part))
     means = {name: (sums[name] / counts[name]).to(weights.compute_dtype) for name in names}
     means["copying"] = 2 * means["copying"] - 1
     labels = [Head(layer, head).label for layer in range(shape[0]) for head in range(shape[1])]

@@ -1,6 +1,7 @@
 """`fc.sweep`, the main job: term importance, and the ablation of everything of a kind, over many sequences."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,15 +61,16 @@ class Sweep:
     options: MeasureOptions
 
     @public
-    def examples(self, n: int, *, context: int = 12) -> list[Example]:
+    def examples(self, n: int, *, context: int = 12, progress: Callable[[float], None] | None = None) -> list[Example]:
         """For each of the n ablations that matter most, the predicted token whose metric it harms most.
 
         Args:
             n: how many ablations, as `result.top`; they are run once more, position by position.
             context: the most tokens to show in front of the predicted one.
+            progress: called with the number of ablations finished since the last call.
         """
         labels = [label for label, _ in self.result.top(n)]
-        options: MeasureOptions = {**self.options, "per_token": True, "kl": False, "progress": None}
+        options: MeasureOptions = {**self.options, "per_token": True, "kl": False, "progress": progress}
         result = _ablate(self.trace, self.scope, self.mode, self.attention, options, labels)
         length = self.trace.tokens.shape[1] - 1
         harm = -result.delta if result.harm == "fall" else result.delta
@@ -102,14 +104,18 @@ def sweep(
         mode, attention: as in head_ablation.
 
     Returns:
-        A Sweep; its result has KL(clean || ablated) beside the metric.
+        A Sweep; its result has KL(clean || ablated) beside the metric. `progress` hears of the clean run and of orders
+        and marginals too: see count_steps.
 
     Raises:
         ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses, pair_ablation and head_ablation.
     """
     run = trace(model, tokens)
-    backend = options.get("backend", "auto")
-    orders, marginals = order_losses(run, backend=backend), layer_marginals(run, backend=backend)
+    backend, progress = options.get("backend", "auto"), options.get("progress")
+    if progress is not None:
+        progress(1)
+    orders = order_losses(run, backend=backend, progress=progress)
+    marginals = layer_marginals(run, backend=backend, progress=progress)
     start = time.perf_counter()
     result = _ablate(run, scope, mode, attention, {"kl": True, **options}, None)
     if run.tokens.device.type == "cuda":
@@ -141,27 +147,12 @@ def _ablate(
     return found
 
 
-def count_ablations(weights: CircuitWeights, scope: SweepScope) -> int:
-    """The number of ablations in a sweep: of layers, of heads, of all pairs of heads or of those in two layers."""
+def count_steps(weights: CircuitWeights, scope: SweepScope) -> dict[str, int]:
+    """What the progress of a sweep adds up to, by phase: each loss over all sequences is a step, and so is the run.
+
+    Ablations are of layers, of heads, of all pairs of heads or of those in two layers.
+    """
     layers, heads = weights.n_layers, weights.n_heads
     across = comb(layers, 2) * heads**2
-    return {"layer": layers, "head": layers * heads, "joint": comb(layers * heads, 2)}.get(scope, across)
-
-
-def limit_seconds(found: Sweep) -> float | None:
-    """The least time this CPU could take for a sweep, by multiply-adds and exps at rates that are measured now.
-
-    FLOPs: 2 * pairs * rows * V * r; exps: pairs * rows * V. None for a sweep whose work is more than one rank-r change
-    of the logits and one exponential for each, or where no rate is measured.
-    """
-    weights, precision = found.trace.weights, found.options.get("precision", "ieee")
-    plain = (found.scope, found.mode, found.attention) == ("path", "zero", "frozen") and found.result.metric == "nll"
-    if not plain or not len(found.result.labels) or weights.device.type != "cpu":
-        return None
-    if weights.compute_dtype != torch.float32 or precision == "tf32":
-        return None
-    kind = "fma" if precision == "ieee" else "bf16"
-    flops, exps = (float(torch.ops.pyfastcircuits.cpu_rate(k, 0.2)) for k in (kind, "exp"))
-    rows = found.trace.tokens.shape[0] * (found.trace.tokens.shape[1] - 1)
-    logits = float(len(found.result.labels) * rows * weights.d_vocab)
-    return logits * 2 * weights.d_head / flops + logits / exps
+    count = {"layer": layers, "head": layers * heads, "joint": comb(layers * heads, 2)}.get(scope, across)
+    return {"clean run": 1, "orders": 3 * layers + 3, "ablations": count}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import check_fields, public
+from pyfastcircuits.arguments import check_fields, describe, public
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
 from pyfastcircuits.shapes import DTYPES, check_positive
 
@@ -274,8 +274,8 @@ class CircuitWeights:
         tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
         try:
             save_file(tensors, path, metadata={METADATA: json.dumps(options)})
-        except SafetensorError as error:
-            raise OSError(f"path is {str(path)!r}, which cannot be written: {error}") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise OSError(f"path is {describe(str(path))}, which cannot be written: {error}") from error
 
     def _check_options(self) -> None:
         if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):

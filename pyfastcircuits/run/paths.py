@@ -127,7 +127,12 @@ def order_streams(trace: FrozenTrace, max_order: int) -> Tensor:
 
 @public
 def order_losses(
-    trace: FrozenTrace, max_order: int | None = None, *, per_token: bool = False, backend: Backend = "auto"
+    trace: FrozenTrace,
+    max_order: int | None = None,
+    *,
+    per_token: bool = False,
+    backend: Backend = "auto",
+    progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Loss with all paths of order at most k, k = 0..max_order: [K + 1], or [K + 1, B, T-1] with `per_token`.
 
@@ -140,6 +145,7 @@ def order_losses(
         max_order: K, at most the number of layers, which is the default; there the loss is the clean one.
         per_token: each predicting position's value instead of the mean.
         backend: of the sweep_nll kernel.
+        progress: called with the number of losses finished since the last call, times the share of the sequences.
 
     Returns:
         Nats, in the computing dtype; differentiable (see `trace`).
@@ -151,7 +157,7 @@ def order_losses(
     order = layers if max_order is None else max_order
     if not 0 <= order <= layers:
         raise ValueError(f"max_order is {max_order}, expected 0 to {layers} (the number of layers)")
-    losses = _in_parts(trace, order + 1, lambda part: order_streams(part, order).cumsum(0), backend)
+    losses = _in_parts(trace, order + 1, lambda part: order_streams(part, order).cumsum(0), backend, progress)
     return losses if per_token else trace.mean(losses)
 
 
@@ -164,8 +170,13 @@ class LayerMarginals(NamedTuple):
 
 @public
 @torch.no_grad()
-def layer_marginals(trace: FrozenTrace, *, backend: Backend = "auto") -> LayerMarginals:
-    """The article's marginal effects of each layer's heads as order-1 terms ("Term importance analysis")."""
+def layer_marginals(
+    trace: FrozenTrace, *, backend: Backend = "auto", progress: Callable[[float], None] | None = None
+) -> LayerMarginals:
+    """The article's marginal effects of each layer's heads as order-1 terms ("Term importance analysis").
+
+    `backend` and `progress` are as in order_losses; there are 2 L + 2 losses.
+    """
     layers = trace.weights.n_layers
 
     def streams(part: FrozenTrace) -> Tensor:
@@ -174,12 +185,18 @@ def layer_marginals(trace: FrozenTrace, *, backend: Backend = "auto") -> LayerMa
         whole = sum(single, direct)
         return torch.stack([direct, whole, *(direct + s for s in single), *(whole - s for s in single)])
 
-    losses = trace.mean(_in_parts(trace, 2 * layers + 2, streams, backend))
+    losses = trace.mean(_in_parts(trace, 2 * layers + 2, streams, backend, progress))
     direct, whole, added, left = losses.split([1, 1, layers, layers])
     return LayerMarginals(direct - added, left - whole)
 
 
-def _in_parts(trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace], Tensor], backend: Backend) -> Tensor:
+def _in_parts(
+    trace: FrozenTrace,
+    count: int,
+    streams: Callable[[FrozenTrace], Tensor],
+    backend: Backend,
+    progress: Callable[[float], None] | None,
+) -> Tensor:
     """Losses of the `count` final streams that `streams` makes of a part of the run [K, B, T-1].
 
     Parts of the sequences keep these streams, and the heads' outputs beside them, near two blocks.
@@ -187,5 +204,10 @@ def _in_parts(trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace], T
     sequences, length = trace.tokens.shape
     row = trace.weights.compute_dtype.itemsize * trace.weights.d_model
     step = max(1, 2 * memory.block_bytes(trace.tokens.device) // (row * length * (count + 2)))
-    parts = (trace[first : first + step] for first in range(0, sequences, step))
-    return torch.cat([part.stream_losses(streams(part), backend) for part in parts], 1)
+    losses = []
+    for first in range(0, sequences, step):
+        part = trace[first : first + step]
+        losses.append(part.stream_losses(streams(part), backend))
+        if progress is not None:
+            progress(count * len(part.tokens) / sequences)
+    return torch.cat(losses, 1)

@@ -124,7 +124,9 @@ BAD = {
     "layers": (lambda f: edited(f, num_hidden_layers=4), ValueError, "has no tensor 'model.layers.3.self_attn.q_proj.weight'"),
     "no layers": (lambda f: edited(f, num_hidden_layers=0), ValueError, "has no layers"),
     "option": (lambda f: edited(f, hidden_size="gone"), ValueError, "has no 'hidden_size'"),
-    "config": (lambda f: (f / "config.json").write_text("{"), ValueError, r"config\.json, which is not readable JSON"),
+    "config": (lambda f: (f / "config.json").write_text("{"), ValueError, r"config\.json is not readable JSON"),
+    "nested": (lambda f: (f / "config.json").write_text("[" * 100_000), ValueError, r"config\.json is not readable JSON: it is nested too deeply"),
+    "odd": (lambda f: edited(f, num_hidden_layers=[2]), ValueError, "not 'list'"),
     "corrupt": (lambda f: (f / "model.safetensors").write_bytes(b"no"), ValueError, "not a readable safetensors file"),
     "quantized": (lambda f: edited(f, quantization_config={"bits": 4}), ValueError, "quantized weights are not supported"),
     "shard": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'), FileNotFoundError, "gone.safetensors is missing"),
@@ -137,7 +139,7 @@ BAD = {
 def test_bad_folders(tmp_path, what):
     spoil, error, message = BAD[what]
     spoil(saved(tmp_path, "llama"))
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"name_or_path is '.*': .*{message}"):
         fc.load_weights(tmp_path)
 
 
@@ -197,7 +199,7 @@ def test_the_command_names_what_is_wrong(tmp_path):
     ids = tmp_path / "ids.txt"
     ids.write_text(" ".join(map(str, tokens(1)[0].tolist())))
     result = run("sweep", "--model", folder, "--tokens", ids, "--out", tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "has no tensor 'model.layers.1.mlp.up_proj.weight', which its configuration asks for" in " ".join(
         result.output.split()
     )

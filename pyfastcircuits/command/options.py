@@ -1,0 +1,85 @@
+"""The options that several commands share, and what they mean."""
+
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+import pyfastcircuits as fc
+from pyfastcircuits import ops
+from pyfastcircuits.adapters.files import load_model
+from pyfastcircuits.command.text import TokenText
+from pyfastcircuits.run.nodes import Head
+
+MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"
+
+Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL, show_default="induction-2l")]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="the same, by name")]
+Backend = Annotated[ops.Backend, typer.Option(help="which kernels run")]
+Dtype = Annotated[Literal["float32", "float64", "bfloat16"], typer.Option(help="of the weights")]
+Precision = Annotated[ops.Precision, typer.Option(help="of the multiply-adds")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite files that another run has made")]
+
+
+def named(name: str | None, option: str | None) -> str:
+    """The model's name.
+
+    Raises:
+        ValueError: it is given twice.
+    """
+    if name and option:
+        raise ValueError(f"model is given twice, as {name!r} and --model {option!r}: give one of them")
+    return name or option or "induction-2l"
+
+
+def device_of(backend: ops.Backend, precision: ops.Precision = "ieee", dtype: str = "float32") -> str:
+    """The device for a backend, and whether it can compute in a precision: asked before any work.
+
+    Raises:
+        ValueError, RuntimeError: this machine, build or device has no such backend or precision.
+    """
+    on_gpu = backend in ("triton", "cuda") or (backend == "auto" and torch.cuda.is_available())
+    device = "cuda" if on_gpu else "cpu"
+    ops.resolve_backend(backend, torch.device(device))
+    if precision != "ieee":
+        nothing = torch.zeros(1, 1, 1, dtype=getattr(torch, dtype), device=device)
+        ops.pair_norms(nothing, nothing, precision=precision, backend=backend)
+    return device
+
+
+def weights_of(name: str, dtype: str, device: str) -> fc.CircuitWeights:
+    """A model's weights."""
+    return fc.load_weights(name).to(getattr(torch, dtype)).to(device)
+
+
+def model_of(name: str, dtype: str, device: str) -> tuple[Any, fc.CircuitWeights]:
+    """A model that runs, and its weights."""
+    model = load_model(name, getattr(torch, dtype)).to(device)
+    return model, model if isinstance(model, fc.CircuitWeights) else fc.CircuitWeights.from_model(model)
+
+
+def token_of(option: str, text: str, shown: TokenText, weights: fc.CircuitWeights) -> int:
+    """The token that an option names.
+
+    Raises:
+        ValueError: it is no single token of the tokenizer and of the model.
+    """
+    try:
+        token = shown.token(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
+    if token >= weights.d_vocab:
+        raise ValueError(f"{option} {text!r} is token {token}, expected 0 to {weights.d_vocab - 1}")
+    return token
+
+
+def head_of(name: str) -> Head:
+    """The head that --head names.
+
+    Raises:
+        ValueError: it is no LAYER.HEAD.
+    """
+    layer, dot, head = name.partition(".")
+    if not (dot and layer.isdecimal() and head.isdecimal() and len(name) < 12):
+        raise ValueError(f"--head is {name!r}, expected LAYER.HEAD, such as 1.4")
+    return Head(int(layer), int(head))
