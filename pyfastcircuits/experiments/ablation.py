@@ -21,7 +21,8 @@ from pyfastcircuits.experiments.edges import (
     removed_z,
     rerun_removal,
 )
-from pyfastcircuits.experiments.measure import Intervention, measure
+from pyfastcircuits.experiments.intervention import Intervention
+from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, measured, measurement
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
@@ -47,7 +48,6 @@ Scope = Literal["path", "direct", "edge", "joint"]
 
 @public
 @measured
-@torch.no_grad()
 def path_ablation(
     trace: FrozenTrace,
     paths: Iterable[Any],
@@ -88,7 +88,6 @@ def path_ablation(
 
 @public
 @measured
-@torch.no_grad()
 def pair_ablation(
     trace: FrozenTrace,
     scope: Scope = "path",
@@ -149,7 +148,6 @@ def pair_ablation(
 
 @public
 @measured
-@torch.no_grad()
 def head_ablation(
     trace: FrozenTrace,
     mode: Mode = "zero",
@@ -203,7 +201,6 @@ def head_ablation(
 
 @public
 @measured
-@torch.no_grad()
 def layer_ablation(
     trace: FrozenTrace,
     mode: Mode = "zero",
@@ -325,7 +322,8 @@ def _joint_removals(
     weights: CircuitWeights, pairs: Sequence[Path], value: AblationValue, attention: Attention, how: Measurement
 ) -> list[Intervention]:
     """Pairs within a layer share what each head takes out, where the changes of two heads add up; others do not."""
-    adds_up = attention == "frozen" and how.from_sums and (how.final_norm == "frozen" or weights.norm is None)
+    linear = attention == "frozen" and (how.final_norm == "frozen" or weights.norm is None)
+    adds_up = linear and how.from_sums and not how.learns
     groups = grouped(first.layer if adds_up and first.layer == second.layer else None for first, second in pairs)
     out: list[Intervention] = []
     for layer, places in groups.items():

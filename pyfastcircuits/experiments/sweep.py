@@ -60,6 +60,7 @@ class Sweep:
     options: MeasureOptions
 
     @public
+    @torch.no_grad()
     def examples(self, n: int, *, context: int = 12) -> list[Example]:
         """For each of the n ablations that matter most, the predicted token whose metric it harms most.
 
@@ -83,6 +84,7 @@ class Sweep:
 
 @public
 @measured
+@torch.no_grad()
 def sweep(
     model: Any,
     tokens: Tensor,
@@ -102,7 +104,7 @@ def sweep(
         mode, attention: as in head_ablation.
 
     Returns:
-        A Sweep; its result has KL(clean || ablated) beside the metric.
+        A Sweep, without gradients; its result has KL(clean || ablated) beside the metric.
 
     Raises:
         ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses, pair_ablation and head_ablation.

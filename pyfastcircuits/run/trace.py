@@ -8,7 +8,7 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.model.norms import centered, final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.modes import derived
+from pyfastcircuits.modes import derived, kept_for_backward
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run.forward import Forward
 from pyfastcircuits.run.losses import row_losses
@@ -147,14 +147,17 @@ class FrozenTrace(FrozenModel):
             IndexError: no such layer.
         """
         self.guard.weights.check_layer(layer)
-        found = self._z.get(layer)
-        if found is None:
-            read = self.normed(self.streams[layer], layer)
-            values = torch.einsum("btd,hdr->bhtr", read, self.weights.layer("W_V", layer))
-            bias = self.weights.bias("V", layer)
-            values = values if bias is None else values + bias[:, None]
-            found = self._z[layer] = apply_pattern(self.patterns[layer], values[None])[0].transpose(0, 1)
-        return found
+        if layer not in self._z:
+            with kept_for_backward():
+                self._z[layer] = self._mixed(layer)
+        return self._z[layer]
+
+    def _mixed(self, layer: int) -> Tensor:
+        read = self.normed(self.streams[layer], layer)
+        values = torch.einsum("btd,hdr->bhtr", read, self.weights.layer("W_V", layer))
+        bias = self.weights.bias("V", layer)
+        values = values if bias is None else values + bias[:, None]
+        return apply_pattern(self.patterns[layer], values[None])[0].transpose(0, 1)
 
     @derived
     def _z(self) -> dict[int, Tensor]:
