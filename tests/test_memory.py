@@ -48,16 +48,15 @@ for _, tensor in w.tensors():
     tensor.requires_grad_()
 run = fc.trace(w, torch.randint(0, 20000, (1, 65)))
 fc.path_ablation(run, [((0, 0), (1, 0))]).values.sum().backward(retain_graph=True)
-print(peak_bytes(lambda: fc.pair_ablation(run, "{scope}").values.sum().backward(retain_graph=True)))
+print(peak_bytes(lambda: fc.pair_ablation(run).values.sum().backward(retain_graph=True)))
 """
 
 
-@pytest.mark.parametrize("scope", ["path", "joint"])
-def test_gradients_of_many_ablations_take_the_memory_of_a_few(scope):
-    """Of 256 paths and 496 pairs of heads, whose logits would be 1.2 and 2.4 GiB."""
-    code = LEARNED.format(paths=PATHS, scope=scope)
+def test_gradients_of_many_ablations_take_the_memory_of_a_few():
+    """Of 256 paths, whose logits would be 1.2 GiB."""
+    code = LEARNED.format(paths=PATHS)
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert int(out) <= 128 << 20
+    assert int(out) <= 256 * 64 * 20000 * 4 // 4
 
 
 SEARCHED = """

@@ -33,9 +33,9 @@ def trace(
     all, becomes a write of its own. The sum over all paths from all of these is the model's own logits. The trace keeps
     the model, and the arguments its layers were called with, for experiments that compute layers anew.
 
-    Where the tensors of a CircuitWeights require gradients, the trace and the results of order_losses and path_logits
-    have them: through patterns and norm scales too, unless the run is made under torch.no_grad(). The run of another
-    library's model is a constant. Weights that are changed in place afterwards, by an optimiser step, make the trace
+    Where the tensors of a CircuitWeights require gradients, the trace and the results of order_losses, path_logits and
+    ablations under frozen attention have them: through patterns and norm scales too, unless the run is made under
+    torch.no_grad(). The run of another library's model is a constant. Weights that are changed in place afterwards, by an optimiser step, make the trace
     stale: it then raises instead of mixing the two.
 
     Args:

@@ -43,7 +43,7 @@ def _losses_of_part(
     part: FrozenTrace, asked: Asked, how: Measurement, interventions: Sequence[Intervention]
 ) -> Iterator[Tensor]:
     """[P, N] of some of the sequences: every intervention's experiments a few at a time, and last the clean run."""
-    at_once = max(1, memory.BLOCK_BYTES // (part.final.itemsize * part.final.numel()))
+    at_once = max(1, memory.BLOCK_BYTES // (8 * part.final.itemsize * part.final.numel()))
     for intervention in interventions:
         for some in slices(len(intervention.places), at_once):
             members = range(len(intervention.places))[some]
