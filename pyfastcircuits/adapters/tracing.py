@@ -35,8 +35,8 @@ def trace(
 
     Where the tensors of a CircuitWeights require gradients, the trace and the results of order_losses, path_logits and
     ablations under frozen attention have them: through patterns and norm scales too, unless the run is made under
-    torch.no_grad(). The run of another library's model is a constant. Weights that are changed in place afterwards, by an optimiser step, make the trace
-    stale: it then raises instead of mixing the two.
+    torch.no_grad(). The run of another library's model is a constant. Weights that are changed in place afterwards, by
+    an optimiser step, make the trace stale: it then raises instead of mixing the two.
 
     Args:
         model: CircuitWeights, or a model of another library.
