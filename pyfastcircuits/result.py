@@ -79,7 +79,13 @@ class Result:
 
     @public
     def top(self, n: int) -> list[tuple[Any, float]]:
-        """The n labels that matter most by `harm`, with their difference from the baseline; ties in label order."""
+        """The n labels that matter most by `harm`, with their difference from the baseline; ties in label order.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        if n < 0:
+            raise ValueError(f"n is {n}, expected at least 0")
         means = self.means().detach()
         key = {"rise": means, "fall": -means, "size": means.abs()}[self.harm]
         best = torch.sort(key.nan_to_num(-torch.inf), descending=True, stable=True).indices[:n].tolist()

@@ -72,7 +72,7 @@ def trace(
 def weights_of(model: Any) -> CircuitWeights:
     """See CircuitWeights.from_model."""
     if isinstance(model, CircuitWeights):
-        raise TypeError("model is a CircuitWeights already")
+        raise TypeError("model is a CircuitWeights already, expected a model of another library: use it as it is")
     weights: CircuitWeights = _library(model).weights_of(model)
     return weights
 

@@ -59,14 +59,19 @@ class FrozenModel:
 
         The gain of a layer's norm is in the weights that read it (CircuitWeights.layer); the final norm's is applied
         here.
+
+        Raises:
+            IndexError: no such layer.
         """
         weights = self.weights
+        _check_boundary(layer, weights)
         linear = final_norm_gain(stream, weights) if layer == weights.n_layers else centered(stream, weights)
         return linear * self.scales[layer][..., None]
 
     @public
     def apply_post_norm(self, written: Tensor, layer: int) -> Tensor:
         """The part of `written`, by a layer's heads, that reaches the residual stream: through the norm after them."""
+        self.guard.weights.check_layer(layer)
         return written if self.post_scales is None else written * self.post_scales[layer][..., None]
 
     @public
@@ -170,7 +175,12 @@ class FrozenTrace(FrozenModel):
 
     @public
     def non_head_stream(self, layer: int) -> Tensor:
-        """The sum of everything that is no attention head and is written before `layer` reads, [B, T, d]."""
+        """The sum of everything that is no attention head and is written before `layer` reads, [B, T, d].
+
+        Raises:
+            IndexError: no such layer; L stands for the final norm.
+        """
+        _check_boundary(layer, self.guard.weights)
         return sum(self.non_head_writes[:layer], self.embedded)
 
     @public
@@ -232,3 +242,9 @@ class FrozenTrace(FrozenModel):
             forward=self.forward.select(sequences),
             sequences=sequences,
         )
+
+
+def _check_boundary(layer: int, weights: CircuitWeights) -> None:
+    """Raise IndexError unless it is a layer, or L: what stands behind the last one."""
+    if not 0 <= layer <= weights.n_layers:
+        raise IndexError(f"layer is {layer}, expected 0 to {weights.n_layers} (the final norm)")
