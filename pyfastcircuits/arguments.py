@@ -34,8 +34,7 @@ class Allowed:
         if type(value) in self.types or (type(value) is str and value in self.choices):  # nearly always
             return value if type(value) is not int else _short(name, value)
         if isinstance(value, Tensor) and Tensor in self.alternatives:
-            if value.layout is not torch.strided or value.is_quantized:
-                raise ValueError(f"{name} is {describe(value)}, expected a dense tensor")
+            check_dense(name, value)
             return value
         for kind in self.alternatives:
             fits, fitted = _fit(name, value, kind)
@@ -88,6 +87,12 @@ def check_fields(instance: Any) -> None:
         checked = kind.checked(name, value)
         if checked is not value:
             object.__setattr__(instance, name, checked)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor is sparse or quantised."""
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ValueError(f"{name} is {describe(tensor)}, expected a dense tensor")
 
 
 def _kinds(hints: dict[str, Any]) -> dict[str, Allowed]:

@@ -132,7 +132,7 @@ def _trace_weights(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None,
 
 def checked_tokens(weights: CircuitWeights, tokens: Tensor) -> Tensor:
     """Tokens as [B, T] of int64; errors as `trace`."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if not isinstance(tokens, Tensor) or not _whole(tokens) or tokens.dtype == torch.bool:
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens is {kind}, expected a tensor of integers")
     if tokens.dim() not in (1, 2):
@@ -151,7 +151,7 @@ def checked_mask(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask as [B, T] of bool, None if every token is real; errors as `trace`."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.is_floating_point():
+    if not isinstance(mask, Tensor) or not _whole(mask):
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask is {kind}, expected a tensor of bools or integers")
     if mask.shape != tokens.shape:
@@ -162,3 +162,8 @@ def checked_mask(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
     if not (real[:, :-1] & real[:, 1:]).any():
         raise ValueError("mask leaves nothing to predict: no real token follows a real one")
     return None if real.all() else real
+
+
+def _whole(tensor: Tensor) -> bool:
+    """Whether it holds integers or bools."""
+    return not tensor.is_floating_point() and not tensor.is_complex()

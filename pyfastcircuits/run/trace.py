@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import as_integers, describe, public
 from pyfastcircuits.model.norms import centered, final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.modes import derived, kept_for_backward
-from pyfastcircuits.ops import Backend
+from pyfastcircuits.ops import Backend, check_range
 from pyfastcircuits.run.forward import Forward
 from pyfastcircuits.run.losses import row_losses
 from pyfastcircuits.run.model_guard import ModelGuard
@@ -65,13 +65,24 @@ class FrozenModel:
         """
         weights = self.weights
         _check_boundary(layer, weights)
+        self._check_stream("stream", stream, weights.d_model)
         linear = final_norm_gain(stream, weights) if layer == weights.n_layers else centered(stream, weights)
         return linear * self.scales[layer][..., None]
+
+    def _check_stream(self, name: str, stream: Tensor, width: int) -> None:
+        shape = [*self.scales.shape[1:], width]
+        if not stream.is_floating_point():
+            raise TypeError(f"{name} has dtype {stream.dtype}, expected floating point")
+        if list(stream.shape[-3:]) != shape:
+            raise ValueError(f"{name} has shape {list(stream.shape)}, expected [..., {', '.join(map(str, shape))}]")
+        if stream.device != self.scales.device:
+            raise ValueError(f"{name} is on {stream.device}, but the run is on {self.scales.device}")
 
     @public
     def apply_post_norm(self, written: Tensor, layer: int) -> Tensor:
         """The part of `written`, by a layer's heads, that reaches the residual stream: through the norm after them."""
         self.guard.weights.check_layer(layer)
+        self._check_stream("written", written, written.shape[-1] if written.dim() else 0)
         return written if self.post_scales is None else written * self.post_scales[layer][..., None]
 
     @public
@@ -209,6 +220,9 @@ class FrozenTrace(FrozenModel):
     def stream_losses(self, streams: Tensor, backend: Backend = "auto") -> Tensor:
         """NLL [K, B, T-1] when each of `streams` [K, B, T, d] is the final residual stream. No [T, V] is stored."""
         weights = self.weights
+        self._check_stream("streams", streams, weights.d_model)
+        if streams.dim() != 4:
+            raise ValueError(f"streams has shape {list(streams.shape)}, expected four dimensions, [K, B, T, d]")
         rows, targets = self.normed(streams, weights.n_layers)[..., :-1, :], self.tokens[:, 1:]
         seen = torch.ones_like(targets, dtype=torch.bool) if self.predicting is None else self.predicting
         losses = row_losses(rows[:, seen].flatten(0, 1), targets[seen].repeat(len(streams)), weights, backend)
@@ -224,11 +238,20 @@ class FrozenTrace(FrozenModel):
     @public
     def mean(self, losses: Tensor) -> Tensor:
         """Mean over sequences and predicting positions: [..., B, T-1] -> [...]."""
+        expected = [len(self.tokens), self.tokens.shape[1] - 1]
+        if list(losses.shape[-2:]) != expected or not losses.is_floating_point():
+            raise ValueError(f"losses is {describe(losses)}, expected floating point of [..., B, T-1] = {expected}")
         return losses.mean((-2, -1)) if self.predicting is None else losses[..., self.predicting].mean(-1)
 
     @public
     def __getitem__(self, sequences: slice | Tensor) -> "FrozenTrace":
-        """The trace of some of the sequences; a slice gives views, and nothing is computed."""
+        """The trace of some of the sequences; a slice gives views, and nothing is computed.
+
+        Raises:
+            ValueError, IndexError, TypeError: a tensor that is neither a mask [B] nor a list of sequences there are.
+        """
+        if isinstance(sequences, Tensor):
+            _check_sequences(as_integers("sequences", sequences, sequences.device, masks=True), len(self.tokens))
         return replace(
             self,
             patterns=tuple(select_sequences(p, sequences) for p in self.patterns),
@@ -248,3 +271,14 @@ def _check_boundary(layer: int, weights: CircuitWeights) -> None:
     """Raise IndexError unless it is a layer, or L: what stands behind the last one."""
     if not 0 <= layer <= weights.n_layers:
         raise IndexError(f"layer is {layer}, expected 0 to {weights.n_layers} (the final norm)")
+
+
+def _check_sequences(sequences: Tensor, count: int) -> None:
+    """Raise unless they are a mask of all sequences, or numbers of some; negative ones count from the end."""
+    if sequences.dtype == torch.bool:
+        if list(sequences.shape) != [count]:
+            raise ValueError(f"sequences has shape {list(sequences.shape)}, expected [{count}]")
+    elif sequences.dim() != 1:
+        raise ValueError(f"sequences has shape {list(sequences.shape)}, expected [N]")
+    else:
+        check_range("sequences", torch.where(sequences < 0, sequences + count, sequences), count)
