@@ -148,6 +148,8 @@ def as_integers(name: str, values: Any, device: torch.device, *, masks: bool = F
     Raises:
         TypeError: it holds something else.
     """
+    if isinstance(values, Tensor) and values.is_meta:
+        raise ValueError(f"{name} is on meta, expected a device that holds values")
     try:
         given = torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # a list of strings, of lists of different lengths

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.hugging_face import family_of, read_checkpoint
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.model.weights import METADATA, CircuitWeights
 
 BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
@@ -54,8 +54,11 @@ def load_weights(name_or_path: str | Path) -> CircuitWeights:
             "is loaded by its folder)"
         )
     try:
-        return CircuitWeights(**tensors, **json.loads(metadata[METADATA]))
-    except (TypeError, json.JSONDecodeError, RecursionError) as error:
+        options = json.loads(metadata[METADATA])
+        if not isinstance(options, dict):
+            raise ValueError(f"its options are {describe(options)}, expected an object")
+        return CircuitWeights(**(tensors | options))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} does not hold a CircuitWeights: {error}") from error
 
 

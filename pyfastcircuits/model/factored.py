@@ -48,6 +48,7 @@ class FactoredMatrix:
         """Check the factors and broadcast them; nothing is copied."""
         _check_factor("A", A)
         _check_factor("B", B)
+        _check_device("A", A, "B", B)
         assert A.size(-1) == B.size(-2), (
             f"Factored matrix must match on inner dimension, shapes were a: {A.shape}, b: {B.shape}"
         )
@@ -136,6 +137,7 @@ class FactoredMatrix:
             return (self @ other.A) @ other.B
         if not _is_like_tensor(other):
             return NotImplemented
+        _check_device("the matrix", self, "other", other)
         if other.ndim < 2:
             return (self.A @ (self.B @ other.unsqueeze(-1))).squeeze(-1)
         assert other.size(-2) == self.rdim, (
@@ -150,6 +152,7 @@ class FactoredMatrix:
         """The product of a matrix with this one, factored; of a vector [ldim] with it, the vector [..., rdim]."""
         if not _is_like_tensor(other):
             return NotImplemented
+        _check_device("the matrix", self, "other", other)
         assert other.size(-1) == self.ldim, (
             f"Left matrix must match on inner dimension, shapes were self: {self.shape}, other: {other.shape}"
         )
@@ -357,6 +360,13 @@ def _check_factor(name: str, factor: Any) -> None:
             raise TypeError(f"{name} has dtype {factor.dtype}, expected at least 16 bits a number")
         if factor.ndim < 2:
             raise ValueError(f"{name} has shape {list(factor.shape)}, expected at least two dimensions")
+
+
+def _check_device(name: str, one: Any, other_name: str, other: Any) -> None:
+    """Raise ValueError where two lie on two devices: torch multiplies by a meta tensor as if it held numbers."""
+    devices = getattr(one, "device", None), getattr(other, "device", None)
+    if isinstance(other, Tensor) and isinstance(one, (Tensor, FactoredMatrix)) and devices[0] != devices[1]:
+        raise ValueError(f"{other_name} is on {devices[1]}, but {name} is on {devices[0]}")
 
 
 def computable(x: Tensor) -> Tensor:

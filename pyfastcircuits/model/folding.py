@@ -50,6 +50,8 @@ def fold_norm(
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor is not None and tensor.device != weights.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the weights are on {weights.device}")
     readers = {name: stacked(getattr(weights, f"W_{name}")) for name in ("Q", "K", "V")}
     changed: dict[str, Any] = {f"W_{name}": weight * gain[:, None, :, None] for name, weight in readers.items()}
     changed["W_U"] = weights.W_U * final_gain[:, None]

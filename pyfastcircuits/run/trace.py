@@ -241,6 +241,8 @@ class FrozenTrace(FrozenModel):
         expected = [len(self.tokens), self.tokens.shape[1] - 1]
         if list(losses.shape[-2:]) != expected or not losses.is_floating_point():
             raise ValueError(f"losses is {describe(losses)}, expected floating point of [..., B, T-1] = {expected}")
+        if losses.device != self.tokens.device:
+            raise ValueError(f"losses is on {losses.device}, but the run is on {self.tokens.device}")
         return losses.mean((-2, -1)) if self.predicting is None else losses[..., self.predicting].mean(-1)
 
     @public
@@ -251,7 +253,7 @@ class FrozenTrace(FrozenModel):
             ValueError, IndexError, TypeError: a tensor that is neither a mask [B] nor a list of sequences there are.
         """
         if isinstance(sequences, Tensor):
-            _check_sequences(as_integers("sequences", sequences, sequences.device, masks=True), len(self.tokens))
+            _check_sequences(as_integers("sequences", sequences, self.tokens.device, masks=True), len(self.tokens))
         return replace(
             self,
             patterns=tuple(select_sequences(p, sequences) for p in self.patterns),
