@@ -56,6 +56,7 @@ class Result:
         return (self.__dict__.get("metric", ""), *self.__dict__.get("extra", {}))
 
     @property
+    @public
     def delta(self) -> Tensor:
         """Values less the baseline, shaped like values."""
         return self.values - self.baseline

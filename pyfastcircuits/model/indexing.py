@@ -22,14 +22,23 @@ def axes_of(entry: Any) -> int:
     return entry.ndim if _is_mask(entry) else 1
 
 
+def _integers(entry: Any) -> Any:
+    if isinstance(entry, (slice, type(None), type(...))) or (isinstance(entry, Integral) and type(entry) is not bool):
+        return entry
+    device = entry.device if isinstance(entry, Tensor) else torch.device("cpu")
+    given = as_integers("index", entry, device, masks=True)
+    if given.dtype == torch.bool and not given.ndim:
+        raise TypeError(f"index is {bool(given)}, expected integers or a mask of an axis")
+    return given
+
+
 def expanded(index: Sequence[Any], shape: Sequence[int]) -> list[Any]:
-    """Sequences and arrays as tensors, and `...` as the slices it stands for."""
-    plain = (slice, Integral, Tensor, type(None), type(...))
-    known = (isinstance(x, plain) and not isinstance(x, bool) for x in index)
-    cpu = torch.device("cpu")
-    entries = [
-        x if is_known else as_integers("index", x, cpu, masks=True) for x, is_known in zip(index, known, strict=True)
-    ]
+    """Sequences and arrays as tensors, and `...` as the slices it stands for.
+
+    Raises:
+        TypeError: an entry of something else than integers, or a bool alone.
+    """
+    entries = [_integers(entry) for entry in index]
     dots = [i for i, entry in enumerate(entries) if entry is ...]
     used = sum(axes_of(entry) for entry in entries) - len(dots)
     if used > len(shape):
