@@ -224,7 +224,7 @@ class FactoredMatrix:
         right, right_triangle = torch.linalg.qr(B.transpose(-2, -1))
         try:
             U, S, Vh = torch.linalg.svd(left_triangle @ right_triangle.transpose(-2, -1), full_matrices=False)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise ValueError("A or B holds NaN or infinity: a matrix has singular values if it is finite") from error
         U, V = left @ U, right @ Vh.transpose(-2, -1)
         if S.requires_grad:  # dS = diag(U.T dM V): through the QRs it would be NaN for factors of lower rank

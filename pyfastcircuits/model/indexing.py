@@ -23,7 +23,9 @@ def axes_of(entry: Any) -> int:
 
 
 def _integers(entry: Any) -> Any:
-    if isinstance(entry, (slice, type(None), type(...))) or (isinstance(entry, Integral) and type(entry) is not bool):
+    if isinstance(entry, (slice, type(None), type(...))) or (
+        isinstance(entry, Integral) and not isinstance(entry, bool)
+    ):
         return entry
     device = entry.device if isinstance(entry, Tensor) else torch.device("cpu")
     given = as_integers("index", entry, device, masks=True)
