@@ -32,10 +32,9 @@ class Allowed:
     def checked(self, name: str, value: Any) -> Any:
         """The value, as the first alternative that it fits; errors as `public`."""
         if type(value) in self.types or (type(value) is str and value in self.choices):  # nearly always
-            return value
+            return value if type(value) is not int else _short(name, value)
         if isinstance(value, Tensor) and Tensor in self.alternatives:
-            if value.layout is not torch.strided or value.is_quantized:
-                raise ValueError(f"{name} is {describe(value)}, expected a dense tensor")
+            check_dense(name, value)
             return value
         for kind in self.alternatives:
             fits, fitted = _fit(name, value, kind)
@@ -53,11 +52,13 @@ def public(function: Function) -> Function:
     arrive as int and float.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: a string that is no choice, a number that is not finite, a tensor that is sparse or quantised.
+        TypeError: an argument of another type, or of no such name.
+        ValueError: a string that is no choice, a number that is not finite or an integer of more than 64 bits, a tensor
+            that is sparse or quantised.
     """
     parameters = inspect.signature(function).parameters
     names = tuple(name for name, x in parameters.items() if x.kind is not x.KEYWORD_ONLY)
+    closed = all(x.kind is not x.VAR_KEYWORD for x in parameters.values())
     kinds = _kinds({name: x.annotation for name, x in parameters.items()})
 
     @wraps(function)
@@ -69,6 +70,8 @@ def public(function: Function) -> Function:
         for name, value in keywords.items():
             if name in kinds:
                 keywords[name] = kinds[name].checked(name, value)
+            elif name not in parameters and closed:
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
         if not caller_has_modes():
             return function(*checked, *args[len(names) :], **keywords)
         with plain_modes():
@@ -84,6 +87,12 @@ def check_fields(instance: Any) -> None:
         checked = kind.checked(name, value)
         if checked is not value:
             object.__setattr__(instance, name, checked)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor is sparse or quantised."""
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ValueError(f"{name} is {describe(tensor)}, expected a dense tensor")
 
 
 def _kinds(hints: dict[str, Any]) -> dict[str, Allowed]:
@@ -110,7 +119,8 @@ def _fit(name: str, value: Any, kind: Any) -> tuple[bool, Any]:
     if origin is Literal:
         return isinstance(value, str) and value in get_args(kind), value
     if origin is int:
-        return _integer(value)
+        fits, number = _integer(value)
+        return fits, _short(name, number) if fits else value
     if origin is float:
         return _number(name, value)
     if origin is Callable:
@@ -138,6 +148,8 @@ def as_integers(name: str, values: Any, device: torch.device, *, masks: bool = F
     Raises:
         TypeError: it holds something else.
     """
+    if isinstance(values, Tensor) and values.is_meta:
+        raise ValueError(f"{name} is on meta, expected a device that holds values")
     try:
         given = torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # a list of strings, of lists of different lengths
@@ -155,6 +167,12 @@ def _integer(value: Any) -> tuple[bool, Any]:
         return True, as_integer(value)
     except (TypeError, RuntimeError):
         return False, value
+
+
+def _short(name: str, number: int) -> int:
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} is {describe(number)}, expected an integer of at most 64 bits")
+    return number
 
 
 def _number(name: str, value: Any) -> tuple[bool, Any]:

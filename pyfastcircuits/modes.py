@@ -5,11 +5,12 @@ object keeps is kept for each of the two, see `derived`.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -53,6 +54,24 @@ def in_plain_modes(function: Function) -> Function:
     return cast("Function", run)
 
 
+def kept_for_backward() -> AbstractContextManager[object]:
+    """For values that are kept: what backward() needs of their making is saved with them.
+
+    Within a checkpoint of torch it would be made again, and there the values are found instead of made.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor._version), _unchanged)
+
+
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    """A saved tensor; torch itself looks for changes in place only where it saves without hooks."""
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {list(tensor.shape)} that backward() needs has been changed in place since it was used"
+        )
+    return tensor
+
+
 class derived(Generic[T]):
     """A property of an object that is computed once and kept, in plain modes.
 
@@ -79,5 +98,6 @@ class derived(Generic[T]):
         key = self.name, torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and instance.learns
         kept = instance.__dict__.setdefault("_derived", {})
         if key not in kept:
-            kept[key] = self.compute(instance)
+            with kept_for_backward():
+                kept[key] = self.compute(instance)
         return kept[key]

@@ -56,6 +56,7 @@ class Result:
         return (self.__dict__.get("metric", ""), *self.__dict__.get("extra", {}))
 
     @property
+    @public
     def delta(self) -> Tensor:
         """Values less the baseline, shaped like values."""
         return self.values - self.baseline
@@ -79,8 +80,14 @@ class Result:
 
     @public
     def top(self, n: int) -> list[tuple[Any, float]]:
-        """The n labels that matter most by `harm`, with their difference from the baseline; ties in label order."""
-        means = self.means()
+        """The n labels that matter most by `harm`, with their difference from the baseline; ties in label order.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        if n < 0:
+            raise ValueError(f"n is {n}, expected at least 0")
+        means = self.means().detach()
         key = {"rise": means, "fall": -means, "size": means.abs()}[self.harm]
         best = torch.sort(key.nan_to_num(-torch.inf), descending=True, stable=True).indices[:n].tolist()
         return [(self.labels[i], float(means[i])) for i in best]
@@ -103,9 +110,9 @@ class Result:
         count, places = len(self.labels), self.baseline.numel()
         names = {"metric": self.metric, **{name: str(value) for name, value in self.setup.items()}}
         if not self.baseline.dim():
-            names["baseline"] = repr(float(self.baseline))
+            names["baseline"] = repr(float(self.baseline.detach()))
         quantities = {self.metric: self.values, f"delta_{self.metric}": self.delta, **self.extra}
-        flat = {name: x.double().cpu().reshape(count, places) for name, x in quantities.items()}
+        flat = {name: x.detach().double().cpu().reshape(count, places) for name, x in quantities.items()}
         kept = flat[self.metric].isfinite().flatten() if self.baseline.dim() else torch.ones(count, dtype=torch.bool)
         rows = torch.arange(count).repeat_interleave(places)[kept].tolist()
         pairs = self.setup.keys() & {"scope", "kind"}
@@ -124,7 +131,7 @@ class Result:
         how = ", ".join(f"{name}={value}" for name, value in self.setup.items())
         head = f"{type(self).__name__}({self.metric} of {len(self.labels)}{', ' + how if how else ''}"
         best = ", ".join(f"{label_name(label)} {delta:+.4g}" for label, delta in self.top(3))
-        return f"{head}; baseline {float(self.baseline.double().nanmean()):.4g}; top: {best})"
+        return f"{head}; baseline {float(self.baseline.detach().double().nanmean()):.4g}; top: {best})"
 
 
 def label_name(label: Label) -> str:

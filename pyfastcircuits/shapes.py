@@ -142,6 +142,8 @@ def check_finite(**tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_meta:
+            raise ValueError(f"{name} is on meta, expected a device that holds values")
         if tensor is not None and tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             place = (~tensor.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"{name}{place} is {tensor[tuple(place)].item()}, expected finite values")

@@ -81,6 +81,8 @@ HALVES = {
     "heads": lambda x: fc.head_ablation(RUN, heads=[(0, x)]),
     "sources": lambda x: fc.composition_scores(WEIGHTS, "K", sources=[(0, x)]),
     "k": lambda x: fc.top_entries(MATRIX, x),
+    "factored rows": lambda x: MATRIX[x],
+    "factored columns": lambda x: MATRIX[:, x],
     "rows": lambda x: fc.top_per_row(MATRIX, 1, [x]),
     "rank": lambda x: fc.subspaces(WEIGHTS, (0, 0), (1, 0), rank=x),
     "order": lambda x: fc.order_losses(RUN, x),
@@ -94,7 +96,9 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("index", [0.5, 1.5, float("nan"), True, np.bool_(True), "1", 1j, torch.tensor(True)], ids=str)
+@pytest.mark.parametrize(
+    "index", [torch.tensor(0.5), 0.5, 1.5, float("nan"), True, np.bool_(True), "1", 1j, torch.tensor(True)], ids=str
+)
 @pytest.mark.parametrize("place", HALVES)
 def test_what_is_no_integer_is_no_index(place, index):
     if place == "positions" and isinstance(index, (bool, np.bool_, torch.Tensor)):

@@ -2,14 +2,17 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pyfastcircuits as fc
+from pyfastcircuits.command.cli import app
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # bench is no installed package
@@ -28,6 +31,14 @@ def snippets(page: Path) -> list[tuple[str, bool]]:
     """Every Python block of a page, and whether it needs TransformerLens."""
     found = re.finditer(rf"({re.escape(MARK)}\s*)?^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     return [(match[2], match[1] is not None) for match in found]
+
+
+def code(page: Path) -> list[str]:
+    """Every line of code that is no Python block: in the text, and in other blocks."""
+    text = re.sub(r"^```python\n.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    return [*inline, *(line for block in blocks for line in block.splitlines())]
 
 
 def calls(page: Path) -> list[str]:
@@ -53,6 +64,50 @@ def test_calls_beside_hooks_run():
     names = {"fc": fc, "model": model, "weights": weights, "tokens": tokens, "trace": trace, "clean": clean}
     for call in calls(page):
         assert eval(call, names | {"corrupted": fc.trace(weights, other)}) is not None, call
+
+
+COMMANDS = {line for page in PAGES for line in code(page) if line.startswith("pyfastcircuits ")}
+LESS = {"sweep": "--sequences 2 --length 16 --out out", "heads": "--batches 1 --out out"}  # for a smaller job
+
+
+def test_there_are_commands_on_the_pages():
+    assert {line.split()[1] for line in COMMANDS} >= {"info", "sweep", "heads", "tables"}
+
+
+@pytest.mark.parametrize("line", sorted(COMMANDS))
+def test_commands_run(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, *options = shlex.split(line)[1:]
+    found = CliRunner().invoke(app, [name, *options, *LESS.get(name, "").split()])
+    assert found.exit_code == 0, found.output
+
+
+def test_targets_of_make_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
+    variables = set(re.findall(r"^(\w+) \?= ", makefile, re.MULTILINE))
+    lines = {line for page in PAGES for line in code(page) if line.startswith("make ")}
+    assert len(lines) >= 8
+    for line in lines:
+        target, *settings = line.split()[1:]
+        assert target in targets, line
+        assert {setting.partition("=")[0] for setting in settings} <= variables, line
+
+
+def test_extras_that_pip_is_told_exist():
+    extras = re.findall(r"^([\w-]+) = \[\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    named = {extra for page in PAGES for line in code(page) for extra in re.findall(r"'\.\[([\w-]+)\]'", line)}
+    assert named >= {"cli", "hf", "transformer-lens"}
+    assert named <= set(extras)
+
+
+def test_files_and_names_that_pages_speak_of_exist():
+    for page in PAGES:
+        for line in code(page):
+            for name in re.findall(r"\bfc\.(\w+)", line):
+                assert hasattr(fc, name), (page.name, line)
+            if re.fullmatch(r"(tests|docs|bench|examples|csrc|kernels|pyfastcircuits|\.ci)/[\w./]*", line):
+                assert "my_op" in line or (ROOT / line).exists(), (page.name, line)
 
 
 def test_the_readme_is_short():
@@ -253,6 +308,7 @@ def test_writing_fills_the_readme_and_reports_by_its_status(tmp_path, capsys):
 
 
 def test_snippets_that_need_transformer_lens_are_python():
+    """`make lens` runs them: tests/adapters/test_lens_docs.py."""
     for page in PAGES:
         for text, _ in snippets(page):
             compile(text, page.name, "exec")

@@ -35,6 +35,30 @@ def test_at_most_128_mib(function, dtype, low_memory):
     assert int(out) - clean_logits <= 128 << 20
 
 
+LEARNED = """
+import sys
+sys.path.extend({paths})
+import torch
+from bench.timing import peak_bytes
+from support.random_models import random_weights
+import pyfastcircuits as fc
+
+w = random_weights(2, 16, 16, 64, 4, 20000, norm="rmsnorm", positional="none", dtype=torch.float32)
+for _, tensor in w.tensors():
+    tensor.requires_grad_()
+run = fc.trace(w, torch.randint(0, 20000, (1, 65)))
+fc.path_ablation(run, [((0, 0), (1, 0))]).values.sum().backward(retain_graph=True)
+print(peak_bytes(lambda: fc.pair_ablation(run).values.sum().backward(retain_graph=True)))
+"""
+
+
+def test_gradients_of_many_ablations_take_the_memory_of_a_few():
+    """Of 256 paths, whose logits would be 1.2 GiB."""
+    code = LEARNED.format(paths=PATHS)
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(out) <= 256 * 64 * 20000 * 4 // 4
+
+
 SEARCHED = """
 import sys
 sys.path.extend({paths})

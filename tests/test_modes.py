@@ -11,6 +11,7 @@ from pyfastcircuits import ops
 
 MODES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", dtype=torch.float16),
     "inference mode": torch.inference_mode,
     "default device": lambda: torch.device("meta"),
 }
@@ -77,6 +78,21 @@ CALLS = {
     "logits": lambda w, run, t: run.logits(),
     "z": lambda w, run, t: run.z(1),
     "pattern": lambda w, run, t: run.pattern(1),
+    "attend": lambda w, run, t: run.attend(run.final, 1),
+    "unembed": lambda w, run, t: run.unembed(run.final),
+    "stream_losses": lambda w, run, t: run.stream_losses(run.final[None]),
+    "mean": lambda w, run, t: run.mean(run.token_losses),
+    "non_head_stream": lambda w, run, t: run.non_head_stream(2),
+    "part of a run": lambda w, run, t: run[1:].loss,
+    "delta": lambda w, run, t: fc.head_ablation(run).delta,
+    "means": lambda w, run, t: fc.head_ablation(run).means(),
+    "weights of heads": lambda w, run, t: w.heads("W_V", 1),
+    "bias": lambda w, run, t: w.bias("V", 1),
+    "factored product": lambda w, run, t: (fc.ov_circuit(w, (0, 1)) @ fc.qk_circuit(w, (1, 0))).AB,
+    "factored sum": lambda w, run, t: (fc.ov_circuit(w, (0, 1)) + fc.qk_circuit(w, (1, 0))).AB,
+    "norm": lambda w, run, t: fc.ov_circuit(w, (0, 1)).norm(),
+    "eigenvalues": lambda w, run, t: fc.positivity(fc.ov_circuit(w, (0, 1)).eigenvalues),
+    "vector": lambda w, run, t: fc.ov_circuit(w, (0, 1)) @ w.W_E[:, 0],
 }
 
 
@@ -151,6 +167,32 @@ def test_results_are_the_same_in_every_mode(call):
         assert found.dtype == expected.dtype
         assert not found.is_inference()
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_results_are_the_same_with_another_default_dtype(dtype):
+    weights, tokens = model(dtype=torch.float32), random_tokens(2, 7, 31)
+    expected = {name: call(weights, fc.trace(weights, tokens), tokens) for name, call in CALLS.items()}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = {name: call(weights, fc.trace(weights, tokens), tokens) for name, call in CALLS.items()}
+    finally:
+        torch.set_default_dtype(before)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_decomposition_kept_without_gradients_does_not_cut_those_of_a_later_call(mode):
+    left, right = torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, 6, dtype=torch.float64)
+    matrix = fc.FactoredMatrix(left, right)
+    with mode():
+        matrix.svd()
+    (found,) = torch.autograd.grad(matrix.S.sum(), left)
+    (expected,) = torch.autograd.grad(fc.FactoredMatrix(left, right).S.sum(), left)
+    assert torch.equal(found, expected)
 
 
 def test_the_callers_modes_go_on():

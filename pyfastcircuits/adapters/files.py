@@ -57,7 +57,10 @@ def _weights_of(file: Path) -> CircuitWeights:
             "is loaded by its folder)"
         )
     try:
-        return CircuitWeights(**tensors, **json.loads(metadata[METADATA]))
+        options = json.loads(metadata[METADATA])
+        if not isinstance(options, dict):
+            raise ValueError(f"its options are {describe(options)}, expected an object")
+        return CircuitWeights(**(tensors | options))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} does not hold a CircuitWeights: {error}") from error
     except RecursionError:

@@ -33,10 +33,10 @@ def trace(
     all, becomes a write of its own. The sum over all paths from all of these is the model's own logits. The trace keeps
     the model, and the arguments its layers were called with, for experiments that compute layers anew.
 
-    Where the tensors of a CircuitWeights require gradients, the trace and the results of order_losses and path_logits
-    have them: through patterns and norm scales too, unless the run is made under torch.no_grad(). The run of another
-    library's model is a constant. Weights that are changed in place afterwards, by an optimiser step, make the trace
-    stale: it then raises instead of mixing the two.
+    Where the tensors of a CircuitWeights require gradients, the trace and the results of order_losses, path_logits and
+    ablations under frozen attention have them: through patterns and norm scales too, unless the run is made under
+    torch.no_grad(). The run of another library's model is a constant. Weights that are changed in place afterwards, by
+    an optimiser step, make the trace stale: it then raises instead of mixing the two.
 
     Args:
         model: CircuitWeights, or a model of another library.
@@ -72,7 +72,7 @@ def trace(
 def weights_of(model: Any) -> CircuitWeights:
     """See CircuitWeights.from_model."""
     if isinstance(model, CircuitWeights):
-        raise TypeError("model is a CircuitWeights already")
+        raise TypeError("model is a CircuitWeights already, expected a model of another library: use it as it is")
     weights: CircuitWeights = _library(model).weights_of(model)
     return weights
 
@@ -132,7 +132,7 @@ def _trace_weights(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None,
 
 def checked_tokens(weights: CircuitWeights, tokens: Tensor) -> Tensor:
     """Tokens as [B, T] of int64; errors as `trace`."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if not isinstance(tokens, Tensor) or not _whole(tokens) or tokens.dtype == torch.bool:
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens is {kind}, expected a tensor of integers")
     if tokens.dim() not in (1, 2):
@@ -151,7 +151,7 @@ def checked_mask(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask as [B, T] of bool, None if every token is real; errors as `trace`."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.is_floating_point():
+    if not isinstance(mask, Tensor) or not _whole(mask):
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask is {kind}, expected a tensor of bools or integers")
     if mask.shape != tokens.shape:
@@ -162,3 +162,8 @@ def checked_mask(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
     if not (real[:, :-1] & real[:, 1:]).any():
         raise ValueError("mask leaves nothing to predict: no real token follows a real one")
     return None if real.all() else real
+
+
+def _whole(tensor: Tensor) -> bool:
+    """Whether it holds integers or bools."""
+    return not tensor.is_floating_point() and not tensor.is_complex()

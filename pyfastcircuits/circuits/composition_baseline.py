@@ -80,6 +80,8 @@ def composition_z_scores(
     std = composition_baseline(weights, kind, sources=sources, destinations=destinations).square_std
     if scores.shape != std.shape:
         raise ValueError(f"scores has shape {list(scores.shape)}, expected {list(std.shape)}")
+    if scores.device != std.device:
+        raise ValueError(f"scores is on {scores.device}, but the weights are on {std.device}")
     return torch.where(std > 0, (scores.square() - 1 / weights.d_model) / std, 0)
 
 

@@ -80,9 +80,16 @@ def composed_eigenvalues(
 
 @public
 def positivity(eigenvalues: Tensor) -> Tensor:
-    """sum(real part) / sum(magnitude) over the last dimension: 1 if all are positive, -1 if all are negative."""
+    """sum(real part) / sum(magnitude) over the last dimension: 1 if all are positive, -1 if all are negative.
+
+    Raises:
+        TypeError: eigenvalues that are neither complex nor floating point.
+    """
+    kind = eigenvalues.dtype
+    if not (kind.is_complex or (kind.is_floating_point and kind.itemsize > 1)):
+        raise TypeError(f"eigenvalues has dtype {kind}, expected complex numbers or floating point")
     total = eigenvalues.abs().sum(-1)
-    return torch.where(total > 0, eigenvalues.real.sum(-1) / total, 0)
+    return torch.where(total == 0, 0, eigenvalues.real.sum(-1) / total)
 
 
 @public

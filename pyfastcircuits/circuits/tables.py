@@ -144,6 +144,8 @@ def _searched(
 ) -> _Searched:
     if matrix.has_leading_dims:
         raise ValueError(f"matrix has shape {list(matrix.shape)}, expected [N, M]: index its leading dimensions")
+    if not matrix.dtype.is_floating_point:
+        raise TypeError(f"matrix has dtype {matrix.dtype}, expected floating point")
     A, B = (computable(factor.to(matrix.dtype)) for factor in matrix.pair)
     row_index = checked_indices("rows", rows, matrix.ldim, A.device, repeated=repeated_rows)
     column_index = checked_indices("columns", columns, matrix.rdim, A.device)

@@ -1,6 +1,9 @@
 """Ablations of paths, heads, layers and pairs of heads.
 
-Under frozen attention each is a low-rank change of the clean logits.
+Under frozen attention each is a low-rank change of the clean logits, and its loss is a differentiable function of the
+weights: with metric "nll", precision "ieee" and weights that require gradients, `values`, `baseline` and `delta` have
+them, through the clean run's patterns and norm scales too where that was made with gradients (see `trace`). The
+backward pass makes each few experiments again. Other metrics, and recomputed attention, have no gradients.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +24,8 @@ from pyfastcircuits.experiments.edges import (
     removed_z,
     rerun_removal,
 )
-from pyfastcircuits.experiments.measure import Intervention, measure
+from pyfastcircuits.experiments.intervention import Intervention
+from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, measured, measurement
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
@@ -47,7 +51,6 @@ Scope = Literal["path", "direct", "edge", "joint"]
 
 @public
 @measured
-@torch.no_grad()
 def path_ablation(
     trace: FrozenTrace,
     paths: Iterable[Any],
@@ -70,7 +73,7 @@ def path_ablation(
             that path's term of that run.
 
     Returns:
-        values [P]; `labels` holds the paths, a frozenset for several.
+        values [P], differentiable (see head_ablation); `labels` holds the paths, a frozenset for several.
 
     Raises:
         ValueError, IndexError, TypeError: see nodes.parse_path, ablation_value.AblationValue and options.measurement.
@@ -88,7 +91,6 @@ def path_ablation(
 
 @public
 @measured
-@torch.no_grad()
 def pair_ablation(
     trace: FrozenTrace,
     scope: Scope = "path",
@@ -119,7 +121,8 @@ def pair_ablation(
         pairs: [(source, destination), ...]; None: all there are.
 
     Returns:
-        values [P]; `pairs` is [P, 2, 2], those with layer1 < layer2 (joint: and those within a layer).
+        values [P], differentiable (see head_ablation); `pairs` is [P, 2, 2], those with layer1 < layer2 (joint: and
+        those within a layer).
 
     Raises:
         ValueError: an unknown scope, mode, attention or metric; "path" with recomputed attention; pairs that are none.
@@ -149,7 +152,6 @@ def pair_ablation(
 
 @public
 @measured
-@torch.no_grad()
 def head_ablation(
     trace: FrozenTrace,
     mode: Mode = "zero",
@@ -178,7 +180,8 @@ def head_ablation(
             each position. Padding does not count.
 
     Returns:
-        values [L, H], or [P] with `heads`.
+        values [L, H], or [P] with `heads`. With metric "nll", frozen attention and precision "ieee" they, and the
+        baseline, are differentiable where the weights require gradients; else they are constants.
 
     Raises:
         ValueError: an unknown mode, attention, effect, over or metric; a reference that does not fit.
@@ -203,7 +206,6 @@ def head_ablation(
 
 @public
 @measured
-@torch.no_grad()
 def layer_ablation(
     trace: FrozenTrace,
     mode: Mode = "zero",
@@ -219,7 +221,7 @@ def layer_ablation(
         trace, mode, attention, reference, over: as in head_ablation.
 
     Returns:
-        values [L]; `labels` holds the layers.
+        values [L], differentiable (see head_ablation); `labels` holds the layers.
 
     Raises:
         ValueError, RuntimeError: as head_ablation.
@@ -325,7 +327,8 @@ def _joint_removals(
     weights: CircuitWeights, pairs: Sequence[Path], value: AblationValue, attention: Attention, how: Measurement
 ) -> list[Intervention]:
     """Pairs within a layer share what each head takes out, where the changes of two heads add up; others do not."""
-    adds_up = attention == "frozen" and how.from_sums and (how.final_norm == "frozen" or weights.norm is None)
+    linear = attention == "frozen" and (how.final_norm == "frozen" or weights.norm is None)
+    adds_up = linear and how.from_sums and not how.learns
     groups = grouped(first.layer if adds_up and first.layer == second.layer else None for first, second in pairs)
     out: list[Intervention] = []
     for layer, places in groups.items():

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyfastcircuits.modes import kept_for_backward
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.nodes import Outputs
 from pyfastcircuits.run.trace import FrozenTrace
@@ -48,7 +49,8 @@ class AblationValue:
         if self.mode == "resample":
             return outputs(self._source(part.sequences))
         if outputs not in self._means:
-            self._means[outputs] = self._mean(outputs)
+            with kept_for_backward():
+                self._means[outputs] = self._mean(outputs)
         means = self._means[outputs]
         return means[..., part.sequences, :, :] if self.average_over == "positions" else means
 
@@ -59,7 +61,9 @@ class AblationValue:
     def _source(self, sequences: slice | Tensor) -> FrozenTrace:
         """The part of the reference that some sequences of the run are resampled from."""
         if self._resampled is None or self._resampled[0] is not sequences:
-            self._resampled = sequences, self.reference[sequences if self.order is None else self.order[sequences]]
+            with kept_for_backward():
+                source = self.reference[sequences if self.order is None else self.order[sequences]]
+            self._resampled = sequences, source
         return self._resampled[1]
 
     def _mean(self, outputs: Outputs) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.arguments import public
-from pyfastcircuits.experiments.measure import Intervention, measure
+from pyfastcircuits.experiments.intervention import Intervention
+from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import Asked, Positions, asked
 from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
 from pyfastcircuits.model.norms import centered

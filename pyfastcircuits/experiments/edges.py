@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.experiments.ablation_value import AblationValue
-from pyfastcircuits.experiments.measure import Intervention
+from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.model.norms import centered, normalized
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.nodes import Edge, Head, HeadOutputs, Inputs, Node, grouped

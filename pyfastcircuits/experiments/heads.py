@@ -112,6 +112,8 @@ def head_scores(
 
 def _weights_of(model: Any, weights: CircuitWeights | None) -> CircuitWeights:
     if isinstance(model, CircuitWeights):
+        if weights is not None and weights is not model:
+            raise ValueError("weights is given, but the model is a CircuitWeights itself: give one of them")
         return model
     return CircuitWeights.from_model(model) if weights is None else weights
 

@@ -1,70 +1,30 @@
 """From interventions to metrics, in bounded memory: every experiment measures its logits here.
 
-An intervention takes something out of the final residual stream; that changes the clean logits by a low-rank term,
+What an intervention takes out of the final residual stream changes the clean logits by a low-rank term,
 which goes through W_U or through W_O @ W_U of a head. Work is cut along sequences, experiments and the vocabulary.
 Beyond the clean logits (one part of the sequences at a time; none with `low_memory`) the scratch is a few blocks of
 run.memory's size, whatever the number of experiments.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.experiments.intervention import Intervention
+from pyfastcircuits.experiments.learning import learned_losses
 from pyfastcircuits.experiments.metrics import KL, Asked
 from pyfastcircuits.experiments.options import Measurement
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale
-from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import SweepPartial, rank_partial
 from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.losses import CleanLogits, LogitBasis, Unembedding, basis_group, changed_partial, slices
-from pyfastcircuits.run.nodes import Head
 from pyfastcircuits.run.trace import FrozenTrace
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Intervention(ABC):
-    """Experiments of one kind: each takes something out of the final residual stream.
-
-    Attributes:
-        places: the places of these experiments among all results.
-        write_heads: the heads through whose W_O what is taken out was written: one for all experiments, or each
-            experiment's own; none: it is given as it lies in the residual stream.
-        removes_unembed_bias: whether the bias of the logits is taken out too.
-        pairs: each experiment takes out two things at once, and these are their numbers: `removal` is asked for all
-            single ones, and experiments that share one share its product with the vocabulary. Only for measurements
-            that are `from_sums` under a frozen final norm, where what two things change adds up.
-        extra_floats_per_position: numbers per position that `removal` keeps beside what it returns.
-    """
-
-    places: Sequence[int]
-    write_heads: Sequence[Head] = ()
-    removes_unembed_bias: bool = False
-    pairs: Sequence[tuple[int, int]] | None = None
-    extra_floats_per_position: int = 0
-
-    @abstractmethod
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """The part of the final residual stream that some of the experiments take out, in a part of the run.
-
-        [P, B, T, d]; with write_heads before their W_O, [P, B, T, r].
-        """
-
-    @property
-    def has_own_heads(self) -> bool:
-        """Whether each experiment has a write head of its own."""
-        return len(self.write_heads) > 1
-
-    def W_O(self, weights: CircuitWeights, members: Sequence[int]) -> Tensor | None:
-        """W_O of the experiments' write heads, [P, r, d], or [1, r, d] where one serves all."""
-        heads = [self.write_heads[i] for i in members] if self.has_own_heads else self.write_heads
-        return torch.stack([weights.head("W_O", *head) for head in heads]) if heads else None
 
 
 class _Part:
@@ -176,7 +136,6 @@ class _ChangedRows:
         return self.part.clean.of_tokens(tokens) + changes
 
 
-@torch.no_grad()
 def measure(
     trace: FrozenTrace,
     interventions: Sequence[Intervention],
@@ -188,9 +147,26 @@ def measure(
     """The result of every experiment of every intervention, labelled in the order of their places.
 
     Values are means over the positions measured, or with `per_token` each position's. They are [P], or `shape`, for as
-    many labels.
+    many labels. The losses of a measurement that learns have gradients.
     """
-    values = {metric.name: _Values(trace, how, (len(labels),)) for metric in how.metrics}
+    first, *others = how.metrics
+    count, found = len(labels), {}
+    if how.learns:
+        found[first.name] = learned_losses(trace, interventions, how, count)
+        how = replace(how, metrics=tuple(others), progress=None)
+    if how.metrics:
+        found |= _measured(trace, interventions, how, count)
+    values = {name: x.unflatten(0, shape or (count,)) for name, (x, _) in found.items()}
+    extra = {metric.name: values[metric.name] for metric in others}
+    return Result(labels, values[first.name], found[first.name][1], first.name, extra, setup, first.harm)
+
+
+@torch.no_grad()
+def _measured(
+    trace: FrozenTrace, interventions: Sequence[Intervention], how: Measurement, count: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By metric: its values of `count` experiments, and its value of the clean run."""
+    values = {metric.name: _Values(trace, how, (count,)) for metric in how.metrics}
     clean = {metric.name: _Values(trace, how, ()) for metric in how.metrics}
     with OneDnnMatmul(trace.weights.device):
         unembedding = Unembedding(trace.weights)
@@ -209,10 +185,7 @@ def measure(
                         values[metric.name].put(places, sequences, asked, metric.measure(rows))
                     if how.progress is not None:
                         how.progress(len(members) * asked.count / how.asked.count)
-    first, *others = how.metrics
-    found = {name: x.finished().unflatten(0, shape or (len(labels),)) for name, x in values.items()}
-    extra = {metric.name: found[metric.name] for metric in others}
-    return Result(labels, found[first.name], clean[first.name].finished(), first.name, extra, setup, first.harm)
+    return {name: (x.finished(), clean[name].finished()) for name, x in values.items()}
 
 
 class _Values:

@@ -67,6 +67,7 @@ class MetricSpec(ABC):
         """The metric, fp64 [P, N]."""
 
 
+@dataclass(frozen=True, eq=False)
 class NLL(MetricSpec):
     """The loss: the negative log-likelihood of the target, in nats."""
 
@@ -77,6 +78,7 @@ class NLL(MetricSpec):
         return rows.nll
 
 
+@dataclass(frozen=True, eq=False)
 class Probability(MetricSpec):
     """The probability of the target."""
 
@@ -88,6 +90,7 @@ class Probability(MetricSpec):
         return (-rows.nll).exp()
 
 
+@dataclass(frozen=True, eq=False)
 class KL(MetricSpec):
     """The divergence KL(clean || changed) of the predictions, in nats; it asks about no token."""
 
@@ -114,6 +117,7 @@ class LogitDifference(MetricSpec):
         return first - second
 
 
+@dataclass(frozen=True, eq=False)
 class Rank(MetricSpec):
     """The number of tokens whose logit is larger than the target's: 0 for the model's first choice."""
 
@@ -126,6 +130,7 @@ class Rank(MetricSpec):
         return rows.rank
 
 
+@dataclass(frozen=True, eq=False)
 class Top1(MetricSpec):
     """The share of positions where no token has a larger logit than the target."""
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
+import torch
 from torch import Tensor
 
-from pyfastcircuits.experiments.metrics import KL, Asked, Metric, MetricSpec, Positions, asked, metric_spec
+from pyfastcircuits.experiments.metrics import KL, NLL, Asked, Metric, MetricSpec, Positions, asked, metric_spec
 from pyfastcircuits.ops import Backend, Precision
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -73,6 +74,7 @@ class Measurement:
     precision: Precision
     backend: Backend
     progress: Callable[[float], None] | None
+    learns: bool  # whether the first metric's values are differentiable functions of the weights
 
     @property
     def from_sums(self) -> bool:
@@ -98,7 +100,9 @@ def measurement(trace: FrozenTrace, options: Mapping[str, Any], attention: Atten
         of_tokens=not isinstance(metric, KL),
     )
     how = {name: chosen[name] for name in ("per_token", "low_memory", "precision", "backend", "progress")}
-    return Measurement((metric, *beside), where, final_norm, **how)
+    exact = attention == "frozen" and isinstance(metric, NLL) and chosen["precision"] == "ieee"
+    learns = exact and trace.learns and torch.is_grad_enabled()
+    return Measurement((metric, *beside), where, final_norm, **how, learns=learns)
 
 
 def measured(function: Function) -> Function:

@@ -61,6 +61,7 @@ class Sweep:
     options: MeasureOptions
 
     @public
+    @torch.no_grad()
     def examples(self, n: int, *, context: int = 12, progress: Callable[[float], None] | None = None) -> list[Example]:
         """For each of the n ablations that matter most, the predicted token whose metric it harms most.
 
@@ -85,6 +86,7 @@ class Sweep:
 
 @public
 @measured
+@torch.no_grad()
 def sweep(
     model: Any,
     tokens: Tensor,
@@ -104,8 +106,8 @@ def sweep(
         mode, attention: as in head_ablation.
 
     Returns:
-        A Sweep; its result has KL(clean || ablated) beside the metric. `progress` hears of the clean run and of orders
-        and marginals too: see count_steps.
+        A Sweep, without gradients; its result has KL(clean || ablated) beside the metric. `progress` hears of the clean
+        run and of orders and marginals too: see count_steps.
 
     Raises:
         ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses, pair_ablation and head_ablation.

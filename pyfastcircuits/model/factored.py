@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Sequence
-from numbers import Integral, Number
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import as_integers, describe, public
+from pyfastcircuits.arguments import check_dense, describe, public
+from pyfastcircuits.model.indexing import axes_of, expanded, kept_axis
 from pyfastcircuits.modes import in_plain_modes
 
 
@@ -34,8 +35,9 @@ class FactoredMatrix:
     Raises:
         AssertionError: the inner dimensions differ.
         RuntimeError: "Shape mismatch", the leading dimensions do not broadcast.
+        TypeError, ValueError: a factor is no dense tensor of at least 16 bits a number and two dimensions.
 
-    Both kinds of error, here and in the products, are those of TransformerLens.
+    The first two kinds of error, here and in the products, are those of TransformerLens.
     """
 
     __hash__ = object.__hash__
@@ -44,6 +46,9 @@ class FactoredMatrix:
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         """Check the factors and broadcast them; nothing is copied."""
+        _check_factor("A", A)
+        _check_factor("B", B)
+        _check_device("A", A, "B", B)
         assert A.size(-1) == B.size(-2), (
             f"Factored matrix must match on inner dimension, shapes were a: {A.shape}, b: {B.shape}"
         )
@@ -132,6 +137,7 @@ class FactoredMatrix:
             return (self @ other.A) @ other.B
         if not _is_like_tensor(other):
             return NotImplemented
+        _check_device("the matrix", self, "other", other)
         if other.ndim < 2:
             return (self.A @ (self.B @ other.unsqueeze(-1))).squeeze(-1)
         assert other.size(-2) == self.rdim, (
@@ -146,6 +152,7 @@ class FactoredMatrix:
         """The product of a matrix with this one, factored; of a vector [ldim] with it, the vector [..., rdim]."""
         if not _is_like_tensor(other):
             return NotImplemented
+        _check_device("the matrix", self, "other", other)
         assert other.size(-1) == self.ldim, (
             f"Left matrix must match on inner dimension, shapes were self: {self.shape}, other: {other.shape}"
         )
@@ -215,7 +222,10 @@ class FactoredMatrix:
         A, B = computable(self.A), computable(self.B)
         left, left_triangle = torch.linalg.qr(A)
         right, right_triangle = torch.linalg.qr(B.transpose(-2, -1))
-        U, S, Vh = torch.linalg.svd(left_triangle @ right_triangle.transpose(-2, -1), full_matrices=False)
+        try:
+            U, S, Vh = torch.linalg.svd(left_triangle @ right_triangle.transpose(-2, -1), full_matrices=False)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ValueError("A or B holds NaN or infinity: a matrix has singular values if it is finite") from error
         U, V = left @ U, right @ Vh.transpose(-2, -1)
         if S.requires_grad:  # dS = diag(U.T dM V): through the QRs it would be NaN for factors of lower rank
             S = ((U.detach().transpose(-2, -1) @ A) * (B @ V.detach()).transpose(-2, -1)).sum(-1)
@@ -297,7 +307,7 @@ class FactoredMatrix:
             ValueError: there are more indices than dimensions.
             IndexError: an index is out of range, or there are two `...`.
         """
-        entries = _expanded(index if isinstance(index, tuple) else (index,), self.shape)
+        entries = expanded(index if isinstance(index, tuple) else (index,), self.shape)
         kept: list[Any] = []
         new: list[int] = []  # how many matrix axes lie before each new axis
         axes, leading = 0, self.ndim - 2
@@ -306,12 +316,12 @@ class FactoredMatrix:
                 new.append(axes - leading)
             else:
                 kept.append(entry)
-                axes += _axes(entry)
+                axes += axes_of(entry)
         matrix = kept[len(kept) - max(0, axes - leading) :]
         lead = tuple(kept[: len(kept) - len(matrix)])
         rows, columns = (*matrix, slice(None), slice(None))[:2]
-        A = self.A[lead][..., _kept_axis(rows, self.ldim), :]
-        out = type(self)(A, self.B[lead][..., _kept_axis(columns, self.rdim)])
+        A = self.A[lead][..., kept_axis(rows, self.ldim), :]
+        out = type(self)(A, self.B[lead][..., kept_axis(columns, self.rdim)])
         for before in new:
             if before == 0:
                 out = out.unsqueeze(out.ndim - 2)
@@ -341,8 +351,32 @@ class _Norm(torch.autograd.Function):
         return scale * (A @ (B @ B.transpose(-2, -1))), scale * ((A.transpose(-2, -1) @ A) @ B)
 
 
+def _check_factor(name: str, factor: Any) -> None:
+    if not _is_like_tensor(factor):
+        raise TypeError(f"{name} is {describe(factor)}, expected a tensor")
+    if isinstance(factor, Tensor):
+        check_dense(name, factor)
+        if factor.is_floating_point() and factor.itemsize < 2:
+            raise TypeError(f"{name} has dtype {factor.dtype}, expected at least 16 bits a number")
+        if factor.ndim < 2:
+            raise ValueError(f"{name} has shape {list(factor.shape)}, expected at least two dimensions")
+
+
+def _check_device(name: str, one: Any, other_name: str, other: Any) -> None:
+    """Raise ValueError where two lie on two devices: torch multiplies by a meta tensor as if it held numbers."""
+    devices = getattr(one, "device", None), getattr(other, "device", None)
+    if isinstance(other, Tensor) and isinstance(one, (Tensor, FactoredMatrix)) and devices[0] != devices[1]:
+        raise ValueError(f"{other_name} is on {devices[1]}, but {name} is on {devices[0]}")
+
+
 def computable(x: Tensor) -> Tensor:
-    """x in float32 if it is in a 16-bit type, which torch does not decompose."""
+    """x in float32 if it is in a 16-bit type, which torch does not decompose.
+
+    Raises:
+        TypeError: it holds integers or bools, which torch does not decompose either.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"the matrix has dtype {x.dtype}, expected floating point")
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -362,44 +396,3 @@ def _is_like_tensor(other: Any) -> bool:
 def _is_factored(x: Any) -> bool:
     """Whether x is a factored matrix, ours or TransformerLens'."""
     return isinstance(x, FactoredMatrix) or hasattr(x, "collapse_l")
-
-
-def _is_mask(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8)
-
-
-def _axes(entry: Any) -> int:
-    """How many dimensions an index entry consumes."""
-    if entry is None:
-        return 0
-    return entry.ndim if _is_mask(entry) else 1
-
-
-def _expanded(index: Sequence[Any], shape: Sequence[int]) -> list[Any]:
-    """Sequences and arrays as tensors, and `...` as the slices it stands for."""
-    plain = (slice, Integral, Tensor, type(None), type(...))
-    known = (isinstance(x, plain) and not isinstance(x, bool) for x in index)
-    cpu = torch.device("cpu")
-    entries = [
-        x if is_known else as_integers("index", x, cpu, masks=True) for x, is_known in zip(index, known, strict=True)
-    ]
-    dots = [i for i, entry in enumerate(entries) if entry is ...]
-    used = sum(_axes(entry) for entry in entries) - len(dots)
-    if used > len(shape):
-        raise ValueError(f"{tuple(index)} is too long an index for a FactoredMatrix with shape {shape}")
-    if len(dots) > 1:
-        raise IndexError(f"{tuple(index)}: an index can have only one '...'")
-    for i in dots:
-        entries[i : i + 1] = [slice(None)] * (len(shape) - used)
-    return entries
-
-
-def _kept_axis(entry: Any, size: int) -> Any:
-    """An integer index of a matrix axis as a slice of length 1."""
-    single = isinstance(entry, Integral) or (isinstance(entry, Tensor) and entry.ndim == 0 and not _is_mask(entry))
-    if not single:
-        return entry
-    value = int(entry)
-    if not -size <= value < size:
-        raise IndexError(f"index {value} is out of range for a matrix axis of size {size}")
-    return slice(value, value + 1 or None)

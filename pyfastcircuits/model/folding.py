@@ -50,6 +50,8 @@ def fold_norm(
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor is not None and tensor.device != weights.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the weights are on {weights.device}")
     readers = {name: stacked(getattr(weights, f"W_{name}")) for name in ("Q", "K", "V")}
     changed: dict[str, Any] = {f"W_{name}": weight * gain[:, None, :, None] for name, weight in readers.items()}
     changed["W_U"] = weights.W_U * final_gain[:, None]
@@ -88,7 +90,7 @@ def center(weights: CircuitWeights) -> CircuitWeights:
 @torch.no_grad()
 def fold_value_biases(weights: CircuitWeights) -> CircuitWeights:
     """Weights whose b_O holds b_V too: rows of a pattern sum to 1, so b_V is written whole. Logits do not change."""
-    if weights.b_V is None:
+    if weights.b_V is None or not weights.n_layers:  # without layers b_V is empty
         return weights
     bare = replace(weights, ln_b=None, ln_post_w=None)  # these act on the new b_O as they did on b_V and b_O
     written = torch.stack([bare.written_bias(layer) for layer in range(weights.n_layers)])

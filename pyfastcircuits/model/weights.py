@@ -341,6 +341,8 @@ def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, but W_E has {like.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, but W_E is on {like.device}")
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on meta, expected a device that holds values")
     in_memory = tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))  # 15 times faster
     if tensor.numel() and not all(bound.isfinite() for bound in in_memory.aminmax()):
         place = (~tensor.isfinite()).nonzero()[0].tolist()

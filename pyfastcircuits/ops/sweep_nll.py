@@ -215,8 +215,8 @@ def checked_sweep(
         if len(basis) != 1:
             raise ValueError(f"basis holds {len(basis)} groups, but group is None; say which each ablation uses")
         group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
-    tokens = [t.long() for t in targets.values()]
+    tokens = list(targets.values())
     if base.device.type == "cpu":
         tokens = [in_range(name, t, base.shape[1]) for name, t in zip(targets, tokens, strict=True)]
         group = in_range("group", group, len(basis))
-    return group.long(), torch.stack(tokens, -1)
+    return group.long(), torch.stack([t.long() for t in tokens], -1)

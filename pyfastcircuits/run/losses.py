@@ -30,10 +30,10 @@ def slices(size: int, width: int) -> Iterator[slice]:
 class Unembedding:
     """W_U and the bias of the logits, read by columns in the computing dtype."""
 
-    def __init__(self, weights: CircuitWeights) -> None:
+    def __init__(self, weights: CircuitWeights, *, biased: bool = True) -> None:
         self.weights, self.dtype, self.cap = weights, weights.compute_dtype, weights.logit_cap
         with torch.no_grad():
-            self.bias = weights.whole_unembed_bias()
+            self.bias = weights.whole_unembed_bias() if biased else None
 
     def columns(self, columns: Columns) -> Tensor:
         """W_U[:, columns], [d, columns]."""
@@ -158,9 +158,15 @@ def changed_partial(
     return total
 
 
-def row_losses(rows: Tensor, targets: Tensor, weights: CircuitWeights, backend: Backend = "auto") -> Tensor:
-    """NLL [N] of targets [N] for rows [N, d] of the normed final residual stream; differentiable, in memory O(N d)."""
-    losses: Tensor = _RowLosses.apply(rows, weights.W_U, weights.whole_unembed_bias(), targets, weights, backend)
+def row_losses(
+    rows: Tensor, targets: Tensor, weights: CircuitWeights, backend: Backend = "auto", *, biased: bool = True
+) -> Tensor:
+    """NLL [N] of targets [N] for rows [N, d] of the normed final residual stream; differentiable, in memory O(N d).
+
+    `biased`: whether the bias of the logits is added.
+    """
+    bias = weights.whole_unembed_bias() if biased else None
+    losses: Tensor = _RowLosses.apply(rows, weights.W_U, bias, targets, weights, backend)
     return losses
 
 
@@ -179,7 +185,7 @@ class _RowLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, W_U, bias, targets)
         ctx.cap = weights.logit_cap
-        unembedding = Unembedding(weights)
+        unembedding = Unembedding(weights, biased=bias is not None)
         nothing = LogitBasis(unembedding)
         out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
         for part in slices(len(rows), memory.ROWS):

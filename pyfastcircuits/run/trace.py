@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import as_integers, describe, public
 from pyfastcircuits.model.norms import centered, final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.modes import derived
-from pyfastcircuits.ops import Backend
+from pyfastcircuits.modes import derived, kept_for_backward
+from pyfastcircuits.ops import Backend, check_range
 from pyfastcircuits.run.forward import Forward
 from pyfastcircuits.run.losses import row_losses
 from pyfastcircuits.run.model_guard import ModelGuard
@@ -59,14 +59,30 @@ class FrozenModel:
 
         The gain of a layer's norm is in the weights that read it (CircuitWeights.layer); the final norm's is applied
         here.
+
+        Raises:
+            IndexError: no such layer.
         """
         weights = self.weights
+        _check_boundary(layer, weights)
+        self._check_stream("stream", stream, weights.d_model)
         linear = final_norm_gain(stream, weights) if layer == weights.n_layers else centered(stream, weights)
         return linear * self.scales[layer][..., None]
+
+    def _check_stream(self, name: str, stream: Tensor, width: int) -> None:
+        shape = [*self.scales.shape[1:], width]
+        if not stream.is_floating_point():
+            raise TypeError(f"{name} has dtype {stream.dtype}, expected floating point")
+        if list(stream.shape[-3:]) != shape:
+            raise ValueError(f"{name} has shape {list(stream.shape)}, expected [..., {', '.join(map(str, shape))}]")
+        if stream.device != self.scales.device:
+            raise ValueError(f"{name} is on {stream.device}, but the run is on {self.scales.device}")
 
     @public
     def apply_post_norm(self, written: Tensor, layer: int) -> Tensor:
         """The part of `written`, by a layer's heads, that reaches the residual stream: through the norm after them."""
+        self.guard.weights.check_layer(layer)
+        self._check_stream("written", written, written.shape[-1] if written.dim() else 0)
         return written if self.post_scales is None else written * self.post_scales[layer][..., None]
 
     @public
@@ -147,14 +163,17 @@ class FrozenTrace(FrozenModel):
             IndexError: no such layer.
         """
         self.guard.weights.check_layer(layer)
-        found = self._z.get(layer)
-        if found is None:
-            read = self.normed(self.streams[layer], layer)
-            values = torch.einsum("btd,hdr->bhtr", read, self.weights.layer("W_V", layer))
-            bias = self.weights.bias("V", layer)
-            values = values if bias is None else values + bias[:, None]
-            found = self._z[layer] = apply_pattern(self.patterns[layer], values[None])[0].transpose(0, 1)
-        return found
+        if layer not in self._z:
+            with kept_for_backward():
+                self._z[layer] = self._mixed(layer)
+        return self._z[layer]
+
+    def _mixed(self, layer: int) -> Tensor:
+        read = self.normed(self.streams[layer], layer)
+        values = torch.einsum("btd,hdr->bhtr", read, self.weights.layer("W_V", layer))
+        bias = self.weights.bias("V", layer)
+        values = values if bias is None else values + bias[:, None]
+        return apply_pattern(self.patterns[layer], values[None])[0].transpose(0, 1)
 
     @derived
     def _z(self) -> dict[int, Tensor]:
@@ -167,7 +186,12 @@ class FrozenTrace(FrozenModel):
 
     @public
     def non_head_stream(self, layer: int) -> Tensor:
-        """The sum of everything that is no attention head and is written before `layer` reads, [B, T, d]."""
+        """The sum of everything that is no attention head and is written before `layer` reads, [B, T, d].
+
+        Raises:
+            IndexError: no such layer; L stands for the final norm.
+        """
+        _check_boundary(layer, self.guard.weights)
         return sum(self.non_head_writes[:layer], self.embedded)
 
     @public
@@ -196,6 +220,9 @@ class FrozenTrace(FrozenModel):
     def stream_losses(self, streams: Tensor, backend: Backend = "auto") -> Tensor:
         """NLL [K, B, T-1] when each of `streams` [K, B, T, d] is the final residual stream. No [T, V] is stored."""
         weights = self.weights
+        self._check_stream("streams", streams, weights.d_model)
+        if streams.dim() != 4:
+            raise ValueError(f"streams has shape {list(streams.shape)}, expected four dimensions, [K, B, T, d]")
         rows, targets = self.normed(streams, weights.n_layers)[..., :-1, :], self.tokens[:, 1:]
         seen = torch.ones_like(targets, dtype=torch.bool) if self.predicting is None else self.predicting
         losses = row_losses(rows[:, seen].flatten(0, 1), targets[seen].repeat(len(streams)), weights, backend)
@@ -211,11 +238,22 @@ class FrozenTrace(FrozenModel):
     @public
     def mean(self, losses: Tensor) -> Tensor:
         """Mean over sequences and predicting positions: [..., B, T-1] -> [...]."""
+        expected = [len(self.tokens), self.tokens.shape[1] - 1]
+        if list(losses.shape[-2:]) != expected or not losses.is_floating_point():
+            raise ValueError(f"losses is {describe(losses)}, expected floating point of [..., B, T-1] = {expected}")
+        if losses.device != self.tokens.device:
+            raise ValueError(f"losses is on {losses.device}, but the run is on {self.tokens.device}")
         return losses.mean((-2, -1)) if self.predicting is None else losses[..., self.predicting].mean(-1)
 
     @public
     def __getitem__(self, sequences: slice | Tensor) -> "FrozenTrace":
-        """The trace of some of the sequences; a slice gives views, and nothing is computed."""
+        """The trace of some of the sequences; a slice gives views, and nothing is computed.
+
+        Raises:
+            ValueError, IndexError, TypeError: a tensor that is neither a mask [B] nor a list of sequences there are.
+        """
+        if isinstance(sequences, Tensor):
+            _check_sequences(as_integers("sequences", sequences, self.tokens.device, masks=True), len(self.tokens))
         return replace(
             self,
             patterns=tuple(select_sequences(p, sequences) for p in self.patterns),
@@ -229,3 +267,20 @@ class FrozenTrace(FrozenModel):
             forward=self.forward.select(sequences),
             sequences=sequences,
         )
+
+
+def _check_boundary(layer: int, weights: CircuitWeights) -> None:
+    """Raise IndexError unless it is a layer, or L: what stands behind the last one."""
+    if not 0 <= layer <= weights.n_layers:
+        raise IndexError(f"layer is {layer}, expected 0 to {weights.n_layers} (the final norm)")
+
+
+def _check_sequences(sequences: Tensor, count: int) -> None:
+    """Raise unless they are a mask of all sequences, or numbers of some; negative ones count from the end."""
+    if sequences.dtype == torch.bool:
+        if list(sequences.shape) != [count]:
+            raise ValueError(f"sequences has shape {list(sequences.shape)}, expected [{count}]")
+    elif sequences.dim() != 1:
+        raise ValueError(f"sequences has shape {list(sequences.shape)}, expected [N]")
+    else:
+        check_range("sequences", torch.where(sequences < 0, sequences + count, sequences), count)

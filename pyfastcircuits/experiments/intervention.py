@@ -1,0 +1,51 @@
+"""What an experiment does to a run: it takes something out of the final residual stream."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.nodes import Head
+from pyfastcircuits.run.trace import FrozenTrace
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Intervention(ABC):
+    """Experiments of one kind: each takes something out of the final residual stream.
+
+    Attributes:
+        places: the places of these experiments among all results.
+        write_heads: the heads through whose W_O what is taken out was written: one for all experiments, or each
+            experiment's own; none: it is given as it lies in the residual stream.
+        removes_unembed_bias: whether the bias of the logits is taken out too.
+        pairs: each experiment takes out two things at once, and these are their numbers: `removal` is asked for all
+            single ones, and experiments that share one share its product with the vocabulary. Only for measurements
+            that are `from_sums` under a frozen final norm, where what two things change adds up.
+        extra_floats_per_position: numbers per position that `removal` keeps beside what it returns.
+    """
+
+    places: Sequence[int]
+    write_heads: Sequence[Head] = ()
+    removes_unembed_bias: bool = False
+    pairs: Sequence[tuple[int, int]] | None = None
+    extra_floats_per_position: int = 0
+
+    @abstractmethod
+    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
+        """The part of the final residual stream that some of the experiments take out, in a part of the run.
+
+        [P, B, T, d]; with write_heads before their W_O, [P, B, T, r].
+        """
+
+    @property
+    def has_own_heads(self) -> bool:
+        """Whether each experiment has a write head of its own."""
+        return len(self.write_heads) > 1
+
+    def W_O(self, weights: CircuitWeights, members: Sequence[int]) -> Tensor | None:
+        """W_O of the experiments' write heads, [P, r, d], or [1, r, d] where one serves all."""
+        heads = [self.write_heads[i] for i in members] if self.has_own_heads else self.write_heads
+        return torch.stack([weights.head("W_O", *head) for head in heads]) if heads else None
