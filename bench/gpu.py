@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: builds, tests and measures on a CUDA GPU, and writes the table into bench/RESULTS.md.
+"""`python -m bench.gpu [SECTION ...]`: builds, tests and measures on a CUDA GPU, and writes bench/RESULTS.md's table.
 
 Sections run one by one in processes of their own; one that fails or takes too long is reported and the others go on.
 """
@@ -352,13 +352,15 @@ SECTIONS: dict[str, tuple[Callable[[], Iterator[Row] | None], int]] = {  # secon
 
 
 def main() -> int:
-    """Run every section, write the table, and return the number that failed."""
+    """Run all sections, or those that are named, write the table, and return the number that failed."""
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA GPU here; nothing was built or measured")
         return 2
     failed: list[str] = []
     tables: dict[str, list[Row]] = {}
-    for name, (_, limit) in SECTIONS.items():
+    chosen = sys.argv[1:] or list(SECTIONS)
+    for name in chosen:
+        limit = SECTIONS[name][1]
         print(f"-- {name}", flush=True)
         command = [sys.executable, "-c", f"from bench.gpu import run_section; run_section({name!r})"]
         table = ROOT / "build" / f"gpu-{name}.json"
@@ -402,7 +404,7 @@ def write(tables: dict[str, list[Row]], failed: list[str]) -> None:
     ]
     lines = [HEADING, ", ".join(facts) + "."]
     for name, caption in CAPTIONS.items():
-        rows = tables[name]
+        rows = tables.get(name, [])
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines += ["", caption, ""]
         if rows:
