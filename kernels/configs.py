@@ -72,7 +72,8 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     block_t, block_v = rows // block_p, 64 if dtype in ("bf16", "fp32") else 32
     row_blocks = _blocks(pairs, block_p) * _blocks(positions, block_t)
     splits = _splits(row_blocks, _blocks(vocabulary, block_v), arch)
-    blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": _depth(rank, dtype)}
+    block_k = 16 if dtype == "fp32" else _depth(rank, dtype)
+    blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
     # Four warps hold a tile, but not beside the left factor's when that is loaded anew at every step.
     num_warps = 8 if rows > 64 and rank > DEEPEST[dtype] else 4
     return Config(blocks, splits, num_warps, num_stages=3 if dtype in ("bf16", "fp32") else 2)

@@ -17,7 +17,7 @@ from pyfastcircuits.shapes import check_shapes, register_outputs, sweep_nll_outp
 
 # Left to itself, ptxas would rather spill than have few warps.
 TOKENS_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
-CHANGES_OPTIONS = {"maxnreg": 255}
+WIDE_OPTIONS = {"num_warps": 8, "maxnreg": 255}  # with scales or changes
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def sweep_nll_triton(
     tensors = *tensors, None if scale is None else scale.contiguous()
     tiles = config.tiles(base.shape[1], "BLOCK_V")
     constants = {"RANK": sizes["r"], "PRECISION": precision, "CAP": cap}
-    options = config.options | ({} if summed is None else CHANGES_OPTIONS)
+    options = config.options | (WIDE_OPTIONS if scale is not None or summed is not None else {})
     with torch.cuda.device_of(base):
         sweep_nll_kernel[(row_blocks * config.splits,)](
             *tensors, clean_lse, references, totals, summed, *counts, config.splits, tiles, **constants, **options

@@ -28,7 +28,7 @@ from pyfastcircuits.kernels.frozen_attention import LSE_OPTIONS, attention_lse_k
 from pyfastcircuits.kernels.frozen_attention import OPTIONS as ATTENTION_OPTIONS
 from pyfastcircuits.kernels.joint_nll import CHANGES_WARPS, joint_nll_kernel
 from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
-from pyfastcircuits.kernels.sweep_nll import CHANGES_OPTIONS, TOKENS_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
+from pyfastcircuits.kernels.sweep_nll import TOKENS_OPTIONS, WIDE_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
 from pyfastcircuits.kernels.target_ranks import target_ranks_kernel
 
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # shared memory a block may have
@@ -243,7 +243,8 @@ def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
         constants |= dict.fromkeys(("scale", "mean_base", "mean_basis"))
     warps = config.num_warps * (CHANGES_WARPS if name == "joint_nll_capped" else 1)
     options = {"num_warps": warps, "num_stages": config.num_stages}
-    options |= {"sweep_nll_tokens": TOKENS_OPTIONS, "sweep_nll_capped": CHANGES_OPTIONS}.get(name, {})
+    if op == "sweep_nll":
+        options |= TOKENS_OPTIONS if name == "sweep_nll_tokens" else WIDE_OPTIONS if whole else {}
     return _compiled(kernel, types, constants, {"stride"}, options, arch, ones)
 
 
