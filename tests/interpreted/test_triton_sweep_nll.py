@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from support.sweep_cases import Sweep, assert_partials_as_accurate, capped, eager, exact, make, not_finite
 
+from pyfastcircuits.kernels.common import rounded
 from pyfastcircuits.kernels.sweep_nll import sweep_nll_triton
 
 # numpy stands in for the GPU, and warns where infinities meet.
@@ -23,8 +24,19 @@ def check(sweep: Sweep, precision: str = "ieee", tiny: float = 1e-6, cap: float 
 
 
 @pytest.mark.parametrize("r", [0, 1, 5, 64, 70])
-def test_ranks(r: int) -> None:
-    check(make(P=3, T=19, V=147, r=r))
+@pytest.mark.parametrize("clean", [False, True])
+def test_ranks(r: int, clean: bool) -> None:
+    check(make(P=3, T=19, V=147, r=r, clean=clean))
+
+
+def test_factors_are_rounded_to_the_nearest() -> None:
+    """Of a fraction's 23 bits TF32 has 10: half a unit in the last of them is the most that is lost."""
+    x = torch.randn(10_000)
+    assert ((rounded(x, "tf32") - x).abs() / x.abs()).max() <= 2**-11
+    assert (rounded(x, "tf32").view(torch.int32) & (1 << 13) - 1 == 0).all()
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800000, -0x800000, -1, 0, -(1 << 31)], dtype=torch.int32).view(torch.float32)
+    torch.testing.assert_close(rounded(odd, "tf32"), odd, rtol=0, atol=0, equal_nan=True)
+    assert rounded(x, "fp32") is x
 
 
 @pytest.mark.parametrize(("P", "T", "V", "G", "K"), [(1, 1, 1, 1, 0), (11, 5, 65, 4, 3), (2, 40, 300, 2, 2)])
