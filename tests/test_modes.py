@@ -140,11 +140,13 @@ def test_a_read_with_gradients_leaves_none_to_a_later_call_without():
 @pytest.mark.parametrize("read", KEPT)
 def test_what_a_read_in_a_mode_leaves_is_what_any_read_leaves(read):
     weights, tokens = model(dtype=torch.float32), random_tokens(2, 7, 31)
+    untouched = fc.trace(weights, tokens)
+    fresh = [call(weights, untouched, tokens) for call in CALLS.values()]
     for mode in MODES.values():
         run = fc.trace(weights, tokens)
         with mode():
             KEPT[read](run)
-        after, fresh = ([call(weights, x, tokens) for call in CALLS.values()] for x in (run, fc.trace(weights, tokens)))
+        after = [call(weights, run, tokens) for call in CALLS.values()]
         assert all(torch.equal(x, y) for x, y in zip(after, fresh, strict=True))
 
 

@@ -267,8 +267,8 @@ for op in sys.argv[2:]:
     called, _, operands = op.partition("(")
     operands = eval(f"({operands}")  # made before the call, of which alone this is a test
     timer = threading.Timer(0.3, interrupt)
-    timer.start()
     try:
+        timer.start()
         eval(called)(*operands)
         print("returned")
     except KeyboardInterrupt:
@@ -292,6 +292,7 @@ def test_an_interrupt_ends_a_long_call(threads):
 @pytest.mark.processes
 def test_what_a_handler_raises_is_what_is_raised():
     code = """
+import signal
 import torch
 import pyfastcircuits
 
@@ -299,8 +300,8 @@ def handler(*_):
     raise TimeoutError("too long")
 
 signal.signal(signal.SIGALRM, handler)
-signal.setitimer(signal.ITIMER_REAL, 1.0)
 try:
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
     torch.ops.pyfastcircuits.cpu_rate("fma", 60.0)
 except TimeoutError as error:
     print(error)
