@@ -66,7 +66,7 @@ def composed_eigenvalues(
     middle = _embed_embed(weights)
     small = [middle.new_empty(0, weights.d_head, weights.d_head)]
     for pair in pairs:
-        first, second = parse_path(weights, pair)
+        first, second = parse_path(weights, pair, "pair")
         through = (weights.head("W_O", *first) @ weights.head("W_K", *second)).mT
         product = through @ (weights.head("W_V", *first).mT @ (middle @ weights.head("W_Q", *second)))
         small.append(product[None])

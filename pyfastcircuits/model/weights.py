@@ -235,6 +235,7 @@ class CircuitWeights:
         gain = self._gain(name, layer)
         return weight.to(self.compute_dtype) if gain is None else weight.to(self.compute_dtype) * gain
 
+    @public
     def check_layer(self, layer: int) -> None:
         """Raise IndexError unless there is such a layer."""
         if not self.n_layers:
@@ -257,8 +258,15 @@ class CircuitWeights:
 
     @public
     def to(self, target: torch.device | torch.dtype | str) -> "CircuitWeights":
-        """The same weights on another device or in another dtype."""
-        moved: dict[str, Any] = {name: tensor.to(target) for name, tensor in self.tensors()}
+        """The same weights on another device or in another dtype.
+
+        Raises:
+            ValueError: no such device.
+        """
+        try:
+            moved: dict[str, Any] = {name: tensor.to(target) for name, tensor in self.tensors()}
+        except RuntimeError as error:
+            raise ValueError(f"target is {describe(target)}: {error}") from error
         return replace(self, **moved)
 
     @public

@@ -252,6 +252,8 @@ def parse_pair(weights: CircuitWeights, pair: Iterable[Sequence[int]]) -> Path:
 
 def parse_heads(weights: CircuitWeights, entry: Any) -> tuple[Head, ...]:
     """One head, or several that go together, sorted and each once; errors as parse_path."""
+    if not isinstance(entry, Iterable):
+        raise ValueError(f"heads has {describe(entry)} in it, expected (layer, head) or several of them")
     heads, _ = one_or_several(entry, _is_head)
     return tuple(sorted({parse_path(weights, (head,))[0] for head in heads}))
 

@@ -227,7 +227,7 @@ class FrozenTrace(FrozenModel):
         seen = torch.ones_like(targets, dtype=torch.bool) if self.predicting is None else self.predicting
         losses = row_losses(rows[:, seen].flatten(0, 1), targets[seen].repeat(len(streams)), weights, backend)
         out = losses.new_full((len(streams), *targets.shape), torch.nan)
-        out[:, seen] = losses.view(len(streams), -1)
+        out[:, seen] = losses.view(len(streams), targets[seen].numel())
         return out
 
     @derived

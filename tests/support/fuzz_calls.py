@@ -58,7 +58,7 @@ class Entry(NamedTuple):
         bare = self.name.rpartition(".")[2]
         if self.owner is None:
             return bare
-        return rf"{bare}\.(?:__init__|__new__)" if bare == self.owner.__name__ else rf"\w+\.{bare}"
+        return rf"{bare}\.(?:__init__|__new__)" if bare == self.owner.__name__ else rf"(?:\w+\.)?{bare}"
 
 
 def signature(function: Any) -> tuple[inspect.Parameter, ...]:
