@@ -87,7 +87,7 @@ def dot(
     if INTERPRETED and left.dtype == tl.bfloat16:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    kind: tl.constexpr = PRECISION if PRECISION == "tf32" or PRECISION == "tf32x3" else "ieee"
+    kind: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     return tl.dot(left, right, total, input_precision=kind, out_dtype=total.dtype)
 
 

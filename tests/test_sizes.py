@@ -5,11 +5,15 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import pyfastcircuits as fc
 from pyfastcircuits.ops import library
+from pyfastcircuits.ops.backend import room
+from pyfastcircuits.run.nodes import span
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = {
@@ -64,3 +68,14 @@ def test_a_task_fits_the_cache_it_is_cut_for():
 def test_a_stripe_is_whole_panels_of_the_tier(tier):
     panel = 3 * {"baseline": 16, "avx2": 32}.get(tier, 64) // 4
     assert fc.build_info()["stripe_columns"] == 4 * panel == library.stripe_columns()
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 80 << 30])
+def test_a_gpu_has_more_scratch_than_a_cpu(memory, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    assert room(torch.device("cpu"), 100 << 20) == 100 << 20
+    assert room(torch.device("cuda"), 100 << 20) == max(100 << 20, memory // 64)
+
+
+def test_places_that_follow_one_another_are_a_slice():
+    assert [span(x) for x in ([3], [2, 3, 4], [2, 4], [3, 2])] == [slice(3, 4), slice(2, 5), [2, 4], [3, 2]]
