@@ -75,10 +75,10 @@ GPU = """\
 ## GPU
 
 `make gpu` builds, tests and measures on a machine that has a GPU, and writes
-[bench/RESULTS.md](../bench/RESULTS.md): figures of an H200 stand there, beside what torch and torch.compile take. Where
-a row of float32 ("ieee") or of single rows' best entries is slower than torch's, it says so: float32 products do not run
-on tensor cores. Other GPUs are not yet measured. Everywhere else the tests compile the kernels for sm_80, sm_90a and
-sm_100, check them for register spills, and run them in an interpreter or thread by thread on the CPU.
+[bench/RESULTS.md](../bench/RESULTS.md): figures of an H200 stand there, beside what torch and torch.compile take, and
+not all of ours are the better ones. Other GPUs are not yet measured. Where there is no GPU, the tests compile the kernels
+for sm_80, sm_90a and sm_100, check them for register spills, and run them in an interpreter or thread by thread on the
+CPU.
 """
 
 

@@ -478,7 +478,7 @@ def test_bad_input_is_named(what):
     [
         (lambda r: fc.head_ablation(r, positions=[0, 9]), IndexError, "positions holds 9, but sequences have 7 tokens"),
         (lambda r: fc.head_ablation(r, targets=61), IndexError, "targets"),
-        (lambda r: fc.head_ablation(r, heads=[(3, 0)]), IndexError, "head 3.0"),
+        (lambda r: fc.head_ablation(r, heads=[(3, 0)]), IndexError, "head is 3.0"),
         (lambda r: fc.head_ablation(r, targets=0.5), TypeError, "targets is 0.5, expected a tensor or an integer"),
         (lambda r: fc.path_patching(r, 3, "Q"), TypeError, "corrupted is 3, expected FrozenTrace"),
         (lambda r: fc.activation_patching("x", r), TypeError, "clean is 'x', expected FrozenTrace"),

@@ -239,7 +239,7 @@ def all_pairs(weights: CircuitWeights, within_layers: bool) -> Iterator[Path]:
 
 
 def _parse_joint(weights: CircuitWeights, pair: Any) -> Path:
-    heads = parse_heads(weights, tuple(pair))
+    heads = parse_heads(weights, tuple(pair), "pair")
     if len(heads) != 2:
         raise ValueError(f"pairs holds {pair}, expected two heads, a (layer, head) each")
     return heads

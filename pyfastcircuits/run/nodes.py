@@ -244,18 +244,18 @@ def parse_ends(weights: CircuitWeights, source: Sequence[int], destination: Sequ
 
 def parse_pair(weights: CircuitWeights, pair: Iterable[Sequence[int]]) -> Path:
     """Two heads in two layers, source and destination; errors as parse_path."""
-    path = parse_path(weights, pair)
+    path = parse_path(weights, pair, "pair")
     if len(path) != 2:
         raise ValueError(f"pairs holds {path}, expected (source, destination), a (layer, head) each")
     return path
 
 
-def parse_heads(weights: CircuitWeights, entry: Any) -> tuple[Head, ...]:
-    """One head, or several that go together, sorted and each once; errors as parse_path."""
+def parse_heads(weights: CircuitWeights, entry: Any, name: str = "head") -> tuple[Head, ...]:
+    """One head, or several that go together, sorted and each once; errors as parse_head."""
     if not isinstance(entry, Iterable):
-        raise ValueError(f"heads has {describe(entry)} in it, expected (layer, head) or several of them")
+        raise ValueError(f"{name} is {describe(entry)}, expected (layer, head) or several of them")
     heads, _ = one_or_several(entry, _is_head)
-    return tuple(sorted({parse_path(weights, (head,))[0] for head in heads}))
+    return tuple(sorted({parse_head(weights, head, name) for head in heads}))
 
 
 def grouped(keys: Iterable[Key]) -> dict[Key, list[int]]:

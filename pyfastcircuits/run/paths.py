@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyfastcircuits.arguments import public
 from pyfastcircuits.model.norms import centered
+from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.nodes import Head, Path, grouped, parse_path, span
@@ -71,7 +72,7 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
             if before:  # the sources in a layer together
                 prefixes = [paths[members[i]][:-1] for i in inner]
                 carried = torch.stack([_prefix_z(trace, prefix) for prefix in prefixes])
-                W_O = weights.heads("W_O", *before)[span([prefix[-1][1] for prefix in prefixes])]
+                W_O = _written_by(weights, [prefix[-1] for prefix in prefixes])
                 virtual_weights = centered(W_O, weights) @ W_V
                 values[span(inner)] = (carried @ virtual_weights[:, None]) * trace.scales[layer][..., None]
             else:
@@ -79,6 +80,13 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
         z = apply_pattern(head_pattern(trace.patterns[layer], head), values[:, :, None])[:, :, 0]
         out[span(members)] = trace.apply_post_norm(z, layer)
     return out
+
+
+def _written_by(weights: CircuitWeights, heads: Sequence[Sequence[int]]) -> Tensor:
+    """W_O of some heads of one layer, [n, r, d]: of fewer than it has, no more than theirs is read."""
+    if len(heads) < weights.n_heads:
+        return torch.stack([weights.head("W_O", layer, head) for layer, head in heads])
+    return weights.heads("W_O", heads[0][0])[span([head for _, head in heads])]
 
 
 def _prefix_z(trace: FrozenTrace, path: Path) -> Tensor:
