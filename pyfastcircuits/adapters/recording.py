@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfastcircuits.model.norms import embedded, norm_scale
+from pyfastcircuits.adapters.agreement import Agreement
+from pyfastcircuits.adapters.tokens import Tokens
+from pyfastcircuits.model.norms import embedded, head_norm_scale, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.forward import Forward
 from pyfastcircuits.run.model_guard import ModelGuard
-from pyfastcircuits.run.patterns import Pattern
+from pyfastcircuits.run.patterns import Pattern, stored
 from pyfastcircuits.run.trace import FrozenModel, FrozenTrace
 
 STREAMS = ("hidden_states", "query_input", "key_input", "value_input")  # names that modules read the stream by
@@ -40,8 +42,13 @@ class Recording:
     blocks: list[Call] = field(default_factory=list)  # L: what each layer was called with
     attentions: list[Call] = field(default_factory=list)  # L: and its attention
     headed: dict[nn.Module, Tensor] = field(default_factory=dict)  # what norms of queries and of keys read
+    value_scales: list[Tensor] = field(default_factory=list)  # L, or none; see FrozenModel
     normed: Tensor | None = None  # [B, T, d], what the final norm gives
+    logits: Tensor | None = None  # [B, n, V'], the model's own, at some positions
+    logit_positions: list[int] = field(default_factory=list)  # n
     forward: Forward | None = None
+    model: Any = None
+    names: dict[str, str] = field(default_factory=dict)  # of the modules that make what is checked
 
 
 class Hooks:
@@ -91,7 +98,7 @@ class Hooks:
             tensor.requires_grad_(True)
 
 
-def freeze(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, seen: Recording) -> FrozenTrace:
+def freeze(weights: CircuitWeights, given: Tokens, seen: Recording) -> FrozenTrace:
     """The frozen run of a recorded forward pass: a layer's non-head writes are what it adds beyond its heads.
 
     Libraries compute norms and softmax in fp32 whatever the model's dtype, and what such rounding makes the heads
@@ -99,29 +106,37 @@ def freeze(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, seen: R
     beyond rounding is an error: then the weights, read through the patterns, are not what the model computes.
 
     Raises:
-        RuntimeError: what the heads write, or what the final norm gives, is not the model's, or not finite there.
+        RuntimeError: what the embedding gives, the heads write, the final norm gives or the logits are is not the
+            model's, or not finite there.
     """
     assert seen.forward is not None
-    dtype = weights.compute_dtype
+    dtype, mask = weights.compute_dtype, given.mask
     streams = [stream.to(dtype) for stream in seen.streams]
+    before_heads = [head_norm_scale(stream, weights) for stream in streams[:-1]]
     model = FrozenModel(
         guard=ModelGuard.of(weights, seen.forward),
         patterns=tuple(pattern.to(dtype) if isinstance(pattern, Tensor) else pattern for pattern in seen.patterns),
-        scales=torch.stack([norm_scale(stream, weights) for stream in streams]),
+        scales=torch.stack([*before_heads, norm_scale(streams[-1], weights)]),
         post_scales=torch.stack([norm_scale(x.to(dtype), weights) for x in seen.attended]) if seen.attended else None,
+        value_scales=torch.stack([x.to(dtype) for x in seen.value_scales]) if seen.value_scales else None,
     )
-    if mask is None or weights.positional != "standard":  # some models shift added positions by the padding
-        _check("the embedding gives", embedded(tokens, weights), seen.streams[0], mask)
+    agree = Agreement(seen.model, mask)
+    agree("embedding", "gives", embedded(given.tokens, weights, given.positions), seen.streams[0], seen.names)
     written = [model.attend(stream, layer) for layer, stream in enumerate(streams[:-1])]
     for layer, mine in enumerate(written):
-        bias = model.apply_post_norm(weights.written_bias(layer).expand_as(mine), layer)
-        _check(f"the heads of layer {layer} write", mine + bias, seen.written[layer], mask)
-    final = streams[-1] + _final_rounding(model, streams[-1], seen, mask)
+        whole = mine + _written_biases(model, layer, mine)
+        theirs = seen.written[layer] if weights.write_scale == 1 else seen.written[layer] * weights.write_scale
+        agree(f"heads of layer {layer}", "write", whole, theirs, seen.names)
+    final = streams[-1] + _final_rounding(model, streams[-1], seen, agree)
+    if seen.logits is not None:
+        rows = model.normed(final, weights.n_layers)[:, seen.logit_positions]
+        agree.mask = None if mask is None else mask[:, seen.logit_positions]
+        agree("logits", "are", _logits(weights, rows), seen.logits, seen.names)
     ends = [*streams[1:-1], final][: len(written)]
     non_heads = (after - before - mine for before, after, mine in zip(streams[:-1], ends, written, strict=True))
     return FrozenTrace(
         **vars(model),
-        tokens=tokens,
+        tokens=given.tokens,
         embedded=streams[0] if written else final,
         non_head_writes=tuple(non_heads),
         final=final,
@@ -130,29 +145,31 @@ def freeze(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, seen: R
     )
 
 
-def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, mask: Tensor | None) -> Tensor:
+def _written_biases(model: FrozenModel, layer: int, like: Tensor) -> Tensor:
+    """What the biases of a layer's heads write, [B, T, d]."""
+    weights = model.weights
+    if weights.sinks is None:
+        return model.apply_post_norm(weights.written_bias(layer).expand_as(like), layer)
+    shares = stored(model.patterns[layer]).sum(-1)  # [B, H, T]: less than 1
+    written = torch.einsum("bht,hd->btd", shares, weights.head_biases(layer))
+    bias = weights.b_O
+    return model.apply_post_norm(written if bias is None else written + bias[layer].to(written.dtype), layer)
+
+
+def _logits(weights: CircuitWeights, rows: Tensor) -> Tensor:
+    logits, bias, cap = rows @ weights.W_U.to(rows.dtype), weights.whole_unembed_bias(), weights.logit_cap
+    logits = logits if bias is None else logits + bias
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, agree: "Agreement") -> Tensor:
     """The rounding of the final norm, as a change of its input that would make it, [B, T, d]."""
     weights, normed = model.weights, seen.streams[-1] if seen.normed is None else seen.normed
     mine = model.normed(final, weights.n_layers)
     bias = 0 if weights.ln_final_b is None else weights.ln_final_b.to(mine.dtype)
-    _check("the final norm gives", mine + bias, normed, mask)
+    agree("final norm", "gives", mine + bias, normed, seen.names)
     if weights.norm != "rmsnorm":  # torch's layernorm rounds as ours does
         return torch.zeros_like(mine)
     gain = torch.ones_like(mine[0, 0]) if weights.ln_final_w is None else weights.ln_final_w.to(mine.dtype)
     factor = model.scales[-1][..., None] * gain
     return torch.where(factor != 0, (normed.to(mine.dtype) - mine) / factor, 0)
-
-
-def _check(what: str, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> None:
-    """Half of the digits of the coarser of the model's dtype and fp32 must agree where tokens are real."""
-    if mask is not None:
-        ours, theirs = ours[mask], theirs[mask]
-    digits = max(torch.finfo(theirs.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-    error, size = (ours - theirs.to(ours.dtype)).abs().max(), theirs.abs().max().to(ours.dtype)
-    if not size.isfinite():
-        raise RuntimeError(f"what {what} is not finite in the model's own run")
-    if not error <= digits * size:
-        raise RuntimeError(
-            f"what {what} by the weights differs from the model's by {float(error):.3g}, where the largest is "
-            f"{float(size):.3g}: something in this model is not what its configuration says"
-        )

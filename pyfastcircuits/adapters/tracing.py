@@ -7,10 +7,10 @@ from torch import Tensor
 
 from pyfastcircuits.adapters import hugging_face, transformer_lens
 from pyfastcircuits.adapters.recording import freeze
+from pyfastcircuits.adapters.tokens import Tokens
 from pyfastcircuits.arguments import describe, public
-from pyfastcircuits.model.norms import centered, embedded, norm_scale
+from pyfastcircuits.model.norms import centered, embedded, head_norm_scale, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import check_range
 from pyfastcircuits.run.forward import WeightsForward
 from pyfastcircuits.run.model_guard import ModelGuard
 from pyfastcircuits.run.patterns import Pattern, QKPattern, apply_pattern, softmax_pattern
@@ -23,6 +23,7 @@ def trace(
     tokens: Tensor,
     mask: Tensor | None = None,
     *,
+    position_ids: Tensor | None = None,
     store: Literal["patterns", "qk"] = "patterns",
     weights: CircuitWeights | None = None,
 ) -> FrozenTrace:
@@ -42,8 +43,9 @@ def trace(
         model: CircuitWeights, or a model of another library.
         tokens: [B, T] or [T] integers, T at least 2, on the weights' device.
         mask: like tokens, nonzero where a token is real and zero where it is padding, left or right. Nothing attends
-            to padding and no loss is averaged over it. Positions are those that the model itself gives when it is
-            called with this mask; CircuitWeights count them from the start of the row.
+            to padding and no loss is averaged over it.
+        position_ids: [T] or [B, T] integers, the position of each token; None counts from 0 at the first real token of
+            each row, so that padding on the left changes nothing.
         store: "patterns" keeps every [T, T]; "qk" keeps queries, keys and logsumexps, and makes patterns again tile by
             tile where they are applied (`ops.frozen_attention`): for long contexts; constants. A Hugging Face model
             then runs on tiles too, and no [T, T] is ever made; TransformerLens makes a layer's at a time (and of a
@@ -54,19 +56,20 @@ def trace(
         TypeError: a model or tokens of another type.
         ValueError: no sequence, a sequence of 0 or 1 token, one longer than the model's positions, another device;
             a mask of another shape, or one that leaves nothing to predict; a model of which a part is not supported;
-            weights beside CircuitWeights; store="qk" and patterns that queries and keys alone do not make (alibi).
-        IndexError: a token outside [0, V).
+            weights beside CircuitWeights; store="qk" and patterns that queries and keys alone do not make (alibi);
+            position_ids of another shape or device, or for a model that takes none.
+        IndexError: a token outside [0, V), or a position outside [0, n_ctx).
         RuntimeError: a model whose attention is not what its weights say: it has been changed.
     """
     if isinstance(model, CircuitWeights):
         if weights is not None and weights is not model:
             raise ValueError("weights is given, but the model is a CircuitWeights itself: give one of them")
-        return _trace_weights(model, tokens, mask, store)
+        return _trace_weights(model, Tokens.of(model, tokens, mask, position_ids), store)
     library = _library(model)
     if weights is None:
         weights = library.weights_of(model)
-    tokens, mask = checked_tokens(weights, tokens), checked_mask(tokens, mask)
-    return freeze(weights, tokens, mask, library.record(model, weights, tokens, mask, store))
+    given = Tokens.of(weights, tokens, mask, position_ids)
+    return freeze(weights, given, library.record(model, weights, given, store))
 
 
 def weights_of(model: Any) -> CircuitWeights:
@@ -88,7 +91,7 @@ def _library(model: Any) -> Any:
     )
 
 
-def _trace_weights(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, store: str) -> FrozenTrace:
+def _trace_weights(weights: CircuitWeights, given: Tokens, store: str) -> FrozenTrace:
     """The run of a model that is nothing but its CircuitWeights."""
     if not weights.attention_only:
         raise ValueError(
@@ -100,70 +103,32 @@ def _trace_weights(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None,
             "store is 'qk', which keeps patterns as constants, but the weights require gradients: trace under "
             "torch.no_grad(), or with store='patterns'"
         )
-    tokens, mask = checked_tokens(weights, tokens), checked_mask(tokens, mask)
-    start, forward = embedded(tokens, weights), WeightsForward(weights, mask)
-    residual = start
-    scales, biases = [norm_scale(residual, weights)], []
+    start = embedded(given.tokens, weights, given.positions)
+    forward, residual = WeightsForward(weights, given.mask, given.positions), start
+    scales, biases = [], []
     patterns: list[Pattern] = []
     for layer in range(weights.n_layers):
+        scales.append(head_norm_scale(residual, weights))
         normed = centered(residual, weights) * scales[-1][..., None]
         q, k = forward.queries_and_keys(layer, normed)
         made = QKPattern.of if store == "qk" else softmax_pattern
-        patterns.append(made(q, k, forward.score_scale(layer), mask))
+        patterns.append(made(q, k, forward.score_scale(layer), given.mask))
         values = normed[:, None] @ weights.layer("W_V", layer)
         z = apply_pattern(patterns[-1], values[None])[0]
         written = z.transpose(1, 2).flatten(2) @ weights.heads("W_O", layer).flatten(0, 1)
         biases.append(weights.written_bias(layer))
         residual = residual + written + biases[-1]
-        scales.append(norm_scale(residual, weights))
+    scales.append(norm_scale(residual, weights))
     return FrozenTrace(
         guard=ModelGuard.of(weights, forward),
         patterns=tuple(patterns),
         scales=torch.stack(scales),
         post_scales=None,
-        tokens=tokens,
+        value_scales=None,
+        tokens=given.tokens,
         embedded=start,
         non_head_writes=tuple(biases),
         final=residual,
-        mask=mask,
+        mask=given.mask,
         forward=forward,
     )
-
-
-def checked_tokens(weights: CircuitWeights, tokens: Tensor) -> Tensor:
-    """Tokens as [B, T] of int64; errors as `trace`."""
-    if not isinstance(tokens, Tensor) or not _whole(tokens) or tokens.dtype == torch.bool:
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens is {kind}, expected a tensor of integers")
-    if tokens.dim() not in (1, 2):
-        raise ValueError(f"tokens has shape {list(tokens.shape)}, expected [T] or [B, T]")
-    if tokens.device != weights.device:
-        raise ValueError(f"tokens is on {tokens.device}, but the weights are on {weights.device}")
-    if tokens.shape[-1] < 2 or tokens.shape[0] == 0:
-        raise ValueError(f"tokens has shape {list(tokens.shape)}: a loss needs sequences of at least 2 tokens")
-    if weights.n_ctx is not None and tokens.shape[-1] > weights.n_ctx:
-        raise ValueError(f"tokens has {tokens.shape[-1]} positions, but W_pos has only {weights.n_ctx}")
-    check_range("tokens", tokens, weights.d_vocab)
-    return tokens.long() if tokens.dim() == 2 else tokens.long()[None]
-
-
-def checked_mask(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask as [B, T] of bool, None if every token is real; errors as `trace`."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or not _whole(mask):
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask is {kind}, expected a tensor of bools or integers")
-    if mask.shape != tokens.shape:
-        raise ValueError(f"mask has shape {list(mask.shape)}, but tokens has {list(tokens.shape)}")
-    if mask.device != tokens.device:
-        raise ValueError(f"mask is on {mask.device}, but tokens is on {tokens.device}")
-    real = mask.bool() if mask.dim() == 2 else mask.bool()[None]
-    if not (real[:, :-1] & real[:, 1:]).any():
-        raise ValueError("mask leaves nothing to predict: no real token follows a real one")
-    return None if real.all() else real
-
-
-def _whole(tensor: Tensor) -> bool:
-    """Whether it holds integers or bools."""
-    return not tensor.is_floating_point() and not tensor.is_complex()

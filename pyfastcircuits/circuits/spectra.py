@@ -36,7 +36,8 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
     Source: "Summarizing OV/QK Matrices", Elhage et al. 2021.
     """
     middle = _unembed_embed(weights) if circuit == "OV" else _embed_embed(weights)
-    small = middle.new_empty(weights.n_layers, weights.n_heads, weights.d_head, weights.d_head)
+    rank = weights.d_value if circuit == "OV" else weights.d_head
+    small = middle.new_empty(weights.n_layers, weights.n_heads, rank, rank)
     for layer in range(weights.n_layers):
         if circuit == "OV":
             left, right = weights.heads("W_O", layer), weights.heads("W_V", layer)

@@ -17,16 +17,17 @@ from torch import Tensor
 
 from pyfastcircuits.arguments import public
 from pyfastcircuits.model.factored import FactoredMatrix
-from pyfastcircuits.model.norms import centered, norm_scale, rotate
+from pyfastcircuits.model.norms import centered, norm_scale, normalized
+from pyfastcircuits.model.queries import queries_or_keys
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.nodes import Head, parse_ends, parse_head
 
 
 def embedded_tokens(weights: CircuitWeights, normed: bool = False) -> Tensor:
-    """The embeddings of all tokens [V, d] in the computing dtype; each goes through a norm without gain if `normed`."""
+    """The embeddings of all tokens [V, d] in the computing dtype; as the norm before heads gives them if `normed`."""
     tokens = weights.W_E.to(weights.compute_dtype)
     tokens = tokens if weights.embed_scale == 1 else tokens * weights.embed_scale
-    return centered(tokens, weights) * norm_scale(tokens, weights)[:, None] if normed else tokens
+    return normalized(tokens, weights) if normed else tokens
 
 
 def through_final_gain(weights: CircuitWeights, written: Tensor) -> Tensor:
@@ -41,9 +42,10 @@ def bigrams(weights: CircuitWeights, *, normed: bool = False) -> FactoredMatrix:
     With `normed`, each embedding goes through the norm first. The table then holds the logits of a model without
     layers, but for b_U.
     """
-    return FactoredMatrix(
-        through_final_gain(weights, embedded_tokens(weights, normed)), weights.W_U.to(weights.compute_dtype)
-    )
+    tokens = embedded_tokens(weights)
+    if normed:
+        tokens = centered(tokens, weights) * norm_scale(tokens, weights)[:, None]
+    return FactoredMatrix(through_final_gain(weights, tokens), weights.W_U.to(weights.compute_dtype))
 
 
 @public
@@ -106,10 +108,10 @@ def composed_qk_circuit(
         IndexError: the model has no such head.
     """
     first, second = parse_ends(weights, source, destination)
-    tokens, scale = embedded_tokens(weights), _attention_scale(weights) if scaled else 1.0
+    tokens, scale = embedded_tokens(weights), weights.score_scale(second.layer) if scaled else 1.0
     through = weights.head("W_O", *first) @ weights.head("W_K", *second)  # [r, r]
     keys = (tokens @ weights.head("W_V", *first)) @ through
-    return FactoredMatrix((tokens @ weights.head("W_Q", *second)) / scale, keys.mT)
+    return FactoredMatrix((tokens @ weights.head("W_Q", *second)) * scale, keys.mT)
 
 
 class QKTables(NamedTuple):
@@ -175,10 +177,6 @@ def ov_tables(weights: CircuitWeights, head: Sequence[int], *, normed: bool = Fa
     return OVTables(token, FactoredMatrix(values, token.B))
 
 
-def _attention_scale(weights: CircuitWeights) -> float:
-    return weights.attention_scale or weights.d_head**0.5
-
-
 def _queries_and_keys(
     weights: CircuitWeights, head: Head, stream: Tensor, scaled: bool, offset: int, *, biased: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -190,11 +188,12 @@ def _queries_and_keys(
     if offset < 0 or (offset > 0 and weights.positional != "rotary"):
         least = "at least 0" if weights.positional == "rotary" else f"0: positional is {weights.positional!r}"
         raise ValueError(f"offset is {offset}, expected {least}")
-    queries, keys = stream @ weights.head("W_Q", *head), stream @ weights.head("W_K", *head)
-    if biased and (bias := weights.bias("Q", head.layer)) is not None:
-        queries = queries + bias[head.head]
-    if biased and (bias := weights.bias("K", head.layer)) is not None:
-        keys = keys + bias[head.head // (weights.n_heads // len(bias))]
-    if offset:
-        queries = rotate(queries, weights, torch.tensor([offset], device=weights.device))
-    return queries / (_attention_scale(weights) if scaled else 1.0), keys
+    if weights.rotary_length is not None and offset >= weights.rotary_length:
+        raise ValueError(
+            f"offset is {offset}, but the weights hold the rotation of sequences of up to {weights.rotary_length} "
+            "tokens: this model turns longer ones otherwise"
+        )
+    later, start = (torch.tensor([place], device=weights.device) for place in (offset, 0))
+    queries = queries_or_keys(weights, "Q", head.layer, stream, later, head=head.head, biased=biased)
+    keys = queries_or_keys(weights, "K", head.layer, stream, start, head=head.head, biased=biased)
+    return queries * (weights.score_scale(head.layer) if scaled else 1.0), keys

@@ -196,7 +196,7 @@ def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias
     """The writes of each path along directions [N, d], with the direct path's bias [N]: [P, N]."""
     weights = trace.weights
     values = directions.new_empty(len(paths), len(directions))
-    bytes_a_path = trace.tokens.numel() * weights.d_head * directions.element_size()
+    bytes_a_path = trace.tokens.numel() * weights.d_value * directions.element_size()
     at_once = max(1, memory.block_bytes(trace.tokens.device) // bytes_a_path)
     for end, members in grouped(path[-1:] for path in paths).items():
         if not end:
@@ -213,7 +213,7 @@ def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias
 def _toward_targets(trace: FrozenTrace, where: Asked, center: bool) -> tuple[Tensor, Tensor]:
     """Each target's logit as a function of the final residual stream: its product with [N, d], plus [N]."""
     weights, unembedding, tokens = trace.weights, Unembedding(trace.weights), where.tokens()
-    bias = trace.embedded.new_zeros(weights.d_vocab) if unembedding.bias is None else unembedding.bias
+    bias = trace.embedded.new_zeros(weights.d_vocab_out) if unembedding.bias is None else unembedding.bias
     directions, added = unembedding.columns(tokens[:, 0]).mT, bias[tokens[:, 0]]
     if where.against is not None:
         directions, added = directions - unembedding.columns(tokens[:, 1]).mT, added - bias[tokens[:, 1]]

@@ -53,7 +53,7 @@ def _passed_on(part: FrozenTrace, gone: Tensor, layer: int, out: Sequence[Sequen
     for i, nodes in enumerate(out):
         for node in nodes:
             if isinstance(node, Head):
-                values = part.normed(gone[i], layer) @ part.weights.head("W_V", *node)
+                values = part.read_by_values(gone[i], layer) @ part.weights.head("W_V", *node)
                 z = apply_pattern(head_pattern(part.patterns[layer], node.head), values[None, :, None])[0, :, 0]
                 passed[i] -= node.write(part, z)
     return passed
@@ -108,7 +108,7 @@ def frozen_edge_z(part: FrozenTrace, sources: Sequence[Head], head: Head, value:
         virtual_weights = centered(weights.head("W_O", *source), weights) @ W_V
         z = part.apply_post_norm(removed_z(part, source.layer, value)[source.head], source.layer)
         values.append(z @ virtual_weights)
-    read = torch.stack(values) * part.scales[head.layer][..., None]
+    read = torch.stack(values) * part.value_scale(head.layer)[..., None]
     z = apply_pattern(head_pattern(part.patterns[head.layer], head.head), read[:, :, None])[:, :, 0]
     return part.apply_post_norm(z, head.layer)
 
@@ -208,7 +208,7 @@ def edge_removals(
             EdgeRemoval(
                 places=[places[i] for i in members],
                 write_heads=write_heads,
-                extra_floats_per_position=len(choices) * weights.n_heads * weights.d_head,
+                extra_floats_per_position=len(choices) * weights.n_heads * weights.d_value,
                 cuts=[cuts[places[i]] for i in members],
                 receiving=receiving,
             )

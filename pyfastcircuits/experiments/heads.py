@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.adapters.tracing import checked_tokens, trace
+from pyfastcircuits.adapters.tokens import checked_tokens
+from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.composition import composition_scores
 from pyfastcircuits.circuits.composition_baseline import composition_z_scores
@@ -187,7 +188,7 @@ def _raised(run: FrozenTrace, layer: int) -> tuple[Tensor, Tensor]:
     weights, tokens, stream = run.weights, run.tokens, run.streams[layer]
     read_out = final_norm_gain(weights.heads("W_O", layer), weights)  # [H, r, d]
     unembed = weights.W_U.mT[tokens].to(stream.dtype)  # [B, T, d]
-    values = run.normed(stream, layer)[:, None] @ weights.heads("W_V", layer)  # [B, H, T, r]
+    values = run.read_by_values(stream, layer)[:, None] @ weights.heads("W_V", layer)  # [B, H, T, r]
     logits = values @ torch.einsum("hrd,btd->bhrt", read_out, unembed)  # [B, H, T, T]: of a source, for a token
     first = (~(tokens[:, :, None] == tokens[:, None]).tril(-1).any(-1)).to(stream.dtype)  # each token counts once
     mean = torch.einsum("bhst,bt->bhs", logits, first / first.sum(-1, keepdim=True))

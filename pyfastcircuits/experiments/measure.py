@@ -52,7 +52,7 @@ class _Part:
 
     def narrow(self, intervention: Intervention) -> bool:
         """Whether making W_O @ W_U is less work than multiplying removals by W_O and then, wide, by W_U."""
-        r, d, heads = self.weights.d_head, self.weights.d_model, len(intervention.write_heads)
+        r, d, heads = self.weights.d_value, self.weights.d_model, len(intervention.write_heads)
         removals = len(intervention.places) * len(self.rows)
         return heads > 0 and heads * r * d <= removals * (d - r)
 
@@ -276,11 +276,11 @@ def _basis(part: _Part, W_O: Tensor | None, width: int) -> tuple[LogitBasis, lis
 def _experiments_at_once(intervention: Intervention, part: _Part) -> int:
     """The number of experiments whose deltas fill a block."""
     weights, narrow = part.weights, part.narrow(intervention)
-    width = weights.d_head if narrow and part.measurement.final_norm == "frozen" else weights.d_model
+    width = weights.d_value if narrow and part.measurement.final_norm == "frozen" else weights.d_model
     block = memory.block_bytes(part.rows.device)
     at_once = max(1, block // (len(part.rows) * max(width, 8) * part.rows.element_size()))
     if intervention.has_own_heads and narrow:  # their W_O together at most four times W_U's slice in depth
-        at_once = min(at_once, max(1, 4 * weights.d_model // weights.d_head))
+        at_once = min(at_once, max(1, 4 * weights.d_model // weights.d_value))
     return at_once
 
 
@@ -288,9 +288,9 @@ def _sequences_at_once(trace: FrozenTrace, interventions: Sequence[Intervention]
     """The number of sequences whose removals fill a block, and whose clean logits are held at a time."""
     weights, size = trace.weights, trace.weights.compute_dtype.itemsize
     widths = [
-        max(i.extra_floats_per_position, weights.d_head if i.write_heads else weights.d_model) for i in interventions
+        max(i.extra_floats_per_position, weights.d_value if i.write_heads else weights.d_model) for i in interventions
     ]
     rows = min(memory.block_bytes(weights.device) // (size * max(widths, default=1)), memory.ROWS)
     if not how.low_memory:
-        rows = min(rows, memory.clean_logits_bytes(weights.device) // (size * weights.d_vocab))
+        rows = min(rows, memory.clean_logits_bytes(weights.device) // (size * weights.d_vocab_out))
     return max(1, rows // (trace.tokens.shape[1] - 1))

@@ -251,7 +251,7 @@ def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace) -> Tensor:
     """[B, T]."""
     shape = trace.tokens.shape
     given = as_integers(name, tokens, trace.tokens.device)
-    check_range(name, given, trace.weights.d_vocab)
+    check_range(name, given, trace.weights.d_vocab_out)
     if given.dim() == 1 and len(given) == shape[0]:
         given = given[:, None]
     elif given.dim() and given.shape != shape:

@@ -89,10 +89,16 @@ def center(weights: CircuitWeights) -> CircuitWeights:
 @public
 @torch.no_grad()
 def fold_value_biases(weights: CircuitWeights) -> CircuitWeights:
-    """Weights whose b_O holds b_V too: rows of a pattern sum to 1, so b_V is written whole. Logits do not change."""
+    """Weights whose b_O holds b_V too: rows of a pattern sum to 1, so b_V is written whole. Logits do not change.
+
+    Raises:
+        ValueError: the weights have sinks, so that rows of patterns do not sum to 1.
+    """
     if weights.b_V is None or not weights.n_layers:  # without layers b_V is empty
         return weights
-    bare = replace(weights, ln_b=None, ln_post_w=None)  # these act on the new b_O as they did on b_V and b_O
+    if weights.sinks is not None:
+        raise ValueError("weights.sinks is given: rows of patterns do not sum to 1, and no value bias is a constant")
+    bare = replace(weights, ln_b=None, ln_post_w=None, write_scale=1.0)  # these act on the new b_O as they did on b_V and b_O
     written = torch.stack([bare.written_bias(layer) for layer in range(weights.n_layers)])
     return replace(weights, b_V=None, b_O=written.to(weights.W_O.dtype))
 

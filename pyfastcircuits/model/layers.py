@@ -1,9 +1,25 @@
 """One weight of all layers as a tensor [L, ...], or as a stack of tensors where a model keeps its layers apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made when it is read: of a layer that is quantised, or kept on another device.
+
+    Attributes:
+        make: makes it.
+        shape, dtype, device: what it will have.
+    """
+
+    make: Callable[[], Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class LayerStack:
@@ -14,7 +30,7 @@ class LayerStack:
         TypeError: dtypes differ.
     """
 
-    def __init__(self, layers: Sequence[Tensor]) -> None:
+    def __init__(self, layers: Sequence[Tensor | Deferred]) -> None:
         if not layers:
             raise ValueError("layers is empty: a LayerStack needs at least one tensor")
         first = layers[0]
@@ -35,13 +51,23 @@ class LayerStack:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Layer by layer."""
-        return iter(self._layers)
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Tensor:
         """The tensor of a layer, or with more indices a part of it, as a view."""
         if isinstance(index, int):
-            return self._layers[index]
-        return self._layers[index[0]][index[1:]]
+            layer = self._layers[index]
+            return layer if isinstance(layer, Tensor) else layer.make()
+        return self[index[0]][index[1:]]
+
+    def held_by_layer(self) -> Iterator[tuple[int, Tensor]]:
+        """Number and tensor of each layer that is not deferred."""
+        return ((i, layer) for i, layer in enumerate(self._layers) if isinstance(layer, Tensor))
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors of the layers that are not deferred."""
+        return [layer for _, layer in self.held_by_layer()]
 
     def dim(self) -> int:
         """The number of dimensions, with that of the layers."""

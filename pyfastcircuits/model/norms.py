@@ -1,4 +1,4 @@
-"""Embeddings, norms and rotary positions, as the weights say: the parts of a model that are no matrix product."""
+"""Embeddings and norms, as the weights say."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,11 @@ from torch import Tensor
 from pyfastcircuits.model.weights import CircuitWeights
 
 
-def embedded(tokens: Tensor, weights: CircuitWeights) -> Tensor:
-    """The residual stream [B, T, d] before layer 0: embeddings, and positions where those are added to it."""
+def embedded(tokens: Tensor, weights: CircuitWeights, positions: Tensor) -> Tensor:
+    """The residual stream [B, T, d] before layer 0: embeddings, and W_pos at `positions`, [T] or [B, T], if added."""
     stream = weights.W_E[tokens].to(weights.compute_dtype) * weights.embed_scale
     if weights.positional == "standard" and weights.W_pos is not None:
-        stream = stream + weights.W_pos[: tokens.shape[1]].to(stream.dtype)
+        stream = stream + weights.W_pos[positions].to(stream.dtype)
     return stream
 
 
@@ -26,25 +26,17 @@ def norm_scale(stream: Tensor, weights: CircuitWeights) -> Tensor:
     return (centered(stream, weights).square().mean(-1) + weights.eps).rsqrt()
 
 
+def head_norm_scale(stream: Tensor, weights: CircuitWeights) -> Tensor:
+    """norm_scale of the norm before heads: ones where heads read the stream as it is."""
+    return norm_scale(stream, weights) if weights.norm_before_heads else torch.ones_like(stream[..., 0])
+
+
 def normalized(stream: Tensor, weights: CircuitWeights) -> Tensor:
-    """A residual stream [..., d] through a norm, before the gain and the bias of the norm."""
-    return centered(stream, weights) * norm_scale(stream, weights)[..., None]
+    """A residual stream [..., d] as heads read it: through their norm, before its gain and bias."""
+    return centered(stream, weights) * head_norm_scale(stream, weights)[..., None]
 
 
 def final_norm_gain(stream: Tensor, weights: CircuitWeights) -> Tensor:
     """The linear part of the final norm [..., d]: the stream is centred and multiplied by the gain, not by 1/std."""
     linear = centered(stream, weights)
     return linear if weights.ln_final_w is None else linear * weights.ln_final_w.to(linear.dtype)
-
-
-def rotate(x: Tensor, weights: CircuitWeights, positions: Tensor) -> Tensor:
-    """Rotary positions ([T], or [1] for all alike) applied to queries or keys x [..., T, r].
-
-    Dimension i of the first half of the rotary dimensions turns with dimension i of the second half.
-    """
-    width = weights.rotary_dim or weights.d_head
-    rates = weights.rotary_base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width)
-    angles = torch.outer(positions.to(torch.float64), rates)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)

@@ -1,7 +1,7 @@
 """The weights of a transformer as the article writes them, checked once, for every part of the library to read."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pyfastcircuits.arguments import check_fields, describe, public
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
-from pyfastcircuits.shapes import DTYPES, check_positive
+from pyfastcircuits.model.weight_checks import check_weights
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
+QKNorm = Literal["layernorm", "rmsnorm", "rmsnorm of all heads"]
 Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
 METADATA = "pyfastcircuits"  # under which a safetensors file keeps the options
 
@@ -24,34 +25,48 @@ class CircuitWeights:
     """The weights of a transformer's attention heads, embedding and unembedding, in TransformerLens' shapes.
 
     Vectors are rows (`x @ W`). L is the number of layers, H of heads, Hkv of key/value heads (query head h uses
-    key/value head h // (H // Hkv)); d is d_model, r d_head, V the size of the vocabulary. The tensors are kept as views
-    and never copied: the gains of norms (`ln_w`, `ln_post_w`, `ln_final_w`) join the weights as they are read. All
-    share one device and one dtype (float32, float64 or bfloat16, which is computed in float32). W_Q, W_K, W_V and W_O
+    key/value head h // (H // Hkv)); d is d_model, r the size of queries and keys (d_head), s of values (d_value, nearly
+    always r), V the size of the vocabulary and V' of the output's (d_vocab_out, nearly always V). The tensors are kept
+    as views and never copied: the gains of norms (`ln_w`, `ln_post_w`, `ln_final_w`) join the weights as they are read.
+    All share one device; all are float64, or each is float32 or bfloat16 and computed in float32. W_Q, W_K, W_V and W_O
     may be LayerStacks, for models that keep their layers apart.
 
     Args:
         W_E: [V, d].
         W_Q: [L, H, d, r].
         W_K: [L, Hkv, d, r].
-        W_V: [L, Hkv, d, r].
-        W_O: [L, H, r, d].
-        W_U: [d, V].
+        W_V: [L, Hkv, d, s].
+        W_O: [L, H, s, d].
+        W_U: [d, V'].
         W_pos: [n_ctx, d], for positional "standard" and "shortformer".
         positional: "none"; "standard" (W_pos added to the residual stream); "shortformer" (W_pos added to the inputs
             of W_Q and W_K only, after the norm); "rotary" (queries and keys rotated).
-        attention_scale: attention scores are divided by it; sqrt(r) if None.
+        attention_scale: attention scores are divided by it, or by each layer's own of L; sqrt(r) if None.
         norm: None, "layernorm" or "rmsnorm", before every layer's heads and before W_U.
+        norm_before_heads: False where heads read the residual stream as it is, and the norm is that before W_U alone.
         eps: of the norm.
-        b_Q: [L, H, r]; b_K, b_V: [L, Hkv, r]; b_O: [L, d]; b_U: [V]: optional biases.
+        b_Q: [L, H, r]; b_K: [L, Hkv, r]; b_V: [L, Hkv, s]; b_O: [L, d]; b_U: [V']: optional biases.
         ln_w, ln_b: [L, d], gain and bias of the norm before each layer's heads; None where they are folded.
         ln_final_w, ln_final_b: [d], gain and bias of the norm before W_U.
         ln_post_w: [L, d], gain of a second RMS norm, which the sum of a layer's heads goes through (Gemma 2).
+        qk_norm: the norm that queries and keys go through before they rotate: "layernorm" or "rmsnorm" of each head, or
+            "rmsnorm of all heads" together (OLMo 2).
+        qk_eps: of that norm.
+        ln_q_w, ln_q_b: [L, 1 or H, r], its gain and bias for queries; ln_k_w, ln_k_b: [L, 1 or Hkv, r], for keys.
+        sinks: [L, H], a score that takes its share of each row of a pattern and that no source has (GPT-OSS): rows then
+            sum to less than 1.
         embed_scale: embeddings are multiplied by it.
+        write_scale: what a layer's heads write to the residual stream, with its bias, is multiplied by it (Granite).
         logit_cap: logits x become cap * tanh(x / cap), after everything that is linear.
         attention_only: whether these weights are the whole model. A model with MLPs, or with patterns that these
             weights do not make, is not: `trace` needs the model itself.
-        rotary_dim: how many of the r dimensions rotate (first half against second half); r if None.
-        rotary_base: the base of the rotary angles.
+        rotary_dim: how many of the r dimensions rotate; r if None.
+        rotary_base: the base of the rotary angles: pair i turns rotary_base ** (-2 i / rotary_dim) radians a position.
+        rotary_frequencies: [n] or [L, n] in float32 or float64, the radians a position of each of n = rotary_dim / 2
+            pairs, in place of rotary_base; zero where a layer does not rotate.
+        rotary_scale: rotated queries and rotated keys are multiplied by it (YaRN's attention factor).
+        rotary_pairs: which dimensions turn together: "halves", i with n + i, or "adjacent", 2 i with 2 i + 1.
+        rotary_length: the longest sequence that turns so, where the model turns longer ones otherwise (dynamic scaling).
 
     Raises:
         ValueError: a shape does not fit (the message names it, with both values), a weight is not finite, an option is
@@ -68,8 +83,9 @@ class CircuitWeights:
     W_pos: Tensor | None = None
     _: KW_ONLY
     positional: Positional = "none"
-    attention_scale: float | None = None
+    attention_scale: float | Sequence[float] | None = None
     norm: Norm | None = None
+    norm_before_heads: bool = True
     eps: float = 1e-5
     b_Q: Tensor | None = None
     b_K: Tensor | None = None
@@ -78,26 +94,31 @@ class CircuitWeights:
     b_U: Tensor | None = None
     rotary_dim: int | None = None
     rotary_base: float = 10_000.0
+    rotary_frequencies: Tensor | None = None
+    rotary_scale: float = 1.0
+    rotary_pairs: Literal["halves", "adjacent"] = "halves"
+    rotary_length: int | None = None
     ln_w: Tensor | None = None
     ln_b: Tensor | None = None
     ln_final_w: Tensor | None = None
     ln_final_b: Tensor | None = None
     ln_post_w: Tensor | None = None
+    qk_norm: QKNorm | None = None
+    qk_eps: float = 1e-6
+    ln_q_w: Tensor | None = None
+    ln_q_b: Tensor | None = None
+    ln_k_w: Tensor | None = None
+    ln_k_b: Tensor | None = None
+    sinks: Tensor | None = None
     embed_scale: float = 1.0
+    write_scale: float = 1.0
     logit_cap: float | None = None
     attention_only: bool = True
 
     def __post_init__(self) -> None:
         """Check options, shapes and values."""
         check_fields(self)
-        self._check_options()
-        self._check_shapes()
-        for name, weight in self.tensors():
-            if isinstance(weight, Tensor):
-                _check_values(name, weight, self.W_E)
-            else:
-                for layer, tensor in enumerate(weight):
-                    _check_values(f"{name}[{layer}]", tensor, self.W_E)
+        check_weights(self)
 
     @classmethod
     def from_model(cls, model: Any) -> "CircuitWeights":
@@ -141,9 +162,19 @@ class CircuitWeights:
         return self.W_Q.shape[3]
 
     @property
+    def d_value(self) -> int:
+        """s."""
+        return self.W_V.shape[3]
+
+    @property
     def d_vocab(self) -> int:
         """V."""
         return self.W_E.shape[0]
+
+    @property
+    def d_vocab_out(self) -> int:
+        """V', the size of the vocabulary that is predicted."""
+        return self.W_U.shape[1]
 
     @property
     def n_ctx(self) -> int | None:
@@ -158,13 +189,20 @@ class CircuitWeights:
     @property
     def learns(self) -> bool:
         """Whether some of the weights require gradients."""
-        stacks = ([weight] if isinstance(weight, Tensor) else weight for _, weight in self.tensors())
+        stacks = ([weight] if isinstance(weight, Tensor) else weight.held for _, weight in self.tensors())
         return any(tensor.requires_grad for stack in stacks for tensor in stack)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of results: float32 for bfloat16 weights, else the weights' own."""
-        return torch.float32 if self.W_E.dtype == torch.bfloat16 else self.W_E.dtype
+        """The dtype of results: float64 for float64 weights, else float32."""
+        return torch.float64 if self.W_E.dtype == torch.float64 else torch.float32
+
+    @public
+    def score_scale(self, layer: int) -> float:
+        """The factor of a layer's attention scores."""
+        self.check_layer(layer)
+        own = self.attention_scale
+        return 1 / (self.d_head**0.5 if own is None else own if isinstance(own, float) else own[layer])
 
     @public
     def layer(self, name: Weight, layer: int) -> Tensor:
@@ -202,8 +240,8 @@ class CircuitWeights:
     def written_bias(self, layer: int) -> Tensor:
         """A layer's constant write to every position, b_O plus every head's value bias @ W_O, [d].
 
-        Rows of an attention pattern sum to 1, so a value bias reaches the residual stream whole, whatever the heads
-        attend to (before the scale of a norm after the heads).
+        Rows of an attention pattern sum to 1 (without sinks), so a value bias reaches the residual stream whole,
+        whatever the heads attend to (before the scale of a norm after the heads).
         """
         total = self.head_biases(layer).sum(0)
         return total if self.b_O is None else total + self._with_gain(self.b_O[layer], "W_O", layer)
@@ -251,6 +289,9 @@ class CircuitWeights:
 
     def _gain(self, name: str, layer: int) -> Tensor | None:
         gains = self.ln_post_w if name == "W_O" else self.ln_w
+        if name == "W_O" and self.write_scale != 1:
+            everywhere = self.W_E.new_full((self.d_model,), self.write_scale, dtype=self.compute_dtype)
+            return everywhere if gains is None else gains[layer] * everywhere
         if gains is None:
             return None
         gain = gains[layer].to(self.compute_dtype)
@@ -263,8 +304,13 @@ class CircuitWeights:
         Raises:
             ValueError: no such device.
         """
+        of_dtype = isinstance(target, torch.dtype)
         try:
-            moved: dict[str, Any] = {name: tensor.to(target) for name, tensor in self.tensors()}
+            moved: dict[str, Any] = {
+                name: tensor.to(target)
+                for name, tensor in self.tensors()
+                if not (of_dtype and name == "rotary_frequencies")
+            }
         except RuntimeError as error:
             raise ValueError(f"target is {describe(target)}: {error}") from error
         return replace(self, **moved)
@@ -278,80 +324,10 @@ class CircuitWeights:
         except ImportError as error:
             raise ImportError("save needs the safetensors package: pip install safetensors") from error
 
-        options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith(("W_", "b_", "ln_"))}
         tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
+        options = {name: value for name, value in others.items() if not name.startswith(("W_", "b_", "ln_"))}
         try:
             save_file(tensors, path, metadata={METADATA: json.dumps(options)})
         except (SafetensorError, OSError, ValueError) as error:
             raise OSError(f"path is {describe(str(path))}, which cannot be written: {error}") from error
-
-    def _check_options(self) -> None:
-        if (self.W_pos is not None) != (self.positional in ("standard", "shortformer")):
-            state = "missing" if self.W_pos is None else "given"
-            raise ValueError(f"W_pos is {state}, but positional is {self.positional!r}")
-        check_positive("attention_scale", self.attention_scale)
-        if not self.eps >= 0:
-            raise ValueError(f"eps is {self.eps}, expected a number of at least 0")
-        check_positive("logit_cap", self.logit_cap)
-        check_positive("rotary_base", self.rotary_base)
-        given = [name for name, _ in self.tensors() if name.startswith("ln_")]
-        if given and self.norm is None:
-            raise ValueError(f"{given[0]} is given, but norm is None")
-        held = self.ln_w is not None or self.ln_b is not None
-        if held and self.positional == "shortformer" and self.attention_only:
-            name = "ln_b" if self.ln_w is None else "ln_w"
-            raise ValueError(f"{name} is given, but positional is 'shortformer': W_pos, added after the norm, has none")
-        if self.ln_post_w is not None and (self.norm != "rmsnorm" or self.attention_only):
-            raise ValueError(
-                f"ln_post_w is given, but norm is {self.norm!r} and attention_only {self.attention_only}: "
-                "a norm after the heads is an RMS norm, and its scale comes from a run of the model"
-            )
-
-    def _check_shapes(self) -> None:
-        for name, rank in (("W_E", 2), ("W_Q", 4), ("W_K", 4)):
-            tensor = getattr(self, name)
-            if tensor.dim() != rank:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {rank} dimensions")
-        vocabulary, d = self.W_E.shape
-        layers, heads, _, r = self.W_Q.shape
-        kv = self.W_K.shape[1]
-        if vocabulary == 0 or d == 0 or heads == 0 or r == 0 or kv == 0 or heads % kv:
-            raise ValueError(
-                f"W_E is {list(self.W_E.shape)}, W_Q {list(self.W_Q.shape)} and W_K {list(self.W_K.shape)}: sizes must "
-                "not be zero, and W_Q's heads a multiple of W_K's"
-            )
-        shapes: dict[str, tuple[int, ...]] = {
-            "W_Q": (layers, heads, d, r), "W_K": (layers, kv, d, r), "W_V": (layers, kv, d, r),
-            "W_O": (layers, heads, r, d), "W_U": (d, vocabulary),
-            "b_Q": (layers, heads, r), "b_K": (layers, kv, r), "b_V": (layers, kv, r),
-            "b_O": (layers, d), "b_U": (vocabulary,),
-            "ln_w": (layers, d), "ln_b": (layers, d), "ln_final_w": (d,), "ln_final_b": (d,), "ln_post_w": (layers, d),
-        }  # fmt: skip
-        if self.W_pos is not None:
-            shapes["W_pos"] = (len(self.W_pos), d)
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} has shape {list(tensor.shape)}, expected {list(shape)} "
-                    f"(W_E is {list(self.W_E.shape)}, W_Q {list(self.W_Q.shape)}, W_K {list(self.W_K.shape)})"
-                )
-        if self.rotary_dim is not None and not (0 < self.rotary_dim <= r and self.rotary_dim % 2 == 0):
-            raise ValueError(f"rotary_dim is {self.rotary_dim}, expected an even number of at most d_head = {r}")
-        if self.positional == "rotary" and self.rotary_dim is None and r % 2:
-            raise ValueError(f"W_Q has d_head {r}; rotary positions need an even one, or rotary_dim")
-
-
-def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, but W_E has {like.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, but W_E is on {like.device}")
-    if tensor.is_meta:
-        raise ValueError(f"{name} is on meta, expected a device that holds values")
-    in_memory = tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))  # 15 times faster
-    if tensor.numel() and not all(bound.isfinite() for bound in in_memory.aminmax()):
-        place = (~tensor.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"{name}{place} is {tensor[tuple(place)].item()}: weights must be finite")

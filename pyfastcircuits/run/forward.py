@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyfastcircuits.model.norms import normalized, rotate
+from pyfastcircuits.model.norms import normalized
+from pyfastcircuits.model.queries import queries_or_keys
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.patterns import softmax_pattern
 
@@ -69,27 +70,24 @@ class WeightsForward:
 
     weights: CircuitWeights
     mask: Tensor | None  # [B, T]
+    positions: Tensor  # [T] or [B, T]
 
     def qkv(self, layer: int, normed: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """See Forward."""
-        v = normed.unsqueeze(-3) @ self.weights.layer("W_V", layer)
-        return *self.queries_and_keys(layer, normed), _biased(v, self.weights.bias("V", layer))
+        v, bias = normed.unsqueeze(-3) @ self.weights.layer("W_V", layer), self.weights.bias("V", layer)
+        return *self.queries_and_keys(layer, normed), v if bias is None else v + bias[:, None]
 
     def queries_and_keys(self, layer: int, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The first two of `qkv`."""
-        weights, length, read = self.weights, normed.shape[-2], normed
+        weights, read = self.weights, normed
         if weights.positional == "shortformer" and weights.W_pos is not None:
-            read = read + weights.W_pos[:length].to(read.dtype)
-        q = _biased(read.unsqueeze(-3) @ weights.layer("W_Q", layer), weights.bias("Q", layer))
-        k = _biased(read.unsqueeze(-3) @ weights.layer("W_K", layer), weights.bias("K", layer))
-        if weights.positional == "rotary":
-            places = torch.arange(length, device=normed.device)
-            q, k = rotate(q, weights, places), rotate(k, weights, places)
-        return q, k
+            read = read + weights.W_pos[self.positions].to(read.dtype)
+        q = queries_or_keys(weights, "Q", layer, read, self.positions)
+        return q, queries_or_keys(weights, "K", layer, read, self.positions)
 
     def score_scale(self, layer: int) -> float:
         """See Forward."""
-        return 1 / (self.weights.attention_scale or self.weights.d_head**0.5)
+        return self.weights.score_scale(layer)
 
     def apply(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See Forward."""
@@ -101,12 +99,13 @@ class WeightsForward:
         z = self.apply(layer, *self.qkv(layer, normalized(stream, self.weights)))
         written = z.transpose(-3, -2).flatten(-2) @ self.weights.heads("W_O", layer).flatten(0, 1)
         if self.weights.b_O is not None:
-            written = written + self.weights.b_O[layer].to(written.dtype)
-        return stream + (written if added is None else written + added)
+            written = written + self.weights.b_O[layer].to(written.dtype) * self.weights.write_scale
+        return stream + (written if added is None else written + added * self.weights.write_scale)
 
     def select(self, sequences: slice | Tensor) -> "WeightsForward":
         """See Forward."""
-        return replace(self, mask=None if self.mask is None else self.mask[sequences])
+        positions = self.positions if self.positions.dim() == 1 else self.positions[sequences]
+        return replace(self, mask=None if self.mask is None else self.mask[sequences], positions=positions)
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """See Forward: there are none."""
@@ -116,6 +115,3 @@ class WeightsForward:
         """See Forward: the CircuitWeights hold them all."""
         return {}
 
-
-def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x if bias is None else x + bias[:, None]

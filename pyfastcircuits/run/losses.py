@@ -48,7 +48,7 @@ class Unembedding:
         block = memory.block_bytes(self.weights.device)
         width = 2 * block // (self.dtype.itemsize * max(depth + copies * self.weights.d_model, 1))
         stripe = 2 * stripe_columns()
-        return list(slices(self.weights.d_vocab, max(stripe, width // stripe * stripe)))
+        return list(slices(self.weights.d_vocab_out, max(stripe, width // stripe * stripe)))
 
 
 class CleanLogits:
@@ -60,7 +60,7 @@ class CleanLogits:
         if held and unembedding.weights.W_U.dtype == unembedding.dtype:
             self.held = rows @ unembedding.weights.W_U
         elif held:
-            self.held = rows.new_empty(len(rows), unembedding.weights.d_vocab)
+            self.held = rows.new_empty(len(rows), unembedding.weights.d_vocab_out)
             for columns in unembedding.slices(1, multiplied=True):
                 self.held[:, columns] = rows @ unembedding.columns(columns)
         if self.held is not None and unembedding.bias is not None:

@@ -62,7 +62,7 @@ def _single(weights: CircuitWeights) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of every weight, layer by layer where layers lie apart."""
     for name, weight in weights.tensors():
         if isinstance(weight, LayerStack):
-            yield from ((f"{name}[{layer}]", tensor) for layer, tensor in enumerate(weight))
+            yield from ((f"{name}[{layer}]", tensor) for layer, tensor in weight.held_by_layer())
         else:
             yield name, weight
 

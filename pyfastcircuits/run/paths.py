@@ -64,7 +64,7 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
     it). Paths must not be empty.
     """
     weights = trace.weights
-    out = trace.embedded.new_empty(len(paths), *trace.tokens.shape, weights.d_head)
+    out = trace.embedded.new_empty(len(paths), *trace.tokens.shape, weights.d_value)
     for (layer, head), members in grouped(path[-1] for path in paths).items():
         W_V = weights.head("W_V", layer, head)
         values = out.new_empty(len(members), *out.shape[1:])
@@ -74,9 +74,9 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
                 carried = torch.stack([_prefix_z(trace, prefix) for prefix in prefixes])
                 W_O = _written_by(weights, [prefix[-1] for prefix in prefixes])
                 virtual_weights = centered(W_O, weights) @ W_V
-                values[span(inner)] = (carried @ virtual_weights[:, None]) * trace.scales[layer][..., None]
+                values[span(inner)] = (carried @ virtual_weights[:, None]) * trace.value_scale(layer)[..., None]
             else:
-                values[span(inner)] = trace.normed(trace.non_head_stream(layer), layer) @ W_V
+                values[span(inner)] = trace.read_by_values(trace.non_head_stream(layer), layer) @ W_V
         z = apply_pattern(head_pattern(trace.patterns[layer], head), values[:, :, None])[:, :, 0]
         out[span(members)] = trace.apply_post_norm(z, layer)
     return out

@@ -26,12 +26,14 @@ class FrozenModel:
             `store="qk"`, the queries and keys from which they are made again.
         scales: [L + 1, B, T]: 1/std of the norm in front of each layer and of the final one; ones without a norm.
         post_scales: [L, B, T]: 1/rms of the norm after each layer's heads, where there is one.
+        value_scales: [L, B, T]: 1/rms of a norm within the way to each layer's values, where there is one (DeepSeek).
     """
 
     guard: ModelGuard
     patterns: tuple[Pattern, ...]
     scales: Tensor
     post_scales: Tensor | None
+    value_scales: Tensor | None
 
     @property
     def weights(self) -> CircuitWeights:
@@ -69,6 +71,15 @@ class FrozenModel:
         linear = final_norm_gain(stream, weights) if layer == weights.n_layers else centered(stream, weights)
         return linear * self.scales[layer][..., None]
 
+    def value_scale(self, layer: int) -> Tensor:
+        """The factor [B, T] of all frozen norms between a stream that a layer reads and its heads' values."""
+        return self.scales[layer] if self.value_scales is None else self.scales[layer] * self.value_scales[layer]
+
+    def read_by_values(self, stream: Tensor, layer: int) -> Tensor:
+        """`normed` for a layer's W_V: with the scale of a norm within the way to its values, where there is one."""
+        read = self.normed(stream, layer)
+        return read if self.value_scales is None else read * self.value_scales[layer][..., None]
+
     def _check_stream(self, name: str, stream: Tensor, width: int) -> None:
         shape = [*self.scales.shape[1:], width]
         if not stream.is_floating_point():
@@ -92,7 +103,7 @@ class FrozenModel:
         Value biases are not in it: they are among the `non_head_writes`.
         """
         self.guard.weights.check_layer(layer)
-        weights, read = self.weights, self.normed(stream, layer).reshape(-1, *stream.shape[-3:])
+        weights, read = self.weights, self.read_by_values(stream, layer).reshape(-1, *stream.shape[-3:])
         values = torch.einsum("sbtd,hdr->sbhtr", read, weights.layer("W_V", layer))
         z = apply_pattern(self.patterns[layer], values)
         written = torch.einsum("sbhtr,hrd->sbtd", z, weights.heads("W_O", layer))
@@ -169,7 +180,7 @@ class FrozenTrace(FrozenModel):
         return self._z[layer]
 
     def _mixed(self, layer: int) -> Tensor:
-        read = self.normed(self.streams[layer], layer)
+        read = self.read_by_values(self.streams[layer], layer)
         values = torch.einsum("btd,hdr->bhtr", read, self.weights.layer("W_V", layer))
         bias = self.weights.bias("V", layer)
         values = values if bias is None else values + bias[:, None]
@@ -259,6 +270,7 @@ class FrozenTrace(FrozenModel):
             patterns=tuple(select_sequences(p, sequences) for p in self.patterns),
             scales=self.scales[:, sequences],
             post_scales=None if self.post_scales is None else self.post_scales[:, sequences],
+            value_scales=None if self.value_scales is None else self.value_scales[:, sequences],
             tokens=self.tokens[sequences],
             embedded=self.embedded[sequences],
             non_head_writes=tuple(w if w.dim() == 1 else w[sequences] for w in self.non_head_writes),
