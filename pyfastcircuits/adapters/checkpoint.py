@@ -5,11 +5,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyfastcircuits.model.layers import Layers, LayerStack
+from pyfastcircuits.model.layers import Deferred, Layers, LayerStack
 
 _REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named tensor, which `make` gives; with a shape, dtype and device, making it takes work."""
+
+    make: Callable[[], Tensor]
+    shape: torch.Size | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -19,14 +29,16 @@ class Checkpoint:
     Attributes:
         where: the name of the checkpoint in messages.
         config: the content of config.json, or of the model's configuration.
-        tensors: for each name, a call that gives the tensor.
+        tensors: by name.
         prefix: the name of the model body, with which tensor names start; a folder may leave it out.
+        model: the model, if it is in memory: its modules know better than its configuration.
     """
 
     where: str
     config: Mapping[str, Any]
-    tensors: Mapping[str, Callable[[], Tensor]]
+    tensors: Mapping[str, Entry]
     prefix: str
+    model: nn.Module | None = None
 
     @property
     def n_layers(self) -> int:
@@ -35,7 +47,7 @@ class Checkpoint:
         Raises:
             ValueError: the configuration has none, or fewer than one.
         """
-        count = int(self.option("num_hidden_layers", self.config.get("n_layer", 0)))
+        count = int(self.option("num_hidden_layers", self.option("n_layer", self.option("num_layers", 0))))
         if count < 1:
             raise ValueError(f"the configuration of {self.where} has no layers")
         return count
@@ -53,40 +65,74 @@ class Checkpoint:
             raise ValueError(f"the configuration of {self.where} has no {name!r}")
         return default
 
+    def first_option(self, *names: str, default: Any = _REQUIRED) -> Any:
+        """The first of several names of a value that the configuration has; errors as `option`."""
+        for name in names:
+            if self.config.get(name) is not None:
+                return self.config[name]
+        return self.option(names[0], default)
+
     def refuse(self, name: str, why: str) -> None:
         """Raise ValueError if this option, which is not supported, is on."""
         if self.config.get(name):
             raise ValueError(f"{self.where}: {name} is {self.config[name]!r}, and {why}")
+
+    def module(self, name: str) -> Any:
+        """The module of this name; None if the model is not in memory, or has none."""
+        try:
+            return None if self.model is None else self.model.get_submodule(name)
+        except AttributeError:
+            return None
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
         return any(n in self.tensors for n in self._names(name))
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        """The tensor of this name as a view (float16 is converted to float32).
+        """The tensor of this name as a view (float16 is converted to float32), of any shape if none is given.
 
         Raises:
             ValueError: there is no such tensor, or it has another shape.
         """
-        for found in self._names(name):
-            if found in self.tensors:
-                tensor = self.tensors[found]()
-                if tuple(tensor.shape) != shape:
-                    raise ValueError(
-                        f"{self.where}: tensor {found!r} has shape {list(tensor.shape)}, but its configuration says "
-                        f"{list(shape)}"
-                    )
-                return tensor.float() if tensor.dtype == torch.float16 else tensor
-        raise ValueError(f"{self.where} has no tensor {name!r}, which its configuration asks for")
+        found, entry = self._entry(name)
+        tensor = entry.make()
+        self._check_shape(found, tensor.shape, shape)
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the tensor of this name; errors as `tensor`."""
+        entry = self._entry(name)[1]
+        return entry.make().shape if entry.shape is None else entry.shape
 
     def layers(self, name: str, *shape: int, view: Callable[[Tensor], Tensor]) -> Layers:
         """The tensors of all layers, `{}` in the name being the layer, each through `view`."""
-        return LayerStack([view(self.tensor(name.format(i), *shape)) for i in range(self.n_layers)])
+        return LayerStack([self._layer(name.format(i), shape, view) for i in range(self.n_layers)])
 
     def stack(self, name: str, *shape: int, view: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Small tensors of all layers as one: [L, ...]."""
         each = [self.tensor(name.format(i), *shape) for i in range(self.n_layers)]
         return torch.stack(each if view is None else [view(tensor) for tensor in each])
+
+    def _layer(self, name: str, shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> Tensor | Deferred:
+        found, entry = self._entry(name)
+        if entry.shape is None or entry.device is None:
+            return view(self.tensor(name, *shape))
+        self._check_shape(found, entry.shape, shape)
+        viewed = view(torch.empty(entry.shape, device="meta")).shape
+        dtype = torch.float32 if entry.dtype == torch.float16 else entry.dtype
+        return Deferred(lambda: view(self.tensor(name, *shape)), viewed, dtype, entry.device)
+
+    def _entry(self, name: str) -> tuple[str, Entry]:
+        for found in self._names(name):
+            if found in self.tensors:
+                return found, self.tensors[found]
+        raise ValueError(f"{self.where} has no tensor {name!r}, which its configuration asks for")
+
+    def _check_shape(self, name: str, found: torch.Size, expected: tuple[int, ...]) -> None:
+        if expected and tuple(found) != expected:
+            raise ValueError(
+                f"{self.where}: tensor {name!r} has shape {list(found)}, but its configuration says {list(expected)}"
+            )
 
     def _names(self, name: str) -> tuple[str, ...]:
         return (name, name.removeprefix(self.prefix + "."))

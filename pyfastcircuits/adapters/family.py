@@ -1,38 +1,103 @@
-"""The description of a family of Hugging Face models: the names of its modules, and how its tensors are read."""
+"""The description of a family of Hugging Face models: the names of its modules, and what is particular about it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from pyfastcircuits.adapters.checkpoint import Checkpoint
+from pyfastcircuits.model.weights import Norm, QKNorm
+
+Kind = Literal["Q", "K", "V"]
+Split = Callable[[Tensor, Kind, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Family:
-    """The names of a family's modules. To add a family, see `pyfastcircuits.adapters`.
+    """What is particular about a family, as differences from Llama. To add one, see CONTRIBUTING.md.
 
     Attributes:
         body: the module below the one with the output embedding; tensor names start with its name.
+        embedding, positions, final_norm: in the body. Position 0 is row `first_position` of the positions.
+        embedding_norm: the layernorm that embeddings go through.
         layers: the list of layers in the body.
-        attention: the attention in a layer, which returns (its write to the residual stream, its pattern).
-        final_norm: the norm in front of the output embedding, in the body.
-        read: makes the arguments of CircuitWeights from a checkpoint.
+        norm: the norm before a layer's heads, or several names of it; None where they read the residual stream as is.
         post_norm: the norm in a layer through which the attention's write goes, if there is one.
-        head_norms: the RMS norms of queries and of keys in the attention.
+        attention: the attention in a layer, which returns (its write to the residual stream, its pattern).
+        queries, keys, values, out: its projections, each a Linear; or, if `joint` is given, that of all three.
+        split: the rows of a projection [out, ...] that make queries, keys or values, by heads: [n, r, ...].
+        transposed: whether projections are kept as [in, out].
+        query_norm, key_norm: the norms of queries and of keys in the attention, where a model has them.
+        latent_norms: RMS norms within the way to queries, keys and values; the last one is that of values (DeepSeek).
+        read_heads: reads W_Q, W_K, W_V and their biases, where they are no projections of their own.
+        norm_kind, qk_norm_kind: layernorms or RMS norms.
+        gain: what is added to the gains of norms.
+        heads: the option that holds the number of heads.
+        key_heads: the number of key/value heads.
+        rotary: whether queries and keys rotate.
+        rotary_pairs: see CircuitWeights.
+        rotary_share: the share of a head's dimensions that rotate, if the configuration does not say.
+        rotates: whether a layer's do.
+        head: the output embedding.
+        logit_scale: what the logits are multiplied by.
+        interface: whether attention goes through transformers' interface; else patterns are what attention returns.
+        adds_residual: whether the attention adds the residual stream to what it writes.
+        check: raises ValueError for options that are not supported.
+        options: more arguments of CircuitWeights, from what is read and what has been found.
+        eps, default_eps: the options that may hold the eps of norms, and its default.
+        tied: whether a model on disk has one matrix for both embeddings, if its configuration does not say.
     """
 
-    body: str
-    layers: str
-    attention: str
-    final_norm: str
-    read: Callable[[Checkpoint], dict[str, Any]]
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    positions: str | None = None
+    first_position: int = 0
+    embedding_norm: str | None = None
+    layers: str = "layers"
+    norm: str | tuple[str, ...] | None = "input_layernorm"
     post_norm: str | None = None
-    head_norms: tuple[str, ...] = ()
+    attention: str = "self_attn"
+    queries: str = "q_proj"
+    keys: str = "k_proj"
+    values: str = "v_proj"
+    out: str = "o_proj"
+    joint: str | None = None
+    split: Split = lambda rows, kind, heads, kv: rows.unflatten(0, (heads if kind == "Q" else kv, -1))
+    transposed: bool = False
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+    latent_norms: tuple[str, ...] = ()
+    read_heads: "Callable[[Family, Checkpoint], dict[str, Any]] | None" = None
+    norm_kind: Norm = "rmsnorm"
+    qk_norm_kind: QKNorm = "rmsnorm"
+    gain: float = 0.0
+    final_norm: str = "norm"
+    heads: str = "num_attention_heads"
+    key_heads: Callable[[Checkpoint, int], int] = lambda c, heads: int(c.option("num_key_value_heads", heads))
+    rotary: bool = True
+    rotary_pairs: Literal["halves", "adjacent"] = "halves"
+    rotary_share: float = 1.0
+    rotates: Callable[[Checkpoint, int], bool] = lambda c, layer: True
+    head: str = "lm_head"
+    logit_scale: Callable[[Checkpoint], float] = lambda c: 1.0
+    interface: bool = True
+    adds_residual: bool = False
+    check: Callable[[Checkpoint], None] = lambda c: None
+    options: Callable[[Checkpoint, dict[str, Any]], dict[str, Any]] = lambda c, found: {}
+    eps: tuple[str, ...] = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+    default_eps: float = 1e-6
+    tied: bool = False
 
+    def layer(self, part: str) -> str:
+        """The name of a part of a layer, with `{}` for the number of the layer."""
+        return f"{self.body}.{self.layers}.{{}}.{part}"
 
-def rotary(c: Checkpoint, r: int) -> dict[str, Any]:
-    """The rotary settings of CircuitWeights. The stretching of angles for long contexts shows in the patterns alone."""
-    settings = dict(c.config) | dict(c.option("rope_scaling", {})) | dict(c.option("rope_parameters", {}))
-    share = settings.get("partial_rotary_factor", settings.get("rotary_pct", 1.0))
-    base = settings.get("rope_theta", settings.get("rotary_emb_base", 10_000.0))
-    return {"positional": "rotary", "rotary_dim": int(r * share), "rotary_base": float(base)}
+    def in_attention(self, part: str) -> str:
+        """The name of a part of a layer's attention, likewise."""
+        return self.layer(f"{self.attention}.{part}")
+
+    def counts(self, c: Checkpoint) -> tuple[int, int]:
+        """The numbers of heads and of key/value heads."""
+        heads = int(c.first_option(self.heads, "num_attention_heads", "n_head"))
+        return heads, self.key_heads(c, heads)

@@ -6,17 +6,17 @@ read. Nothing is downloaded, and no pickle is opened, because loading one runs c
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pyfastcircuits.adapters.checkpoint import Checkpoint
-from pyfastcircuits.adapters.hugging_face import family_of, read_checkpoint
+from pyfastcircuits.adapters.checkpoint import Checkpoint, Entry
+from pyfastcircuits.adapters.families import family_of
+from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.model.weights import METADATA, CircuitWeights
 
@@ -159,11 +159,13 @@ def _weights_in(folder: Path) -> CircuitWeights:
     """Views of the memory-mapped files of a Hugging Face folder; `attention_only` is False."""
     config = _read_json(folder / _CONFIG)
     family = family_of(config.get("model_type"), str(folder))
-    tensors: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, Entry] = {}
     for file in _shards(folder):
         opened = _open_safetensors(file)
-        tensors |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    return read_checkpoint(family, Checkpoint(str(folder), config, tensors, family.body))
+        tensors |= {name: Entry(partial(opened.get_tensor, name)) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    checkpoint = Checkpoint(str(folder), config, tensors, family.body)
+    checkpoint.refuse("quantization_config", "of a model on disk that is not read: load the model itself")
+    return read_checkpoint(family, checkpoint)
 
 
 def _shards(folder: Path) -> list[Path]:

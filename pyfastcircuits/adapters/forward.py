@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfastcircuits.adapters.reading import own_eps
 from pyfastcircuits.adapters.recording import Call, Hooks, Recording
 from pyfastcircuits.model.weights import CircuitWeights
 
@@ -26,15 +27,24 @@ class Layer:
     norms: tuple[tuple[nn.Module, Tensor], ...]  # of queries and of keys, each with what it multiplied by: [B, rest]
     options: dict[str, Any]  # what an adapter adds
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Layer":
-        """With every tensor of the calls changed."""
+    def mapped(self, batch: int, change: Callable[[Tensor], Tensor]) -> "Layer":
+        """With every tensor of the calls, which were of `batch` sequences, changed."""
+
+        def of_each(x: Tensor) -> Tensor:
+            return change(x) if x.dim() != 3 or len(x) == batch or len(x) % batch else _by_sequence(x, batch, change)
+
         return replace(
             self,
-            block_call=_mapped(self.block_call, change),
-            attention_call=_mapped(self.attention_call, change),
+            block_call=_mapped(self.block_call, of_each),
+            attention_call=_mapped(self.attention_call, of_each),
             norms=tuple((norm, change(scale)) for norm, scale in self.norms),
-            options=_mapped(self.options, change),
+            options=_mapped(self.options, of_each),
         )
+
+
+def _by_sequence(x: Tensor, batch: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A change of ALiBi's biases [B * H, 1, T], whose first dimension holds the heads of each sequence."""
+    return change(x.unflatten(0, (batch, -1))).flatten(0, 1)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -75,7 +85,7 @@ class ModelForward(ABC):
 
     def score_scale(self, layer: int) -> float:
         """See Forward."""
-        return 1 / (self.weights.attention_scale or self.weights.d_head**0.5)
+        return self.weights.score_scale(layer)
 
     def qkv(self, layer: int, normed: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """See Forward."""
@@ -86,7 +96,7 @@ class ModelForward(ABC):
             read = read + weights.ln_b[layer].to(read.dtype)
         with Hooks(own.attention) as hooks:
             for norm, scale in own.norms if frozen else ():
-                hooks.after(norm, partial(self._as_it_was, scale))
+                hooks.after(norm, partial(self._as_it_was, scale, norm))
             made = self.made(own, read.flatten(0, 1).to(self.dtype))
         q, k, v = (x.to(normed.dtype).unflatten(0, normed.shape[:2]) for x in made)
         return q, k, v
@@ -111,7 +121,8 @@ class ModelForward(ABC):
 
     def select(self, sequences: slice | Tensor) -> "ModelForward":
         """See Forward."""
-        layers = tuple(layer.mapped(lambda x: x[sequences] if len(x) == self.batch else x) for layer in self.layers)
+        cut = partial(_rows, sequences, self.batch)
+        layers = tuple(layer.mapped(self.batch, cut) for layer in self.layers)
         mask = None if self.mask is None else self.mask[sequences]
         return replace(self, layers=layers, batch=len(torch.arange(self.batch)[sequences]), mask=mask)
 
@@ -127,20 +138,29 @@ class ModelForward(ABC):
 
     def _repeated(self, layer: int, count: int) -> Layer:
         """A layer with the arguments of `count` reruns; those that are the same for all sequences stay so."""
-        own = self.layers[layer].mapped(lambda x: torch.cat([x] * count) if len(x) == self.batch > 1 else x)
-        return replace(own, norms=tuple((norm, scale.repeat(count, 1)) for norm, scale in self.layers[layer].norms))
+        many = self.layers[layer].norms
+        own = self.layers[layer].mapped(self.batch, lambda x: torch.cat([x] * count) if len(x) == self.batch > 1 else x)
+        return replace(own, norms=tuple((norm, scale.repeat(count, 1)) for norm, scale in many))
 
-    def _as_it_was(self, scale: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """The output of an RMS norm for `x`, had it kept the scale of the clean run."""
-        own = head_scale(x, self.weights).unsqueeze(-1)
-        changed: Tensor = out * (scale.view(own.shape) / own).to(out.dtype)
-        return changed
+    def _as_it_was(self, scale: Tensor, norm: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """The output of a norm of queries or keys for `x`, had it kept the scale of the clean run."""
+        own, bias = head_scale(norm, x, self.weights).unsqueeze(-1), getattr(norm, "bias", None)
+        ratio = (scale.view(own.shape) / own).to(out.dtype)
+        return out * ratio if bias is None else (out - bias) * ratio + bias
 
 
-def head_scale(x: Tensor, weights: CircuitWeights) -> Tensor:
-    """1/rms over the last dimension."""
-    power = x.to(weights.compute_dtype).square().mean(-1)
-    return (power + weights.eps).rsqrt()
+def _rows(sequences: slice | Tensor, batch: int, x: Tensor) -> Tensor:
+    """The rows of some sequences, if each sequence has one."""
+    return x[sequences] if len(x) == batch else x
+
+
+def head_scale(norm: nn.Module, x: Tensor, weights: CircuitWeights) -> Tensor:
+    """1/std, or 1/rms, over the last dimension, of a norm of queries or keys."""
+    wide = x.to(weights.compute_dtype)
+    if weights.qk_norm == "layernorm":
+        wide = wide - wide.mean(-1, keepdim=True)
+    eps = own_eps(getattr(norm, "norms", [norm])[0])
+    return (wide.square().mean(-1) + (weights.qk_eps if eps is None else eps)).rsqrt()
 
 
 def _with(out: Any, added: Tensor) -> Any:
@@ -150,14 +170,15 @@ def _with(out: Any, added: Tensor) -> Any:
 
 def watch(hooks: Hooks, seen: Recording, block: nn.Module, attention: nn.Module, norms: Sequence[nn.Module]) -> None:
     """Record what `layers_of` needs of a layer."""
-    hooks.before(block, lambda _, call: seen.blocks.append(call))
+
+    def keep_block(_: Tensor, call: Call) -> None:
+        seen.ran.append(block)
+        seen.blocks.append(call)
+
+    hooks.before(block, keep_block)
     hooks.before(attention, lambda _, call: seen.attentions.append(call))
     for norm in norms:
-        hooks.before(norm, partial(_keep_headed, seen, norm))
-
-
-def _keep_headed(seen: Recording, norm: nn.Module, x: Tensor, _: Call) -> None:
-    seen.headed[norm] = x
+        hooks.before(norm, lambda x, _: seen.headed.append(x))
 
 
 def layers_of(
@@ -167,11 +188,11 @@ def layers_of(
     options: Sequence[dict[str, Any]],
 ) -> tuple[Layer, ...]:
     """From a recording and each layer's block, attention, and norms of queries and of keys."""
-    batch = len(seen.streams[0])
-    scales = {norm: head_scale(x, weights).reshape(batch, -1) for norm, x in seen.headed.items()}
-    return tuple(
-        Layer(block, attention, block_call, attention_call, tuple((norm, scales[norm]) for norm in norms), own)
-        for (block, attention, norms), block_call, attention_call, own in zip(
-            modules, seen.blocks, seen.attentions, options, strict=True
-        )
-    )
+    batch, read = len(seen.streams[0]), iter(seen.headed)
+    out = []
+    for (block, attention, norms), block_call, attention_call, own in zip(
+        modules, seen.blocks, seen.attentions, options, strict=True
+    ):
+        scales = tuple((norm, head_scale(norm, next(read), weights).reshape(batch, -1)) for norm in norms)
+        out.append(Layer(block, attention, block_call, attention_call, scales, own))
+    return tuple(out)

@@ -1,97 +1,192 @@
 """Hugging Face causal language models in memory: their weights as views, and one forward pass recorded by hooks."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyfastcircuits.adapters.attention import Made, attending, eager, stop, tiled
 from pyfastcircuits.adapters.checkpoint import Checkpoint
+from pyfastcircuits.adapters.families import family_of
 from pyfastcircuits.adapters.family import Family
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
+from pyfastcircuits.adapters.module_tensors import ModuleTensors
+from pyfastcircuits.adapters.products import Products, Reached
+from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.adapters.recording import Hooks, Recording
+from pyfastcircuits.adapters.tokens import Tokens
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.run.patterns import Pattern, QKPattern, apply_pattern, softmax_pattern
 
-FAMILIES = ("gemma2", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # config.model_type, a module each
-
-
-def family_of(model_type: str | None, where: str) -> Family:
-    """The description of a model type's family.
-
-    Raises:
-        ValueError: the family is not supported.
-    """
-    if model_type not in FAMILIES:
-        raise ValueError(f"{where}: model_type {model_type!r} is not supported, only {', '.join(FAMILIES)}")
-    family: Family = import_module(f"pyfastcircuits.adapters.{model_type}").FAMILY
-    return family
-
-
-def read_checkpoint(family: Family, checkpoint: Checkpoint) -> CircuitWeights:
-    """The circuits of a checkpoint, without its MLPs: `attention_only` is False."""
-    checkpoint.refuse("quantization_config", "quantized weights are not supported")
-    return CircuitWeights(**family.read(checkpoint), attention_only=False)
+CHECKED = 4  # the most positions whose logits are compared
+ROWS_A_CHECKED = 256  # positions of a sequence for each of these
 
 
 def weights_of(model: Any) -> CircuitWeights:
-    """Views of the weights of a model in memory; errors as CircuitWeights.from_model."""
+    """The weights of a model in memory, as views where its modules apply what they hold; errors as from_model."""
+    family, checkpoint = family_and_checkpoint(model)
+    return read_checkpoint(family, checkpoint)
+
+
+def family_and_checkpoint(model: Any) -> tuple[Family, Checkpoint]:
+    """The description of a model's family, and the model as a checkpoint.
+
+    Raises:
+        ValueError: a model that gives no next-token logits, or of a family that is not supported.
+    """
     where, config = type(model).__name__, model.config.to_dict()
+    if config.get("is_encoder_decoder") or config.get("is_decoder") is False and _looks_both_ways(model):
+        raise ValueError(f"{where} gives no next-token logits: it is an encoder, and its attention is not causal")
     family = family_of(config.get("model_type"), where)
-    if not hasattr(model, family.body):
-        raise ValueError(f"{where} has no {family.body!r}: expected the family's causal language model")
-    tensors = {name: lambda tensor=tensor: tensor for name, tensor in model.state_dict().items()}
-    return read_checkpoint(family, Checkpoint(where, config, tensors, family.body))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    body = _submodule(model, family.body)
+    if body is None or head is None:
+        raise ValueError(
+            f"{where} gives no next-token logits: expected the family's causal language model, with "
+            f"{family.body!r} and an output embedding"
+        )
+    layers = _submodule(body, family.layers)
+    count = len(layers) if layers is not None else 0
+    configured = next((name for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), None)
+    if configured is not None:  # a model runs as many of its layers as are configured
+        config[configured] = min(int(config[configured]), count)
+    return family, Checkpoint(where, config, ModuleTensors(model), family.body, model)
 
 
-def record(
-    model: Any, weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, store: str = "patterns"
-) -> Recording:
-    """Record one forward pass of the model below its output embedding."""
-    family = family_of(model.config.model_type, type(model).__name__)
+def _looks_both_ways(model: Any) -> bool:
+    return "MaskedLM" in type(model).__name__
+
+
+def _submodule(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "patterns") -> Recording:
+    """Record one forward pass of the model, with its logits at a few positions."""
+    family, checkpoint = family_and_checkpoint(model)
+    if store == "qk" and not family.interface:
+        raise ValueError(
+            f"store is 'qk', but {type(model).__name__} makes its patterns itself, and not through transformers' "
+            "attention interface: they must be kept"
+        )
     body = model.get_submodule(family.body)
-    layers = list(body.get_submodule(family.layers))
-    attentions = [layer.get_submodule(family.attention) for layer in layers]
-    norms = [tuple(own.get_submodule(name) for name in family.head_norms) for own in attentions]
-    seen, options = Recording(), []
-    attend = partial(_tiled, padding=mask) if store == "qk" else _eager
+    layers = list(body.get_submodule(family.layers))[: checkpoint.n_layers]
+    parts = [LayerParts.of(family, layer) for layer in layers]
+    seen, options = Recording(model=model), []
+    kept = tiled(given.mask) if store == "qk" else eager
 
-    def attend_and_keep(module: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, **given: Any) -> Any:
-        options.append({"attention_mask": hidden, **given})
-        return attend(module, q, k, v, attention_mask=hidden, **given)
+    def attend_and_keep(module: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, **more: Any) -> Any:
+        options.append({"attention_mask": hidden, **more})
+        return kept(module, q, k, v, attention_mask=hidden, **more)
 
-    with torch.no_grad(), _attending(body.config, attend_and_keep, masked=store != "qk"), Hooks(model) as hooks:
-        for layer, attention, head_norms in zip(layers, attentions, norms, strict=True):
-            watch(hooks, seen, layer, attention, head_norms)
-            hooks.before(layer, lambda x, _: seen.streams.append(x))
-            hooks.after(attention, lambda _, out: _keep_attention(out, seen))
-            if family.post_norm is not None:
-                hooks.after(layer.get_submodule(family.post_norm), lambda x, out: _keep_post_norm(x, out, seen))
+    how = _arguments(model, given)
+    with torch.no_grad(), attending(body.config, attend_and_keep, masked=store != "qk"), Hooks(model) as hooks:
+        for part in dict.fromkeys(parts):  # a layer that is used twice is watched once
+            _watch_layer(hooks, seen, family, part)
         norm = body.get_submodule(family.final_norm)
         hooks.before(norm, lambda x, _: seen.streams.append(x))
         hooks.after(norm, lambda _, out: setattr(seen, "normed", out))
-        body(input_ids=tokens, attention_mask=None if mask is None else mask.long(), use_cache=False)
-    own = layers_of(seen, weights, list(zip(layers, attentions, norms, strict=True)), options)
-    seen.forward = HuggingFaceForward(model, weights, own, seen.streams[0].dtype, len(tokens), mask, store == "qk")
+        logits = model(input_ids=given.tokens, use_cache=False, return_dict=True, **how).logits
+    _check_order(seen, parts)
+    scale = family.logit_scale(checkpoint)
+    seen.normed = seen.normed if scale == 1 or seen.normed is None else seen.normed * scale
+    seen.logit_positions = checked_positions(given)
+    seen.logits = logits if "logits_to_keep" in how else logits[:, seen.logit_positions]
+    seen.names = {
+        "embedding": f"{family.body}.{family.embedding}",
+        "final norm": f"{family.body}.{family.final_norm}",
+        "logits": family.head,
+        **{f"heads of layer {i}": family.layer(family.attention).format(i) for i in range(len(layers))},
+    }
+    own = layers_of(seen, weights, [(part.block, part.attention, part.head_norms) for part in parts], options)
+    if family.latent_norms:
+        seen.value_scales = [layer.norms[-1][1].view(given.tokens.shape) for layer in own]
+    forward = HuggingFaceForward if family.interface else ProductsForward
+    seen.forward = forward(model, weights, own, seen.streams[0].dtype, len(given.tokens), given.mask, store == "qk")
     return seen
 
 
-def _keep_attention(out: tuple[Tensor, Pattern | None], seen: Recording) -> None:
-    written, pattern = out
-    if pattern is None:
-        raise RuntimeError("the model's attention gave no pattern, though it was given a function that does")
-    seen.written.append(written)
-    seen.patterns.append(pattern)
+@dataclass(frozen=True, eq=False)
+class LayerParts:
+    """The modules of a layer that a run is recorded from; equal if they are the same layer's."""
+
+    block: nn.Module
+    attention: nn.Module
+    head_norms: tuple[nn.Module, ...]
+    post_norm: nn.Module | None
+
+    def __hash__(self) -> int:
+        """By the layer."""
+        return id(self.block)
+
+    def __eq__(self, other: object) -> bool:
+        """Of the same layer."""
+        return isinstance(other, LayerParts) and self.block is other.block
+
+    @staticmethod
+    def of(family: Family, block: nn.Module) -> "LayerParts":
+        """The parts of a layer of a family."""
+        attention = block.get_submodule(family.attention)
+        names = family.latent_norms or (family.query_norm, family.key_norm)
+        norms = [getattr(attention, name, None) for name in names]
+        post = None if family.post_norm is None else block.get_submodule(family.post_norm)
+        return LayerParts(block, attention, tuple(norm for norm in norms if norm is not None), post)
 
 
-def _keep_post_norm(attended: Tensor, written: Tensor, seen: Recording) -> None:
-    seen.attended.append(attended)
-    seen.written[-1] = written
+def _watch_layer(hooks: Hooks, seen: Recording, family: Family, part: LayerParts) -> None:
+    watch(hooks, seen, part.block, part.attention, part.head_norms)
+    hooks.before(part.block, lambda x, _: seen.streams.append(x))
+
+    def keep_attention(_: Any, out: tuple[Tensor, Any]) -> None:
+        written, pattern = out[:2]
+        if pattern is None:
+            raise RuntimeError("the model's attention gave no pattern, though it was given a function that does")
+        seen.written.append(written - seen.streams[-1] if family.adds_residual else written)
+        seen.patterns.append(pattern)
+
+    hooks.after(part.attention, keep_attention)
+    if part.post_norm is not None:
+
+        def keep_post_norm(attended: Tensor, written: Tensor) -> None:
+            seen.attended.append(attended)
+            seen.written[-1] = written
+
+        hooks.after(part.post_norm, keep_post_norm)
+
+
+def _check_order(seen: Recording, parts: list[LayerParts]) -> None:
+    """Raise unless the layers ran as they are listed, each once."""
+    ran = [id(block) for block in seen.ran]
+    if ran != [id(part.block) for part in parts]:
+        raise ValueError(
+            f"model ran {len(ran)} layers, but has {len(parts)} in its list, or ran them in another order: a trace "
+            "needs each layer of the list to run once"
+        )
+
+
+def _arguments(model: Any, given: Tokens) -> dict[str, Any]:
+    """The arguments of the model's call beside the tokens."""
+    known = inspect.signature(model.forward).parameters
+    out: dict[str, Any] = {"attention_mask": None if given.mask is None else given.mask.long()}
+    if given.placed and "position_ids" in known:
+        out["position_ids"] = given.positions.expand_as(given.tokens)
+    elif given.chosen:
+        raise ValueError(f"position_ids is given, but {type(model).__name__} takes none")
+    if "logits_to_keep" in known:
+        out["logits_to_keep"] = torch.tensor(checked_positions(given), device=given.tokens.device)
+    return out
+
+
+def checked_positions(given: Tokens) -> list[int]:
+    """The positions whose logits are compared: a few of a long sequence, of a short one the last that is real."""
+    length = given.tokens.shape[1]
+    real = range(length) if given.mask is None else given.mask.any(0).nonzero()[:, 0].tolist()
+    count = min(CHECKED, 1 + length // ROWS_A_CHECKED, len(real))
+    return sorted({real[-1 - i * len(real) // count] for i in range(count)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +197,10 @@ class HuggingFaceForward(ModelForward):
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""
-        with _attending(layer.attention.config, _stop):
+        with attending(layer.attention.config, stop):
             try:
                 layer.attention_call(layer.attention, read)
-            except _Made as made:
+            except Made as made:
                 return made.tensors
         raise RuntimeError(f"{type(layer.attention).__name__} does not call transformers' attention interface")
 
@@ -116,77 +211,49 @@ class HuggingFaceForward(ModelForward):
 
     def run(self, layer: Layer, stream: Tensor) -> Tensor:
         """See ModelForward."""
-        with _attending(layer.attention.config, self._attend(len(stream))):
+        with attending(layer.attention.config, self._attend(len(stream))):
             return super().run(layer, stream)
 
-    def _attend(self, rows: int) -> Callable[..., tuple[Tensor, Pattern]]:
+    def _attend(self, rows: int) -> Any:
         """The attention function of the clean run, for so many rows of tokens."""
         if not self.tiled:
-            return _eager
-        return partial(_tiled, padding=None if self.mask is None else self.mask.repeat(rows // self.batch, 1))
+            return eager
+        return tiled(None if self.mask is None else self.mask.repeat(rows // self.batch, 1))
 
 
-class _Made(Exception):
-    """The way out of an attention that has made its queries, keys and values."""
+@dataclass(frozen=True, eq=False)
+class ProductsForward(ModelForward):
+    """The Forward of an attention that calls no interface: it is stopped, and changed, at its products."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.tensors = q, k, v
+    tiled: bool
 
+    def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ModelForward."""
+        (q, keys), (_, v) = self._reached(layer, Products(2), read)
+        heads, kv = self.weights.n_heads, self.weights.W_K.shape[1]
+        q, k, v = (x.reshape(len(read), -1, *x.shape[-2:]) for x in (q, keys.mT, v))
+        return q.to(v.dtype), k[:, :: k.shape[1] // kv].to(v.dtype), v[:, :: v.shape[1] // kv]
 
-def _stop(_: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **given: Any) -> None:
-    raise _Made(q, k, v)
+    def mixed(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ModelForward."""
+        read = q.new_zeros(*v.shape[:1], v.shape[2], self.weights.d_model, dtype=self.dtype)
+        pattern = self._reached(layer, Products(2, q, k.mT), read)[1][0]
+        values = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return pattern.reshape(len(q), -1, *pattern.shape[-2:]).to(v.dtype) @ values
 
+    def run(self, layer: Layer, stream: Tensor) -> Tensor:
+        """See ModelForward."""
+        with attending(self._config, None):
+            return super().run(layer, stream)
 
-def _eager(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **given: Any
-) -> tuple[Tensor, Pattern]:
-    """Attention by the family's own eager function, which gives heads [B, T, H, r] and patterns [B, H, T, T]."""
-    if getattr(module, "reorder_and_upcast_attn", False):  # of GPT-2, which asks for "eager" by its name
-        out: tuple[Tensor, Tensor] = module._upcast_and_reordered_attn(q, k, v, attention_mask)
-    else:
-        family = sys.modules[type(module).__module__]
-        out = family.eager_attention_forward(module, q, k, v, attention_mask, **given)
-    return out
+    def _reached(self, layer: Layer, products: Products, read: Tensor) -> list[tuple[Tensor, Tensor]]:
+        try:
+            with attending(self._config, None), products:
+                layer.attention_call(layer.attention, read)
+        except Reached as reached:
+            return reached.factors
+        raise RuntimeError(f"{type(layer.attention).__name__} makes no product of patterns and values")
 
-
-def _tiled(
-    module: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    padding: Tensor | None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **given: Any,
-) -> tuple[Tensor, Pattern]:
-    """The same attention in memory that grows with T; gradients of queries or keys still need a layer's patterns."""
-    dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    pattern: Pattern
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        pattern = softmax_pattern(q, k, scaling, padding, sliding_window, softcap)
-    else:
-        pattern = QKPattern.of(q, k, scaling, padding, sliding_window, softcap)
-    return apply_pattern(pattern, v[None])[0].transpose(1, 2).to(dtype), pattern
-
-
-@contextmanager
-def _attending(config: Any, attend: Callable[..., Any], *, masked: bool = False) -> Iterator[None]:
-    """Put another attention function into a configuration's modules; if `masked`, it is given masks as "eager" is."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = "pyfastcircuits_masked" if masked else "pyfastcircuits"
-    if masked:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    implementation = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[name] = attend
-    try:
-        config._attn_implementation = name
-        yield
-    finally:
-        config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS[name]
+    @property
+    def _config(self) -> Any:
+        return self.model.config

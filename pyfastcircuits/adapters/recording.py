@@ -41,7 +41,8 @@ class Recording:
     attended: list[Tensor] = field(default_factory=list)  # L, or none without a norm after the heads: what that reads
     blocks: list[Call] = field(default_factory=list)  # L: what each layer was called with
     attentions: list[Call] = field(default_factory=list)  # L: and its attention
-    headed: dict[nn.Module, Tensor] = field(default_factory=dict)  # what norms of queries and of keys read
+    ran: list[nn.Module] = field(default_factory=list)  # L: the layers, in the order in which they ran
+    headed: list[Tensor] = field(default_factory=list)  # what norms of queries and of keys read, in that order
     value_scales: list[Tensor] = field(default_factory=list)  # L, or none; see FrozenModel
     normed: Tensor | None = None  # [B, T, d], what the final norm gives
     logits: Tensor | None = None  # [B, n, V'], the model's own, at some positions

@@ -19,12 +19,14 @@ class Tokens:
         mask: [B, T] of bool, None if every token is real.
         positions: [T] or [B, T] of int64.
         placed: whether the positions are others than a model counts by itself in a row without padding.
+        chosen: whether they were given, as position_ids.
     """
 
     tokens: Tensor
     mask: Tensor | None
     positions: Tensor
     placed: bool
+    chosen: bool
 
     @staticmethod
     def of(weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> "Tokens":
@@ -42,7 +44,8 @@ class Tokens:
             if position_ids is None and int(positions.max()) >= weights.n_ctx:
                 raise ValueError(f"tokens has {tokens.shape[1]} positions, but W_pos has only {weights.n_ctx}")
             check_range("position_ids", positions, weights.n_ctx)
-        return Tokens(tokens, mask, positions, not torch.equal(positions.expand_as(tokens), counted.expand_as(tokens)))
+        placed = not torch.equal(positions.expand_as(tokens), counted.expand_as(tokens))
+        return Tokens(tokens, mask, positions, placed, placed and position_ids is not None)
 
 
 def _checked_positions(tokens: Tensor, position_ids: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
+from pyfastcircuits.adapters.products import Products, Reached
 from pyfastcircuits.adapters.recording import Hooks, Recording
+from pyfastcircuits.adapters.tokens import Tokens
 from pyfastcircuits.model.layers import LayerStack
 from pyfastcircuits.model.norms import normalized
 from pyfastcircuits.model.weights import CircuitWeights
@@ -54,11 +55,11 @@ def weights_of(model: Any) -> CircuitWeights:
     )
 
 
-def record(
-    model: Any, weights: CircuitWeights, tokens: Tensor, mask: Tensor | None, store: str = "patterns"
-) -> Recording:
+def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "patterns") -> Recording:
     """Record one forward pass of the model. The padding of a mask shifts positions, as TransformerLens does it."""
-    seen = Recording()
+    if given.chosen:
+        raise ValueError(f"position_ids is given, but {type(model).__name__} takes none")
+    tokens, mask, seen = given.tokens, given.mask, Recording(model=model)
     norms = [_head_norms(block.attn) for block in model.blocks]
 
     def keep_last(written: Tensor) -> None:
@@ -101,7 +102,7 @@ class TransformerLensForward(ModelForward):
         values: list[Tensor] = []
         with Hooks(layer.attention) as hooks:
             hooks.after(_values(layer.attention), lambda _, out: values.append(out))
-            q, keys = self._until(_Scores(), layer, read)
+            q, keys = self._until(Products(1), layer, read)
         heads, kv = q.shape[1], self.weights.W_K.shape[1]
         v = values[0].view(*read.shape[:2], -1, self.weights.d_head).transpose(1, 2)
         return q, keys.mT[:, :: heads // kv], v[:, :: v.shape[1] // kv]
@@ -110,7 +111,7 @@ class TransformerLensForward(ModelForward):
         """See ModelForward."""
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         read = q.new_zeros(*v.shape[:1], v.shape[2], self.weights.d_model, dtype=self.dtype)
-        pattern, _ = self._until(_Scores(q, k.mT), layer, read)
+        pattern, _ = self._until(Products(2, q, k.mT), layer, read)
         return pattern.to(v.dtype) @ v
 
     def score_scale(self, layer: int) -> float:
@@ -136,7 +137,7 @@ class TransformerLensForward(ModelForward):
         q, k, _ = self.qkv(layer, normalized(stream, self.weights)[None])
         return QKPattern.of(q[0], k[0], self.score_scale(layer), self.mask, window, cap if cap and cap > 0 else None)
 
-    def _until(self, products: "_Scores", layer: Layer, read: Tensor) -> tuple[Tensor, Tensor]:
+    def _until(self, products: Products, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor]:
         """Run an attention on [N * B, T, d] up to the product that `products` stops at, and give its two factors."""
         shift = layer.block_call.kwargs.get("shortformer_pos_embed")
         placed = read if shift is None else read + shift
@@ -147,37 +148,9 @@ class TransformerLensForward(ModelForward):
                 else:
                     given = layer.attention_call.kwargs
                     layer.attention(query_input=placed, key_input=placed, value_input=read, **given)
-        except _Reached as reached:
-            return reached.factors
+        except Reached as reached:
+            return reached.factors[-1]
         raise RuntimeError(f"{type(layer.attention).__name__} makes no product of queries and keys")
-
-
-class _Reached(Exception):
-    """Leaves an attention at one of its products, with its factors."""
-
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self.factors = left, right
-
-
-class _Scores(TorchFunctionMode):
-    """Stops at the product of queries [N, H, T, r] and keys [N, H, r, T]; or, given others, puts them in their place
-    and stops at the next, of patterns and values.
-    """
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self._given = given
-
-    def __torch_function__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Any call of torch."""
-        if called in _PRODUCTS and all(x.dim() == 4 for x in args):
-            if not self._given:
-                raise _Reached(*args)
-            args, self._given = self._given, ()
-        return called(*args, **(kwargs or {}))
-
-
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 @contextmanager

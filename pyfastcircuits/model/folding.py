@@ -98,7 +98,9 @@ def fold_value_biases(weights: CircuitWeights) -> CircuitWeights:
         return weights
     if weights.sinks is not None:
         raise ValueError("weights.sinks is given: rows of patterns do not sum to 1, and no value bias is a constant")
-    bare = replace(weights, ln_b=None, ln_post_w=None, write_scale=1.0)  # these act on the new b_O as they did on b_V and b_O
+    bare = replace(
+        weights, ln_b=None, ln_post_w=None, write_scale=1.0
+    )  # these act on the new b_O as they did on b_V and b_O
     written = torch.stack([bare.written_bias(layer) for layer in range(weights.n_layers)])
     return replace(weights, b_V=None, b_O=written.to(weights.W_O.dtype))
 

@@ -32,6 +32,11 @@ def queries_or_keys(
     Returns:
         [..., H or Hkv, T, r]; of one head [..., T, r].
     """
+    if weights.qk_norm == "rmsnorm of latents":
+        raise ValueError(
+            "weights.qk_norm is 'rmsnorm of latents': queries and keys come through norms of latents, which the weights "
+            "alone do not make; qk_terms has the scores of a run"
+        )
     count = (weights.W_Q if name == "Q" else weights.W_K).shape[1]
     own = None if head is None else head // (weights.n_heads // count)
     together = weights.qk_norm == "rmsnorm of all heads"

@@ -114,4 +114,3 @@ class WeightsForward:
     def options(self) -> Mapping[str, object]:
         """See Forward: the CircuitWeights hold them all."""
         return {}
-

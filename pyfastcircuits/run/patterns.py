@@ -22,6 +22,7 @@ class QKPattern:
     mask: Tensor | None  # [B, T]: which sources are real
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None  # [H], a score in each row that no source has
 
     @staticmethod
     def of(
@@ -31,10 +32,13 @@ class QKPattern:
         mask: Tensor | None,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> "QKPattern":
         """The patterns that queries and keys make; the logsumexp of every query's scores is computed here."""
         lse = attention_lse(q, k, scale=scale, mask=mask, window=window, softcap=softcap)
-        return QKPattern(q, k, lse, scale, mask, window, softcap)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks[:, None].to(lse.dtype).expand_as(lse))
+        return QKPattern(q, k, lse, scale, mask, window, softcap, sinks)
 
 
 Pattern = Tensor | QKPattern  # a tensor is [B, H, T, T]
@@ -58,7 +62,8 @@ def head_pattern(pattern: Pattern, head: int) -> Pattern:
         return pattern[:, head : head + 1]
     kv = head // (pattern.q.shape[1] // pattern.k.shape[1])
     q, lse = (x[:, head : head + 1] for x in (pattern.q, pattern.lse))
-    return replace(pattern, q=q, k=pattern.k[:, kv : kv + 1], lse=lse)
+    sinks = None if pattern.sinks is None else pattern.sinks[head : head + 1]
+    return replace(pattern, q=q, k=pattern.k[:, kv : kv + 1], lse=lse, sinks=sinks)
 
 
 def select_sequences(pattern: Pattern, sequences: slice | Tensor) -> Pattern:
@@ -73,11 +78,18 @@ def stored(pattern: Pattern) -> Tensor:
     """The pattern as a tensor [B, H, T, T]: rows are destinations, columns sources; padding attends to itself alone."""
     if isinstance(pattern, Tensor):
         return pattern
-    return softmax_pattern(pattern.q, pattern.k, pattern.scale, pattern.mask, pattern.window, pattern.softcap)
+    shape = (pattern.window, pattern.softcap, pattern.sinks)
+    return softmax_pattern(pattern.q, pattern.k, pattern.scale, pattern.mask, *shape)
 
 
 def softmax_pattern(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, window: int | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax of scale * q k.T, [..., B, H, T, T]; padding attends to itself alone; see QKPattern."""
     scores = scale * (q @ k.repeat_interleave(q.shape[-3] // k.shape[-3], -3).mT)
@@ -89,4 +101,8 @@ def softmax_pattern(
     if mask is not None:
         own = torch.eye(len(hidden), dtype=torch.bool, device=scores.device)
         hidden = hidden | ~(mask[:, None, None] | own)
-    return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+    scores = scores.masked_fill_(hidden, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1)
+    beside = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, beside), -1).softmax(-1)[..., :-1]
