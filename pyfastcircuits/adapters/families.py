@@ -74,6 +74,10 @@ def _olmo(c: Checkpoint) -> None:
         raise ValueError(f"{c.where}: clip_qkv is {c.config['clip_qkv']!r}, and clipped values are no linear function")
 
 
+def _never(c: Checkpoint) -> bool:
+    return False
+
+
 def _falcon_keys(c: Checkpoint, heads: int) -> int:
     if c.option("new_decoder_architecture", False):
         return int(c.option("num_kv_heads", heads))
@@ -109,7 +113,7 @@ LLAMA = Family()
 LAYERNORMS = replace(LLAMA, norm_kind="layernorm", default_eps=1e-5)
 GPT2 = replace(
     LAYERNORMS, body="transformer", embedding="wte", positions="wpe", layers="h", norm="ln_1", attention="attn",
-    joint="c_attn", split=_thirds, transposed=True, out="c_proj", final_norm="ln_f", heads="n_head", rotary=False,
+    joint="c_attn", split=_thirds, transposed=True, out="c_proj", final_norm="ln_f", heads="n_head", rotary=_never,
     check=_gpt2, tied=True,
     options=lambda c, found: {} if c.model or c.option("scale_attn_weights", True) else {"attention_scale": 1.0},
 )  # fmt: skip
@@ -133,7 +137,7 @@ FAMILIES: dict[str, Family] = {
     "bloom": replace(
         LAYERNORMS, body="transformer", embedding="word_embeddings", embedding_norm="word_embeddings_layernorm",
         layers="h", attention="self_attention", joint="query_key_value", split=_of_each_head, out="dense",
-        final_norm="ln_f", heads="n_head", rotary=False, interface=False, adds_residual=True, tied=True,
+        final_norm="ln_f", heads="n_head", rotary=_never, interface="products", adds_residual=True, tied=True,
     ),
     "cohere": COHERE,
     "cohere2": replace(COHERE, rotates=_in_windows),
@@ -142,7 +146,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": replace(
         LAYERNORMS, body="transformer", embedding="word_embeddings", layers="h", attention="self_attention",
         norm=("input_layernorm", "ln_attn"), joint="query_key_value", split=_falcon, out="dense", final_norm="ln_f",
-        key_heads=_falcon_keys, interface=False, tied=True,
+        key_heads=_falcon_keys, rotary=lambda c: not c.option("alibi", False), interface="sdpa", tied=True,
     ),
     "gemma": GEMMA,
     "gemma2": GEMMA2,
@@ -150,12 +154,12 @@ FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "gpt_neo": replace(
         GPT2, attention="attn.attention", joint=None, split=LLAMA.split, transposed=False, out="out_proj",
-        heads="num_heads", interface=False, check=LLAMA.check, options=lambda c, found: {"attention_scale": 1.0},
+        heads="num_heads", interface="products", check=LLAMA.check, options=lambda c, found: {"attention_scale": 1.0},
     ),
     "gpt_neox": NEOX,
     "gpt_oss": replace(LLAMA, options=_sinks),
     "gptj": replace(
-        GPT2, positions=None, joint=None, split=LLAMA.split, transposed=False, out="out_proj", rotary=True,
+        GPT2, positions=None, joint=None, split=LLAMA.split, transposed=False, out="out_proj", rotary=LLAMA.rotary,
         rotary_pairs="adjacent", check=LLAMA.check, options=LLAMA.options, tied=False,
     ),
     "granite": replace(LLAMA, options=_granite, logit_scale=lambda c: 1 / float(c.option("logits_scaling", 1.0))),
@@ -167,7 +171,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": OLMO2,
     "opt": replace(
         LAYERNORMS, body="model.decoder", positions="embed_positions", first_position=2, norm="self_attn_layer_norm",
-        out="out_proj", final_norm="final_layer_norm", rotary=False, check=_opt, tied=True,
+        out="out_proj", final_norm="final_layer_norm", rotary=_never, check=_opt, tied=True,
     ),
     "phi": replace(
         LAYERNORMS, out="dense", query_norm="q_layernorm", key_norm="k_layernorm", qk_norm_kind="layernorm",

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfastcircuits.adapters.attention import Made, attending, eager, stop, tiled
+from pyfastcircuits.adapters.attention import Made, attending, eager, plain, stop, tiled
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.families import family_of
-from pyfastcircuits.adapters.family import Family
+from pyfastcircuits.adapters.family import Family, Interface
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
 from pyfastcircuits.adapters.module_tensors import ModuleTensors
 from pyfastcircuits.adapters.products import Products, Reached
@@ -68,7 +68,7 @@ def _submodule(model: nn.Module, name: str) -> Any:
 def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "patterns") -> Recording:
     """Record one forward pass of the model, with its logits at a few positions."""
     family, checkpoint = family_and_checkpoint(model)
-    if store == "qk" and not family.interface:
+    if store == "qk" and family.interface != "transformers":
         raise ValueError(
             f"store is 'qk', but {type(model).__name__} makes its patterns itself, and not through transformers' "
             "attention interface: they must be kept"
@@ -77,14 +77,17 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
     layers = list(body.get_submodule(family.layers))[: checkpoint.n_layers]
     parts = [LayerParts.of(family, layer) for layer in layers]
     seen, options = Recording(model=model), []
-    kept = tiled(given.mask) if store == "qk" else eager
+    kept = tiled(given.mask) if store == "qk" else plain if family.interface == "sdpa" else eager
 
     def attend_and_keep(module: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, **more: Any) -> Any:
         options.append({"attention_mask": hidden, **more})
-        return kept(module, q, k, v, attention_mask=hidden, **more)
+        out = kept(module, q, k, v, attention_mask=hidden, **more)
+        seen.patterns.append(out[1])
+        return out
 
     how = _arguments(model, given)
-    with torch.no_grad(), attending(body.config, attend_and_keep, masked=store != "qk"), Hooks(model) as hooks:
+    through = attending(body.config, attend_and_keep, family.interface, masked=store != "qk")
+    with torch.no_grad(), through, Hooks(model) as hooks:
         for part in dict.fromkeys(parts):  # a layer that is used twice is watched once
             _watch_layer(hooks, seen, family, part)
         norm = body.get_submodule(family.final_norm)
@@ -102,11 +105,15 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
         "logits": family.head,
         **{f"heads of layer {i}": family.layer(family.attention).format(i) for i in range(len(layers))},
     }
+    options = options or [{}] * len(parts)
     own = layers_of(seen, weights, [(part.block, part.attention, part.head_norms) for part in parts], options)
     if family.latent_norms:
         seen.value_scales = [layer.norms[-1][1].view(given.tokens.shape) for layer in own]
-    forward = HuggingFaceForward if family.interface else ProductsForward
-    seen.forward = forward(model, weights, own, seen.streams[0].dtype, len(given.tokens), given.mask, store == "qk")
+    parts_of_it = (model, weights, own, seen.streams[0].dtype, len(given.tokens), given.mask)
+    if family.interface == "products":
+        seen.forward = ProductsForward(*parts_of_it)
+    else:
+        seen.forward = HuggingFaceForward(*parts_of_it, body.config, family.interface, store == "qk")
     return seen
 
 
@@ -143,10 +150,9 @@ def _watch_layer(hooks: Hooks, seen: Recording, family: Family, part: LayerParts
 
     def keep_attention(_: Any, out: tuple[Tensor, Any]) -> None:
         written, pattern = out[:2]
-        if pattern is None:
-            raise RuntimeError("the model's attention gave no pattern, though it was given a function that does")
         seen.written.append(written - seen.streams[-1] if family.adds_residual else written)
-        seen.patterns.append(pattern)
+        if family.interface == "products":
+            seen.patterns.append(pattern)
 
     hooks.after(part.attention, keep_attention)
     if part.post_norm is not None:
@@ -193,15 +199,19 @@ def checked_positions(given: Tokens) -> list[int]:
 class HuggingFaceForward(ModelForward):
     """The Forward through transformers' attention interface: a function of ours stands where values are mixed."""
 
+    config: Any  # that the attentions read
+    interface: Interface
     tiled: bool  # the clean run worked on tiles and kept no patterns
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""
-        with attending(layer.attention.config, stop):
+        with attending(self.config, stop, self.interface):
             try:
                 layer.attention_call(layer.attention, read)
             except Made as made:
-                return made.tensors
+                q, k, v = made.tensors
+                kv = self.weights.W_K.shape[1]
+                return q, k[:, :: k.shape[1] // kv], v[:, :: v.shape[1] // kv]
         raise RuntimeError(f"{type(layer.attention).__name__} does not call transformers' attention interface")
 
     def mixed(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,21 +221,19 @@ class HuggingFaceForward(ModelForward):
 
     def run(self, layer: Layer, stream: Tensor) -> Tensor:
         """See ModelForward."""
-        with attending(layer.attention.config, self._attend(len(stream))):
+        with attending(self.config, self._attend(len(stream)), self.interface):
             return super().run(layer, stream)
 
     def _attend(self, rows: int) -> Any:
         """The attention function of the clean run, for so many rows of tokens."""
         if not self.tiled:
-            return eager
+            return plain if self.interface == "sdpa" else eager
         return tiled(None if self.mask is None else self.mask.repeat(rows // self.batch, 1))
 
 
 @dataclass(frozen=True, eq=False)
 class ProductsForward(ModelForward):
     """The Forward of an attention that calls no interface: it is stopped, and changed, at its products."""
-
-    tiled: bool
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""
@@ -243,17 +251,13 @@ class ProductsForward(ModelForward):
 
     def run(self, layer: Layer, stream: Tensor) -> Tensor:
         """See ModelForward."""
-        with attending(self._config, None):
+        with attending(self.model.config, None, "products"):
             return super().run(layer, stream)
 
     def _reached(self, layer: Layer, products: Products, read: Tensor) -> list[tuple[Tensor, Tensor]]:
         try:
-            with attending(self._config, None), products:
+            with attending(self.model.config, None, "products"), products:
                 layer.attention_call(layer.attention, read)
         except Reached as reached:
             return reached.factors
         raise RuntimeError(f"{type(layer.attention).__name__} makes no product of patterns and values")
-
-    @property
-    def _config(self) -> Any:
-        return self.model.config

@@ -32,7 +32,7 @@ def read_checkpoint(family: Family, c: Checkpoint) -> CircuitWeights:
     if c.has(bias.format(0)):
         found["b_O"] = c.stack(bias, d)
     found |= _norms(family, c, d) | _qk_norms(family, c, r) | _scale(family, c, r)
-    found |= rotation(family, c, r) if family.rotary else {}
+    found |= rotation(family, c, r) if family.rotary(c) else {}
     found |= family.options(c, found)
     return CircuitWeights(**found, attention_only=False)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyfastcircuits.adapters.agreement import Agreement
 from pyfastcircuits.adapters.tokens import Tokens
-from pyfastcircuits.model.norms import embedded, head_norm_scale, norm_scale
+from pyfastcircuits.model.norms import centered, embedded, head_norm_scale, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.forward import Forward
 from pyfastcircuits.run.model_guard import ModelGuard
@@ -169,8 +169,7 @@ def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, agree: "
     mine = model.normed(final, weights.n_layers)
     bias = 0 if weights.ln_final_b is None else weights.ln_final_b.to(mine.dtype)
     agree("final norm", "gives", mine + bias, normed, seen.names)
-    if weights.norm != "rmsnorm":  # torch's layernorm rounds as ours does
-        return torch.zeros_like(mine)
     gain = torch.ones_like(mine[0, 0]) if weights.ln_final_w is None else weights.ln_final_w.to(mine.dtype)
     factor = model.scales[-1][..., None] * gain
-    return torch.where(factor != 0, (normed.to(mine.dtype) - mine) / factor, 0)
+    change = torch.where(factor != 0, (normed.to(mine.dtype) - bias - mine) / factor, 0)
+    return centered(change, weights)
