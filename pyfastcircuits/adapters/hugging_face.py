@@ -165,12 +165,18 @@ def _watch_layer(hooks: Hooks, seen: Recording, family: Family, part: LayerParts
 
 
 def _check_order(seen: Recording, parts: list[LayerParts]) -> None:
-    """Raise unless the layers ran as they are listed, each once."""
+    """Raise unless the layers ran as they are listed, and each attended once."""
     ran = [id(block) for block in seen.ran]
     if ran != [id(part.block) for part in parts]:
         raise ValueError(
             f"model ran {len(ran)} layers, but has {len(parts)} in its list, or ran them in another order: a trace "
             "needs each layer of the list to run once"
+        )
+    attended = max(len(seen.attentions), len(seen.patterns))
+    if attended != len(parts):
+        raise ValueError(
+            f"model attended {attended} times in {len(parts)} layers: a forward method has been replaced by one that "
+            "runs an attention again or not at all, which a trace does not represent"
         )
 
 

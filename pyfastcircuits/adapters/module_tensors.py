@@ -98,8 +98,9 @@ def _is_changed(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return hasattr(module, "in_features") or hasattr(module, "base_layer")
+    made_by_hook = any(hasattr(hook, "compute_weight") for hook in module._forward_pre_hooks.values())
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
-    return not plain or hasattr(module, "base_layer")
+    return not plain or made_by_hook or hasattr(module, "base_layer")
 
 
 def _base(module: nn.Module) -> nn.Module:

@@ -235,6 +235,7 @@ def asked(
         IndexError: positions or tokens that are out of range.
         TypeError: tokens that are no integers.
     """
+    trace.guard.check_values()
     where = _where(trace, positions, needs_next=targets is None and of_tokens)
     if not where.any():
         raise ValueError(f"positions is {positions!r}: nothing is left to measure")

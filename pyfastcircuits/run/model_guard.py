@@ -17,19 +17,24 @@ class ModelGuard:
     """A model, with the version counter that torch kept for each of its tensors when the run was made.
 
     An optimiser step, or any other edit in place, raises the counters. Edits that torch does not see (through `.data`,
-    through numpy, of tensors made in inference mode) are not noticed.
+    through numpy, of tensors made in inference mode) are noticed by a few entries of every tensor, if those changed.
     """
 
     weights: CircuitWeights
     forward: Forward
     tensors: tuple[tuple[str, Tensor], ...]
     versions: tuple[int, ...]
+    sampled: tuple[Tensor, ...]  # views of a few entries of each tensor
+    entries: tuple[Tensor, ...]  # their values when the run was made, joined by device and dtype
 
     @staticmethod
     def of(weights: CircuitWeights, forward: Forward) -> "ModelGuard":
         """The guard of a model as it is now."""
-        counted = [(name, x) for name, x in (*_single(weights), *forward.tensors()) if not x.is_inference()]
-        return ModelGuard(weights, forward, tuple(counted), tuple(tensor._version for _, tensor in counted))
+        every = (*_single(weights), *forward.tensors())
+        counted = [(name, x) for name, x in every if not x.is_inference()]
+        sampled = tuple(_few(x.detach()) for _, x in every if x.is_floating_point() and not x.is_meta)
+        versions = tuple(tensor._version for _, tensor in counted)
+        return ModelGuard(weights, forward, tuple(counted), versions, sampled, _joined(sampled))
 
     def check_unchanged(self) -> None:
         """Compare the counters.
@@ -44,6 +49,19 @@ class ModelGuard:
                     "say): what the trace holds no longer belongs to them; trace the model again"
                 )
 
+    def check_values(self) -> None:
+        """Compare the counters, and a few entries of every tensor.
+
+        Raises:
+            RuntimeError: a tensor has been edited in place since the run was made.
+        """
+        self.check_unchanged()
+        if not all(map(torch.equal, self.entries, _joined(self.sampled))):
+            raise RuntimeError(
+                "the weights have been changed in place since this run was made, past torch's version counters (through "
+                ".data, say): what the trace holds no longer belongs to them; trace the model again"
+            )
+
     def check_same(self, other: "ModelGuard", name: str) -> None:
         """Compare two models, by identity or else whole: every option, every layer, every entry.
 
@@ -56,6 +74,19 @@ class ModelGuard:
         if self.forward is not other.forward and not self.weights.attention_only:
             _check_options(name, other.forward.options(), self.forward.options())
             _check_tensors(name, dict(other.forward.tensors()), dict(self.forward.tensors()))
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """A view of at most three entries along each dimension."""
+    return tensor[tuple(slice(None, None, max(1, (size + 2) // 3)) for size in tensor.shape)]
+
+
+def _joined(sampled: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The entries of all samples, in one tensor for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for sample in sampled:
+        groups.setdefault((sample.device, sample.dtype), []).append(sample.flatten())
+    return tuple(torch.cat(group).nan_to_num() for group in groups.values())
 
 
 def _single(weights: CircuitWeights) -> Iterator[tuple[str, Tensor]]:

@@ -161,6 +161,7 @@ def order_losses(
     Raises:
         ValueError: max_order outside [0, L].
     """
+    trace.guard.check_values()
     layers = trace.weights.n_layers
     order = layers if max_order is None else max_order
     if not 0 <= order <= layers:

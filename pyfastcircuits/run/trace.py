@@ -208,6 +208,7 @@ class FrozenTrace(FrozenModel):
     @public
     def logits(self) -> Tensor:
         """The clean logits, [B, T, V]: materialised."""
+        self.guard.check_values()
         cap = self.weights.logit_cap
         logits = self.unembed(self.final)
         return logits if cap is None else cap * (logits / cap).tanh()
@@ -215,7 +216,7 @@ class FrozenTrace(FrozenModel):
     @property
     def token_losses(self) -> Tensor:
         """NLL of each next token in nats, [B, T-1]; NaN where `mask` leaves nothing to predict."""
-        self.guard.check_unchanged()
+        self.guard.check_values()
         return self._token_losses
 
     @derived
