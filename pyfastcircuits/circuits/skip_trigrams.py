@@ -89,7 +89,7 @@ class SkipTrigrams:
         """A pyarrow table: a row for each source and rank, with text columns where `text` is given.
 
         Raises:
-            ImportError: pyarrow is missing.
+            ImportError: pyarrow is no_token.
         """
         import pyarrow as pa
 
@@ -106,7 +106,7 @@ class SkipTrigrams:
         }
         for name in ("source", "destination", "output"):
             if self.text is not None:
-                columns[f"{name}_text"] = [self.text([x]) or missing(x) for x in columns[name].tolist()]
+                columns[f"{name}_text"] = [self.text([x]) or no_token(x) for x in columns[name].tolist()]
         return pa.table({name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in columns.items()})
 
     def __str__(self) -> str:
@@ -122,10 +122,10 @@ class SkipTrigrams:
 
     def _shown(self, token: int) -> str:
         text = str(token) if self.text is None else self.text([token])
-        return repr(text) if text else missing(token)
+        return repr(text) if text else no_token(token)
 
 
-def missing(token: int) -> str:
+def no_token(token: int) -> str:
     """What is shown of an id for which a tokenizer has no token, as in a vocabulary that is padded."""
     return f"<id {token}>"
 

@@ -221,9 +221,9 @@ def _tokens_of(metric: Metric | Literal["logit"] | None, targets: Tokens, agains
             raise ValueError("against is given, but metric is 'logit': a logit difference needs it, nothing else does")
         return targets, None
     if metric != LogitDifference.name and not isinstance(metric, LogitDifference):
-        name = metric if isinstance(metric, str) else f"{type(metric).__name__}(...)"
+        name = repr(metric) if isinstance(metric, str) else f"{type(metric).__name__}(...)"
         raise ValueError(
-            f"metric is {name!r}, which is not linear in the residual stream and so no sum of parts: expected 'logit' or "
+            f"metric is {name}, which is not linear in the residual stream and so no sum of parts: expected 'logit' or "
             "'logit_difference'"
         )
     spec = metric_spec(metric, targets, against)

@@ -243,7 +243,8 @@ def asked(
     where = _where(trace, positions, needs_next)
     if not where.any():
         raise ValueError(f"positions is {positions!r}: nothing is left to measure")
-    following = torch.cat((trace.tokens[:, 1:], trace.tokens[:, :1]), 1)  # after the last comes any
+    following = torch.cat((trace.tokens[:, 1:], trace.tokens[:, :1]), 1)  # after the last comes any,
+    following = following.clamp_max(trace.weights.d_vocab_out - 1)  # as where the next token is not predicted: not read
     return Asked(
         where,
         following if targets is None else _tokens("targets", targets, trace),

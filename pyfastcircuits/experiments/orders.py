@@ -63,9 +63,7 @@ def order_losses(
         "metric": metric, "targets": targets, "against": against, "positions": positions, "per_token": per_token,
         "backend": backend, "progress": progress,
     }  # fmt: skip
-    return _of_streams(
-        trace, order + 1, lambda part: order_streams(part, order).cumsum(0), measurement(trace, options)
-    )
+    return _of_streams(trace, order + 1, lambda part: order_streams(part, order).cumsum(0), measurement(trace, options))
 
 
 class LayerMarginals(NamedTuple):
@@ -115,9 +113,7 @@ def layer_marginals(
     return LayerMarginals(direct - added, left - whole)
 
 
-def _of_streams(
-    trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace], Tensor], how: Measurement
-) -> Tensor:
+def _of_streams(trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace], Tensor], how: Measurement) -> Tensor:
     """The metric of each of the `count` final streams that `streams` makes of a part of the run: [K], or [K, B, T'].
 
     Parts of the sequences keep these streams, and the heads' outputs beside them, near two blocks.

@@ -119,9 +119,9 @@ def sweep(
     if progress is not None:
         progress(1)
     metric = metric_spec(options.get("metric", "nll"), options.get("targets"), options.get("against"))
-    losses = {name: options[name] for name in ("positions", "backend", "progress") if name in options}
-    losses["targets"] = metric.targets
-    orders, marginals = order_losses(run, **losses), layer_marginals(run, **losses)
+    asked: dict[str, Any] = {name: options[name] for name in ("positions", "backend", "progress") if name in options}
+    orders = order_losses(run, targets=metric.targets, **asked)
+    marginals = layer_marginals(run, targets=metric.targets, **asked)
     start = time.perf_counter()
     result = _ablate(run, scope, mode, attention, {"kl": True, **options}, None)
     if run.tokens.device.type == "cuda":
