@@ -47,7 +47,7 @@ class SkipTrigrams:
         attention: [S, k], the attention score of each destination to the source, less its mean over all tokens.
         outputs: [S, k] tokens.
         logits: [S, k], the logit that the source adds to each output, less its mean over all tokens.
-        text: turns token ids into text, for `table` and `str`. An id of which it makes no text is shown as "<id 50300>".
+        text: turns token ids into text, for `table` and `str`; an id of which it makes none is shown as "<id 50300>".
     """
 
     head: Head
@@ -89,7 +89,7 @@ class SkipTrigrams:
         """A pyarrow table: a row for each source and rank, with text columns where `text` is given.
 
         Raises:
-            ImportError: pyarrow is no_token.
+            ImportError: pyarrow is missing.
         """
         import pyarrow as pa
 
@@ -155,8 +155,8 @@ def skip_trigrams(
         head: (layer, head).
         source_tokens: S tokens; all if None.
         k: the number of destinations and outputs of each source, and the most triples that `.top` finds.
-        among: only these tokens as destinations and outputs; all if None, which a model that predicts other tokens than
-            it reads needs.
+        among: only these tokens as destinations and outputs; all if None. It is for models that predict the tokens that
+            they read.
         normed: each embedding goes through the norm first; see ov_circuit.
         offset: with rotary positions, the destination stands so many positions after the source.
         text: turns token ids into text in the result, e.g. a tokenizer's `decode`.
