@@ -34,6 +34,7 @@ except ImportError as error:
     sys.exit(f"the command needs the cli extra ({error}): pip install 'pyfastcircuits[cli]'")
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters.start import start_of
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
@@ -323,7 +324,9 @@ def heads(
     check_folder(out)
     with report.bar as bar:
         run, weights = model_of(model, dtype, device)
-        start, (layers, count) = text.TokenText(model).start or 0, (weights.n_layers, weights.n_heads)
+        start, (layers, count) = text.TokenText(model).start, (weights.n_layers, weights.n_heads)
+        if start is None:
+            start = start_of(run, weights.d_vocab) or 0
         if not layers:
             raise ValueError(f"{model} has no heads")
         options = {

@@ -1,7 +1,7 @@
 """What an experiment does to a run: it takes something out of the final residual stream."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,3 +49,18 @@ class Intervention(ABC):
         """W_O of the experiments' write heads, [P, r, d], or [1, r, d] where one serves all."""
         heads = [self.write_heads[i] for i in members] if self.has_own_heads else self.write_heads
         return torch.stack([weights.head("W_O", *head) for head in heads]) if heads else None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StreamsInstead(Intervention):
+    """Experiments whose final residual streams are given: each takes out what the clean run has beyond its own.
+
+    Attributes:
+        streams: those of some of the experiments in a part of the run, [P, B, T, d].
+    """
+
+    streams: Callable[[FrozenTrace, Sequence[int]], Tensor]
+
+    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
+        """See Intervention."""
+        return part.final - self.streams(part, members)

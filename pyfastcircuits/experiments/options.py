@@ -46,7 +46,8 @@ HELP = """\
     metric: "nll" of the target, "kl" (clean || changed), both in nats; "logit_difference", logit(target) -
         logit(against); "probability" of the target; "rank", how many tokens have a larger logit than the target;
         "top1", the share of positions where none has. Or an object, such as `fc.LogitDifference(targets, against)`.
-    targets: the token asked about: an integer, [B], or [B, T]; None: the next token.
+    targets: the token asked about: an integer, [B], or [B, T]; None: the next token, if the model predicts those it
+        reads.
     against: likewise, the second token of a logit difference.
     positions: the positions measured: an integer, several, or a mask [T] or [B, T]; negative ones count from the
         end. None: every real position whose next token is real. The last has no next token: it takes targets, or

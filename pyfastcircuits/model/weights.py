@@ -257,7 +257,7 @@ class CircuitWeights:
 
     @public
     def whole_unembed_bias(self) -> Tensor | None:
-        """The whole bias of the logits, [V]: b_U plus ln_final_b @ W_U; None without either."""
+        """The whole bias of the logits, [V']: b_U plus ln_final_b @ W_U; None without either."""
         total = None if self.b_U is None else self.b_U.to(self.compute_dtype)
         if self.ln_final_b is not None:
             bias = self.ln_final_b.to(self.compute_dtype)
@@ -281,6 +281,12 @@ class CircuitWeights:
             raise IndexError(f"layer is {layer}, but the model has no layers")
         if not 0 <= layer < self.n_layers:
             raise IndexError(f"layer is {layer}, expected 0 to {self.n_layers - 1}")
+
+    @public
+    def check_one_vocabulary(self, why: str) -> None:
+        """Raise ValueError, which says why, unless the tokens that are predicted are those that are read."""
+        if self.d_vocab_out != self.d_vocab:
+            raise ValueError(f"d_vocab_out is {self.d_vocab_out}, but d_vocab is {self.d_vocab}: {why}")
 
     @public
     def gain(self, name: str, layer: int) -> Tensor | None:
