@@ -129,7 +129,7 @@ COHERE = replace(
     logit_scale=lambda c: float(c.option("logit_scale", 0.0625)),
 )  # fmt: skip
 DEEPSEEK = replace(
-    LLAMA, rotary_pairs="adjacent", latent_norms=("q_a_layernorm", "kv_a_layernorm"), qk_norm_kind="rmsnorm of latents",
+    LLAMA, rotary_pairs="adjacent", latent_norms=("q_a_layernorm", "kv_a_layernorm"), qk_norm_kind="of a run",
     read_heads=latent.heads,
 )  # fmt: skip
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from pyfastcircuits.adapters.attention import Made, attending, eager, plain, stop, tiled
 from pyfastcircuits.adapters.checkpoint import Checkpoint
-from pyfastcircuits.adapters.families import family_of
+from pyfastcircuits.adapters.families import FAMILIES
 from pyfastcircuits.adapters.family import Family, Interface
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
 from pyfastcircuits.adapters.module_tensors import ModuleTensors
+from pyfastcircuits.adapters.observed import observed
 from pyfastcircuits.adapters.products import Products, Reached
 from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.adapters.recording import Hooks, Recording
@@ -38,15 +39,15 @@ def family_and_checkpoint(model: Any) -> tuple[Family, Checkpoint]:
     where, config = type(model).__name__, model.config.to_dict()
     if config.get("is_encoder_decoder") or config.get("is_decoder") is False and _looks_both_ways(model):
         raise ValueError(f"{where} gives no next-token logits: it is an encoder, and its attention is not causal")
-    family = family_of(config.get("model_type"), where)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    body = _submodule(model, family.body)
-    if body is None or head is None:
+    known = FAMILIES.get(config.get("model_type"))
+    if head is None or known is not None and _submodule(model, known.body) is None:
         raise ValueError(
-            f"{where} gives no next-token logits: expected the family's causal language model, with "
-            f"{family.body!r} and an output embedding"
+            f"{where} gives no next-token logits: expected the family's causal language model, with an output embedding"
         )
-    layers = _submodule(body, family.layers)
+    family, sizes = (known, {}) if known is not None else observed(model)
+    config |= sizes
+    layers = _submodule(model, f"{family.body}.{family.layers}")
     count = len(layers) if layers is not None else 0
     configured = next((name for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), None)
     if configured is not None:  # a model runs as many of its layers as are configured

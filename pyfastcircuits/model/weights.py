@@ -15,7 +15,7 @@ from pyfastcircuits.model.weight_checks import check_weights
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
-QKNorm = Literal["layernorm", "rmsnorm", "rmsnorm of all heads", "rmsnorm of latents"]
+QKNorm = Literal["layernorm", "rmsnorm", "rmsnorm of all heads", "of a run"]
 Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
 METADATA = "pyfastcircuits"  # under which a safetensors file keeps the options
 
@@ -50,8 +50,8 @@ class CircuitWeights:
         ln_final_w, ln_final_b: [d], gain and bias of the norm before W_U.
         ln_post_w: [L, d], gain of a second RMS norm, which the sum of a layer's heads goes through (Gemma 2).
         qk_norm: the norm that queries and keys go through before they rotate: "layernorm" or "rmsnorm" of each head, or
-            "rmsnorm of all heads" together (OLMo 2). "rmsnorm of latents": queries and keys come through norms that these
-            weights do not hold (DeepSeek), and there are no tables of them.
+            "rmsnorm of all heads" together (OLMo 2). "of a run": queries and keys come through something that
+            these weights do not hold (DeepSeek's norms of latents), and there are no tables of them.
         qk_eps: of that norm.
         ln_q_w, ln_q_b: [L, 1 or H, r], its gain and bias for queries; ln_k_w, ln_k_b: [L, 1 or Hkv, r], for keys.
         sinks: [L, H], a score that takes its share of each row of a pattern and that no source has (GPT-OSS): rows then
