@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,11 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from pyfastcircuits.adapters.attention import attending, eager, plain
+from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family, Interface
+from pyfastcircuits.adapters.module_tensors import ModuleTensors
+from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.adapters.recording import Hooks
+from pyfastcircuits.model.norms import normalized
+from pyfastcircuits.model.queries import queries_or_keys
+from pyfastcircuits.model.weights import QKNorm
 
+SEQUENCES, LENGTHS = 8, (7, 11, 13)  # of the run that is observed: a length that no number of heads has
 PLACE = re.compile(r"^(?P<body>.*)\.(?P<layers>\w+)\.(?P<layer>\d+)\.(?P<attention>.+)$")
-HALF = 0.5  # of the digits must agree
 
 
 @dataclass
@@ -30,6 +37,7 @@ class Seen:
     reads: dict[str, Tensor] = field(default_factory=dict)
     gives: dict[str, Any] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)  # of modules, as they returned
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     attended: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)  # module, q, k, v
 
 
@@ -63,39 +71,69 @@ def _observe(model: Any) -> tuple[Family, dict[str, Any]]:
     layer, attention = f"{body}.{layers}.0", seen.attended[0][0]
     _, q, k, v = seen.attended[0]
     at = _Layer(where, model, seen, layer, attention)
-    ends = {
-        "embedding": names[model.get_input_embeddings()].removeprefix(f"{body}."),
-        "head": names[model.get_output_embeddings()],
-        "final_norm": _final_norm(seen, body, layers, model, where),
-    }
-    norm, post = at.norm_before(), at.norm_after()
-    kind, gain = at.kind_of_norm(f"{body}.{ends['final_norm']}")
+    final = _final_norm(seen, body, layers, where)
+    post = at.norm_after()
+    kind, gain = at.kind_of_norm(f"{body}.{final}")
     family = Family(
-        body=body, layers=layers, attention=first["attention"], norm=norm, post_norm=post, norm_kind=kind, gain=gain,
-        interface=interface, **ends, **at.projections(q, k, v),
+        body=body, layers=layers, attention=first["attention"], interface=interface, norm=at.norm_before(),
+        post_norm=post, norm_kind=kind, gain=gain, final_norm=final, head=names[model.get_output_embeddings()],
+        embedding=names[model.get_input_embeddings()].removeprefix(f"{body}."), **at.projections(q, k, v),
     )  # fmt: skip
-    family = replace(family, **_positions(model, seen, family, where))
-    scale = at.write_scale(post)
-    extra = {"write_scale": scale} if scale != 1 else {}
-    embed = _embed_scale(model, seen, family)
-    extra |= {"embed_scale": embed} if embed != 1 else {}
+    family = replace(family, **_positions(model, seen, family), **_logit_scale(model, seen, f"{body}.{final}"))
+    extra = {"write_scale": at.write_scale(post), "embed_scale": _embed_scale(model, seen, family)}
     cap = getattr(model.config, "final_logit_softcapping", None)
-    extra |= {"logit_cap": float(cap)} if cap else {}
+    extra["logit_cap"] = float(cap) if cap else None
     sizes = {
         "num_hidden_layers": len(places), "num_attention_heads": q.shape[1], "num_key_value_heads": k.shape[1],
         "head_dim": q.shape[3], "hidden_size": model.get_input_embeddings().weight.shape[1],
     }  # fmt: skip
-    return replace(family, options=lambda c, found: extra), sizes
+    return _with_queries(model, seen, replace(family, options=lambda c, found: extra), sizes, extra)
+
+
+def _with_queries(
+    model: Any, seen: Seen, family: Family, sizes: dict[str, Any], extra: dict[str, Any]
+) -> tuple[Family, dict[str, Any]]:
+    """The family with the rotation and the norm that make the queries and keys seen; "of a run" if none does."""
+    kinds: tuple[QKNorm, ...] = ("rmsnorm", "layernorm", "rmsnorm of all heads")
+    positions = torch.arange(seen.tokens.shape[1], device=seen.tokens.device)
+    for pairs, kind in product(("halves", "adjacent"), kinds):
+        tried = replace(family, rotary_pairs=pairs, qk_norm_kind=kind)
+        try:
+            weights = read_checkpoint(tried, _checkpoint(model, tried, sizes))
+        except ValueError:
+            continue
+        agree = True
+        for layer, (_, q, k, _) in enumerate(seen.attended):
+            stream = seen.reads[f"{family.body}.{family.layers}.{layer}"].to(weights.compute_dtype)
+            for name, theirs in (("Q", q), ("K", k)):
+                ours = queries_or_keys(weights, name, layer, normalized(stream, weights), positions)
+                agree &= ours.shape == theirs.shape and _close(ours, theirs)
+        if agree:
+            return tried, sizes
+    return replace(family, options=lambda c, found: extra | {"qk_norm": "of a run"}), sizes
+
+
+def _checkpoint(model: Any, family: Family, sizes: dict[str, Any]) -> Checkpoint:
+    config = model.config.to_dict() | sizes
+    return Checkpoint(type(model).__name__, config, ModuleTensors(model), family.body, model)
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether half of the digits of the coarser of their dtype and fp32 agree."""
+    digits = max(torch.finfo(theirs.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    return bool((ours.double() - theirs.double()).abs().max() <= digits * theirs.double().abs().max())
 
 
 def _run(model: Any, names: dict[nn.Module, str]) -> tuple[Interface | None, Seen]:
-    """One run on three sequences of two tokens, by the first interface that attention goes through."""
-    tokens = torch.arange(6, device=model.get_input_embeddings().weight.device).view(3, 2)
-    tokens %= model.get_input_embeddings().weight.shape[0]
+    """One run, by the first interface that attention goes through."""
+    table = model.get_input_embeddings().weight
+    heads = {getattr(model.config, name, 0) for name in ("num_attention_heads", "num_key_value_heads", "n_head")}
+    length = next(length for length in LENGTHS if length not in heads)
+    tokens = torch.arange(SEQUENCES * length, device=table.device).view(SEQUENCES, length) % len(table)
     config = getattr(model, "base_model", model).config
     interfaces: tuple[tuple[Interface, Callable[..., Any]], ...] = (("transformers", eager), ("sdpa", plain))
     for interface, attend in interfaces:
-        seen, inside = Seen(), []  # type: ignore[var-annotated]
+        seen, inside = Seen(tokens=tokens), []  # type: ignore[var-annotated]
 
         def keep(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, attend: Any = attend, **given: Any) -> Any:
             seen.attended.append((inside[-1], q, k, v))  # noqa: B023
@@ -105,7 +143,7 @@ def _run(model: Any, names: dict[nn.Module, str]) -> tuple[Interface | None, See
             through = attending(config, keep, interface, masked=interface == "transformers")
             with torch.no_grad(), Hooks(model), through, _watching(names, seen, inside):
                 model(input_ids=tokens, use_cache=False)
-        except (AttributeError, TypeError):  # of a module without a function of its own for eager attention
+        except (AttributeError, KeyError, TypeError):  # of a module without a function of its own for eager attention
             continue
         if seen.attended:
             return interface, seen
@@ -139,7 +177,7 @@ def _watching(names: dict[nn.Module, str], seen: Seen, inside: list[str]) -> Ite
             handle.remove()
 
 
-def _final_norm(seen: Seen, body: str, layers: str, model: Any, where: str) -> str:
+def _final_norm(seen: Seen, body: str, layers: str, where: str) -> str:
     """The last module of the body behind the layers; what it gives is what the head reads."""
     inside = [name for name in seen.order if name.startswith(f"{body}.") and not name.startswith(f"{body}.{layers}.")]
     last = [name for name in inside if seen.order.index(name) > seen.order.index(f"{body}.{layers}.0")]
@@ -150,16 +188,31 @@ def _final_norm(seen: Seen, body: str, layers: str, model: Any, where: str) -> s
 
 def _embed_scale(model: Any, seen: Seen, family: Family) -> float:
     """What embeddings are multiplied by, if positions are not added to them."""
-    name = f"{family.body}.{family.embedding}"
-    table, stream = model.get_submodule(name).weight, seen.reads[f"{family.body}.{family.layers}.0"]
     if family.positions is not None:
         return 1.0
-    tokens = torch.arange(6, device=table.device).view(3, 2) % len(table)
-    embedded = table[tokens].double()
-    return _clean(float((stream.double() * embedded).sum() / embedded.square().sum()), table.dtype)
+    embedded = model.get_submodule(f"{family.body}.{family.embedding}").weight[seen.tokens]
+    return _ratio(seen.reads[f"{family.body}.{family.layers}.0"], embedded)
 
 
-def _positions(model: Any, seen: Seen, family: Family, where: str) -> dict[str, Any]:
+def _logit_scale(model: Any, seen: Seen, final: str) -> dict[str, Any]:
+    """What the head's logits are multiplied by, unless they are capped."""
+    if getattr(model.config, "final_logit_softcapping", None):
+        return {}
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    logits = seen.gives[final].double() @ head.weight.double().mT
+    scale = _ratio(seen.gives[""].logits, logits if bias is None else logits + bias)
+    return {} if scale == 1 else {"logit_scale": lambda c: scale}
+
+
+def _ratio(theirs: Tensor, ours: Tensor) -> float:
+    """The factor between two tensors, 1 if it is that up to rounding."""
+    wide = ours.detach().double()
+    scale = float((theirs.double() * wide).sum() / wide.square().sum())
+    return 1.0 if abs(scale - 1) <= torch.finfo(theirs.dtype).eps ** 0.5 else scale
+
+
+def _positions(model: Any, seen: Seen, family: Family) -> dict[str, Any]:
     """Positions that are added to the stream are those of an embedding in the body; else queries and keys rotate."""
     body = model.get_submodule(family.body)
     for name, module in body.named_children():
@@ -168,11 +221,6 @@ def _positions(model: Any, seen: Seen, family: Family, where: str) -> dict[str, 
             return {"positions": name, "first_position": max(0, offset), "rotary": lambda c: False}
     rotates = any(name.endswith("inv_freq") for name, _ in body.named_buffers())
     return {"rotary": lambda c: rotates}
-
-
-def _clean(scale: float, dtype: torch.dtype) -> float:
-    """1 where it is that up to rounding."""
-    return 1.0 if abs(scale - 1) <= torch.finfo(dtype).eps ** HALF else scale
 
 
 class _Layer:
@@ -191,7 +239,7 @@ class _Layer:
     def norm_after(self) -> str | None:
         """The module in the layer that reads what the attention gave, and nothing else."""
         gave = self.seen.gives[self.attention]
-        found = [name for name in self._parts() if self.seen.reads.get(name) is gave]
+        found = [n for n in self._parts() if self.seen.reads.get(n) is gave and self.seen.gives[n] is not gave]
         return found[0].removeprefix(f"{self.layer}.") if found else None
 
     def kind_of_norm(self, name: str) -> tuple[Any, float]:
@@ -205,85 +253,80 @@ class _Layer:
             bare = linear * (linear.square().mean(-1, keepdim=True) + eps).rsqrt()
             for more in (0.0, 1.0):
                 whole = bare * (1.0 if gain is None else gain + more)
-                if (made - whole).abs().max() <= torch.finfo(torch.float32).eps ** HALF * whole.abs().max():
+                if (made - whole).abs().max() <= torch.finfo(torch.float32).eps ** 0.5 * whole.abs().max():
                     return kind, more
         raise ValueError(f"{self.where} {name} is neither a layernorm nor an RMS norm")
 
     def projections(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-        """The Linears that make queries, keys and values, and the one that reads what the heads have mixed."""
-        found: dict[str, Any] = {}
-        position = 0  # where nothing has turned
-        for kind, made in (("queries", q), ("keys", k), ("values", v)):
-            wanted = made[:, :, position].flatten(1)
-            linear, norm = self._maker(wanted, made.shape[1])
-            found[kind] = linear
-            if norm is not None:
-                found["query_norm" if kind == "queries" else "key_norm"] = norm
-        out = [name for name in self._parts(self.attention) if self.seen.gives[name] is self.seen.gives[self.attention]]
+        """The Linears that make queries, keys and values, which of their rows, and the one that reads all heads."""
+        made = {"Q": self._maker(q), "K": self._maker(k), "V": self._maker(v)}
+        linears = {kind: linear for kind, (linear, _, _) in made.items()}
+        rows = {kind: index for kind, (_, _, index) in made.items()}
+        found: dict[str, Any] = {"queries": linears["Q"], "keys": linears["K"], "values": linears["V"]}
+        if len(set(linears.values())) == 1:
+            found["joint"] = linears["Q"]
+        if "joint" in found or any(index != list(range(len(index))) for index in rows.values()):
+            found["split"] = lambda x, kind, heads, kv: x[rows[kind]].unflatten(0, (heads if kind == "Q" else kv, -1))
+        found |= {f"{name}_norm": made[kind][1] for name, kind in (("query", "Q"), ("key", "K")) if made[kind][1]}
+        write = self.seen.gives[self.attention]
+        out = [n for n in self._parts(self.attention) if self.seen.gives[n] is write and self._is_linear(n)]
         if not out:
-            raise ValueError(f"{self.where} no module in {self.attention} gives what it writes")
+            raise ValueError(f"{self.where} no Linear in {self.attention} gives what it writes")
         return {**found, "out": out[-1].removeprefix(f"{self.attention}.")}
 
-    def _maker(self, wanted: Tensor, heads: int) -> tuple[str, str | None]:
-        """The Linear whose rows at the first position are `wanted`, or those that a norm makes `wanted` of."""
+    def _maker(self, made: Tensor) -> tuple[str, str | None, list[int]]:
+        """The Linear whose output at the first position, where nothing has turned, holds queries, keys or values.
 
-        def first(name: str) -> Tensor:
-            gave = self.seen.gives[name]
-            by_position = gave if gave.shape[1] == 2 else gave.transpose(1, 2)
-            return by_position[:, 0].flatten(1)
-
-        digits = torch.finfo(wanted.dtype).eps ** HALF * float(wanted.abs().max())
-        parts = [name for name in self._parts(self.attention) if isinstance(self.seen.gives[name], Tensor)]
-        parts = [name for name in parts if self.seen.gives[name].dim() > 2 and first(name).shape == wanted.shape]
-        same = [name for name in parts if (first(name) - wanted).abs().max() <= digits]
+        With the norm that these go through, if there is one, and the rows of the Linear.
+        """
         cut = len(self.attention) + 1
-        for name in same:
-            module = self.model.get_submodule(name)
-            if hasattr(module, "in_features") or hasattr(module, "base_layer"):
-                return name[cut:], None
-            before = self.seen.reads[name]
-            for other in parts:
-                gave = self.seen.gives[other]
-                if gave.numel() == before.numel() and hasattr(self.model.get_submodule(other), "in_features"):
-                    flat = before if before.shape[1] == 2 else before.transpose(1, 2)
-                    if torch.equal(flat.flatten(2), gave):
-                        return other[cut:], name[cut:]
-        raise ValueError(
-            f"{self.where} no Linear in {self.attention} makes its queries, keys or values [{heads} heads] by itself"
-        )
+        wanted = made[:, :, 0].flatten(1)
+        for name in self._parts(self.attention):
+            if self._is_linear(name) and (rows := _columns(wanted, self.seen.gives[name][:, 0])) is not None:
+                return name[cut:], None, rows
+        for norm in self._parts(self.attention):
+            gave, read = self.seen.gives[norm], self.seen.reads.get(norm)
+            if self._is_linear(norm) or read is None or not isinstance(gave, Tensor):
+                continue
+            if (at := self._first(gave)).shape == wanted.shape and _close(at, wanted):
+                for name in self._parts(self.attention):
+                    if self._is_linear(name) and (rows := _columns(self._first(read), self.seen.gives[name][:, 0])):
+                        return name[cut:], norm[cut:], rows
+        raise ValueError(f"{self.where} no Linear in {self.attention} makes its queries, keys or values by itself")
+
+    def _first(self, x: Tensor) -> Tensor:
+        """What stands at the first position, [B, n], of [B, T, ...] or [B, H, T, r]."""
+        return (x if x.shape[1] == self.seen.tokens.shape[1] else x.transpose(1, 2))[:, 0].flatten(1)
+
+    def _is_linear(self, name: str) -> bool:
+        module = self.model.get_submodule(name)
+        return hasattr(module, "in_features") or hasattr(module, "base_layer")
 
     def write_scale(self, post: str | None) -> float:
         """What the attention's write is multiplied by on its way into the stream: by changing it, all else held."""
         name = self.attention if post is None else f"{self.layer}.{post}"
         added = torch.randn_like(self.seen.gives[name])
-        layer = self.model.get_submodule(self.layer)
+        layer, calls = self.model.get_submodule(self.layer), []  # type: ignore[var-annotated]
 
-        def hold(_: Any, args: Any, out: Any, part: str = "") -> Any:
+        def hold(part: str, out: Any) -> Any:
             gave = self.seen.gives[part] + (added if part == name else 0)
             return (gave, *out[1:]) if isinstance(out, tuple) else gave
 
-        calls: list[tuple[Any, Any]] = []
-        handles = [layer.register_forward_pre_hook(lambda _, args, more: calls.append((args, more)), with_kwargs=True)]
-        try:
-            with torch.no_grad(), Hooks(self.model):
-                interface_tokens = torch.arange(6, device=added.device).view(3, 2)
-                interface_tokens %= self.model.get_input_embeddings().weight.shape[0]
-                self.model(input_ids=interface_tokens, use_cache=False)
-                for child, module in layer.named_children():
-                    part = f"{self.layer}.{child}"
-                    if part == name or (isinstance(self.seen.gives.get(part), Tensor) and part not in (self.attention,)):
-                        handles.append(module.register_forward_hook(lambda m, a, o, part=part: hold(m, a, o, part)))
-                args, more = calls[0]
-                out = layer(*args, **more)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.no_grad(), Hooks(self.model) as hooks:
+            hooks.before(layer, lambda x, call: calls.append((x, call)))
+            self.model(input_ids=self.seen.tokens, use_cache=False)
+            for child, module in layer.named_children():
+                part = f"{self.layer}.{child}"
+                if part == name or (part != self.attention and isinstance(self.seen.gives.get(part), Tensor)):
+                    hooks.after(module, lambda _, out, part=part: hold(part, out))
+            stream, call = calls[0]
+            out = call(layer, stream)
         after = out[0] if isinstance(out, tuple) else out
-        change = (after - self.seen.gives[self.layer]).double()
-        scale = float((change * added).sum() / added.double().square().sum())
-        if (change - scale * added).abs().max() > 1e-2 * change.abs().max():
+        change = after - self.seen.gives[self.layer]
+        scale = _ratio(change, added)
+        if not _close(scale * added, change):
             raise ValueError(f"{self.where} what {name} writes is not added to the residual stream of {self.layer}")
-        return _clean(scale, added.dtype)
+        return scale
 
     def _parts(self, inside: str | None = None) -> list[str]:
         whole = self.layer if inside is None else inside
@@ -294,3 +337,14 @@ class _Layer:
         if not found:
             raise ValueError(f"{self.where} no module in {self.layer} {what}")
         return found[0].removeprefix(f"{self.layer}.")
+
+
+def _columns(wanted: Tensor, held: Tensor) -> list[int] | None:
+    """The columns of [B, m] that make [B, n]; None if they are not among them."""
+    if held.dim() != 2 or len(held) != len(wanted) or held.shape[1] < wanted.shape[1]:
+        return None
+    values, order = held[0].double().contiguous().sort()
+    place = torch.searchsorted(values, wanted[0].double().contiguous()).clamp(1, len(values) - 1)
+    nearer = (values[place] - wanted[0]).abs() < (values[place - 1] - wanted[0]).abs()
+    columns = order[torch.where(nearer, place, place - 1)]
+    return columns.tolist() if _close(held[:, columns], wanted) else None
