@@ -1,7 +1,6 @@
 """Direct attribution: the part of a logit, or of a feature direction, that each node writes; and the logit lens."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -113,16 +112,12 @@ def logit_lens(trace: FrozenTrace, **options: "Unpack[MeasureOptions]") -> Resul
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     labels, how = range(trace.weights.n_layers + 1), measurement(trace, options, "recomputed")
-    return measure(trace, [StreamInstead(places=labels)], how, labels, final_norm=how.final_norm)
 
+    def written_from(part: FrozenTrace, layers: Sequence[int]) -> Tensor:
+        return part.final - torch.stack([part.streams[layer] for layer in layers])
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class StreamInstead(Intervention):
-    """Experiment `layer` takes out all that is written from that layer on: the stream there becomes the final one."""
-
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """See Intervention."""
-        return part.final - torch.stack([part.streams[layer] for layer in members])
+    lens = Intervention(places=labels, items=labels, remove=written_from)  # what is left is the stream there
+    return measure(trace, [lens], how, labels, final_norm=how.final_norm)
 
 
 @public

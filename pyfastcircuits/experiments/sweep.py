@@ -15,7 +15,7 @@ from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, p
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention, MeasureOptions, measured
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.result import Label, Result
+from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -132,20 +132,19 @@ def _ablate(
     mode: Mode,
     attention: Attention,
     options: MeasureOptions,
-    labels: list[Label] | None,
+    labels: Any,
 ) -> Result:
     """Ablate everything of a scope, or only what some labels of its result say."""
-    chosen: Any = labels
     found: Result
     if scope == "layer" and labels is None:
         found = layer_ablation(run, mode, attention, **options)
     elif scope == "layer":
-        heads = [[(layer, head) for head in range(run.weights.n_heads)] for layer in chosen]
+        heads = [[(layer, head) for head in range(run.weights.n_heads)] for layer in labels]
         found = head_ablation(run, mode, attention, heads=heads, **options)
     elif scope == "head":
-        found = head_ablation(run, mode, attention, heads=chosen, **options)
+        found = head_ablation(run, mode, attention, heads=labels, **options)
     else:
-        found = pair_ablation(run, scope, mode, attention, pairs=chosen, **options)
+        found = pair_ablation(run, scope, mode, attention, pairs=labels, **options)
     return found
 
 
