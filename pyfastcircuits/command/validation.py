@@ -10,23 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits import (
-    CircuitWeights,
-    FactoredMatrix,
-    SkipTrigram,
-    bigrams,
-    ov_circuit,
-    qk_tables,
-    skip_trigrams,
-    top_per_row,
-    trace,
-)
+import pyfastcircuits as fc
 from pyfastcircuits.circuits.tables import row_logsumexp
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run.nodes import Head
 
 
-def check_readable(weights: CircuitWeights) -> None:
+def check_readable(weights: fc.CircuitWeights) -> None:
     """Raise ValueError unless tables and patterns make up the model's logits completely."""
     if weights.n_layers > 1:
         raise ValueError(f"the model has {weights.n_layers} layers: tables are all of a model of at most one")
@@ -38,7 +28,7 @@ def check_readable(weights: CircuitWeights) -> None:
 
 
 @torch.no_grad()
-def rebuilt_errors(weights: CircuitWeights, tokens: Tensor) -> tuple[float, float]:
+def rebuilt_errors(weights: fc.CircuitWeights, tokens: Tensor) -> tuple[float, float]:
     """Rebuild attention patterns and logits from the tables: their largest errors against the model's run, in fp64.
 
     The patterns are the softmax of the sum of the QK tables. The logits are the final norm's 1/std times a sum: the
@@ -53,13 +43,13 @@ def rebuilt_errors(weights: CircuitWeights, tokens: Tensor) -> tuple[float, floa
     """
     check_readable(weights)
     weights = weights.to(torch.float64)
-    run = trace(weights, tokens)
-    logits = _rows(bigrams(weights), run.tokens)
+    run = fc.trace(weights, tokens)
+    logits = _rows(fc.bigrams(weights), run.tokens)
     patterns = [0.0]
     for head in range(weights.n_heads if weights.n_layers else 0):
         pattern = _pattern(weights, Head(0, head), run.tokens)
         patterns.append(float((pattern - run.pattern(0)[:, head]).abs().max()))
-        logits = logits + pattern @ _rows(ov_circuit(weights, Head(0, head), normed=True), run.tokens)
+        logits = logits + pattern @ _rows(fc.ov_circuit(weights, Head(0, head), normed=True), run.tokens)
     if weights.n_layers:
         logits = logits + weights.written_bias(0) @ weights.W_U
     logits = logits * run.scales[-1][..., None]
@@ -68,19 +58,19 @@ def rebuilt_errors(weights: CircuitWeights, tokens: Tensor) -> tuple[float, floa
     return max(patterns), float((logits - run.logits()).abs().max())
 
 
-def _rows(table: FactoredMatrix, tokens: Tensor) -> Tensor:
+def _rows(table: fc.FactoredMatrix, tokens: Tensor) -> Tensor:
     """Rows of a table, [B, T, V]."""
     return table.A[tokens] @ table.B
 
 
-def _pattern(weights: CircuitWeights, head: Head, tokens: Tensor) -> Tensor:
+def _pattern(weights: fc.CircuitWeights, head: Head, tokens: Tensor) -> Tensor:
     """The causal softmax of the sum of a head's QK tables, [B, T, T]."""
     length = tokens.shape[1]
     places = torch.arange(length, device=tokens.device)
     distance = places[:, None] - places
     scores = torch.full((len(tokens), length, length), -torch.inf, dtype=weights.compute_dtype, device=tokens.device)
     for offset in range(length) if weights.positional == "rotary" else [0]:
-        table = qk_tables(weights, head, normed=True, offset=offset)
+        table = fc.qk_tables(weights, head, normed=True, offset=offset)
         total = table.token_token.A[tokens] @ table.token_token.B.mT[tokens].mT
         if table.token_position and table.position_token and table.position_position:
             total = total + table.token_position.A[tokens] @ table.token_position.B[:, :length]
@@ -138,7 +128,7 @@ class BigramFit:
 
 @torch.no_grad()
 def bigram_fit(
-    weights: CircuitWeights,
+    weights: fc.CircuitWeights,
     tokens: Tensor,
     *,
     least: int = 50,
@@ -159,9 +149,9 @@ def bigram_fit(
         RuntimeError: the backend is not there.
     """
     check_readable(weights)
-    table = bigrams(weights, normed=True)
+    table = fc.bigrams(weights, normed=True)
     if weights.b_U is not None:
-        table = table + FactoredMatrix(torch.ones_like(table.A[:, :1]), weights.b_U[None].to(table.dtype))
+        table = table + fc.FactoredMatrix(torch.ones_like(table.A[:, :1]), weights.b_U[None].to(table.dtype))
     V = weights.d_vocab
     codes, counts = (tokens[:-1] * V + tokens[1:]).unique(return_counts=True)
     first, second, counts = codes // V, codes % V, counts.double()
@@ -173,7 +163,7 @@ def bigram_fit(
     often = counts >= least
     if int(often.sum()) < 2:
         raise ValueError(f"the text has {int(often.sum())} bigrams that come {least} times: too short to compare")
-    best = top_per_row(table, k, backend=backend).columns
+    best = fc.top_per_row(table, k, backend=backend).columns
     successors = _successors(first, second, counts, V, k)
     frequent = before.sort(descending=True, stable=True).indices[:examples]
     return BigramFit(
@@ -193,7 +183,7 @@ def bigram_fit(
     )
 
 
-def log_probabilities(table: FactoredMatrix, rows: Tensor, columns: Tensor, backend: Backend) -> Tensor:
+def log_probabilities(table: fc.FactoredMatrix, rows: Tensor, columns: Tensor, backend: Backend) -> Tensor:
     """Entries (rows[i], columns[i]) of the table's row-wise log-softmax, in fp64, [N]."""
     parts = zip(rows.split(1 << 16), columns.split(1 << 16), strict=True)
     entries = torch.cat([(table.A[row] * table.B.mT[column]).sum(-1) for row, column in parts])
@@ -271,7 +261,7 @@ class HeadFit:
     """
 
     head: Head
-    triples: list[tuple[SkipTrigram, Counts]]
+    triples: list[tuple[fc.SkipTrigram, Counts]]
     control: list[float]
 
     @property
@@ -282,7 +272,7 @@ class HeadFit:
 
 @torch.no_grad()
 def head_fit(
-    weights: CircuitWeights, head: Head, counts: TextCounts, among: Tensor, n: int, *, backend: Backend = "auto"
+    weights: fc.CircuitWeights, head: Head, counts: TextCounts, among: Tensor, n: int, *, backend: Backend = "auto"
 ) -> HeadFit:
     """Count the n largest skip-trigrams of a head in a text, out of the tokens `among` (n is at most their number).
 
@@ -290,7 +280,7 @@ def head_fit(
         ValueError: as skip_trigrams.
     """
     n = min(n, len(among))
-    found = skip_trigrams(weights, head, among, n, among=among, normed=True, backend=backend).top(n)
+    found = fc.skip_trigrams(weights, head, among, n, among=among, normed=True, backend=backend).top(n)
     triples = [(t, counts(t.source, t.destination, t.output)) for t in found]
     generator = torch.Generator().manual_seed(head[1])
     control = []
@@ -338,14 +328,14 @@ class PatternStrength(NamedTuple):
 
 
 @torch.no_grad()
-def pattern_strength(weights: CircuitWeights, source: int, destination: int, output: int) -> PatternStrength:
+def pattern_strength(weights: fc.CircuitWeights, source: int, destination: int, output: int) -> PatternStrength:
     """The first-layer head whose tables show the skip-trigram best: shown at all, then by attention * logit."""
     found = []
     for index in range(weights.n_heads):
-        table = qk_tables(weights, Head(0, index), normed=True).token_token
+        table = fc.qk_tables(weights, Head(0, index), normed=True).token_token
         keys = table.B - table.B.mean(-1, keepdim=True)
         attention = table.A @ keys[:, source]
-        row = ov_circuit(weights, Head(0, index), normed=True)
+        row = fc.ov_circuit(weights, Head(0, index), normed=True)
         logits = row.A[source] @ row.B
         logits = logits - logits.mean()
         ranks = [int((x > x[i]).sum()) for x, i in ((attention, destination), (logits, output))]

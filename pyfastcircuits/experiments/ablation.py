@@ -10,46 +10,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.arguments import public
+from pyfastcircuits.experiments import edges
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode
-from pyfastcircuits.experiments.edges import (
-    Effect,
-    edge_removals,
-    frozen_edge_z,
-    frozen_removal,
-    removed_z,
-    rerun_removal,
-)
 from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.measure import measure
-from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.nodes import (
-    Edge,
-    Head,
-    Outputs,
-    Path,
-    Receiver,
-    grouped,
-    one_or_several,
-    parse_heads,
-    parse_pair,
-    parse_path,
-)
+from pyfastcircuits.run import nodes
+from pyfastcircuits.run.nodes import Edge, Head, Outputs, Path, Receiver, grouped, one_or_several
 from pyfastcircuits.run.paths import PathOutputs, enumerate_paths, path_z
 from pyfastcircuits.run.trace import FrozenTrace
 
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
-
 Scope = Literal["path", "direct", "edge", "joint"]
-TOTAL_REMOVALS = {"frozen": frozen_removal, "recomputed": rerun_removal}  # by attention, of sets of heads
+TOTAL_REMOVALS = {"frozen": edges.frozen_removal, "recomputed": edges.rerun_removal}  # by attention, of sets of heads
 
 
 @public
@@ -87,7 +67,7 @@ def path_ablation(
     sets: list[list[Path]] = []
     for entry in paths:
         given, several = one_or_several(entry)
-        sets.append([parse_path(trace.weights, path) for path in given])
+        sets.append([nodes.parse_path(trace.weights, path) for path in given])
         labels.append(frozenset(sets[-1]) if several else sets[-1][0])
     return measure(trace, _path_removals(sets, value), measurement(trace, options), labels, mode=mode)
 
@@ -135,10 +115,9 @@ def pair_ablation(
     if scope == "path" and attention == "recomputed":
         raise ValueError("attention is 'recomputed', but scope is 'path': paths exist under frozen patterns alone")
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
-    if pairs is None:
-        chosen = list(all_pairs(weights, within_layers=scope == "joint"))
-    else:
-        chosen = [_parse_joint(weights, pair) if scope == "joint" else parse_pair(weights, pair) for pair in pairs]
+    parse = _parse_joint if scope == "joint" else nodes.parse_pair
+    every = all_pairs(weights, within_layers=scope == "joint")
+    chosen = list(every) if pairs is None else [parse(weights, pair) for pair in pairs]
     how = measurement(trace, options, attention)
     if scope == "path":
         interventions = _path_removals([[pair] for pair in chosen], value)
@@ -146,7 +125,7 @@ def pair_ablation(
         interventions = _joint_removals(weights, chosen, value, attention, how)
     elif attention == "recomputed":
         cuts = [[Edge(source, Receiver(to, "QKV"))] for source, to in chosen]
-        interventions = edge_removals(weights, cuts, value, "direct" if scope == "direct" else "total")
+        interventions = edges.edge_removals(weights, cuts, value, "direct" if scope == "direct" else "total")
     else:
         interventions = _frozen_edge_removals(chosen, value, direct=scope == "direct")
     return measure(trace, interventions, how, chosen, scope=scope, mode=mode, attention=attention)
@@ -160,7 +139,7 @@ def head_ablation(
     attention: Attention = "frozen",
     *,
     heads: Iterable[Any] | None = None,
-    effect: Effect = "total",
+    effect: edges.Effect = "total",
     reference: FrozenTrace | None = None,
     over: AverageOver = "all",
     **options: "Unpack[MeasureOptions]",
@@ -193,7 +172,7 @@ def head_ablation(
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, attention)
     entries = enumerate_paths(weights.n_layers, weights.n_heads, 1) if heads is None else heads
-    sets = [parse_heads(weights, entry) for entry in entries]
+    sets = [nodes.parse_heads(weights, entry) for entry in entries]
     labels: list[Label] = [heads if len(heads) == 1 else frozenset(heads) for heads in sets]
     places = range(len(sets))
     if effect == "total":
@@ -242,7 +221,7 @@ def all_pairs(weights: CircuitWeights, within_layers: bool) -> Iterator[Path]:
 
 
 def _parse_joint(weights: CircuitWeights, pair: Any) -> Path:
-    heads = parse_heads(weights, tuple(pair), "pair")
+    heads = nodes.parse_heads(weights, tuple(pair), "pair")
     if len(heads) != 2:
         raise ValueError(f"pairs holds {pair}, expected two heads, a (layer, head) each")
     return heads
@@ -288,7 +267,7 @@ def _path_removals(sets: Sequence[Sequence[Path]], value: AblationValue) -> list
 def _direct_removal(part: FrozenTrace, heads: Sequence[Head], value: AblationValue) -> Tensor:
     """What each head's z [P, B, T, r] loses, and nothing that follows."""
     layers = {head.layer for head in heads}
-    gone = {layer: part.apply_post_norm(removed_z(part, layer, value), layer) for layer in layers}
+    gone = {layer: part.apply_post_norm(edges.removed_z(part, layer, value), layer) for layer in layers}
     return torch.stack([gone[head.layer][head.head] for head in heads])
 
 
@@ -322,7 +301,7 @@ def _frozen_edge_removals(pairs: Sequence[Path], value: AblationValue, direct: b
     """What sources write through one frozen destination, straight to the logits or on through later heads too."""
 
     def removal(destination: Head, part: FrozenTrace, sources: Sequence[Head]) -> Tensor:
-        z = frozen_edge_z(part, sources, destination, value)
+        z = edges.frozen_edge_z(part, sources, destination, value)
         if direct:
             return z
         gone = z @ part.weights.head("W_O", *destination)

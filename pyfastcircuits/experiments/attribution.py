@@ -1,7 +1,7 @@
 """Direct attribution: the part of a logit, or of a feature direction, that each node writes; and the logit lens."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import Asked, Positions, asked
-from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
@@ -18,9 +18,6 @@ from pyfastcircuits.run.losses import Unembedding
 from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, grouped, nodes_before, parse_path, written
 from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
 
 Part = Literal["component", "head", "source", "path"]
 UNEMBED_BIAS = "b_U"

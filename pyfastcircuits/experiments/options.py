@@ -15,6 +15,8 @@ from pyfastcircuits.run.trace import FrozenTrace
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
+else:
+    Unpack = "typing_extensions, which is not needed to run: annotations with it are strings"
 
 Attention = Literal["frozen", "recomputed"]
 FinalNorm = Literal["frozen", "recomputed"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,16 +13,13 @@ from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver
 from pyfastcircuits.experiments.edges import Effect, edge_removals, mixed_z, removed_writes
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import NLL, Asked, LogitDifference
-from pyfastcircuits.experiments.options import Measurement, MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import CleanLogits, Unembedding, row_losses
 from pyfastcircuits.run.nodes import Edge, Head, Kind, Receiver, one_or_several, parse_pair
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
 
 Direction = Literal["denoise", "noise"]
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +13,11 @@ from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
-from pyfastcircuits.experiments.options import Attention, MeasureOptions, measured
+from pyfastcircuits.experiments.options import Attention, MeasureOptions, Unpack, measured
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 
