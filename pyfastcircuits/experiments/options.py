@@ -16,7 +16,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
 else:
-    Unpack = "typing_extensions, which is not needed to run: annotations with it are strings"
+    Unpack = None  # annotations with it are strings, and the core needs torch alone
 
 Attention = Literal["frozen", "recomputed"]
 FinalNorm = Literal["frozen", "recomputed"]

@@ -132,17 +132,13 @@ def _ablate(
     labels: Any,
 ) -> Result:
     """Ablate everything of a scope, or only what some labels of its result say."""
-    found: Result
     if scope == "layer" and labels is None:
-        found = layer_ablation(run, mode, attention, **options)
-    elif scope == "layer":
-        heads = [[(layer, head) for head in range(run.weights.n_heads)] for layer in labels]
-        found = head_ablation(run, mode, attention, heads=heads, **options)
-    elif scope == "head":
-        found = head_ablation(run, mode, attention, heads=labels, **options)
-    else:
-        found = pair_ablation(run, scope, mode, attention, pairs=labels, **options)
-    return found
+        return layer_ablation(run, mode, attention, **options)
+    if scope == "layer":
+        labels = [[(layer, head) for head in range(run.weights.n_heads)] for layer in labels]
+    if scope == "head" or scope == "layer":
+        return head_ablation(run, mode, attention, heads=labels, **options)
+    return pair_ablation(run, scope, mode, attention, pairs=labels, **options)
 
 
 def count_steps(weights: CircuitWeights, scope: SweepScope) -> dict[str, int]:
