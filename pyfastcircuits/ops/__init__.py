@@ -19,36 +19,26 @@ A backend that is not there raises; nothing falls back. `precision` is "ieee" (t
 inputs accumulate in fp32), "tf32" (Triton) or "bf16" (factors rounded to bfloat16, fp32 accumulation).
 """
 
-from pyfastcircuits.ops.backend import Backend, Precision, Screen, resolve_backend
-from pyfastcircuits.ops.diagonal_ranks import diagonal_ranks
-from pyfastcircuits.ops.factored_topk import TopEntries, factored_topk
-from pyfastcircuits.ops.frozen_attention import attention_lse, frozen_attention
-from pyfastcircuits.ops.joint_nll import joint_nll, joint_partial
-from pyfastcircuits.ops.pair_norms import FactoredPairNorms, Route, factored_pair_norms, pair_norms
-from pyfastcircuits.ops.sweep_nll import SweepPartial, sweep_nll, sweep_partial
-from pyfastcircuits.ops.target_ranks import rank_partial, target_ranks
-from pyfastcircuits.shapes import check_range
+from pyfastcircuits.ops.backend import Backend as Backend
+from pyfastcircuits.ops.backend import Precision as Precision
+from pyfastcircuits.ops.backend import Screen as Screen
+from pyfastcircuits.ops.backend import resolve_backend as resolve_backend
+from pyfastcircuits.ops.diagonal_ranks import diagonal_ranks as diagonal_ranks
+from pyfastcircuits.ops.factored_topk import TopEntries as TopEntries
+from pyfastcircuits.ops.factored_topk import factored_topk as factored_topk
+from pyfastcircuits.ops.frozen_attention import attention_lse as attention_lse
+from pyfastcircuits.ops.frozen_attention import frozen_attention as frozen_attention
+from pyfastcircuits.ops.joint_nll import joint_nll as joint_nll
+from pyfastcircuits.ops.joint_nll import joint_partial as joint_partial
+from pyfastcircuits.ops.pair_norms import FactoredPairNorms as FactoredPairNorms
+from pyfastcircuits.ops.pair_norms import Route as Route
+from pyfastcircuits.ops.pair_norms import factored_pair_norms as factored_pair_norms
+from pyfastcircuits.ops.pair_norms import pair_norms as pair_norms
+from pyfastcircuits.ops.sweep_nll import SweepPartial as SweepPartial
+from pyfastcircuits.ops.sweep_nll import sweep_nll as sweep_nll
+from pyfastcircuits.ops.sweep_nll import sweep_partial as sweep_partial
+from pyfastcircuits.ops.target_ranks import rank_partial as rank_partial
+from pyfastcircuits.ops.target_ranks import target_ranks as target_ranks
+from pyfastcircuits.shapes import check_range as check_range
 
-__all__ = [
-    "Backend",
-    "FactoredPairNorms",
-    "Precision",
-    "Route",
-    "Screen",
-    "SweepPartial",
-    "TopEntries",
-    "attention_lse",
-    "check_range",
-    "diagonal_ranks",
-    "factored_pair_norms",
-    "factored_topk",
-    "frozen_attention",
-    "joint_nll",
-    "joint_partial",
-    "pair_norms",
-    "rank_partial",
-    "resolve_backend",
-    "sweep_nll",
-    "sweep_partial",
-    "target_ranks",
-]
+__all__ = [name for name, value in globals().items() if callable(value)]  # all that is imported here
