@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pyfastcircuits as fc
+from pyfastcircuits import bigrams, ov_circuit, qk_tables, skip_trigrams, top_per_row, trace
 from pyfastcircuits.circuits.tables import row_logsumexp
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run.nodes import Head
@@ -43,13 +44,13 @@ def rebuilt_errors(weights: fc.CircuitWeights, tokens: Tensor) -> tuple[float, f
     """
     check_readable(weights)
     weights = weights.to(torch.float64)
-    run = fc.trace(weights, tokens)
-    logits = _rows(fc.bigrams(weights), run.tokens)
+    run = trace(weights, tokens)
+    logits = _rows(bigrams(weights), run.tokens)
     patterns = [0.0]
     for head in range(weights.n_heads if weights.n_layers else 0):
         pattern = _pattern(weights, Head(0, head), run.tokens)
         patterns.append(float((pattern - run.pattern(0)[:, head]).abs().max()))
-        logits = logits + pattern @ _rows(fc.ov_circuit(weights, Head(0, head), normed=True), run.tokens)
+        logits = logits + pattern @ _rows(ov_circuit(weights, Head(0, head), normed=True), run.tokens)
     if weights.n_layers:
         logits = logits + weights.written_bias(0) @ weights.W_U
     logits = logits * run.scales[-1][..., None]
@@ -70,7 +71,7 @@ def _pattern(weights: fc.CircuitWeights, head: Head, tokens: Tensor) -> Tensor:
     distance = places[:, None] - places
     scores = torch.full((len(tokens), length, length), -torch.inf, dtype=weights.compute_dtype, device=tokens.device)
     for offset in range(length) if weights.positional == "rotary" else [0]:
-        table = fc.qk_tables(weights, head, normed=True, offset=offset)
+        table = qk_tables(weights, head, normed=True, offset=offset)
         total = table.token_token.A[tokens] @ table.token_token.B.mT[tokens].mT
         if table.token_position and table.position_token and table.position_position:
             total = total + table.token_position.A[tokens] @ table.token_position.B[:, :length]
@@ -149,7 +150,7 @@ def bigram_fit(
         RuntimeError: the backend is not there.
     """
     check_readable(weights)
-    table = fc.bigrams(weights, normed=True)
+    table = bigrams(weights, normed=True)
     if weights.b_U is not None:
         table = table + fc.FactoredMatrix(torch.ones_like(table.A[:, :1]), weights.b_U[None].to(table.dtype))
     V = weights.d_vocab
@@ -163,7 +164,7 @@ def bigram_fit(
     often = counts >= least
     if int(often.sum()) < 2:
         raise ValueError(f"the text has {int(often.sum())} bigrams that come {least} times: too short to compare")
-    best = fc.top_per_row(table, k, backend=backend).columns
+    best = top_per_row(table, k, backend=backend).columns
     successors = _successors(first, second, counts, V, k)
     frequent = before.sort(descending=True, stable=True).indices[:examples]
     return BigramFit(
@@ -280,7 +281,7 @@ def head_fit(
         ValueError: as skip_trigrams.
     """
     n = min(n, len(among))
-    found = fc.skip_trigrams(weights, head, among, n, among=among, normed=True, backend=backend).top(n)
+    found = skip_trigrams(weights, head, among, n, among=among, normed=True, backend=backend).top(n)
     triples = [(t, counts(t.source, t.destination, t.output)) for t in found]
     generator = torch.Generator().manual_seed(head[1])
     control = []
@@ -332,10 +333,10 @@ def pattern_strength(weights: fc.CircuitWeights, source: int, destination: int, 
     """The first-layer head whose tables show the skip-trigram best: shown at all, then by attention * logit."""
     found = []
     for index in range(weights.n_heads):
-        table = fc.qk_tables(weights, Head(0, index), normed=True).token_token
+        table = qk_tables(weights, Head(0, index), normed=True).token_token
         keys = table.B - table.B.mean(-1, keepdim=True)
         attention = table.A @ keys[:, source]
-        row = fc.ov_circuit(weights, Head(0, index), normed=True)
+        row = ov_circuit(weights, Head(0, index), normed=True)
         logits = row.A[source] @ row.B
         logits = logits - logits.mean()
         ranks = [int((x > x[i]).sum()) for x, i in ((attention, destination), (logits, output))]
