@@ -278,8 +278,9 @@ def head_fit(
     """Count the n largest skip-trigrams of a head in a text, out of the tokens `among` (n is at most their number).
 
     Raises:
-        ValueError: as skip_trigrams.
+        ValueError: as skip_trigrams; the model is of another kind.
     """
+    check_readable(weights)
     n = min(n, len(among))
     found = skip_trigrams(weights, head, among, n, among=among, normed=True, backend=backend).top(n)
     triples = [(t, counts(t.source, t.destination, t.output)) for t in found]

@@ -4,7 +4,7 @@ A node's output is taken out of the residual stream; here its loss is carried to
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal
 
 import torch
@@ -193,7 +193,14 @@ def edge_removals(
     behind them, computed anew ("total").
     """
     out: list[Intervention] = []
-    z_changes = lru_cache(maxsize=1)(partial(_z_changes, value=value))  # for all cuts of a layer, in a part of the run
+    kept: dict[tuple[FrozenTrace, int], Tensor] = {}  # of the last part and layer
+
+    def z_changes(part: FrozenTrace, layer: int, inputs: Inputs, choices: Choices) -> Tensor:
+        if (part, layer) not in kept:
+            kept.clear()
+            kept[part, layer] = _z_changes(part, layer, inputs, choices, value)
+        return kept[part, layer]
+
     for _, places in sorted(grouped(cut[0].receiver.head.layer for cut in cuts).items()):
         choices = tuple(sorted({sources for i in places for sources in _sources_of(cuts[i]).values()}))
         remove = _direct_removal if effect == "direct" else _total_removal
