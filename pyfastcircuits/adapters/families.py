@@ -1,7 +1,7 @@
 """The families of Hugging Face models by `config.model_type`, each a table of what is particular about it.
 
-What only shapes a pattern (windows, caps of scores, ALiBi, padding) is in the patterns of a run and in no table; nor are
-MLPs, experts among them: what they write is a frozen source.
+What only shapes a pattern (windows, caps of scores, ALiBi, padding) is in the patterns of a run and in no table. MLPs,
+experts among them, are in none either: what they write is a frozen source.
 """
 
 from dataclasses import replace
@@ -18,23 +18,26 @@ NO_CAUSE = "attention that is not causal is not supported"
 
 def _of_each_head(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [H * 3 * r, ...]: a head's queries, keys and values lie together."""
-    return rows.unflatten(0, (heads, 3, -1))[:, "QKV".index(kind)]
+    by_head: Tensor = rows.unflatten(0, (heads, 3, -1))
+    return by_head[:, "QKV".index(kind)]
 
 
 def _thirds(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [3 * H * r, ...]: all queries, all keys, all values."""
-    return rows.unflatten(0, (3, heads, -1))["QKV".index(kind)]
+    thirds: Tensor = rows.unflatten(0, (3, heads, -1))
+    return thirds["QKV".index(kind)]
 
 
 def _blocks(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [(H + 2 * Hkv) * r, ...]: all queries, all keys, all values."""
     first, count = {"Q": (0, heads), "K": (heads, kv), "V": (heads + kv, kv)}[kind]
-    return rows.unflatten(0, (heads + 2 * kv, -1))[first : first + count]
+    by_head: Tensor = rows.unflatten(0, (heads + 2 * kv, -1))
+    return by_head[first : first + count]
 
 
 def _groups(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [Hkv * (H / Hkv + 2) * r, ...]: the queries of a group, then its keys and its values."""
-    grouped = rows.unflatten(0, (kv, heads // kv + 2, -1))
+    grouped: Tensor = rows.unflatten(0, (kv, heads // kv + 2, -1))
     return grouped[:, :-2].flatten(0, 1) if kind == "Q" else grouped[:, -2 if kind == "K" else -1]
 
 

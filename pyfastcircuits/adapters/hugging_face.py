@@ -37,11 +37,11 @@ def family_and_checkpoint(model: Any) -> tuple[Family, Checkpoint]:
         ValueError: a model that gives no next-token logits, or of a family that is not supported.
     """
     where, config = type(model).__name__, model.config.to_dict()
-    if config.get("is_encoder_decoder") or config.get("is_decoder") is False and _looks_both_ways(model):
+    if config.get("is_encoder_decoder") or (config.get("is_decoder") is False and _looks_both_ways(model)):
         raise ValueError(f"{where} gives no next-token logits: it is an encoder, and its attention is not causal")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     known = FAMILIES.get(config.get("model_type"))
-    if head is None or known is not None and _submodule(model, known.body) is None:
+    if head is None or (known is not None and _submodule(model, known.body) is None):
         raise ValueError(
             f"{where} gives no next-token logits: expected the family's causal language model, with an output embedding"
         )
@@ -245,7 +245,7 @@ class ProductsForward(ModelForward):
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""
         (q, keys), (_, v) = self._reached(layer, Products(2), read)
-        heads, kv = self.weights.n_heads, self.weights.W_K.shape[1]
+        kv = self.weights.W_K.shape[1]
         q, k, v = (x.reshape(len(read), -1, *x.shape[-2:]) for x in (q, keys.mT, v))
         return q.to(v.dtype), k[:, :: k.shape[1] // kv].to(v.dtype), v[:, :: v.shape[1] // kv]
 

@@ -1,7 +1,6 @@
 """The tensors of a model in memory by name, as its modules apply them: also quantised, adapted and offloaded ones."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn

@@ -6,11 +6,12 @@ What is found is held to the same checks as a family with a table, so that a mod
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,10 +22,10 @@ from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family, Interface
 from pyfastcircuits.adapters.module_tensors import ModuleTensors
 from pyfastcircuits.adapters.reading import read_checkpoint
-from pyfastcircuits.adapters.recording import Hooks
+from pyfastcircuits.adapters.recording import Call, Hooks
 from pyfastcircuits.model.norms import normalized
 from pyfastcircuits.model.queries import queries_or_keys
-from pyfastcircuits.model.weights import QKNorm
+from pyfastcircuits.model.weights import CircuitWeights, QKNorm
 
 SEQUENCES, LENGTHS = 8, (7, 11, 13)  # of the run that is observed: a length that no number of heads has
 PLACE = re.compile(r"^(?P<body>.*)\.(?P<layers>\w+)\.(?P<layer>\d+)\.(?P<attention>.+)$")
@@ -80,7 +81,7 @@ def _observe(model: Any) -> tuple[Family, dict[str, Any]]:
         embedding=names[model.get_input_embeddings()].removeprefix(f"{body}."), **at.projections(q, k, v),
     )  # fmt: skip
     family = replace(family, **_positions(model, seen, family), **_logit_scale(model, seen, f"{body}.{final}"))
-    extra = {"write_scale": at.write_scale(post), "embed_scale": _embed_scale(model, seen, family)}
+    extra: dict[str, Any] = {"write_scale": at.write_scale(post), "embed_scale": _embed_scale(model, seen, family)}
     cap = getattr(model.config, "final_logit_softcapping", None)
     extra["logit_cap"] = float(cap) if cap else None
     sizes = {
@@ -95,22 +96,34 @@ def _with_queries(
 ) -> tuple[Family, dict[str, Any]]:
     """The family with the rotation and the norm that make the queries and keys seen; "of a run" if none does."""
     kinds: tuple[QKNorm, ...] = ("rmsnorm", "layernorm", "rmsnorm of all heads")
-    positions = torch.arange(seen.tokens.shape[1], device=seen.tokens.device)
-    for pairs, kind in product(("halves", "adjacent"), kinds):
+    rotations: tuple[Literal["halves", "adjacent"], ...] = ("halves", "adjacent")
+    for pairs, kind in product(rotations, kinds):
         tried = replace(family, rotary_pairs=pairs, qk_norm_kind=kind)
         try:
             weights = read_checkpoint(tried, _checkpoint(model, tried, sizes))
         except ValueError:
             continue
-        agree = True
-        for layer, (_, q, k, _) in enumerate(seen.attended):
-            stream = seen.reads[f"{family.body}.{family.layers}.{layer}"].to(weights.compute_dtype)
-            for name, theirs in (("Q", q), ("K", k)):
-                ours = queries_or_keys(weights, name, layer, normalized(stream, weights), positions)
-                agree &= ours.shape == theirs.shape and _close(ours, theirs)
-        if agree:
-            return tried, sizes
+        rotates = [_rotates(seen, family, weights, layer) for layer in range(weights.n_layers)]
+        if None not in rotates:
+            return replace(tried, rotates=partial(_entry, rotates)), sizes
     return replace(family, options=lambda c, found: extra | {"qk_norm": "of a run"}), sizes
+
+
+def _entry(rotates: Sequence[bool | None], _: Checkpoint, layer: int) -> bool:
+    return bool(rotates[layer])
+
+
+def _rotates(seen: Seen, family: Family, weights: CircuitWeights, layer: int) -> bool | None:
+    """Whether the queries and keys seen in a layer are those of the weights, rotated or not; None if neither."""
+    stream = seen.reads[f"{family.body}.{family.layers}.{layer}"].to(weights.compute_dtype)
+    read, places = normalized(stream, weights), torch.arange(stream.shape[1], device=stream.device)
+    _, q, k, _ = seen.attended[layer]
+    for rotated in (True, False):
+        where = places if rotated else None
+        made = (queries_or_keys(weights, name, layer, read, where) for name in ("Q", "K"))
+        if all(ours.shape == theirs.shape and _close(ours, theirs) for ours, theirs in zip(made, (q, k), strict=True)):
+            return rotated
+    return None
 
 
 def _checkpoint(model: Any, family: Family, sizes: dict[str, Any]) -> Checkpoint:
@@ -306,27 +319,43 @@ class _Layer:
         """What the attention's write is multiplied by on its way into the stream: by changing it, all else held."""
         name = self.attention if post is None else f"{self.layer}.{post}"
         added = torch.randn_like(self.seen.gives[name])
-        layer, calls = self.model.get_submodule(self.layer), []  # type: ignore[var-annotated]
+        layer, held = self.model.get_submodule(self.layer), dict[str, Tensor]()
+        parts = {
+            f"{self.layer}.{child}": module
+            for child, module in layer.named_children()
+            if f"{self.layer}.{child}" == name or self._is_held(f"{self.layer}.{child}")
+        }
+        calls: list[tuple[Tensor, Call]] = []
 
-        def hold(part: str, out: Any) -> Any:
-            gave = self.seen.gives[part] + (added if part == name else 0)
+        def keep(part: str, _: Any, out: Any) -> None:
+            held[part] = (out[0] if isinstance(out, tuple) else out).clone()
+
+        def change(part: str, _: Any, out: Any) -> Any:
+            gave = held[part] + (added if part == name else 0)
             return (gave, *out[1:]) if isinstance(out, tuple) else gave
 
         with torch.no_grad(), Hooks(self.model) as hooks:
             hooks.before(layer, lambda x, call: calls.append((x, call)))
+            for part, module in parts.items():
+                hooks.after(module, partial(keep, part))
             self.model(input_ids=self.seen.tokens, use_cache=False)
-            for child, module in layer.named_children():
-                part = f"{self.layer}.{child}"
-                if part == name or (part != self.attention and isinstance(self.seen.gives.get(part), Tensor)):
-                    hooks.after(module, lambda _, out, part=part: hold(part, out))
-            stream, call = calls[0]
-            out = call(layer, stream)
-        after = out[0] if isinstance(out, tuple) else out
-        change = after - self.seen.gives[self.layer]
-        scale = _ratio(change, added)
-        if not _close(scale * added, change):
+        (stream, call), outs = calls[0], []
+        for which in ((), tuple(parts)):
+            with torch.no_grad(), Hooks(layer) as hooks:
+                for part in which:
+                    hooks.after(parts[part], partial(change, part))
+                out = call(layer, stream.clone())
+                outs.append((out[0] if isinstance(out, tuple) else out).clone())
+        moved = outs[1] - outs[0]
+        scale = _ratio(moved, added)
+        if not _close(scale * added, moved):
             raise ValueError(f"{self.where} what {name} writes is not added to the residual stream of {self.layer}")
         return scale
+
+    def _is_held(self, part: str) -> bool:
+        """Whether a part of the layer, but for its attention, gives another tensor than it reads."""
+        gave = self.seen.gives.get(part)
+        return part != self.attention and isinstance(gave, Tensor) and gave is not self.seen.reads.get(part)
 
     def _parts(self, inside: str | None = None) -> list[str]:
         whole = self.layer if inside is None else inside

@@ -20,14 +20,7 @@ from pyfastcircuits.result import label_name
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)
 ARTICLE_MARGINALS = ((1.3, 0.05), (5.2, 4.0))
-METRIC_NAMES = {
-    "nll": "loss",
-    "kl": "divergence",
-    "logit_difference": "logit difference",
-    "probability": "probability",
-    "rank": "rank",
-    "top1": "top-1 accuracy",
-}
+METRIC_NAMES = {"nll": "loss", "kl": "divergence", "top1": "top-1 accuracy"}  # of the others, their own in words
 HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
 COLUMNS = 80  # of a window in which tables keep words whole,
 WORD = 20  # those of so many letters at least
@@ -51,6 +44,11 @@ def make_table(
     for row in list(zip(*columns, strict=True))[1:]:
         table.add_row(*map(Text, row))
     return table
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people call it."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
 def order_steps(sweep: Sweep) -> dict[str, list[Any]]:
@@ -104,7 +102,7 @@ def effect_table(found: Result, examples: list[Example], text: TokenText) -> Tab
     """The ablations that harm most, each with the token that suffers most."""
     verb = {"rise": "rise", "fall": "fall", "size": "change"}[found.harm]
     kind = "Head pairs whose path" if found.setup.get("scope") == "path" else "What"
-    title = f"{kind} matters most: {verb} of the {METRIC_NAMES[found.metric]} without it"
+    title = f"{kind} matters most: {verb} of the {metric_name(found.metric)} without it"
     names = ["source", "dest"] if of_pairs(found) else ["layer" if isinstance(found.labels[0], int) else "head"]
     names.append("hit hardest: context -> token (with it, change without)")
     best = found.top(len(examples))

@@ -1,16 +1,16 @@
 """Direct attribution: the part of a logit, or of a feature direction, that each node writes; and the logit lens."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.arguments import public
-from pyfastcircuits.experiments.intervention import StreamsInstead
+from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import Asked, LogitDifference, Metric, Positions, Tokens, asked, metric_spec
-from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
@@ -18,9 +18,6 @@ from pyfastcircuits.run.losses import Unembedding
 from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, grouped, nodes_before, parse_path, written
 from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
 
 Part = Literal["component", "head", "source", "path"]
 UNEMBED_BIAS = "b_U"
@@ -117,10 +114,12 @@ def logit_lens(trace: FrozenTrace, **options: "Unpack[MeasureOptions]") -> Resul
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     labels, how = range(trace.weights.n_layers + 1), measurement(trace, options, "recomputed")
-    at_layers = StreamsInstead(
-        places=labels, streams=lambda part, layers: torch.stack([part.streams[layer] for layer in layers])
-    )
-    return measure(trace, [at_layers], how, labels, final_norm=how.final_norm)
+
+    def written_from(part: FrozenTrace, layers: Sequence[int]) -> Tensor:
+        return part.final - torch.stack([part.streams[layer] for layer in layers])
+
+    lens = Intervention(places=labels, items=labels, remove=written_from)  # what is left is the stream there
+    return measure(trace, [lens], how, labels, final_norm=how.final_norm)
 
 
 @public

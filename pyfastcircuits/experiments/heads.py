@@ -94,7 +94,6 @@ def head_scores(
     if tokens is None:
         if start is None:
             start = start_of(model, weights.d_vocab) or 0
-        _check_drawn(weights, length, copies, start)
         parts = _drawn(weights, length, copies, batch, batches, seed, start)
         setup: dict[str, str | int | float] = {"length": length, "copies": copies, "seed": seed, "start": start}
         setup["sequences"] = batch * batches
@@ -126,7 +125,10 @@ def _weights_of(model: Any, weights: CircuitWeights | None) -> CircuitWeights:
     return CircuitWeights.from_model(model) if weights is None else weights
 
 
-def _check_drawn(weights: CircuitWeights, length: int, copies: int, start: int) -> None:
+def _drawn(
+    weights: CircuitWeights, length: int, copies: int, batch: int, batches: int, seed: int, start: int
+) -> Iterator[Tensor]:
+    """Batches [batch, 1 + length * copies] of the start and copies of random tokens; errors as head_scores."""
     if not 0 <= start < weights.d_vocab:
         raise IndexError(f"start is {start}, expected 0 to {weights.d_vocab - 1}")
     total = 1 + length * copies
@@ -135,12 +137,6 @@ def _check_drawn(weights: CircuitWeights, length: int, copies: int, start: int) 
             f"length is {length}, {copies} copies and the token in front are {total}, but W_pos has only "
             f"{weights.n_ctx} positions"
         )
-
-
-def _drawn(
-    weights: CircuitWeights, length: int, copies: int, batch: int, batches: int, seed: int, start: int
-) -> Iterator[Tensor]:
-    """Batches [batch, 1 + length * copies] of the start and copies of random tokens."""
     if weights.d_vocab == 1:
         raise ValueError("weights has a vocabulary of 1 token: no random token differs from the start; give tokens")
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.arguments import public
-from pyfastcircuits.experiments.intervention import StreamsInstead
+from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.learning import asked_losses
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import NLL, Metric, Positions
@@ -121,8 +121,11 @@ def _of_streams(trace: FrozenTrace, count: int, streams: Callable[[FrozenTrace],
     sequences, length = trace.tokens.shape
     width = count * trace.weights.d_model
     if not isinstance(how.metrics[0], NLL):
-        instead = StreamsInstead(
-            places=range(count), streams=lambda part, members: streams(part)[members], extra_floats_per_position=width
+        instead = Intervention(
+            places=range(count),
+            items=range(count),
+            remove=lambda part, members: part.final - streams(part)[list(members)],
+            extra_floats_per_position=width,
         )
         return measure(trace, [instead], how, range(count)).values
     row = trace.weights.compute_dtype.itemsize * trace.weights.d_model

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,14 +14,11 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import metric_spec
-from pyfastcircuits.experiments.options import Attention, MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import Attention, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.result import Label, Result
+from pyfastcircuits.result import Result
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 
@@ -136,21 +133,16 @@ def _ablate(
     mode: Mode,
     attention: Attention,
     options: MeasureOptions,
-    labels: list[Label] | None,
+    labels: Any,
 ) -> Result:
     """Ablate everything of a scope, or only what some labels of its result say."""
-    chosen: Any = labels
-    found: Result
     if scope == "layer" and labels is None:
-        found = layer_ablation(run, mode, attention, **options)
-    elif scope == "layer":
-        heads = [[(layer, head) for head in range(run.weights.n_heads)] for layer in chosen]
-        found = head_ablation(run, mode, attention, heads=heads, **options)
-    elif scope == "head":
-        found = head_ablation(run, mode, attention, heads=chosen, **options)
-    else:
-        found = pair_ablation(run, scope, mode, attention, pairs=chosen, **options)
-    return found
+        return layer_ablation(run, mode, attention, **options)
+    if scope == "layer":
+        labels = [[(layer, head) for head in range(run.weights.n_heads)] for layer in labels]
+    if scope == "head" or scope == "layer":
+        return head_ablation(run, mode, attention, heads=labels, **options)
+    return pair_ablation(run, scope, mode, attention, pairs=labels, **options)
 
 
 def count_steps(weights: CircuitWeights, scope: SweepScope) -> dict[str, int]:

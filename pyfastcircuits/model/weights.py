@@ -67,7 +67,7 @@ class CircuitWeights:
             pairs, in place of rotary_base; zero where a layer does not rotate.
         rotary_scale: rotated queries and rotated keys are multiplied by it (YaRN's attention factor).
         rotary_pairs: which dimensions turn together: "halves", i with n + i, or "adjacent", 2 i with 2 i + 1.
-        rotary_length: the longest sequence that turns so, where the model turns longer ones otherwise (dynamic scaling).
+        rotary_length: the longest sequence that turns so, where the model turns longer ones otherwise.
 
     Raises:
         ValueError: a shape does not fit (the message names it, with both values), a weight is not finite, an option is
@@ -262,6 +262,14 @@ class CircuitWeights:
         if self.ln_final_b is not None:
             bias = self.ln_final_b.to(self.compute_dtype)
             moved = torch.cat([bias @ part.to(self.compute_dtype) for part in self.W_U.split(8192, 1)])
+            total = moved if total is None else total + moved
+        return total
+
+    def unembed_bias(self, tokens: Tensor) -> Tensor | None:
+        """The entries of `whole_unembed_bias` for some tokens [n], [n]."""
+        total = None if self.b_U is None else self.b_U[tokens].to(self.compute_dtype)
+        if self.ln_final_b is not None:
+            moved = self.ln_final_b.to(self.compute_dtype) @ self.W_U[:, tokens].to(self.compute_dtype)
             total = moved if total is None else total + moved
         return total
 
