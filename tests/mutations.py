@@ -99,7 +99,7 @@ MUTATIONS = {
     ),
     "norm scale of a path": Mutation(
         "pyfastcircuits/**/*.py",
-        r"(values\[inner\] = \(carried @ \w+\)) \* trace\.scales\[layer\]",
+        r"(values\[[\w()]+\] = \(carried @ [\w\[\]:, ]+\)) \* trace\.(scales\[layer\]|value_scale\(layer\))",
         r"\1 * trace.scales[layer - 1]",
         "tests/test_paths.py -k all_paths",
     ),
