@@ -127,8 +127,11 @@ class ModelForward(ABC):
         return replace(self, layers=layers, batch=len(torch.arange(self.batch)[sequences]), mask=mask)
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """See Forward."""
-        return (*self.model.named_parameters(), *self.model.named_buffers())
+        """See Forward: without the frequencies that rotary modules set anew for each sequence (longrope), because reruns
+        have its angles among their arguments.
+        """
+        buffers = [x for x in self.model.named_buffers() if not x[0].endswith("inv_freq") or "original" in x[0]]
+        return (*self.model.named_parameters(), *buffers)
 
     def options(self) -> Mapping[str, object]:
         """See Forward: the configuration, but for where the model comes from."""

@@ -152,6 +152,11 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
+LATENT = [name for name in CONFIGURATIONS if name.startswith("deepseek")]
+ADDED = [name for name in CONFIGURATIONS if name.startswith(("gpt2", "gpt_neo,", "opt"))]  # positions, to the stream
+ALONE = [name for name in CONFIGURATIONS if name not in LATENT + ADDED]  # whose first scores tables hold
+WITHOUT_QK = [name for name in CONFIGURATIONS if name.startswith(("bloom", "falcon", "gpt_neo,"))]
+
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes):
     """A model whose every parameter is random: norms and biases that differ from 1 and 0 are what an adapter may forget.
