@@ -8,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
-from support.configurations import ALONE, CONFIGURATIONS, WITHOUT_QK, build, nothing_in_fp32, tokens  # noqa: E402
+from support.configurations import ALONE, CONFIGURATIONS, LATENT, WITHOUT_QK, build, nothing_in_fp32, tokens  # noqa: E402
 from support.modules import NAMES  # noqa: E402
 from support.plain import Plain  # noqa: E402
 
@@ -92,37 +92,22 @@ def test_activation_patching(name):
     exact(found.baseline, nll(c.corrupted.clean_logits, c.given))
 
 
-def posted(plain, written, layer):
-    """What reaches the residual stream of a head's write: through a norm after the heads as it was, times a scale."""
-    norm, scale = plain.norm(layer, "post"), getattr(plain.model.config, "residual_multiplier", 1.0)
-    if norm is None:
-        return written * scale
-    gain = norm.weight + 1 if type(norm).__name__.startswith("Gemma") else norm.weight
-    return written * plain.kept[layer, "post"] * gain
-
-
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if "one layer" not in name])
-@pytest.mark.parametrize("kind", ["Q", "K", "V"])
-def test_path_patching(name, kind):
+def test_path_patching(name):
     c, source, to = case(name), (0, 1), (1, 0)
-    grouped = c.plain.kv < c.plain.heads or "within" in c.plain.names
-    if grouped and kind != "Q":
-        pytest.skip("several query heads read one key/value head")
+    grouped = c.plain.kv < c.plain.heads or "within" in c.plain.names  # several query heads read one key/value head
     with nothing_in_fp32(c.model), torch.no_grad():
-        found = fc.path_patching(c.run, c.other, kind, pairs=[(source, to)])
         change = (c.plain.clean_z[source] - c.corrupted.clean_z[source]) @ c.plain.out_weight(*source)
-        stream = c.corrupted.clean_streams[1] + posted(c.corrupted, change, 0)
-        exact(found.values[0], nll(c.corrupted.run(inputs={(*to, kind): stream}), c.given))
+        stream = c.corrupted.clean_streams[1] + c.corrupted.posted(change, 0)
+        for kind in "Q" if grouped else "QKV":
+            found = fc.path_patching(c.run, c.other, kind, pairs=[(source, to)])
+            exact(found.values[0], nll(c.corrupted.run(inputs={(*to, kind): stream}), c.given))
 
 
-@every_configuration
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in LATENT])
 def test_weights_make_the_queries_and_keys_of_every_layer(name):
     """Biases, norms and positions of queries and of keys, in every layer."""
     c, w, places = case(name), case(name).run.weights, torch.arange(11)
-    if w.qk_norm == "rmsnorm of latents":
-        with pytest.raises(ValueError, match="queries and keys come through norms of latents"):
-            queries_or_keys(w, "Q", 0, c.run.streams[0], places)
-        return
     digits = 1e-7 if name == "gptj" else 1e-9  # whose angles are a table in fp32
     with nothing_in_fp32(c.model):
         for layer in range(w.n_layers):
@@ -143,14 +128,10 @@ def alibi(config, heads):
     return (bias.double() / (config.hidden_size // heads) ** 0.5)[:, None].expand(-1, 11, -1)
 
 
-@every_configuration
+@pytest.mark.parametrize("name", ALONE)
 def test_tables_are_the_scores_behind_the_first_patterns(name):
     """Log patterns differ within a row as the tables' scores do, at all distances."""
     c, w = case(name), case(name).run.weights
-    if name not in ALONE:
-        with pytest.raises(ValueError, match="norms of latents") if w.qk_norm else pytest.raises(AssertionError):
-            exact(table_scores(c, 0), c.run.pattern(0)[:, 0])
-        return
     config, digits = c.model.config, 1e-6 if name == "gptj" else 1e-9
     cap = config.attn_logit_softcapping if config.model_type == "gemma2" else None
     for head in range(w.n_heads):
@@ -173,6 +154,12 @@ def table_scores(c, head):
         here = torch.arange(offset, c.given.shape[1])
         scores[:, here, here - offset] = (table.A @ table.B)[c.given[:, here], c.given[:, here - offset]]
     return scores
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_tables_of_latents_are_refused(name):
+    with pytest.raises(ValueError, match="queries and keys come through norms of latents"):
+        fc.qk_tables(case(name).run.weights, (0, 0))
 
 
 @pytest.mark.parametrize("name", [name for name in ALONE if "alibi" not in name and "bloom" not in name])
@@ -206,6 +193,24 @@ def test_padding_gives_each_sequence_what_it_gives_alone(name, side, dtype):
             losses = torch.nn.functional.cross_entropy(changed[0, :-1], given[row, real][1:], reduction="none")
             own = found.values[0, row][real[:-1] & real[1:]]
             exact(own, losses, digits)
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"), [("llama, dynamic rope", 16), ("phi3, longrope", 16), ("gemma3, windows, dynamic rope", 16)]
+)
+def test_rotation_that_changes_with_the_length(name, longest):
+    """A long sequence turns as the model turns it, and leaves runs of short ones as they are."""
+    c, given = case(name), tokens(2, 20)
+    with nothing_in_fp32(c.model):
+        long, plain = fc.trace(c.model, given), Plain(c.model, given)
+        exact(summed(long), plain.clean_logits)
+        found = fc.head_ablation(long, "zero", "recomputed", heads=[(0, 1)])
+        exact(found.values[0], nll(plain.run({(0, 1): 0 * plain.clean_z[0, 1]}), given))
+        theirs = c.plain.run({(0, 1): 0 * c.plain.clean_z[0, 1]})
+        exact(fc.head_ablation(c.run, "zero", "recomputed", heads=[(0, 1)]).values[0], nll(theirs, c.given))
+    fc.qk_tables(long.weights, (1, 0), offset=longest - 1)
+    with pytest.raises(ValueError, match=f"offset is {longest}, but the weights hold the rotation of sequences"):
+        fc.qk_tables(long.weights, (1, 0), offset=longest)
 
 
 @pytest.mark.parametrize("name", WITHOUT_QK)

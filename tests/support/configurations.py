@@ -24,7 +24,7 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.5, 2.0, 2.5], "short_factor": [1.1, 1.2, 1.3], "original_max_position_embeddings": 16}  # fmt: skip
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -44,6 +44,10 @@ CONFIGURATIONS = {
         {"vocab_size": 90, "n_embd": 21, "n_head": 3, "n_layer": 1, "n_positions": 16, "tie_word_embeddings": False},
     ),
     "gpt2, unscaled scores": ("GPT2", {"vocab_size": 89, "n_embd": 24, "n_head": 4, "n_layer": 2, "scale_attn_weights": False}),
+    "gpt2, scores scaled by layer": (
+        "GPT2",
+        {"vocab_size": 89, "n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 32, "scale_attn_by_inverse_layer_idx": True},
+    ),
     "pythia": ("GPTNeoX", {**SIZE, "num_attention_heads": 3, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
     "gpt-neox, MLP after the attention": ("GPTNeoX", {**SIZE, "num_attention_heads": 3, "use_parallel_residual": False}),
     "gpt-neox, no biases, linear rope": (
@@ -76,12 +80,17 @@ CONFIGURATIONS = {
         "Gemma2",
         {**SIZE, **GROUPED, "head_dim": 6, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
     ),
-    "llama, dynamic rope": ("Llama", {**SIZE, **GROUPED, "rope_parameters": DYNAMIC}),
+    "llama, dynamic rope": ("Llama", {**SIZE, **GROUPED, "max_position_embeddings": 16, "rope_parameters": DYNAMIC}),
     "gemma": ("Gemma", {**SIZE, **GROUPED, "head_dim": 8}),
     "gemma3, windows, a rope for each kind of layer": (
         "Gemma3",
         {**SIZE, **GROUPED, "head_dim": 8, "query_pre_attn_scalar": 12, "rope_parameters": {
             "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}, **WINDOWS},
+    ),
+    "gemma3, windows, dynamic rope": (
+        "Gemma3",
+        {**SIZE, **GROUPED, "head_dim": 8, "max_position_embeddings": 16, "rope_parameters": {
+            "full_attention": DYNAMIC, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}, **WINDOWS},
     ),
     "gemma3, caps, biases": (
         "Gemma3",
@@ -152,6 +161,7 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
+FAMILIES = list({family: name for name, (family, _) in reversed(CONFIGURATIONS.items())}.values())[::-1]  # one of each
 LATENT = [name for name in CONFIGURATIONS if name.startswith("deepseek")]
 ADDED = [name for name in CONFIGURATIONS if name.startswith(("gpt2", "gpt_neo,", "opt"))]  # positions, to the stream
 ALONE = [name for name in CONFIGURATIONS if name not in LATENT + ADDED]  # whose first scores tables hold

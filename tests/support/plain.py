@@ -34,6 +34,13 @@ class Plain:
         name = self.names.get(which)
         return None if name is None else self.layers[layer].get_submodule(name)
 
+    def posted(self, written, layer):
+        """What reaches the residual stream of a head's write: through a norm after the heads as it was, times a scale."""
+        norm, scale = self.norm(layer, "post"), getattr(self.model.config, "residual_multiplier", 1.0)
+        if norm is None:
+            return written * scale
+        return written * self.kept[layer, "post"] * (norm.weight + type(norm).__name__.startswith("Gemma"))
+
     @torch.no_grad()
     def run(self, z=None, inputs=None, frozen=False, final_frozen=None):
         """Replace z of heads {(layer, head): value}, and inputs {(layer, head, "Q" | "K" | "V"): residual stream};
