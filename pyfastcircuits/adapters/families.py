@@ -150,7 +150,7 @@ COHERE = replace(
 )  # fmt: skip
 DEEPSEEK = replace(
     LLAMA, rotary_pairs="adjacent", latent_norms=("q_a_layernorm", "kv_a_layernorm"), qk_norm_kind="rmsnorm of latents",
-    read_heads=latent.heads,
+    read_heads=latent.heads, options=latent.scale,
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {

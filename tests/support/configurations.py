@@ -156,6 +156,7 @@ CONFIGURATIONS = {
     "gpt_oss, sinks, windows, yarn": ("GptOss", {**SIZE, **GROUPED, **EXPERTS, **WINDOWS, "num_local_experts": 4, "head_dim": 8}),
     "deepseek_v2": ("DeepseekV2", {**DEEPSEEK, "q_lora_rank": 12}),
     "deepseek_v2, queries without a latent": ("DeepseekV2", {**DEEPSEEK, "q_lora_rank": None}),
+    "deepseek_v2, yarn": ("DeepseekV2", {**DEEPSEEK, "q_lora_rank": 12, "rope_parameters": YARN | {"mscale_all_dim": 0.5}}),
     "deepseek_v3": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": 12}),
     "deepseek_v3, yarn": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}}),
 }  # fmt: skip
