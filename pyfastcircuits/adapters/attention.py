@@ -103,7 +103,9 @@ def plain(
 
 
 @contextmanager
-def attending(config: Any, attend: Callable[..., Any] | None, interface: Interface, *, masked: bool = False) -> Iterator[None]:
+def attending(
+    config: Any, attend: Callable[..., Any] | None, interface: Interface, *, masked: bool = False
+) -> Iterator[None]:
     """Put another attention function into a configuration's modules, by the interface through which they attend.
 
     Args:

@@ -1,7 +1,7 @@
 """The families of Hugging Face models by `config.model_type`, each a table of what is particular about it.
 
-What only shapes a pattern (windows, caps of scores, ALiBi, padding) is in the patterns of a run and in no table; nor are
-MLPs, experts among them: what they write is a frozen source.
+What only shapes a pattern (windows, caps of scores, ALiBi, padding) is in the patterns of a run and in no table; nor
+are MLPs, experts among them: what they write is a frozen source.
 """
 
 from collections.abc import Callable

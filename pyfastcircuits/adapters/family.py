@@ -55,8 +55,8 @@ class Family:
         check: raises ValueError for options that are not supported.
         options: more arguments of CircuitWeights, from what is read and what has been found.
         eps, default_eps: the options that may hold the eps of norms, and its default.
-        biases: which of queries, keys and values ("QKV"), of what heads write ("O") and of logits ("U") have biases in a
-            model on disk; one in memory says so itself.
+        biases: which of queries, keys and values ("QKV"), of what heads write ("O") and of logits ("U") have biases in
+            a model on disk; one in memory says so itself.
         tied: whether a model on disk has one matrix for both embeddings, if its configuration does not say.
     """
 

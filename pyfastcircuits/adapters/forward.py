@@ -127,8 +127,8 @@ class ModelForward(ABC):
         return replace(self, layers=layers, batch=len(torch.arange(self.batch)[sequences]), mask=mask)
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """See Forward: without the frequencies that rotary modules set anew for each sequence (longrope), because reruns
-        have its angles among their arguments.
+        """See Forward: without the frequencies that rotary modules set anew for each sequence (longrope), because
+        reruns have its angles among their arguments.
         """
         buffers = [x for x in self.model.named_buffers() if not x[0].endswith("inv_freq") or "original" in x[0]]
         return (*self.model.named_parameters(), *buffers)

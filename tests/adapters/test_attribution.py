@@ -24,8 +24,10 @@ def traced(name, padded=False):
     mask[0, :4] = 0 if padded else 1
     model = build(name)
     with nothing_in_fp32(model):
-        return model, fc.trace(model, tokens(), mask), logits_of(
-            model, tokens(), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
+        return (
+            model,
+            fc.trace(model, tokens(), mask),
+            logits_of(model, tokens(), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)),
         )
 
 

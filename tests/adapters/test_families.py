@@ -95,12 +95,12 @@ def test_activation_patching(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if "one layer" not in name])
 def test_path_patching(name):
     c, source, to = case(name), (0, 1), (1, 0)
-    grouped = c.plain.kv < c.plain.heads or "within" in c.plain.names  # several query heads read one key/value head
+    shared = [(source, (1, head)) for head in range(c.plain.heads // c.plain.kv)]  # that read its first key/value head
     with nothing_in_fp32(c.model), torch.no_grad():
         change = (c.plain.clean_z[source] - c.corrupted.clean_z[source]) @ c.plain.out_weight(*source)
         stream = c.corrupted.clean_streams[1] + c.corrupted.posted(change, 0)
-        for kind in "Q" if grouped else "QKV":
-            found = fc.path_patching(c.run, c.other, kind, pairs=[(source, to)])
+        for kind in "Q" if name in LATENT else "QKV":  # theirs are made of two parts
+            found = fc.path_patching(c.run, c.other, kind, pairs=[[(source, to)] if kind == "Q" else shared])
             exact(found.values[0], nll(c.corrupted.run(inputs={(*to, kind): stream}), c.given))
 
 
@@ -215,5 +215,5 @@ def test_rotation_that_changes_with_the_length(name, longest):
 
 @pytest.mark.parametrize("name", WITHOUT_QK)
 def test_patterns_that_must_be_kept_are_said_to(name):
-    with pytest.raises(ValueError, match="store is 'qk', but .* makes its patterns itself"):
+    with pytest.raises(ValueError, match=r"store is 'qk', but .* makes its patterns itself"):
         fc.trace(case(name).model, tokens(), store="qk")

@@ -159,7 +159,7 @@ def test_a_tensor_that_the_configuration_asks_for_is_missed(tmp_path, name, gone
     saved(tmp_path, name)
     held = load_file(tmp_path / "model.safetensors").keys()
     without(tmp_path, next(full for full in held if gone.endswith(full)))
-    with pytest.raises(ValueError, match="has no tensor .*, which its configuration asks for"):
+    with pytest.raises(ValueError, match=r"has no tensor .*, which its configuration asks for"):
         [tensor[0] for _, tensor in fc.load_weights(tmp_path).tensors()]
 
 

@@ -256,7 +256,10 @@ def test_what_is_not_supported_is_named(what):
 def test_a_model_that_was_changed_is_noticed():
     model = build("llama")
     model.model.layers[1].self_attn.register_forward_hook(lambda m, a, out: (out[0] * 1.01, out[1]))
-    with pytest.raises(RuntimeError, match=r"the heads of layer 1 write by the weights differs .* by .*: likely a hook on model.layers.1.self_attn;"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"the heads of layer 1 write by the weights differs .* by .*: likely a hook on model.layers.1.self_attn;",
+    ):
         fc.trace(model, tokens())
     model = build("gpt2")
     model.transformer.ln_f.register_forward_hook(lambda m, a, out: out + 1)
@@ -267,7 +270,9 @@ def test_a_model_that_was_changed_is_noticed():
 def test_a_run_that_is_not_finite_is_noticed():
     model = build("llama")
     model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * torch.inf)
-    with pytest.raises(RuntimeError, match=r"what the heads of layer 1 write \(model.layers.1.self_attn\) is not finite"):
+    with pytest.raises(
+        RuntimeError, match=r"what the heads of layer 1 write \(model.layers.1.self_attn\) is not finite"
+    ):
         fc.trace(model, tokens())
 
 

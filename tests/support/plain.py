@@ -43,8 +43,8 @@ class Plain:
 
     @torch.no_grad()
     def run(self, z=None, inputs=None, frozen=False, final_frozen=None):
-        """Replace z of heads {(layer, head): value}, and inputs {(layer, head, "Q" | "K" | "V"): residual stream};
-        `frozen`: queries, keys, MLPs and the scales of norms are those of the clean run.
+        """Replace z of heads {(layer, head): value}, and inputs {(layer, head, "Q" | "K" | "V"): residual stream}, of
+        keys and values by their own heads. `frozen`: queries, keys, MLPs and the scales of norms are those of the clean run.
         """
         z, inputs = z or {}, inputs or {}
         final_frozen = frozen if final_frozen is None else final_frozen
@@ -91,7 +91,6 @@ class Plain:
             out[..., columns] = self.hold((layer, kind), out[..., columns], frozen)
         for (at, head, which), instead in made.items():
             if (at, which) == (layer, kind):
-                assert len(columns) == self.heads  # a key/value head has several readers
                 out[..., columns[head]] = instead[..., columns[head]]
         return out
 
