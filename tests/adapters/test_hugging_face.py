@@ -8,6 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
 from support.configurations import build, nothing_in_fp32, tokens  # noqa: E402
+from support.refused import REFUSED  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
 from pyfastcircuits.run.paths import order_streams  # noqa: E402
@@ -220,37 +221,18 @@ def test_circuits_of_real_models_have_the_norms_in_them():
     torch.testing.assert_close(fc.composition_scores(w, "V")[0, 0, 1, 2], score.detach())
 
 
-def changed(model, name, value):
-    setattr(model.config, name, value)
-    return model
-
-
-def made(family, **options):
-    config = getattr(transformers, f"{family}Config")(vocab_size=9, hidden_size=8, num_hidden_layers=1, **options)
-    return getattr(transformers, f"{family}ForCausalLM")(config)
-
-
-SMALL_OPT = {"ffn_dim": 8, "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-BAD = {
-    "family": (lambda: made("Mpt", n_heads=2), "MptForCausalLM: model_type 'mpt' is not supported, only bloom, cohere"),
-    "no logits": (lambda: build("llama").model, "LlamaModel gives no next-token logits: expected the family's causal language model, with 'model'"),
-    "encoder": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)), "BertForMaskedLM gives no next-token logits: it is an encoder"),
-    "cross": (lambda: changed(build("gpt2"), "add_cross_attention", True), "add_cross_attention is True, and attention to another model"),
-    "bidirectional": (lambda: changed(build("gemma2"), "use_bidirectional_attention", True), "use_bidirectional_attention is True, and attention that is not causal"),
-    "bloom": (lambda: changed(build("bloom"), "apply_residual_connection_post_layernorm", True), "apply_residual_connection_post_layernorm is True, and a norm of the whole residual stream"),
-    "opt": (lambda: made("OPT", word_embed_proj_dim=8, do_layer_norm_before=False, **SMALL_OPT), "do_layer_norm_before is False .* and a norm of the whole residual stream"),
-    "opt, projected": (lambda: made("OPT", word_embed_proj_dim=4, **SMALL_OPT), "word_embed_proj_dim is not hidden_size, and projected embeddings"),
-    "olmo": (lambda: changed(build("olmo"), "clip_qkv", 8.0), "clip_qkv is 8.0, and clipped values are no linear function"),
-    "deepseek": (lambda: build("deepseek_v3", attention_bias=True), "attention_bias is True, and biases in front of a norm of latents"),
-    "shape": (lambda: changed(build("qwen2"), "num_key_value_heads", 4), r"tensor 'model.layers.0.self_attn.k_proj.weight' has shape \[12, 24\], but its configuration says \[24, 24\]"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("what", REFUSED)
 def test_what_is_not_supported_is_named(what):
-    model, message = BAD[what]
+    model, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         fc.trace(model(), tokens())
+
+
+def test_a_configuration_that_does_not_fit_is_named():
+    model = build("qwen2")
+    model.config.num_key_value_heads = 4
+    with pytest.raises(ValueError, match=r"k_proj.weight' has shape \[12, 24\], but its configuration says \[24, 24\]"):
+        fc.trace(model, tokens())
 
 
 def test_a_model_that_was_changed_is_noticed():

@@ -103,7 +103,7 @@ CONFIGURATIONS = {
         {**SIZE, **GROUPED, **EXPERTS, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1], "qkv_bias": False},
     ),
     "qwen3_moe": ("Qwen3Moe", {**SIZE, **GROUPED, **EXPERTS, "head_dim": 8}),
-    "mixtral": ("Mixtral", {**SIZE, **GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "mixtral, window": ("Mixtral", {**SIZE, **GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
     "olmo": ("Olmo", {**SIZE, **GROUPED}),
     "olmo2": ("Olmo2", {**SIZE, **GROUPED}),
     "olmo2, biases": ("Olmo2", {**SIZE, "num_attention_heads": 4, "attention_bias": True}),
@@ -165,6 +165,9 @@ CONFIGURATIONS = {
 FAMILIES = list({family: name for name, (family, _) in reversed(CONFIGURATIONS.items())}.values())[::-1]  # one of each
 LATENT = [name for name in CONFIGURATIONS if name.startswith("deepseek")]
 ADDED = [name for name in CONFIGURATIONS if name.startswith(("gpt2", "gpt_neo,", "opt"))]  # positions, to the stream
+IN_FP32 = [
+    name for name, (family, _) in CONFIGURATIONS.items() if family in ("Olmo", "Cohere", "Cohere2")
+]  # layernorms
 ALONE = [name for name in CONFIGURATIONS if name not in LATENT + ADDED]  # whose first scores tables hold
 WITHOUT_QK = [name for name in CONFIGURATIONS if name.startswith(("bloom", "falcon", "gpt_neo,"))]
 
