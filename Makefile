@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks bench neutral lint format sanitize gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral lint format sanitize gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -66,6 +66,10 @@ $(patsubst %,.venv-lens-%/ready,$(filter-out $(FIRST),$(LENS))): .venv-lens-$(FI
 # Write into the notebooks what their cells print; `make test` holds them to it.
 notebooks: .venv-lens-$(FIRST)/ready
 	for file in examples/*.ipynb; do .venv-lens-$(FIRST)/bin/python tests/support/run_notebook.py $$file || exit 1; done
+
+# Write into docs/models.md which families the tests run; `make lens` holds the page to it.
+models: .venv-lens-$(FIRST)/ready
+	PYTHONPATH=tests .venv-lens-$(FIRST)/bin/python -m support.models_page
 
 # Every bench in a process of its own, so that one that fails stops no other and peaks of memory are its own. Then
 # docs/performance.md and the headline ratios of README.md are written of what they found; see bench/write.py.

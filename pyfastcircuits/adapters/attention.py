@@ -101,7 +101,8 @@ def plain(
         scores = scores.masked_fill(~attention_mask, -torch.inf)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    pattern = scores.softmax(-1)
+    hidden = scores.isneginf().all(-1, keepdim=True)  # padding, to which torch gives zeros
+    pattern = scores.masked_fill(hidden, 0).softmax(-1).masked_fill(hidden, 0)
     return (pattern @ v).transpose(1, 2), pattern
 
 

@@ -4,6 +4,7 @@ What only shapes a pattern (windows, caps of scores, ALiBi, padding) is in the p
 experts among them, are in none either: what they write is a frozen source.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from pyfastcircuits.adapters import latent
 from pyfastcircuits.adapters.checkpoint import Checkpoint
-from pyfastcircuits.adapters.family import Family, Kind
+from pyfastcircuits.adapters.family import Family, Kind, biases_if
 
 NO_CAUSE = "attention that is not causal is not supported"
+OF_THE_STREAM = "a norm of the whole residual stream"
 
 
 def _of_each_head(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
@@ -62,11 +64,15 @@ def _gpt2(c: Checkpoint) -> None:
         c.refuse("scale_attn_by_inverse_layer_idx", "of a model on disk this is not read: load the model itself")
 
 
+def _bloom(c: Checkpoint) -> None:
+    c.refuse("apply_residual_connection_post_layernorm", f"{OF_THE_STREAM} is not supported")
+
+
 def _opt(c: Checkpoint) -> None:
     if not c.option("do_layer_norm_before", True) or c.option("_remove_final_layer_norm", False):
         raise ValueError(
             f"{c.where}: do_layer_norm_before is {c.option('do_layer_norm_before', True)} and _remove_final_layer_norm "
-            f"{c.option('_remove_final_layer_norm', False)}, and a norm of the whole residual stream is not supported"
+            f"{c.option('_remove_final_layer_norm', False)}, and {OF_THE_STREAM} is not supported"
         )
     if c.option("word_embed_proj_dim", c.option("hidden_size")) != c.option("hidden_size"):
         raise ValueError(f"{c.where}: word_embed_proj_dim is not hidden_size, and projected embeddings are unsupported")
@@ -79,6 +85,10 @@ def _olmo(c: Checkpoint) -> None:
 
 def _never(c: Checkpoint) -> bool:
     return False
+
+
+def _always(c: Checkpoint) -> bool:
+    return True
 
 
 def _falcon_keys(c: Checkpoint, heads: int) -> int:
@@ -112,28 +122,38 @@ def _sinks(c: Checkpoint, found: dict[str, Any]) -> dict[str, Any]:
     return {"sinks": c.stack(LLAMA.in_attention("sinks"), len(found["W_Q"][0]))}
 
 
+def _biased(which: str) -> Callable[[Checkpoint], str]:
+    return lambda c: which
+
+
 LLAMA = Family()
-LAYERNORMS = replace(LLAMA, norm_kind="layernorm", default_eps=1e-5)
+LAYERNORMS = replace(LLAMA, norm_kind="layernorm", norm_parts=("weight", "bias"), default_eps=1e-5)
 GPT2 = replace(
     LAYERNORMS, body="transformer", embedding="wte", positions="wpe", layers="h", norm="ln_1", attention="attn",
     joint="c_attn", split=_thirds, transposed=True, out="c_proj", final_norm="ln_f", heads="n_head", rotary=_never,
-    check=_gpt2, tied=True,
+    check=_gpt2, tied=True, biases=_biased("QKVO"),
     options=lambda c, found: {} if c.model or c.option("scale_attn_weights", True) else {"attention_scale": 1.0},
 )  # fmt: skip
 NEOX = replace(
     LAYERNORMS, body="gpt_neox", embedding="embed_in", attention="attention", joint="query_key_value",
     split=_of_each_head, out="dense", final_norm="final_layer_norm", rotary_share=0.25,
+    biases=lambda c: biases_if(c, "attention_bias", True),
 )  # fmt: skip
 GEMMA = replace(LLAMA, gain=1.0, options=_gemma, tied=True, check=_causal)
 GEMMA2 = replace(GEMMA, post_norm="post_attention_layernorm")
-OLMO2 = replace(LLAMA, norm=None, post_norm="post_attention_layernorm", qk_norm_kind="rmsnorm of all heads")
+OLMO2 = replace(
+    LLAMA, norm=None, post_norm="post_attention_layernorm", qk_norm_kind="rmsnorm of all heads", qk_norms=_always,
+)  # fmt: skip
+MISTRAL = replace(LLAMA, biases=_biased(""))
+QWEN3 = replace(LLAMA, qk_norms=_always)
 COHERE = replace(
-    LAYERNORMS, qk_norm_kind="layernorm", rotary_pairs="adjacent", tied=True,
+    LAYERNORMS, norm_parts=("weight",), qk_norm_kind="layernorm", qk_norms=lambda c: c.option("use_qk_norm", False),
+    rotary_pairs="adjacent", tied=True,
     logit_scale=lambda c: float(c.option("logit_scale", 0.0625)),
 )  # fmt: skip
 DEEPSEEK = replace(
     LLAMA, rotary_pairs="adjacent", latent_norms=("q_a_layernorm", "kv_a_layernorm"), qk_norm_kind="of a run",
-    read_heads=latent.heads,
+    read_heads=latent.heads, options=latent.scale,
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
@@ -141,6 +161,7 @@ FAMILIES: dict[str, Family] = {
         LAYERNORMS, body="transformer", embedding="word_embeddings", embedding_norm="word_embeddings_layernorm",
         layers="h", attention="self_attention", joint="query_key_value", split=_of_each_head, out="dense",
         final_norm="ln_f", heads="n_head", rotary=_never, interface="products", adds_residual=True, tied=True,
+        biases=_biased("QKVO"), check=_bloom,
     ),
     "cohere": COHERE,
     "cohere2": replace(COHERE, rotates=_in_windows),
@@ -150,46 +171,53 @@ FAMILIES: dict[str, Family] = {
         LAYERNORMS, body="transformer", embedding="word_embeddings", layers="h", attention="self_attention",
         norm=("input_layernorm", "ln_attn"), joint="query_key_value", split=_falcon, out="dense", final_norm="ln_f",
         key_heads=_falcon_keys, rotary=lambda c: not c.option("alibi", False), interface="sdpa", tied=True,
+        biases=lambda c: biases_if(c, "bias", False),
     ),
     "gemma": GEMMA,
     "gemma2": GEMMA2,
-    "gemma3_text": GEMMA2,
+    "gemma3_text": replace(GEMMA2, qk_norms=_always),
     "gpt2": GPT2,
     "gpt_neo": replace(
         GPT2, attention="attn.attention", joint=None, split=LLAMA.split, transposed=False, out="out_proj",
         heads="num_heads", interface="products", check=LLAMA.check, options=lambda c, found: {"attention_scale": 1.0},
+        biases=_biased("O"),
     ),
     "gpt_neox": NEOX,
-    "gpt_oss": replace(LLAMA, options=_sinks),
+    "gpt_oss": replace(LLAMA, options=_sinks, biases=lambda c: biases_if(c, "attention_bias", True)),
     "gptj": replace(
         GPT2, positions=None, joint=None, split=LLAMA.split, transposed=False, out="out_proj", rotary=LLAMA.rotary,
         rotary_pairs="adjacent", check=LLAMA.check, options=LLAMA.options, tied=False,
+        biases=_biased("U"),
     ),
     "granite": replace(LLAMA, options=_granite, logit_scale=lambda c: 1 / float(c.option("logits_scaling", 1.0))),
     "llama": LLAMA,
-    "mistral": LLAMA,
-    "mixtral": LLAMA,
-    "olmo": replace(LAYERNORMS, check=_olmo),
+    "mistral": MISTRAL,
+    "mixtral": MISTRAL,
+    "olmo": replace(LAYERNORMS, norm_parts=(), check=_olmo),
     "olmo2": OLMO2,
     "olmo3": OLMO2,
     "opt": replace(
         LAYERNORMS, body="model.decoder", positions="embed_positions", first_position=2, norm="self_attn_layer_norm",
         out="out_proj", final_norm="final_layer_norm", rotary=_never, check=_opt, tied=True,
+        biases=lambda c: biases_if(c, "enable_bias", True),
     ),
     "phi": replace(
         LAYERNORMS, out="dense", query_norm="q_layernorm", key_norm="k_layernorm", qk_norm_kind="layernorm",
-        final_norm="final_layernorm", rotary_share=0.5,
+        qk_norms=lambda c: c.option("qk_layernorm", False), final_norm="final_layernorm", rotary_share=0.5,
+        biases=_biased("QKVOU"),
     ),
-    "phi3": replace(LLAMA, joint="qkv_proj", split=_blocks),
-    "qwen2": LLAMA,
-    "qwen2_moe": LLAMA,
-    "qwen3": LLAMA,
-    "qwen3_moe": LLAMA,
+    "phi3": replace(MISTRAL, joint="qkv_proj", split=_blocks),
+    "qwen2": replace(LLAMA, biases=_biased("QKV")),
+    "qwen2_moe": replace(LLAMA, biases=lambda c: biases_if(c, "qkv_bias", True, "QKV")),
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3,
     "smollm3": replace(LLAMA, rotates=_every_fourth_is_plain, tied=True),
     "stablelm": replace(
-        LAYERNORMS, query_norm="q_layernorm", key_norm="k_layernorm", qk_norm_kind="layernorm", rotary_share=0.25,
+        LAYERNORMS, query_norm="q_layernorm", key_norm="k_layernorm", qk_norm_kind="layernorm",
+        qk_norms=lambda c: c.option("qk_layernorm", False), rotary_share=0.25,
+        biases=lambda c: biases_if(c, "use_qkv_bias", False, "QKV"),
     ),
-    "starcoder2": replace(LAYERNORMS, tied=True),
+    "starcoder2": replace(LAYERNORMS, tied=True, biases=lambda c: biases_if(c, "use_bias", True)),
 }  # fmt: skip
 
 

@@ -14,6 +14,11 @@ Interface = Literal["transformers", "sdpa", "products"]
 Split = Callable[[Tensor, Kind, int, int], Tensor]
 
 
+def biases_if(c: Checkpoint, option: str, default: bool, which: str = "QKVO") -> str:
+    """These biases, see Family, if an option is on."""
+    return which if c.option(option, default) else ""
+
+
 @dataclass(frozen=True)
 class Family:
     """What is particular about a family, as differences from Llama. To add one, see CONTRIBUTING.md.
@@ -30,9 +35,11 @@ class Family:
         split: the rows of a projection [out, ...] that make queries, keys or values, by heads: [n, r, ...].
         transposed: whether projections are kept as [in, out].
         query_norm, key_norm: the norms of queries and of keys in the attention, where a model has them.
+        qk_norms: whether a model on disk has them.
         latent_norms: RMS norms within the way to queries, keys and values; the last one is that of values (DeepSeek).
         read_heads: reads W_Q, W_K, W_V and their biases, where they are no projections of their own.
         norm_kind, qk_norm_kind: layernorms or RMS norms.
+        norm_parts: the parameters of the norms of the residual stream.
         gain: what is added to the gains of norms.
         heads: the option that holds the number of heads.
         key_heads: the number of key/value heads.
@@ -48,6 +55,8 @@ class Family:
         check: raises ValueError for options that are not supported.
         options: more arguments of CircuitWeights, from what is read and what has been found.
         eps, default_eps: the options that may hold the eps of norms, and its default.
+        biases: which of queries, keys and values ("QKV"), of what heads write ("O") and of logits ("U") have biases in
+            a model on disk; one in memory says so itself.
         tied: whether a model on disk has one matrix for both embeddings, if its configuration does not say.
     """
 
@@ -69,10 +78,12 @@ class Family:
     transposed: bool = False
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
+    qk_norms: Callable[[Checkpoint], bool] = lambda c: False
     latent_norms: tuple[str, ...] = ()
     read_heads: "Callable[[Family, Checkpoint], dict[str, Any]] | None" = None
     norm_kind: Norm = "rmsnorm"
     qk_norm_kind: QKNorm = "rmsnorm"
+    norm_parts: tuple[str, ...] = ("weight",)
     gain: float = 0.0
     final_norm: str = "norm"
     heads: str = "num_attention_heads"
@@ -89,6 +100,7 @@ class Family:
     options: Callable[[Checkpoint, dict[str, Any]], dict[str, Any]] = lambda c, found: {}
     eps: tuple[str, ...] = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
     default_eps: float = 1e-6
+    biases: Callable[[Checkpoint], str] = lambda c: biases_if(c, "attention_bias", False)
     tied: bool = False
 
     def layer(self, part: str) -> str:

@@ -127,8 +127,11 @@ class ModelForward(ABC):
         return replace(self, layers=layers, batch=len(torch.arange(self.batch)[sequences]), mask=mask)
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """See Forward."""
-        return (*self.model.named_parameters(), *self.model.named_buffers())
+        """See Forward: without the frequencies that rotary modules set anew for each sequence (longrope), because
+        reruns have its angles among their arguments.
+        """
+        buffers = [x for x in self.model.named_buffers() if not x[0].endswith("inv_freq") or "original" in x[0]]
+        return (*self.model.named_parameters(), *buffers)
 
     def options(self) -> Mapping[str, object]:
         """See Forward: the configuration, but for where the model comes from."""
@@ -139,7 +142,7 @@ class ModelForward(ABC):
     def _repeated(self, layer: int, count: int) -> Layer:
         """A layer with the arguments of `count` reruns; those that are the same for all sequences stay so."""
         many = self.layers[layer].norms
-        own = self.layers[layer].mapped(self.batch, lambda x: torch.cat([x] * count) if len(x) == self.batch > 1 else x)
+        own = self.layers[layer].mapped(self.batch, lambda x: _times(x, count) if len(x) == self.batch else x)
         return replace(own, norms=tuple((norm, scale.repeat(count, 1)) for norm, scale in many))
 
     def _as_it_was(self, scale: Tensor, norm: nn.Module, x: Tensor, out: Tensor) -> Tensor:
@@ -147,6 +150,11 @@ class ModelForward(ABC):
         own, bias = head_scale(norm, x, self.weights).unsqueeze(-1), getattr(norm, "bias", None)
         ratio = (scale.view(own.shape) / own).to(out.dtype)
         return out * ratio if bias is None else (out - bias) * ratio + bias
+
+
+def _times(x: Tensor, count: int) -> Tensor:
+    """The rows of one sequence or more, again for each of `count` reruns: of one, without a copy."""
+    return x.expand(count, *x.shape[1:]) if len(x) == 1 else torch.cat([x] * count)
 
 
 def _rows(sequences: slice | Tensor, batch: int, x: Tensor) -> Tensor:

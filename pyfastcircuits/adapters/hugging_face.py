@@ -226,6 +226,10 @@ class HuggingFaceForward(ModelForward):
         out: Tensor = self._attend(len(q))(layer.attention, q, k, v, **layer.options)[0]
         return out.transpose(1, 2)
 
+    def score_scale(self, layer: int) -> float:
+        """See Forward: the factor that is left to the interface, 1 where queries come multiplied by theirs (OPT)."""
+        return float(self.layers[layer].options["scaling"])
+
     def run(self, layer: Layer, stream: Tensor) -> Tensor:
         """See ModelForward."""
         with attending(self.config, self._attend(len(stream)), self.interface):

@@ -5,6 +5,7 @@ a time: it reads the residual stream with the latent norm's gain in it. W_Q and 
 known of a run alone.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,15 @@ def heads(family: Family, c: Checkpoint) -> dict[str, Any]:
         )
         for kind, size in sizes.items()
     }
+
+
+def scale(c: Checkpoint, found: dict[str, Any]) -> dict[str, Any]:
+    """What YaRN divides the scores of a model on disk by; in memory its attentions say it."""
+    rope = dict(c.option("rope_scaling", {})) | dict(c.option("rope_parameters", {}))
+    factor, share = float(rope.get("factor", 1.0)), float(rope.get("mscale_all_dim", 0.0))
+    if c.model is not None or factor <= 1 or not share:
+        return {}
+    return {"attention_scale": found["W_Q"].shape[3] ** 0.5 / (1 + 0.1 * share * math.log(factor)) ** 2}
 
 
 class _Layer:

@@ -30,12 +30,17 @@ def read_checkpoint(family: Family, c: Checkpoint) -> CircuitWeights:
     found |= _ends(family, c, d)
     found["W_O"] = _out(family, c, d, H)
     bias = family.in_attention(f"{family.out}.bias")
-    if c.has(bias.format(0)):
+    if _held(c, bias.format(0), "O" in family.biases(c)):
         found["b_O"] = c.stack(bias, d)
     found |= _norms(family, c, d) | _qk_norms(family, c, r) | _scale(family, c, r)
     found |= rotation(family, c, r) if family.rotary(c) else {}
     found |= family.options(c, found)
     return CircuitWeights(**found, attention_only=False)
+
+
+def _held(c: Checkpoint, name: str, asked: bool) -> bool:
+    """Whether a tensor is to be read: where a model is in memory if it is there, on disk if its configuration asks."""
+    return asked if c.model is None else c.has(name)
 
 
 def _projections(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def _projections(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
         out[f"W_{kind}"] = c.layers(
             weight, *_shape(family, c, weight, kind, d), view=partial(_transposed, family, split)
         )
-        if c.has(bias.format(0)):
+        if _held(c, bias.format(0), kind in family.biases(c)):
             out[f"b_{kind}"] = c.stack(bias, view=split)
     return out
 
@@ -94,11 +99,11 @@ def _ends(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
         out["W_pos"] = c.tensor(f"{family.body}.{family.positions}.weight")[family.first_position :]
         out["positional"] = "standard"
     head = next((name for name in HEADS if c.has(f"{name}.weight")), None)
-    tied = c.model is None and (c.option("tie_word_embeddings", family.tied) or (head is None and family.tied))
+    tied = c.model is None and c.option("tie_word_embeddings", family.tied)
     out["W_U"] = raw.mT if tied else c.tensor(f"{head or family.head}.weight").mT
     scale = family.logit_scale(c)
-    if head is not None and not tied and c.has(f"{head}.bias"):
-        out["b_U"] = c.tensor(f"{head}.bias") * scale
+    if _held(c, f"{head}.bias", "U" in family.biases(c)):
+        out["b_U"] = c.tensor(f"{head or family.head}.bias") * scale
     return out
 
 
@@ -112,10 +117,10 @@ def _norms(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
     scale = family.logit_scale(c)
     for leaf, field, extra in (("weight", "w", family.gain), ("bias", "b", 0.0)):
         norm = norm_name(family, c)
-        if norm is not None and c.has(f"{norm.format(0)}.{leaf}"):
+        if norm is not None and _held(c, f"{norm.format(0)}.{leaf}", leaf in family.norm_parts):
             out[f"ln_{field}"] = _raised(c.stack(f"{norm}.{leaf}", d), extra)
         final = f"{family.body}.{family.final_norm}.{leaf}"
-        if c.has(final):
+        if _held(c, final, leaf in family.norm_parts):
             out[f"ln_final_{field}"] = _times(_raised(c.tensor(final, d), extra), scale)
         elif leaf == "weight" and scale != 1:
             out["ln_final_w"] = torch.full((d,), scale)
@@ -143,10 +148,13 @@ def _qk_norms(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     """The norms of queries and keys, where the model has them."""
     if family.latent_norms:
         return {"qk_norm": family.qk_norm_kind}
+    if c.model is None and not family.qk_norms(c):
+        return {}
     out: dict[str, Any] = {}
     for kind, part in (("q", family.query_norm), ("k", family.key_norm)):
         for leaf, field, extra in (("weight", "w", family.gain), ("bias", "b", 0.0)):
-            whole = [_norm_of_heads(c, f"{family.in_attention(part).format(i)}", leaf, r) for i in range(c.n_layers)]
+            asked = c.model is None and leaf == "weight"
+            whole = [_norm_of_heads(c, family.in_attention(part).format(i), leaf, r, asked) for i in range(c.n_layers)]
             found = [x for x in whole if x is not None]
             if found:
                 out[f"ln_{kind}_{field}"] = _raised(torch.stack(found), extra)
@@ -159,14 +167,16 @@ def _qk_norms(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     return out
 
 
-def _norm_of_heads(c: Checkpoint, name: str, leaf: str, r: int) -> Tensor | None:
-    """[n, r]: of one norm for all heads, of all heads, or of a list of norms."""
+def _norm_of_heads(c: Checkpoint, name: str, leaf: str, r: int, asked: bool) -> Tensor | None:
+    """[n, r]: of one norm for all heads, of all heads, or of a list of norms; None, unless asked, if there is none."""
     if c.has(f"{name}.{leaf}"):
         return c.tensor(f"{name}.{leaf}").reshape(-1, r)
     parts, i = [], 0
     while c.has(f"{name}.norms.{i}.{leaf}"):
         parts.append(c.tensor(f"{name}.norms.{i}.{leaf}", r))
         i += 1
+    if asked and not parts:
+        return c.tensor(f"{name}.{leaf}", r)  # names what is missing
     return torch.stack(parts) if parts else None
 
 

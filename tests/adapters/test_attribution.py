@@ -5,8 +5,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
-from support.configurations import build, tokens  # noqa: E402
-from test_hugging_face import logits_of, nothing_in_fp32  # noqa: E402
+from support.configurations import build, nothing_in_fp32, tokens  # noqa: E402
+from test_hugging_face import logits_of  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
 
@@ -24,7 +24,11 @@ def traced(name, padded=False):
     mask[0, :4] = 0 if padded else 1
     model = build(name)
     with nothing_in_fp32(model):
-        return model, fc.trace(model, tokens(), mask), logits_of(model, tokens(), attention_mask=mask)
+        return (
+            model,
+            fc.trace(model, tokens(), mask),
+            logits_of(model, tokens(), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)),
+        )
 
 
 @every_name

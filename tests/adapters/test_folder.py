@@ -13,15 +13,15 @@ transformers = pytest.importorskip("transformers", reason="pip install 'pyfastci
 
 import pyarrow.parquet as pq  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from support.configurations import CONFIGURATIONS, build, tokens  # noqa: E402
+from support.configurations import CONFIGURATIONS, FAMILIES, build, tokens  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
 from pyfastcircuits.command.cli import app  # noqa: E402
 from pyfastcircuits.model.layers import stacked  # noqa: E402
+from pyfastcircuits.model.queries import frequencies  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FAMILIES = ("gpt2", "pythia", "llama 3, grouped", "mistral, window", "qwen2", "qwen3", "gemma2")
 
 
 def saved(folder: Path, name: str, dtype=torch.float64, **options) -> Path:
@@ -29,24 +29,25 @@ def saved(folder: Path, name: str, dtype=torch.float64, **options) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+IN_MEMORY = ("gpt2, scores scaled by layer",)  # a folder of it is refused
+OPTIONS = ("eps", "norm", "norm_before_heads", "qk_norm", "qk_eps", "positional", "rotary_pairs", "rotary_scale", "rotary_length", "embed_scale", "write_scale", "logit_cap")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in IN_MEMORY])
 def test_a_folder_holds_what_the_model_does(tmp_path, name):
     ours = fc.load_weights(saved(tmp_path, name))
     theirs = fc.CircuitWeights.from_model(build(name))
-    assert dict(ours.tensors()).keys() == dict(theirs.tensors()).keys()
-    for key, tensor in theirs.tensors():
-        assert torch.equal(stacked(dict(ours.tensors())[key]), stacked(tensor)), key
-    for option in (
-        "eps",
-        "norm",
-        "positional",
-        "rotary_dim",
-        "rotary_base",
-        "attention_scale",
-        "embed_scale",
-        "logit_cap",
-    ):
+    own, expected = (dict(weights.tensors()) for weights in (ours, theirs))
+    rotary = [x.pop("rotary_frequencies", None) is not None for x in (own, expected)]
+    assert own.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(stacked(own[key]), stacked(tensor)), key
+    for option in OPTIONS:
         assert getattr(ours, option) == getattr(theirs, option), option
+    for layer in range(theirs.n_layers):
+        assert ours.score_scale(layer) == pytest.approx(theirs.score_scale(layer), rel=1e-15)
+        if any(rotary):  # in fp32 where the model keeps them
+            torch.testing.assert_close(frequencies(ours, layer), frequencies(theirs, layer), rtol=1e-6, atol=0)
 
 
 def test_shards_older_names_and_older_configurations(tmp_path):
@@ -63,7 +64,7 @@ def test_shards_older_names_and_older_configurations(tmp_path):
     config = json.loads((old / "config.json").read_text())
     del config["rope_parameters"], config["attention_bias"], config["tie_word_embeddings"]
     (old / "config.json").write_text(json.dumps(config | {"rotary_emb_base": 10000, "rotary_pct": 0.25}))
-    assert fc.load_weights(old).rotary_dim == 2
+    assert frequencies(fc.load_weights(old), 0).tolist() == [1.0]  # of the 2 dimensions that are a quarter of 8
 
 
 def test_float16_is_read_exactly_as_float32(tmp_path):
@@ -115,7 +116,7 @@ def without(folder, name):
 
 
 BAD = {
-    "family": (lambda f: edited(f, model_type="mamba"), ValueError, "model_type 'mamba' is not supported, only gemma2, gpt2"),
+    "family": (lambda f: edited(f, model_type="mamba"), ValueError, "model_type 'mamba' is not supported, only bloom, cohere"),
     "no family": (lambda f: edited(f, model_type="gone"), ValueError, "model_type None is not supported"),
     "pickle": (pickled, ValueError, r"weights in a pickle \(pytorch_model.bin\), and loading one runs code"),
     "nothing": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors is missing"),
@@ -128,11 +129,50 @@ BAD = {
     "nested": (lambda f: (f / "config.json").write_text("[" * 100_000), ValueError, r"config\.json is not readable JSON: it is nested too deeply"),
     "odd": (lambda f: edited(f, num_hidden_layers=[2]), ValueError, "not 'list'"),
     "corrupt": (lambda f: (f / "model.safetensors").write_bytes(b"no"), ValueError, "not a readable safetensors file"),
-    "quantized": (lambda f: edited(f, quantization_config={"bits": 4}), ValueError, "quantized weights are not supported"),
+    "quantized": (lambda f: edited(f, quantization_config={"bits": 4}), ValueError, "quantization_config is .*of a model on disk that is not read: load the model itself"),
     "shard": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'), FileNotFoundError, "gone.safetensors is missing"),
     "outside": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'), ValueError, "names '../a.safetensors', which is not a file of the folder"),
     "index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), ValueError, "holds a list, expected an object"),
 }  # fmt: skip
+
+
+MISSING = {
+    "gpt2": ("transformer.h.1.attn.c_attn.bias", "transformer.wpe.weight", "transformer.h.0.ln_1.bias"),
+    "pythia": ("gpt_neox.layers.0.attention.dense.bias", "embed_out.weight"),
+    "gpt2, one layer, odd heads, not tied": ("lm_head.weight",),
+    "llama, biases, yarn": ("model.layers.0.self_attn.v_proj.bias", "model.layers.1.input_layernorm.weight", "lm_head.weight"),
+    "qwen2": ("model.layers.0.self_attn.k_proj.bias",),
+    "qwen3": ("model.layers.2.self_attn.q_norm.weight", "model.layers.0.self_attn.k_norm.weight"),
+    "gemma2": ("model.layers.0.post_attention_layernorm.weight",),
+    "phi, norms of queries and keys, grouped": ("lm_head.bias", "model.layers.0.self_attn.q_layernorm.weight"),
+    "stablelm, biases, parallel, norms of queries and keys": ("model.layers.0.self_attn.k_layernorm.norms.0.weight",),
+    "gpt_oss, sinks, windows, yarn": ("model.layers.0.self_attn.sinks",),
+    "bloom": ("transformer.word_embeddings_layernorm.bias",),
+    "gptj": ("lm_head.bias",),
+    "opt": ("model.decoder.layers.0.self_attn.out_proj.bias",),
+    "deepseek_v3": ("model.layers.0.self_attn.kv_a_layernorm.weight",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "gone"), [(name, gone) for name, each in MISSING.items() for gone in each])
+def test_a_tensor_that_the_configuration_asks_for_is_missed(tmp_path, name, gone):
+    saved(tmp_path, name)
+    held = load_file(tmp_path / "model.safetensors").keys()
+    without(tmp_path, next(full for full in held if gone.endswith(full)))
+    with pytest.raises(ValueError, match=r"has no tensor .*, which its configuration asks for"):
+        [tensor[0] for _, tensor in fc.load_weights(tmp_path).tensors()]
+
+
+def test_biases_that_no_configuration_asks_for_are_not_read(tmp_path):
+    """As transformers leaves them out."""
+    tensors = load_file(saved(tmp_path, "llama") / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(24)}, tmp_path / "model.safetensors")
+    assert fc.load_weights(tmp_path).b_Q is None
+
+
+def test_scores_that_are_scaled_by_layer_want_the_model_itself(tmp_path):
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True, and of a model on disk this is not"):
+        fc.load_weights(saved(tmp_path, *IN_MEMORY))
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -1,7 +1,5 @@
 """Hugging Face models of every family: the sum over sources and orders is the model's own logits."""
 
-import sys
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,14 +7,14 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
-from support.configurations import CONFIGURATIONS, build, tokens  # noqa: E402
+from support.configurations import build, nothing_in_fp32, tokens  # noqa: E402
+from support.refused import REFUSED  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
 from pyfastcircuits.run.paths import order_streams  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = ("gpt2", "pythia", "llama 3, grouped", "mistral, window", "qwen2", "qwen3", "gemma2")
-every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -35,40 +33,12 @@ def capped(run, logits):
     return logits if cap is None else cap * (logits / cap).tanh()
 
 
-@every_configuration
-def test_the_sum_over_sources_and_orders_is_the_models_own_logits(name):
-    model = build(name)
-    run, theirs = fc.trace(model, tokens()), logits_of(model, tokens())
-    assert_exact(run.logits(), theirs)
-    assert_exact(capped(run, run.unembed(order_streams(run, run.weights.n_layers).sum(0))), theirs)
-    for layer in range(run.weights.n_layers):
-        rows = run.pattern(layer).sum(-1)
-        torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-6)
-
-
 @every_family
 def test_the_sum_over_paths_is_the_models_own_logits(name):
     model = build(name, **({"n_layer": 2} if name == "gpt2" else {"num_hidden_layers": 2}))
     run = fc.trace(model, tokens())
     paths = [path for order in range(3) for path in fc.enumerate_paths(2, run.weights.n_heads, order)]
     assert_exact(capped(run, sum(fc.path_logits(run, path) for path in paths)), logits_of(model, tokens()))
-
-
-@contextmanager
-def nothing_in_fp32(model):
-    """Their norms and softmax are in fp32 whatever the model's dtype: here in fp64, so that nothing but ours rounds."""
-
-    class Wide:
-        def __getattr__(self, name):
-            return torch.float64 if name in ("float32", "float") else getattr(torch, name)
-
-    families = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        for family in families:
-            if not family.startswith("torch.") and hasattr(sys.modules[family], "torch"):
-                patch.setattr(sys.modules[family], "torch", Wide())
-        yield
 
 
 def outputs_of(model, suffix):
@@ -79,7 +49,7 @@ def outputs_of(model, suffix):
     return seen, handles
 
 
-@every_configuration
+@every_family
 def test_sources_are_what_mlps_write_and_biases(name):
     model = build(name)
     seen, _ = outputs_of(model, "post_feedforward_layernorm" if name.startswith("gemma2") else ".mlp")
@@ -88,32 +58,6 @@ def test_sources_are_what_mlps_write_and_biases(name):
     for layer, written in enumerate(seen):
         bias = run.apply_post_norm(run.weights.written_bias(layer).expand_as(written), layer)
         assert_exact(run.non_head_writes[layer], written + bias)
-
-
-@every_configuration
-def test_queries_keys_and_values_are_the_models(name):
-    """Layer by layer, from the residual stream through the norm, its parameters, the weight and its bias."""
-    model = build(name)
-    names = {"gpt2": ["c_attn"], "gpt-n": ["query_key_value"], "pythi": ["query_key_value"]}
-    seen = [outputs_of(model, n)[0] for n in names.get(name[:5].rstrip(","), ["q_proj", "k_proj", "v_proj"])]
-    streams = []
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda m, a, kw: streams.append((*a, *kw.values())[0]), with_kwargs=True)
-    with nothing_in_fp32(model):
-        run = fc.trace(model, tokens())
-    w = run.weights
-    for layer, stream in enumerate(streams):
-        if len(seen) == 3:
-            theirs = [s[layer] for s in seen]
-        elif name.startswith("gpt2"):
-            theirs = seen[0][layer].chunk(3, -1)
-        else:
-            theirs = seen[0][layer].unflatten(-1, (w.n_heads, 3, -1)).movedim(-2, 0).flatten(-2)
-        for kind, expected in zip("QKV", theirs, strict=True):
-            ours = torch.einsum("btd,hdr->bthr", run.normed(stream, layer), w.layer(f"W_{kind}", layer))
-            bias = w.bias(kind, layer)
-            assert_exact((ours if bias is None else ours + bias).flatten(-2), expected)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +78,10 @@ def test_padding(name, padding):
     mask[0, :4], mask[1, :1] = 0, 0
     if padding == "right":
         mask = mask.flip(1)
-    with nothing_in_fp32(model):  # a padded row of fp64 scores, all -1.8e308, is NaN after their fp32 softmax
-        run, theirs = fc.trace(model, tokens(3), mask), logits_of(model, tokens(3), attention_mask=mask)
+    places = (mask.cumsum(1) - 1).clamp_min(0)  # as each sequence counts alone
+    with nothing_in_fp32(model):
+        run = fc.trace(model, tokens(3), mask)
+        theirs = logits_of(model, tokens(3), attention_mask=mask, position_ids=places)
     real = mask.bool()
     ours = capped(run, run.unembed(order_streams(run, run.weights.n_layers).sum(0)))
     assert_exact(ours[real], theirs[real])
@@ -275,34 +221,27 @@ def test_circuits_of_real_models_have_the_norms_in_them():
     torch.testing.assert_close(fc.composition_scores(w, "V")[0, 0, 1, 2], score.detach())
 
 
-def changed(model, name, value):
-    setattr(model.config, name, value)
-    return model
-
-
-BAD = {
-    "family": (lambda: transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=9, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=8)), "OPTForCausalLM: model_type 'opt' is not supported, only gemma2, gpt2"),
-    "no logits": (lambda: build("llama").model, "LlamaModel has no 'model': expected the family's causal language model"),
-    "quantized": (lambda: changed(build("llama"), "quantization_config", {"bits": 4}), "quantization_config is .*quantized weights are not supported"),
-    "cross": (lambda: changed(build("gpt2"), "add_cross_attention", True), "add_cross_attention is True, and attention to another model"),
-    "scales": (lambda: changed(build("gpt2"), "scale_attn_by_inverse_layer_idx", True), "attention scales that differ between layers"),
-    "bidirectional": (lambda: changed(build("gemma2"), "use_bidirectional_attention", True), "use_bidirectional_attention is True, and attention that is not causal"),
-    "shape": (lambda: changed(build("qwen2"), "num_key_value_heads", 4), r"tensor 'model.layers.0.self_attn.k_proj.weight' has shape \[12, 24\], but its configuration says \[24, 24\]"),
-    "missing": (lambda: changed(build("llama"), "attention_bias", True), "has no tensor 'model.layers.0.self_attn.q_proj.bias'"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("what", REFUSED)
 def test_what_is_not_supported_is_named(what):
-    model, message = BAD[what]
+    model, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         fc.trace(model(), tokens())
+
+
+def test_a_configuration_that_does_not_fit_is_named():
+    model = build("qwen2")
+    model.config.num_key_value_heads = 4
+    with pytest.raises(ValueError, match=r"k_proj.weight' has shape \[12, 24\], but its configuration says \[24, 24\]"):
+        fc.trace(model, tokens())
 
 
 def test_a_model_that_was_changed_is_noticed():
     model = build("llama")
     model.model.layers[1].self_attn.register_forward_hook(lambda m, a, out: (out[0] * 1.01, out[1]))
-    with pytest.raises(RuntimeError, match=r"the heads of layer 1 write by the weights differs from the model's by"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"the heads of layer 1 write by the weights differs .* by .*: likely a hook on model.layers.1.self_attn;",
+    ):
         fc.trace(model, tokens())
     model = build("gpt2")
     model.transformer.ln_f.register_forward_hook(lambda m, a, out: out + 1)
@@ -311,10 +250,12 @@ def test_a_model_that_was_changed_is_noticed():
 
 
 def test_a_run_that_is_not_finite_is_noticed():
-    mask = torch.ones(2, 11, dtype=torch.long)
-    mask[0, :3] = 0
-    with pytest.raises(RuntimeError, match="the heads of layer 1 write is not finite in the model's own run"):
-        fc.trace(build("llama"), tokens(), mask)
+    model = build("llama")
+    model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * torch.inf)
+    with pytest.raises(
+        RuntimeError, match=r"what the heads of layer 1 write \(model.layers.1.self_attn\) is not finite"
+    ):
+        fc.trace(model, tokens())
 
 
 BAD_MASKS = {

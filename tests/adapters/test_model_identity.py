@@ -21,12 +21,12 @@ def changed(model, name):
     return other
 
 
-@pytest.mark.parametrize(("name", "part"), [("gpt2", "mlp.c_proj.weight"), ("llama 3, grouped", "mlp.up_proj"), ("qwen3", "q_norm")])  # fmt: skip
+@pytest.mark.parametrize(("name", "part", "named"), [("gpt2", "mlp.c_proj.weight", "mlp.c_proj.weight"), ("llama 3, grouped", "mlp.up_proj", "mlp.up_proj"), ("qwen3", "q_norm", "ln_q_w")])  # fmt: skip
 @pytest.mark.parametrize("attention", ["frozen", "recomputed"])
-def test_models_that_differ_outside_their_circuits_are_told_apart(name, part, attention):
+def test_models_that_differ_outside_their_circuits_are_told_apart(name, part, named, attention):
     model = build(name)
     run, other = fc.trace(model, tokens()), fc.trace(changed(model, part), tokens())
-    with pytest.raises(ValueError, match=f"reference is a run of another model: its .*{part}.* differs"):
+    with pytest.raises(ValueError, match=f"reference is a run of another model: its .*{named}.* differs"):
         fc.head_ablation(run, "mean", attention, reference=other)
 
 

@@ -52,14 +52,8 @@ def test_one_input_without_one_source(name, input):
     found = fc.composition_ablation(run, input, pairs=pairs)
     for i, (source, to) in enumerate(pairs):
         written = plain.clean_z[source] @ plain.out_weight(*source)
-        stream = plain.clean_streams[to[0]] - posted(plain, written, source[0])
+        stream = plain.clean_streams[to[0]] - plain.posted(written, source[0])
         assert_same(found.values[i], nll(plain.run(inputs={(*to, input): stream}), given))
-
-
-def posted(plain, written, layer):
-    """Through the norm after the heads, where there is one, with its scale of the clean run."""
-    norm = plain.post(plain.layers[layer])
-    return written if norm is None else written * plain.kept[layer, "post"] * (norm.weight + 1)
 
 
 @every_family
@@ -86,7 +80,8 @@ def test_padding_is_left_out():
     model, given = build("gpt2"), tokens()
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[0, :4] = 0
-    run, plain = fc.trace(model, given, mask), Plain(model, given, mask)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    run, plain = fc.trace(model, given, mask), Plain(model, given, mask, position_ids=places)
     found = fc.head_ablation(run, "zero", "recomputed", heads=[(0, 1)])
     logits = plain.run({(0, 1): 0 * plain.clean_z[0, 1]})
     real = (mask[:, :-1] & mask[:, 1:]).bool()

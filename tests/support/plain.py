@@ -4,23 +4,18 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-GPT2 = {"layers": "transformer.h", "attention": "attn", "out": "c_proj", "norm": "ln_1", "final": "transformer.ln_f"}
-NEOX = {"layers": "gpt_neox.layers", "attention": "attention", "out": "dense", "norm": "input_layernorm", "final": "gpt_neox.final_layer_norm"}  # fmt: skip
-LLAMA = {"layers": "model.layers", "attention": "self_attn", "out": "o_proj", "norm": "input_layernorm", "final": "model.norm"}  # fmt: skip
+from support.modules import columns_of, counts_of, names_of
 
 
 class Plain:
     """`run(z=..., inputs=..., frozen=...)` gives logits; `z[layer, head]` is what each head mixed in the last run."""
 
-    def __init__(self, model, tokens, mask=None):
-        kind, config = model.config.model_type, model.config
-        self.model, self.tokens, self.mask = model, tokens, mask
-        self.names = {"gpt2": GPT2, "gpt_neox": NEOX}.get(kind, LLAMA)
+    def __init__(self, model, tokens, mask=None, **more):
+        self.model, self.tokens = model, tokens
+        self.more = more if mask is None else {"attention_mask": mask, **more}
+        self.names, (self.heads, self.kv) = names_of(model), counts_of(model.config)
         self.layers = list(model.get_submodule(self.names["layers"]))
         self.attentions = [layer.get_submodule(self.names["attention"]) for layer in self.layers]
-        self.heads = config.num_attention_heads
-        self.joint = {"gpt2": "c_attn", "gpt_neox": "query_key_value"}.get(kind)
-        self.kv = getattr(config, "num_key_value_heads", None) or self.heads
         self.fixed, self.z, self.streams = {}, {}, {}
         self.clean_logits = self.run()
         self.clean_z, self.clean_streams, self.kept = dict(self.z), dict(self.streams), dict(self.fixed)
@@ -28,48 +23,58 @@ class Plain:
     def out_weight(self, layer, head):
         """[r, d]"""
         weight = self.attentions[layer].get_submodule(self.names["out"]).weight
-        weight = weight if self.joint == "c_attn" else weight.T
+        weight = weight if self.names["out"] == "c_proj" else weight.T
         return weight.unflatten(0, (self.heads, -1))[head]
 
-    def parts(self, layer):
-        """{"Q": module, ...} and each module's output as heads: a view [B, T, heads, r] of Q, K or V."""
-        own = self.attentions[layer]
-        if self.joint == "c_attn":
-            return {n: (own.c_attn, lambda x, i=i: x.unflatten(-1, (3, self.heads, -1))[..., i, :, :]) for i, n in enumerate("QKV")}  # fmt: skip
-        if self.joint:
-            return {n: (own.query_key_value, lambda x, i=i: x.unflatten(-1, (self.heads, 3, -1))[..., i, :]) for i, n in enumerate("QKV")}  # fmt: skip
-        counts = {"Q": self.heads, "K": self.kv, "V": self.kv}
-        return {n: (own.get_submodule(f"{n.lower()}_proj"), lambda x, n=n: x.unflatten(-1, (counts[n], -1))) for n in "QKV"}  # fmt: skip
+    def chain(self, layer, kind):
+        """The modules that make queries, keys or values of what the attention reads."""
+        return [self.attentions[layer].get_submodule(name) for name in self.names[kind]]
+
+    def norm(self, layer, which="norm"):
+        name = self.names.get(which)
+        return None if name is None else self.layers[layer].get_submodule(name)
+
+    def posted(self, written, layer):
+        """What reaches the residual stream of a head's write: through a norm after the heads as it was, times a scale."""
+        norm, scale = self.norm(layer, "post"), getattr(self.model.config, "residual_multiplier", 1.0)
+        if norm is None:
+            return written * scale
+        return written * self.kept[layer, "post"] * (norm.weight + type(norm).__name__.startswith("Gemma"))
 
     @torch.no_grad()
     def run(self, z=None, inputs=None, frozen=False, final_frozen=None):
-        """Replace z of heads {(layer, head): value}, and inputs {(layer, head, "Q" | "K" | "V"): residual stream};
-        `frozen`: queries, keys, MLPs and the scales of norms are those of the clean run.
+        """Replace z of heads {(layer, head): value}, and inputs {(layer, head, "Q" | "K" | "V"): residual stream}, of
+        keys and values by their own heads. `frozen`: queries, keys, MLPs and the scales of norms are those of the clean run.
         """
         z, inputs = z or {}, inputs or {}
         final_frozen = frozen if final_frozen is None else final_frozen
-        masked = {} if self.mask is None else {"attention_mask": self.mask}
+        made = {(layer, head, kind): self.made(layer, kind, x) for (layer, head, kind), x in inputs.items()}
         with ExitStack() as stack:
             hook = lambda module, f: stack.enter_context(hooked(module.register_forward_hook, f))  # noqa: E731
-            before = lambda module, f: stack.enter_context(hooked(module.register_forward_pre_hook, f))  # noqa: E731
             for i, (layer, attention) in enumerate(zip(self.layers, self.attentions, strict=True)):
-                norm = layer.get_submodule(self.names["norm"])
-                before(norm, lambda m, a, i=i: self.streams.__setitem__(i, a[0]))
-                before(attention.get_submodule(self.names["out"]), lambda m, a, i=i: self.put(i, a[0], z))
-                for name, (module, heads) in self.parts(i).items():
-                    hook(module, lambda m, a, out, i=i, name=name, heads=heads, norm=norm: self.reads(m, i, name, heads, out, norm, inputs))  # fmt: skip
-                    if frozen and name in "QK":
-                        hook(module, lambda m, a, out, i=i, name=name, heads=heads: self.as_clean(i, name, heads, out))
-                    elif not frozen and not z and not inputs:
-                        hook(module, lambda m, a, out, i=i, name=name, heads=heads: self.fixed.__setitem__((i, name), heads(out).clone()))  # fmt: skip
-                for which, module in (("mlp", layer.mlp), ("norm", norm), ("post", self.post(layer))):
-                    if module is not None:
-                        self.hold(hook, (i, which), module, frozen)
-            self.hold(hook, "final", self.model.get_submodule(self.names["final"]), final_frozen)
-            return self.model(self.tokens, **masked).logits
+                keep = lambda m, a, kw, i=i: self.streams.__setitem__(i, (*a, *kw.values())[0])  # noqa: E731
+                stack.enter_context(hooked(layer.register_forward_pre_hook, keep, with_kwargs=True))
+                put = lambda m, a, i=i: self.put(i, a[0], z)  # noqa: E731
+                stack.enter_context(hooked(attention.get_submodule(self.names["out"]).register_forward_pre_hook, put))
+                for kind in "QKV":
+                    hook(self.chain(i, kind)[-1], lambda m, a, out, i=i, kind=kind: self.reads(i, kind, out, made, frozen))  # fmt: skip
+                if "within" in self.names:
+                    self.hold_norm(hook, (i, "within"), attention.get_submodule(self.names["within"]), frozen)
+                    hook(attention.kv_a_proj_with_mqa, lambda m, a, out, i=i: self.turning(i, out, frozen))
+                for which in ("norm", "post"):
+                    if self.norm(i, which) is not None:
+                        self.hold_norm(hook, (i, which), self.norm(i, which), frozen)
+                hook(layer.get_submodule(self.names["mlp"]), lambda m, a, out, i=i: self.hold((i, "mlp"), out, frozen))
+            self.hold_norm(hook, "final", self.model.get_submodule(self.names["final"]), final_frozen)
+            return self.model(self.tokens, use_cache=False, **self.more).logits
 
-    def post(self, layer):
-        return layer.post_attention_layernorm if self.model.config.model_type == "gemma2" else None
+    def made(self, layer, kind, stream):
+        """Queries, keys or values of all heads of a layer that reads this stream."""
+        norm = self.norm(layer)
+        x = stream if norm is None else norm(stream)
+        for module in self.chain(layer, kind):
+            x = module(x)
+        return x
 
     def put(self, layer, mixed, z):
         heads = mixed.unflatten(-1, (self.heads, -1)).clone()
@@ -79,49 +84,49 @@ class Plain:
                 heads[..., head, :] = z[layer, head]
         return (heads.flatten(-2),)
 
-    def reads(self, module, layer, name, heads, out, norm, inputs):
-        for (at, head, which), stream in inputs.items():
-            if (at, which) == (layer, name):
-                assert self.kv == self.heads or name == "Q"  # a key/value head has several readers
-                hook, module._forward_hooks = module._forward_hooks, {}
-                own, norm._forward_hooks = norm._forward_hooks, {}
-                before, norm._forward_pre_hooks = norm._forward_pre_hooks, {}
-                heads(out)[..., head, :] = heads(module(norm(stream)))[..., head, :]
-                module._forward_hooks, norm._forward_hooks, norm._forward_pre_hooks = hook, own, before
+    def reads(self, layer, kind, out, made, frozen):
+        columns = columns_of(self.model.config, kind, out.shape[-1])
+        out = out.clone()
+        if kind in "QK":
+            out[..., columns] = self.hold((layer, kind), out[..., columns], frozen)
+        for (at, head, which), instead in made.items():
+            if (at, which) == (layer, kind):
+                out[..., columns[head]] = instead[..., columns[head]]
         return out
 
-    def as_clean(self, layer, name, heads, out):
-        heads(out)[:] = self.kept[layer, name]
+    def turning(self, layer, out, frozen):
+        """DeepSeek's keys that turn are made apart."""
+        size, out = self.model.config.qk_rope_head_dim, out.clone()
+        out[..., -size:] = self.hold((layer, "turning"), out[..., -size:], frozen)
         return out
 
-    def hold(self, hook, key, module, frozen):
-        """Keep an MLP's output, or a norm's scale; in a frozen run use those of the clean one."""
-        mlp = isinstance(key, tuple) and key[1] == "mlp"
+    def hold(self, key, out, frozen):
+        """What was made in the clean run if frozen."""
+        self.fixed[key] = out.clone() if isinstance(out, torch.Tensor) else out
+        held = self.kept[key] if frozen else out
+        return held.clone() if isinstance(held, torch.Tensor) else held  # Falcon adds to it in place
 
-        def of_mlp(m, a, out):
-            if frozen:
-                return self.kept[key]
-            self.fixed[key] = out
-            return None
+    def hold_norm(self, hook, key, norm, frozen):
+        """A norm with the scale of the clean run if frozen."""
 
         def of_norm(m, a, out):
-            x = a[0]
-            linear = x - x.mean(-1, keepdim=True) if getattr(m, "bias", None) is not None else x
-            eps = getattr(m, "eps", None) or getattr(m, "variance_epsilon", None)
+            x, bias, eps = a[0], getattr(m, "bias", None), eps_of(m)
+            linear = x - x.mean(-1, keepdim=True) if "LayerNorm" in type(m).__name__ else x
             scale = (linear.square().mean(-1, keepdim=True) + eps).rsqrt()
-            if frozen:
-                gain = m.weight + 1 if type(m).__name__.startswith("Gemma") else m.weight
-                bias = getattr(m, "bias", None)
-                return linear * self.kept[key] * gain + (0 if bias is None else bias)
-            self.fixed[key] = scale
-            return None
+            bias = 0 if bias is None else bias
+            return (out - bias) * (self.hold(key, scale, frozen) / scale) + bias
 
-        hook(module, of_mlp if mlp else of_norm)
+        hook(norm, of_norm)
+
+
+def eps_of(norm):
+    """OLMo's has it as a constant."""
+    return next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), 1e-5)
 
 
 @contextmanager
-def hooked(register, function):
-    handle = register(function)
+def hooked(register, function, **options):
+    handle = register(function, **options)
     try:
         yield
     finally:

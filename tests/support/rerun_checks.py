@@ -43,10 +43,10 @@ def check_clean(run):
     for layer in range(w.n_layers):
         normed, pattern = run.normed(stream, layer), run.pattern(layer)
         q, k, v = run.forward.qkv(layer, normed)
-        values, bias = normed.unsqueeze(-3) @ w.layer("W_V", layer), w.bias("V", layer)
+        values, bias = run.read_by_values(stream, layer).unsqueeze(-3) @ w.layer("W_V", layer), w.bias("V", layer)
         assert_exact(real(run, v, True), real(run, values if bias is None else values + bias[:, None], True))
-        assert q.shape == (*v.shape[:2], w.n_heads, *v.shape[3:])
-        assert k.shape == v.shape
+        assert q.shape == (*v.shape[:2], w.n_heads, v.shape[3], w.d_head)
+        assert k.shape == (*v.shape[:4], w.d_head)
         z = pattern @ v[0].repeat_interleave(w.n_heads // v.shape[2], 1)
         assert_exact(real(run, run.forward.apply(layer, q, k, v), True), real(run, z[None], True))
         places = torch.eye(v.shape[3], dtype=v.dtype).expand(*v.shape[:4], -1)
