@@ -1,7 +1,7 @@
 """An adapter records one forward pass of another library's model; here the record becomes a frozen run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,7 @@ def freeze(weights: CircuitWeights, given: Tokens, seen: Recording) -> FrozenTra
         scales=torch.stack([*before_heads, norm_scale(streams[-1], weights)]),
         post_scales=torch.stack([norm_scale(x.to(dtype), weights) for x in seen.attended]) if seen.attended else None,
         value_scales=torch.stack([x.to(dtype) for x in seen.value_scales]) if seen.value_scales else None,
+        final_shift=None,
     )
     agree = Agreement(seen.model, mask)
     agree("embedding", "gives", embedded(given.tokens, weights, given.positions), seen.streams[0], seen.names)
@@ -129,7 +130,12 @@ def freeze(weights: CircuitWeights, given: Tokens, seen: Recording) -> FrozenTra
         whole = mine + _written_biases(model, layer, mine)
         theirs = seen.written[layer] if weights.write_scale == 1 else seen.written[layer] * weights.write_scale
         agree(f"heads of layer {layer}", "write", whole, theirs, seen.names)
-    final = streams[-1] + _final_rounding(model, streams[-1], seen, agree)
+    rounding = _final_rounding(model, streams[-1], seen, agree)
+    final = streams[-1] + centered(rounding, weights)
+    if weights.norm == "layernorm" and dtype == torch.float64:
+        gain = 1 if weights.ln_final_w is None else weights.ln_final_w.to(dtype)
+        shift = (rounding - centered(rounding, weights)) * model.scales[-1][..., None] * gain
+        model = replace(model, final_shift=shift)
     if seen.logits is not None:
         _check_logits(model, final, seen, Agreement(seen.model, mask))
     ends = [*streams[1:-1], final][: len(written)]
@@ -166,7 +172,7 @@ def _check_logits(model: FrozenModel, final: Tensor, seen: Recording, agree: Agr
     largest = seen.logits.topk(min(LARGEST, weights.d_vocab_out)).indices.flatten()
     some = torch.arange(0, weights.d_vocab_out, max(1, weights.d_vocab_out // SAMPLED), device=largest.device)
     tokens = torch.cat((some, largest)).unique()
-    rows, bias, cap = model.normed(final, weights.n_layers)[:, where], weights.unembed_bias(tokens), weights.logit_cap
+    rows, bias, cap = model.read_by_unembedding(final)[:, where], weights.unembed_bias(tokens), weights.logit_cap
     logits = rows @ weights.W_U[:, tokens].to(rows.dtype)
     logits = logits if bias is None else logits + bias
     agree.mask = None if agree.mask is None else agree.mask[:, where]
@@ -182,5 +188,4 @@ def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, agree: "
     agree("final norm", "gives", mine + bias, normed, seen.names)
     gain = torch.ones_like(mine[0, 0]) if weights.ln_final_w is None else weights.ln_final_w.to(mine.dtype)
     factor = model.scales[-1][..., None] * gain
-    change = torch.where(factor != 0, (normed.to(mine.dtype) - bias - mine) / factor, 0)
-    return centered(change, weights)
+    return torch.where(factor != 0, (normed.to(mine.dtype) - bias - mine) / factor, 0)

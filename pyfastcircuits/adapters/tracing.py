@@ -128,6 +128,7 @@ def _trace_weights(weights: CircuitWeights, given: Tokens, store: str) -> Frozen
         scales=torch.stack(scales),
         post_scales=None,
         value_scales=None,
+        final_shift=None,
         tokens=given.tokens,
         embedded=start,
         non_head_writes=tuple(biases),

@@ -239,6 +239,8 @@ def _toward_targets(trace: FrozenTrace, where: Asked, center: bool) -> tuple[Ten
     elif center:
         directions = directions - weights.W_U.mean(1, dtype=weights.compute_dtype)
         added = added - bias.mean()
+    if trace.final_shift is not None:
+        added = added + (where.rows(trace.final_shift) * directions).sum(-1)
     if weights.ln_final_w is not None:
         directions = directions * weights.ln_final_w.to(directions.dtype)
     return centered(directions, weights) * where.rows(trace.scales[-1][..., None]), added

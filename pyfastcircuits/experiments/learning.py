@@ -74,6 +74,8 @@ def asked_losses(
     """[P, N] of rows [P, N, d] of the final residual stream, by the clean run's norm scale or another."""
     scale = asked.rows(part.scales[-1][..., None]) if scale is None else scale[..., None]
     normed, targets = final_norm_gain(rows, part.weights) * scale, asked.tokens()[:, 0].repeat(len(rows))
+    if part.final_shift is not None:
+        normed = normed + asked.rows(part.final_shift)
     return row_losses(normed.flatten(0, 1), targets, part.weights, how.backend, biased=biased).view(len(rows), -1)
 
 

@@ -34,7 +34,7 @@ class _Part:
         self.trace, self.asked, self.measurement = trace, asked, measurement
         self.unembedding, self.weights = unembedding, unembedding.weights
         self.final, self.scale = asked.rows(trace.final), asked.rows(trace.scales[-1][..., None])
-        self.rows = final_norm_gain(self.final, self.weights) * self.scale
+        self.rows = asked.rows(trace.read_by_unembedding(trace.final))
         self.tokens = asked.tokens()
         self.clean = CleanLogits(self.rows, unembedding, held=not measurement.low_memory)
 

@@ -27,6 +27,8 @@ class FrozenModel:
         scales: [L + 1, B, T]: 1/std of the norm in front of each layer and of the final one; ones without a norm.
         post_scales: [L, B, T]: 1/rms of the norm after each layer's heads, where there is one.
         value_scales: [L, B, T]: 1/rms of a norm within the way to each layer's values, where there is one (DeepSeek).
+        final_shift: [B, T, d], what the model's final norm gave beyond the frozen one, where no residual stream makes
+            it: the mean that a layernorm of a float64 model rounds to fp32. It joins the bias of the logits.
     """
 
     guard: ModelGuard
@@ -34,6 +36,7 @@ class FrozenModel:
     scales: Tensor
     post_scales: Tensor | None
     value_scales: Tensor | None
+    final_shift: Tensor | None
 
     @property
     def weights(self) -> CircuitWeights:
@@ -75,6 +78,11 @@ class FrozenModel:
         """The factor [B, T] of all frozen norms between a stream that a layer reads and its heads' values."""
         return self.scales[layer] if self.value_scales is None else self.scales[layer] * self.value_scales[layer]
 
+    def read_by_unembedding(self, stream: Tensor) -> Tensor:
+        """`normed` for W_U, of whole streams [..., B, T, d] whose logits have the bias in them."""
+        read = self.normed(stream, self.guard.weights.n_layers)
+        return read if self.final_shift is None else read + self.final_shift
+
     def read_by_values(self, stream: Tensor, layer: int) -> Tensor:
         """`normed` for a layer's W_V: with the scale of a norm within the way to its values, where there is one."""
         read = self.normed(stream, layer)
@@ -113,7 +121,7 @@ class FrozenModel:
     def unembed(self, stream: Tensor) -> Tensor:
         """Logits [..., B, T, V'] of a stream [..., B, T, d] through the frozen final norm, W_U and b_U, uncapped."""
         weights = self.weights
-        logits = self.normed(stream, weights.n_layers) @ weights.W_U.to(stream.dtype)
+        logits = self.read_by_unembedding(stream) @ weights.W_U.to(stream.dtype)
         bias = weights.whole_unembed_bias()
         return logits if bias is None else logits + bias
 
@@ -244,7 +252,7 @@ class FrozenTrace(FrozenModel):
         self._check_stream("streams", streams, weights.d_model)
         if streams.dim() != 4:
             raise ValueError(f"streams has shape {list(streams.shape)}, expected four dimensions, [K, B, T, d]")
-        rows, targets = self.normed(streams, weights.n_layers)[..., :-1, :], self.tokens[:, 1:]
+        rows, targets = self.read_by_unembedding(streams)[..., :-1, :], self.tokens[:, 1:]
         seen = torch.ones_like(targets, dtype=torch.bool) if self.predicting is None else self.predicting
         losses = row_losses(rows[:, seen].flatten(0, 1), targets[seen].repeat(len(streams)), weights, backend)
         out = losses.new_full((len(streams), *targets.shape), torch.nan)
@@ -281,6 +289,7 @@ class FrozenTrace(FrozenModel):
             scales=self.scales[:, sequences],
             post_scales=None if self.post_scales is None else self.post_scales[:, sequences],
             value_scales=None if self.value_scales is None else self.value_scales[:, sequences],
+            final_shift=None if self.final_shift is None else self.final_shift[sequences],
             tokens=self.tokens[sequences],
             embedded=self.embedded[sequences],
             non_head_writes=tuple(w if w.dim() == 1 else w[sequences] for w in self.non_head_writes),
