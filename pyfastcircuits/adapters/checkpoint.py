@@ -109,8 +109,14 @@ class Checkpoint:
         return LayerStack([self._layer(name.format(i), shape, view) for i in range(self.n_layers)])
 
     def stack(self, name: str, *shape: int, view: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Small tensors of all layers as one: [L, ...]."""
-        each = [self.tensor(name.format(i), *shape) for i in range(self.n_layers)]
+        """Small tensors of all layers as one: [L, ...]; zeros where a model in memory has some only in other layers."""
+        names = [name.format(i) for i in range(self.n_layers)]
+        here = next((i for i in names if self.has(i)), names[0])
+        like = self.tensor(here, *shape)
+        missing = [self.model is not None and not self.has(i) for i in names]
+        each = [
+            torch.zeros_like(like) if gone else self.tensor(i, *shape) for i, gone in zip(names, missing, strict=True)
+        ]
         return torch.stack(each if view is None else [view(tensor) for tensor in each])
 
     def _layer(self, name: str, shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> Tensor | Deferred:

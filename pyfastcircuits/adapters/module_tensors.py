@@ -1,6 +1,7 @@
 """The tensors of a model in memory by name, as its modules apply them: also quantised, adapted and offloaded ones."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +46,20 @@ class ModuleTensors(Mapping[str, Entry]):
 
     def _applied(self, module: nn.Module, leaf: str, name: str) -> Entry:
         base = _base(module)
-        if leaf == "bias" and getattr(base, "bias", None) is None:
-            raise KeyError(name)
-        if isinstance(base, nn.Embedding) or not hasattr(base, "in_features"):
+        bare = getattr(base, "bias", None) is None
+        if not _is_linear(base):
+            if leaf == "bias" and bare:
+                raise KeyError(name)
             return Entry(lambda: _looked_up(module, base, leaf, name))
-        size, device = int(base.in_features), _device(module)  # type: ignore[arg-type]
+        size, out = _sizes(base)
+        device, transposed = _device(module), hasattr(base, "nf")
         if leaf == "bias":
-            return Entry(lambda: self._at_zero(module, size, device)[0])
-        out = int(base.out_features)  # type: ignore[arg-type]
-        return Entry(lambda: self._of_identity(module, size, device), torch.Size((out, size)), self.dtype, device)
+            at_zero = self._at_zero(module, size, device)[0]
+            if bare and not at_zero.any():
+                raise KeyError(name)
+            return Entry(lambda: at_zero)
+        shape = torch.Size((size, out) if transposed else (out, size))
+        return Entry(lambda: self._of_identity(module, size, device, transposed), shape, self.dtype, device)
 
     @torch.no_grad()
     def _at_zero(self, module: nn.Module, size: int, device: torch.device) -> Tensor:
@@ -61,14 +67,15 @@ class ModuleTensors(Mapping[str, Entry]):
         return at_zero
 
     @torch.no_grad()
-    def _of_identity(self, module: nn.Module, size: int, device: torch.device) -> Tensor:
-        """The weight [out, in] of an affine module."""
+    def _of_identity(self, module: nn.Module, size: int, device: torch.device, transposed: bool) -> Tensor:
+        """The weight of an affine module, [out, in], or [in, out] as transformers' Conv1D keeps it."""
         shift, parts = self._at_zero(module, size, device), []
         for first in range(0, size, AT_ONCE):
             rows = torch.zeros(min(AT_ONCE, size - first), size, dtype=self.dtype, device=device)
             rows.diagonal(first).fill_(1)
             parts.append(module(rows) - shift)
-        return torch.cat(parts).mT
+        whole = torch.cat(parts)
+        return whole if transposed else whole.mT
 
 
 def _looked_up(module: nn.Module, base: nn.Module, leaf: str, name: str) -> Tensor:
@@ -100,6 +107,17 @@ def _is_changed(module: nn.Module) -> bool:
     made_by_hook = any(hasattr(hook, "compute_weight") for hook in module._forward_pre_hooks.values())
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
     return not plain or made_by_hook or hasattr(module, "base_layer")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") or hasattr(module, "nf")
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """The sizes of what a Linear, or transformers' Conv1D, reads and gives."""
+    if hasattr(module, "nf"):
+        return int(module.nx), int(module.nf)
+    return int(module.in_features), int(module.out_features)
 
 
 def _base(module: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ def read_checkpoint(family: Family, c: Checkpoint) -> CircuitWeights:
     found |= _ends(family, c, d)
     found["W_O"] = _out(family, c, d, H)
     bias = family.in_attention(f"{family.out}.bias")
-    if _held(c, bias.format(0), "O" in family.biases(c)):
+    if _held(c, bias, "O" in family.biases(c)):
         found["b_O"] = c.stack(bias, d)
     found |= _norms(family, c, d) | _qk_norms(family, c, r) | _scale(family, c, r)
     found |= rotation(family, c, r) if family.rotary(c) else {}
@@ -39,8 +39,11 @@ def read_checkpoint(family: Family, c: Checkpoint) -> CircuitWeights:
 
 
 def _held(c: Checkpoint, name: str, asked: bool) -> bool:
-    """Whether a tensor is to be read: where a model is in memory if it is there, on disk if its configuration asks."""
-    return asked if c.model is None else c.has(name)
+    """Whether a tensor, `{}` in the name being the layer, is to be read.
+
+    Where a model is in memory it is if a layer has it, on disk if the configuration asks for it.
+    """
+    return asked if c.model is None else any(c.has(name.format(i)) for i in range(c.n_layers))
 
 
 def _projections(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def _projections(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
         out[f"W_{kind}"] = c.layers(
             weight, *_shape(family, c, weight, kind, d), view=partial(_transposed, family, split)
         )
-        if _held(c, bias.format(0), kind in family.biases(c)):
+        if _held(c, bias, kind in family.biases(c)):
             out[f"b_{kind}"] = c.stack(bias, view=split)
     return out
 

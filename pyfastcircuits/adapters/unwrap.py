@@ -35,7 +35,7 @@ def _inner(model: Any) -> Any:
             )
         return model.get_base_model()
     for name in _AROUND:
-        inner = held.get(name) or held.get("_modules", {}).get(name)
+        inner = held[name] if name in held else held.get("_modules", {}).get(name)
         if isinstance(inner, nn.Module) and (name != "module" or type(model).__module__.startswith("torch.")):
             return inner
     return None
