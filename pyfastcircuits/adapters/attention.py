@@ -55,7 +55,11 @@ def tiled(padding: Tensor | None) -> Callable[..., tuple[Tensor, Pattern]]:
     ) -> tuple[Tensor, Pattern]:
         dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        shape = {"window": sliding_window, "softcap": softcap, "sinks": None if s_aux is None else s_aux.to(wide)}
+        shape: dict[str, Any] = {
+            "window": sliding_window,
+            "softcap": softcap,
+            "sinks": None if s_aux is None else s_aux.to(wide),
+        }
         pattern: Pattern
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             pattern = softmax_pattern(q, k, scaling, padding, **shape)

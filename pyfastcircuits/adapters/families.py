@@ -20,24 +20,28 @@ OF_THE_STREAM = "a norm of the whole residual stream"
 
 def _of_each_head(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [H * 3 * r, ...]: a head's queries, keys and values lie together."""
-    return rows.unflatten(0, (heads, 3, -1))[:, "QKV".index(kind)]
+    own: Tensor = rows.unflatten(0, (heads, 3, -1))[:, "QKV".index(kind)]
+    return own
 
 
 def _thirds(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [3 * H * r, ...]: all queries, all keys, all values."""
-    return rows.unflatten(0, (3, heads, -1))["QKV".index(kind)]
+    own: Tensor = rows.unflatten(0, (3, heads, -1))["QKV".index(kind)]
+    return own
 
 
 def _blocks(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [(H + 2 * Hkv) * r, ...]: all queries, all keys, all values."""
     first, count = {"Q": (0, heads), "K": (heads, kv), "V": (heads + kv, kv)}[kind]
-    return rows.unflatten(0, (heads + 2 * kv, -1))[first : first + count]
+    own: Tensor = rows.unflatten(0, (heads + 2 * kv, -1))[first : first + count]
+    return own
 
 
 def _groups(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [Hkv * (H / Hkv + 2) * r, ...]: the queries of a group, then its keys and its values."""
     grouped = rows.unflatten(0, (kv, heads // kv + 2, -1))
-    return grouped[:, :-2].flatten(0, 1) if kind == "Q" else grouped[:, -2 if kind == "K" else -1]
+    own: Tensor = grouped[:, :-2].flatten(0, 1) if kind == "Q" else grouped[:, -2 if kind == "K" else -1]
+    return own
 
 
 def _falcon(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:

@@ -83,4 +83,5 @@ class _Layer:
     def _second(self, layer: int) -> Tensor:
         """From latents to keys that stand still and values, with the gain of the norm: [H, still + s, l]."""
         rows, gain = self._tensor("kv_b_proj.weight", layer), self._tensor("kv_a_layernorm.weight", layer)
-        return (rows * gain).unflatten(0, (self.H, -1))
+        by_head: Tensor = (rows * gain).unflatten(0, (self.H, -1))
+        return by_head

@@ -1,5 +1,6 @@
 """CircuitWeights read from a checkpoint of any family, in memory or on disk."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,17 +45,14 @@ def _held(c: Checkpoint, name: str, asked: bool) -> bool:
 
 def _projections(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
     heads, kv = family.counts(c)
-    names = {
-        kind: family.joint or own for kind, own in zip("QKV", (family.queries, family.keys, family.values), strict=True)
-    }
+    names: dict[Kind, str] = {"Q": family.queries, "K": family.keys, "V": family.values}
     out: dict[str, Any] = {}
-    for kind, name in names.items():
+    for kind, own in names.items():
+        name = family.joint or own
         weight, bias = family.in_attention(f"{name}.weight"), family.in_attention(f"{name}.bias")
         split = partial(_split, family, kind, heads, kv)
         shape = _shape(family, c, weight, kind, d)
-        out[f"W_{kind}"] = c.layers(
-            weight, *shape, view=lambda x, split=split: split(x.mT if family.transposed else x).mT
-        )
+        out[f"W_{kind}"] = c.layers(weight, *shape, view=partial(_by_heads, split, family.transposed))
         if _held(c, bias.format(0), kind in family.biases(c)):
             out[f"b_{kind}"] = c.stack(bias, view=split)
     return out
@@ -62,6 +60,11 @@ def _projections(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
 
 def _split(family: Family, kind: Kind, heads: int, kv: int, rows: Tensor) -> Tensor:
     return family.split(rows, kind, heads, kv)
+
+
+def _by_heads(split: Callable[[Tensor], Tensor], transposed: bool, weight: Tensor) -> Tensor:
+    """A projection as [n, d, r]."""
+    return split(weight.mT if transposed else weight).mT
 
 
 def _shape(family: Family, c: Checkpoint, weight: str, kind: str, d: int) -> tuple[int, ...]:
@@ -203,8 +206,9 @@ def _eps(family: Family, c: Checkpoint) -> float:
 def _scale(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     """What the attention scores are divided by, as the attentions in memory have it."""
     attentions = [c.module(family.layer(family.attention).format(i)) for i in range(c.n_layers)]
-    scales = [getattr(attention, "scaling", None) for attention in attentions]
-    if not all(isinstance(scale, float) and scale > 0 for scale in scales):
+    held = [getattr(attention, "scaling", None) for attention in attentions]
+    scales = [scale for scale in held if isinstance(scale, float) and scale > 0]
+    if len(scales) < len(held):
         return {}
     divisors = [1 / scale for scale in scales]
     alike = all(divisor == divisors[0] for divisor in divisors)

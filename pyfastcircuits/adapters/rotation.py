@@ -62,9 +62,8 @@ def _one(module: Any, prefix: str) -> tuple[Tensor, float, int | None]:
     kind = kind.get(prefix.rstrip("_"), "default") if isinstance(kind, dict) else kind
     changes = next((attribute for name, attribute in CHANGING.items() if name in str(kind)), None)
     name = "inv_freq" if changes is None else "original_inv_freq"
-    frequencies: Tensor = getattr(module, prefix + name, None)
-    if frequencies is None:
-        frequencies = getattr(module, prefix + "inv_freq")
+    held: Tensor | None = getattr(module, prefix + name, None)
+    frequencies: Tensor = getattr(module, prefix + "inv_freq") if held is None else held
     length = None
     if changes is not None:
         parameters = getattr(module.config, "rope_parameters", None) or {}
