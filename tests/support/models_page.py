@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from support.configurations import ADDED, CONFIGURATIONS, IN_FP32, LATENT, WITHOUT_QK, tokens
-from support.refused import REFUSED
 
 import pyfastcircuits as fc
 from pyfastcircuits.adapters.families import FAMILIES
+from support.configurations import ADDED, CONFIGURATIONS, IN_FP32, LATENT, WITHOUT_QK, tokens
+from support.refused import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 

@@ -17,6 +17,12 @@ def made(family, kind="CausalLM", **options):
     return getattr(transformers, f"{family}For{kind}")(config)
 
 
+def of_two_eps():
+    model = build("llama")
+    model.model.norm.variance_epsilon = 1e-3
+    return model
+
+
 REFUSED = {
     "family": (lambda: made("Mpt", n_heads=2), "MptForCausalLM: model_type 'mpt' is not supported, only bloom, cohere"),
     "no logits": (lambda: build("llama").model, "LlamaModel gives no next-token logits: expected the family's causal language model, with 'model'"),
@@ -27,5 +33,6 @@ REFUSED = {
     "opt": (lambda: made("OPT", word_embed_proj_dim=8, do_layer_norm_before=False, **SMALL_OPT), r"do_layer_norm_before is False .* and a norm of the whole residual stream"),
     "opt, projected": (lambda: made("OPT", word_embed_proj_dim=4, **SMALL_OPT), "word_embed_proj_dim is not hidden_size, and projected embeddings"),
     "olmo": (lambda: changed(build("olmo"), "clip_qkv", 8.0), r"clip_qkv is 8\.0, and clipped values are no linear function"),
+    "norms": (of_two_eps, r"model.norm has eps 0\.001, model.layers.2.input_layernorm has eps 1e-06, and norms that differ"),
     "deepseek": (lambda: build("deepseek_v3", attention_bias=True), "attention_bias is True, and biases in front of a norm of latents"),
 }  # fmt: skip
