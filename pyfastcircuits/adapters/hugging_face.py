@@ -16,11 +16,8 @@ from pyfastcircuits.adapters.module_tensors import ModuleTensors
 from pyfastcircuits.adapters.products import Products, Reached
 from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.adapters.recording import Hooks, Recording
-from pyfastcircuits.adapters.tokens import Tokens
+from pyfastcircuits.adapters.tokens import Tokens, checked_positions
 from pyfastcircuits.model.weights import CircuitWeights
-
-CHECKED = 4  # the most positions whose logits are compared
-ROWS_A_CHECKED = 256  # positions of a sequence for each of these
 
 
 def weights_of(model: Any) -> CircuitWeights:
@@ -179,14 +176,6 @@ def _arguments(model: Any, given: Tokens) -> dict[str, Any]:
     if "logits_to_keep" in known:
         out["logits_to_keep"] = torch.tensor(checked_positions(given), device=given.tokens.device)
     return out
-
-
-def checked_positions(given: Tokens) -> list[int]:
-    """The positions whose logits are compared: a few of a long sequence, of a short one the last that is real."""
-    length = given.tokens.shape[1]
-    real = range(length) if given.mask is None else given.mask.any(0).nonzero()[:, 0].tolist()
-    count = min(CHECKED, 1 + length // ROWS_A_CHECKED, len(real))
-    return sorted({real[-1 - i * len(real) // count] for i in range(count)})
 
 
 @dataclass(frozen=True, eq=False)

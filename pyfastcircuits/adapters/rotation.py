@@ -21,6 +21,8 @@ def rotation(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     module = c.module(f"{family.body}.rotary_emb")
     settings = dict(c.config) | dict(c.option("rope_scaling", {})) | dict(c.option("rope_parameters", {}))
     kind, nested = settings.get("rope_type", settings.get("type", "default")), "layer_types" in c.config
+    if module is not None and not any(name.endswith("inv_freq") for name, _ in module.named_buffers()):
+        module = None  # GPT-J keeps a table of angles
     if module is None and kind == "default" and not nested:
         share = settings.get("partial_rotary_factor", settings.get("rotary_pct", family.rotary_share))
         width = c.option("qk_rope_head_dim", None) or c.option("rotary_dim", int(r * share))

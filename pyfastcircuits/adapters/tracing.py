@@ -8,6 +8,7 @@ from torch import Tensor
 from pyfastcircuits.adapters import hugging_face, transformer_lens
 from pyfastcircuits.adapters.recording import freeze
 from pyfastcircuits.adapters.tokens import Tokens
+from pyfastcircuits.adapters.unwrap import unwrapped
 from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.model.norms import centered, embedded, head_norm_scale, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
@@ -65,6 +66,7 @@ def trace(
         if weights is not None and weights is not model:
             raise ValueError("weights is given, but the model is a CircuitWeights itself: give one of them")
         return _trace_weights(model, Tokens.of(model, tokens, mask, position_ids), store)
+    model = unwrapped(model)
     library = _library(model)
     if weights is None:
         weights = library.weights_of(model)
@@ -76,6 +78,7 @@ def weights_of(model: Any) -> CircuitWeights:
     """See CircuitWeights.from_model."""
     if isinstance(model, CircuitWeights):
         raise TypeError("model is a CircuitWeights already, expected a model of another library: use it as it is")
+    model = unwrapped(model)
     weights: CircuitWeights = _library(model).weights_of(model)
     return weights
 
