@@ -167,7 +167,8 @@ FAMILIES: dict[str, Family] = {
     "olmo3": OLMO2,
     "opt": replace(
         LAYERNORMS, body="model.decoder", positions="embed_positions", first_position=2, norm="self_attn_layer_norm",
-        out="out_proj", final_norm="final_layer_norm", rotary=False, check=_opt, tied=True,
+        out="out_proj", final_norm="final_layer_norm", rotary=False, scales_queries=True, check=_opt,
+        tied=True,
     ),
     "phi": replace(
         LAYERNORMS, out="dense", query_norm="q_layernorm", key_norm="k_layernorm", qk_norm_kind="layernorm",

@@ -41,6 +41,7 @@ class Family:
         rotates: whether a layer's do.
         head: the output embedding.
         logit_scale: what the logits are multiplied by.
+        scales_queries: whether queries are scaled before they are multiplied by keys.
         interface: whether attention goes through transformers' interface; else patterns are what attention returns.
         adds_residual: whether the attention adds the residual stream to what it writes.
         check: raises ValueError for options that are not supported.
@@ -81,6 +82,7 @@ class Family:
     rotates: Callable[[Checkpoint, int], bool] = lambda c, layer: True
     head: str = "lm_head"
     logit_scale: Callable[[Checkpoint], float] = lambda c: 1.0
+    scales_queries: bool = False
     interface: bool = True
     adds_residual: bool = False
     check: Callable[[Checkpoint], None] = lambda c: None

@@ -208,11 +208,15 @@ def _qk_norms(source: Source) -> dict[str, Any]:
 
 def _scales(source: Source) -> dict[str, Any]:
     """What the attention scores are divided by, as the attentions have it."""
-    if source.family is not None:
-        r = source.attentions[0].W_Q.shape[-1]
+    cfg, r = source.model.cfg, source.attentions[0].W_Q.shape[-1]
+    if source.family is not None and source.family.joint is None:
         return score_scales(source.family, source.checkpoint, r)  # type: ignore[arg-type]
-    attentions = [original(attention) for attention in source.attentions]
-    divisors = tuple(float(getattr(a, "attn_scale", None) or a.scale) for a in attentions)
+    if source.family is not None:  # a bridge's own attention, which knows no other options
+        by_layer = cfg.scale_attn_by_inverse_layer_idx
+        divisors = tuple(r**0.5 * (layer + 1 if by_layer else 1) for layer in range(len(source.attentions)))
+    else:
+        attentions = [original(attention) for attention in source.attentions]
+        divisors = tuple(float(getattr(a, "attn_scale", None) or a.scale) for a in attentions)
     return {"attention_scale": divisors[0] if len(set(divisors)) == 1 else divisors}
 
 

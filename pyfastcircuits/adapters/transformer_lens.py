@@ -4,13 +4,14 @@ Whatever processing a model was loaded with (folded norms, centred weights) is i
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.adapters.attention import attending, eager
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
 from pyfastcircuits.adapters.lens_weights import Source, logit_scale, original, weights_of
 from pyfastcircuits.adapters.products import Products, Reached
@@ -33,7 +34,7 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
     options: dict[str, Any] = {} if given.mask is None else {"attention_mask": given.mask.long()}
     if hasattr(model, "original_model"):
         options["use_cache"] = False
-    with torch.no_grad(), Hooks(model) as hooks, _few_rows(model.unembed, seen.logit_positions):
+    with torch.no_grad(), Hooks(model) as hooks, _eager(source), _few_rows(model.unembed, seen.logit_positions):
         for block, head_norms in zip(model.blocks, norms, strict=True):
             _watch_layer(hooks, seen, source, block, head_norms, store)
         _watch_end(hooks, seen, source)
@@ -43,7 +44,8 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
     seen.normed = seen.normed if scale == 1 or seen.normed is None else seen.normed * scale
     seen.names = _names(model)
     modules = [(block, block.attn, own) for block, own in zip(model.blocks, norms, strict=True)]
-    layers = layers_of(seen, weights, modules, [{}] * len(modules))
+    scaled = source.family is not None and source.family.scales_queries
+    layers = layers_of(seen, weights, modules, [{"scaling": 1.0} if scaled else {}] * len(modules))
     dtype = seen.streams[0].dtype
     forward = TransformerLensForward(model, weights, layers, dtype, len(given.tokens), given.mask)
     if store == "qk":
@@ -83,6 +85,13 @@ def _watch_end(hooks: Hooks, seen: Recording, source: Source) -> None:
     hooks.after(model.blocks[-1].hook_resid_post, keep_last)
     if source.normed:
         hooks.after(model.ln_final, lambda _, out: setattr(seen, "normed", out))
+
+
+def _eager(source: Source) -> AbstractContextManager[None]:
+    """Let a bridge's Hugging Face model make masks that leave no row of padding NaN."""
+    if source.family is None:
+        return nullcontext()
+    return attending(source.model.original_model.config, eager, masked=True)
 
 
 @contextmanager
