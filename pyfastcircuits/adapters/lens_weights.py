@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family
 from pyfastcircuits.adapters.hugging_face import family_and_checkpoint
 from pyfastcircuits.adapters.reading import own_eps, qk_norms, score_scales
@@ -19,8 +18,8 @@ from pyfastcircuits.adapters.rotation import rotation
 from pyfastcircuits.model.layers import LayerStack
 from pyfastcircuits.model.weights import CircuitWeights
 
-OLMO = ("OlmoeForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM")  # norms of queries and keys are of all heads together
 NORM_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")  # ln1 is behind the heads, and none in front of them
+NORM_OF_ALL_HEADS = ("OlmoeForCausalLM", *NORM_AFTER)  # of queries and of keys
 POSITIONAL = ("standard", "shortformer", "rotary", "alibi")
 
 
@@ -30,7 +29,7 @@ class Source:
 
     model: Any
     family: Family | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: Any = None  # the Checkpoint of that model
 
     @staticmethod
     def of(model: Any) -> "Source":
@@ -38,7 +37,8 @@ class Source:
         where, inner = type(model).__name__, getattr(model, "original_model", None)
         if inner is not None and hasattr(getattr(inner, "config", None), "model_type"):
             family, checkpoint = family_and_checkpoint(inner)
-            source = Source(model, family, replace(checkpoint, model=_Originals(inner)))
+            held: Any = _Originals(inner)
+            source = Source(model, family, replace(checkpoint, model=held))
             source.check_family(where)
         else:
             source = Source(model)
@@ -76,13 +76,13 @@ class Source:
         return tuple(norm for norm in held if norm is not None)
 
     def check_family(self, where: str) -> None:
-        """Raise ValueError for a Hugging Face model that a bridge makes unreadable, or an option that is unsupported."""
+        """Raise ValueError for a Hugging Face model with an unsupported option, or one that a bridge does not show."""
         assert self.family is not None
-        assert self.checkpoint is not None
         self.family.check(self.checkpoint)
         if self.family.latent_norms:
             raise ValueError(
-                f"{where}: its latent attention has no W_Q and W_K in TransformerLens; trace the Hugging Face model itself"
+                f"{where}: its latent attention has no W_Q and W_K in TransformerLens; trace the Hugging Face model "
+                "itself"
             )
 
 
@@ -91,7 +91,7 @@ def weights_of(model: Any) -> CircuitWeights:
     source = Source.of(model)
     options = _projections(source) | _positions(source) | _qk_norms(source) | _scales(source)
     if source.family is not None:
-        options |= source.family.options(source.checkpoint, options)  # type: ignore[arg-type]
+        options |= source.family.options(source.checkpoint, options)
     options |= _ends(source, options) | _norms(source)
     options = {name: _plain(value) for name, value in options.items() if value is not None}
     return CircuitWeights(**options, attention_only=_attention_only(source, options))
@@ -153,7 +153,7 @@ def _positions(source: Source) -> dict[str, Any]:
     model, cfg = source.model, source.model.cfg
     if source.family is not None and source.family.rotary and not source.checkpoint.config.get("alibi"):
         width = source.attentions[0].W_Q.shape[-1]
-        return rotation(source.family, source.checkpoint, width)  # type: ignore[arg-type]
+        return rotation(source.family, source.checkpoint, width)
     scheme = cfg.positional_embedding_type
     if source.family is not None:
         scheme = "standard" if source.family.positions is not None else "alibi"
@@ -170,7 +170,9 @@ def _rotation(source: Source) -> dict[str, Any]:
     for layer, attention in enumerate(source.attentions):
         where, native = f"blocks.{layer}.attn", getattr(original(attention), "rotary", None)
         pairs = "adjacent" if native is not None or cfg.rotary_adjacent_pairs else "halves"
-        cos, sin = (attention.rotary_cos, attention.rotary_sin) if native is None else (native.cos_cached, native.sin_cached)
+        cos, sin = (
+            (attention.rotary_cos, attention.rotary_sin) if native is None else (native.cos_cached, native.sin_cached)
+        )
         if getattr(cfg, "use_dynamic_ntk_rope", False):  # the tables are those of the last sequence
             base = attention._rotary_base()
             sin, cos = attention.calculate_sin_cos_rotary(cfg.rotary_dim, len(cos), base=base, dtype=cos.dtype)
@@ -193,11 +195,11 @@ def _qk_norms(source: Source) -> dict[str, Any]:
     """The norms of queries and keys, where the model has them."""
     r = source.attentions[0].W_Q.shape[-1]
     if source.family is not None:
-        return qk_norms(source.family, source.checkpoint, r)  # type: ignore[arg-type]
+        return qk_norms(source.family, source.checkpoint, r)
     norms = [source.head_norms(attention) for attention in source.attentions]
     if not norms[0]:
         return {}
-    together = source.model.cfg.original_architecture in OLMO and not source.model.cfg.use_qk_norm
+    together = source.model.cfg.original_architecture in NORM_OF_ALL_HEADS and not source.model.cfg.use_qk_norm
     return {
         "qk_norm": "rmsnorm of all heads" if together else "rmsnorm",
         "qk_eps": float(norms[0][0].eps),
@@ -210,7 +212,7 @@ def _scales(source: Source) -> dict[str, Any]:
     """What the attention scores are divided by, as the attentions have it."""
     cfg, r = source.model.cfg, source.attentions[0].W_Q.shape[-1]
     if source.family is not None and source.family.joint is None:
-        return score_scales(source.family, source.checkpoint, r)  # type: ignore[arg-type]
+        return score_scales(source.family, source.checkpoint, r)
     if source.family is not None:  # a bridge's own attention, which knows no other options
         by_layer = cfg.scale_attn_by_inverse_layer_idx
         divisors = tuple(r**0.5 * (layer + 1 if by_layer else 1) for layer in range(len(source.attentions)))
@@ -247,7 +249,7 @@ def logit_scale(source: Source) -> float:
     if source.family is None:
         return 1.0
     own = getattr(source.model.original_model, "logit_scale", None)
-    return source.family.logit_scale(source.checkpoint) if own is None else float(own)  # type: ignore[arg-type]
+    return source.family.logit_scale(source.checkpoint) if own is None else float(own)
 
 
 def _norms(source: Source) -> dict[str, Any]:

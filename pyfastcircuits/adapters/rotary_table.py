@@ -31,7 +31,7 @@ def rates_of(cos: Tensor, sin: Tensor, pairs: str, where: str) -> tuple[Tensor, 
     scale = float(torch.hypot(cos[0], sin[0]).mean())
     whole = torch.arange(len(cos), dtype=torch.float64, device=cos.device)[:, None] * rates
     error = max(float((scale * whole.cos() - cos).abs().max()), float((scale * whole.sin() - sin).abs().max()))
-    at_least = torch.finfo(dtype).eps + (0 if dtype == torch.float64 else len(cos) * torch.finfo(torch.float32).eps)
-    if error > 4 * scale * (at_least + len(cos) * torch.finfo(torch.float64).eps):
+    single = torch.finfo(torch.float32).eps  # angles are made in fp32, and TransformerLens' processing rounds to it
+    if error > 4 * scale * (max(torch.finfo(dtype).eps, single) + len(cos) * single):
         raise ValueError(f"{where}: its table of rotary positions turns at no constant rates, which is not supported")
     return rates, scale

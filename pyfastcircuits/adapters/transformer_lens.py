@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyfastcircuits.adapters.attention import attending, eager
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
@@ -59,7 +60,7 @@ def _watch_layer(hooks: Hooks, seen: Recording, source: Source, block: Any, head
     hooks.after(block.hook_resid_pre, lambda _, out: seen.streams.append(out))
     if store == "patterns":
         hooks.after(block.attn.hook_pattern, lambda _, out: seen.patterns.append(out))
-    norm = source.post_norm(block)
+    norm, adds_residual = source.post_norm(block), source.family is not None and source.family.adds_residual
     if norm is not None:
         hooks.before(norm, lambda x, _: seen.attended.append(x))
     if source.family is None:
@@ -70,7 +71,7 @@ def _watch_layer(hooks: Hooks, seen: Recording, source: Source, block: Any, head
 
         def keep(_: Any, out: Any) -> None:
             written = out[0] if isinstance(out, tuple) else out
-            seen.written.append(written - seen.streams[-1] if source.family.adds_residual else written)
+            seen.written.append(written - seen.streams[-1] if adds_residual else written)
 
         hooks.after(block.attn, keep)
 
@@ -97,11 +98,39 @@ def _eager(source: Source) -> AbstractContextManager[None]:
 @contextmanager
 def _few_rows(unembed: torch.nn.Module, positions: list[int]) -> Iterator[None]:
     """Let an unembedding read some positions alone."""
-    handle = unembed.register_forward_pre_hook(lambda _, args: (args[0][:, positions], *args[1:]))
+    uncopied = _Uncopied(unembed)
+
+    def enter(_: torch.nn.Module, args: Any) -> Any:
+        uncopied.__enter__()
+        return args[0][:, positions], *args[1:]
+
+    def leave(*_: Any) -> None:
+        uncopied.__exit__(None, None, None)
+
+    handles = (
+        unembed.register_forward_pre_hook(enter),
+        unembed.register_forward_hook(leave, prepend=True, always_call=True),
+    )
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+class _Uncopied(TorchFunctionMode):
+    """Within it a HookedTransformer does not copy W_U whole, which takes longer than to apply it to a few rows."""
+
+    def __init__(self, unembed: torch.nn.Module) -> None:
+        super().__init__()
+        held = getattr(unembed, "W_U", None)
+        self._start = held.data_ptr() if isinstance(held, Tensor) else None
+
+    def __torch_function__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any call of torch."""
+        if called is Tensor.contiguous and args[0].dim() == 2 and args[0].data_ptr() == self._start:
+            return args[0]
+        return called(*args, **(kwargs or {}))
 
 
 def _check_positions(model: Any, given: Tokens) -> None:
@@ -121,14 +150,14 @@ def _check_run(seen: Recording, given: Tokens) -> None:
     ran, listed = [id(block) for block in seen.ran], [id(block) for block in seen.model.blocks]
     if ran != listed or len(seen.attentions) != len(listed):
         raise ValueError(
-            f"model ran {len(ran)} layers and {len(seen.attentions)} attentions, but has {len(listed)} blocks, or ran them "
-            "in another order: a trace needs each of model.blocks to run once"
+            f"model ran {len(ran)} layers and {len(seen.attentions)} attentions, but has {len(listed)} blocks, or ran "
+            "them in another order: a trace needs each of model.blocks to run once"
         )
     own = seen.blocks[0].kwargs.get("attention_mask")
     if given.mask is None and own is not None and own.dim() == 2 and not own.all():
         raise ValueError(
-            "mask is None or all ones, but the model's tokenizer pads on the left, and the model hides the padding that "
-            "it finds in tokens: give the mask that says which tokens are real"
+            "mask is None or all ones, but the model's tokenizer pads on the left, and the model hides the padding "
+            "that it finds in tokens: give the mask that says which tokens are real"
         )
 
 

@@ -15,8 +15,18 @@ from pyfastcircuits.model.queries import queries_or_keys  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 GPT2 = {"vocab_size": 89, "n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 32}
 LARGE = {**SIZE, "num_attention_heads": 4}
-MULTIPLIED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 4.0}
-CAPPED = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 4}
+MULTIPLIED = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 4.0,
+}
+CAPPED = {
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "sliding_window": 4,
+}
 FALCON = {"vocab_size": 89, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
 BRIDGED = {
     "gpt2, scores scaled by layer": ("GPT2LMHead", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),

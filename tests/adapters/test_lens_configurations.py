@@ -19,7 +19,12 @@ pytestmark = [
 SIZES = {"n_layers": 3, "d_model": 24, "n_ctx": 32, "d_head": 6, "n_heads": 4, "d_vocab": 89, "dtype": torch.float64}
 ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 6}
 NTK = {"use_NTK_by_parts_rope": True, "NTK_original_ctx_len": 16}
-YARN = {"use_yarn_rope": True, "yarn_factor": 4.0, "yarn_original_max_position_embeddings": 16, "yarn_attention_factor": 1.3}
+YARN = {
+    "use_yarn_rope": True,
+    "yarn_factor": 4.0,
+    "yarn_original_max_position_embeddings": 16,
+    "yarn_attention_factor": 1.3,
+}
 LOCAL = {"use_local_attn": True, "window_size": 3, "attn_types": ["local", "global", "local"]}
 WITH_MLP = {"attn_only": False, "d_mlp": 40, "act_fn": "gelu"}
 
@@ -182,7 +187,9 @@ def test_queries_and_keys_are_kept_for_long_contexts(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["layernorm", "rotary, a part", "norms of queries and keys", "MLP, gated", "scale by layer"])
+@pytest.mark.parametrize(
+    "name", ["layernorm", "rotary, a part", "norms of queries and keys", "MLP, gated", "scale by layer"]
+)
 def test_smaller_dtypes(name, dtype):
     model = built((WHOLE | RUNS)[name], dtype=dtype)
     run, theirs = fc.trace(model, tokens()), logits_of(model, tokens()).float()
