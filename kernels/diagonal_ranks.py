@@ -32,7 +32,7 @@ def diagonal_ranks_kernel(
 ):
     """Adds the counts of one block of rows in one split of the columns."""
     row, inside, pointers, left = rows_of_product(A, rows, splits, DEPTH, BLOCK_M, BLOCK_K)
-    tile = multiply(left, pointers, B, stride, tl.load(asked + row), stride, DEPTH, BLOCK_K, "ieee")
+    tile = multiply(left, pointers, B, stride, tl.load(asked + row), stride, DEPTH, "ieee")
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_N)[None, :]
     bar = tl.sum(tl.where(diagonal, tile, 0.0), 1)
 
@@ -40,7 +40,7 @@ def diagonal_ranks_kernel(
     first, end = tiles_of(tl.program_id(0) % splits, tiles_a_split, columns, BLOCK_N)
     for place in range(first, end):
         here = place * BLOCK_N + tl.arange(0, BLOCK_N)
-        entries = multiply(left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
+        entries = multiply(left, pointers, B, stride, here, stride, DEPTH, "ieee")
         count += tl.sum(((entries > bar[:, None]) & (here < columns)[None, :]).to(tl.int32), 1)
     tl.atomic_add(ranks + row, count.to(tl.int64), inside, sem="relaxed")  # integers, in any order
 

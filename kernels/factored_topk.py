@@ -23,20 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfastcircuits import shapes
 from pyfastcircuits.kernels.common import architecture, configure, laid_out
 from pyfastcircuits.kernels.configs import Config, choose
 from pyfastcircuits.kernels.tile import multiply, rows_of_product, tiles_of
-from pyfastcircuits.shapes import (
-    MOST,
-    MOST_PER_ROW,
-    SCREENS,
-    check_choice,
-    check_product,
-    check_shapes,
-    factored_topk_outputs,
-    register_outputs,
-    work_dtype,
-)
 
 NARROWEST, WIDEST = 8, 128  # columns of a segment: at most those of a tile, at least what registers hold well
 SCRATCH = 1 << 25  # segments, or entries of the k best ones, of the rows that are taken together
@@ -54,22 +44,20 @@ def _entries(
     tile,
     columns,
     DEPTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """The entries [M, N] of a tile; -inf for NaN and past the last column."""
     here = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    product = multiply(left, pointers, B, stride, here, stride, DEPTH, BLOCK_K, "ieee")
+    product = multiply(left, pointers, B, stride, here, stride, DEPTH, "ieee")
     if shift is not None:
         product -= shift[:, None]
     return tl.where((here < columns)[None, :] & (product == product), product, float("-inf"))
 
 
 @triton.jit
-def _best(entries, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENT: tl.constexpr):
+def _best(entries, SEGMENT: tl.constexpr):
     """The best entry of every segment of a tile, [M, N / SEGMENT]."""
-    return tl.max(tl.reshape(entries, [BLOCK_M, BLOCK_N // SEGMENT, SEGMENT]), 2)
+    return tl.max(tl.reshape(entries, [entries.shape[0], entries.shape[1] // SEGMENT, SEGMENT]), 2)
 
 
 @triton.jit
@@ -108,8 +96,8 @@ def factored_topk_screen_kernel(
         shift = tl.load(shift + row)
         offset = tl.abs(shift)
     for tile in range(first, end):
-        entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_M, BLOCK_N, BLOCK_K)
-        best = _best(entries, BLOCK_M, BLOCK_N, SEGMENT)
+        entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_N)
+        best = _best(entries, SEGMENT)
         segment = tile * (BLOCK_N // SEGMENT) + tl.arange(0, BLOCK_N // SEGMENT)
         there = segment < segments
         product = size[:, None] * tl.load(column_norm + segment, there, 0.0)[None, :]
@@ -156,13 +144,13 @@ def factored_topk_segments_kernel(
         place = row[:, None] * segments + segment[None, :]
         here = inside[:, None] & (segment < segments)[None, :]
         if upper is None:
-            entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_M, BLOCK_N, BLOCK_K)
-            tl.store(best + place, _best(entries, BLOCK_M, BLOCK_N, SEGMENT), here)
+            entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_N)
+            tl.store(best + place, _best(entries, SEGMENT), here)
         else:
             found = tl.full([BLOCK_M, BLOCK_N // SEGMENT], float("-inf"), T)
             if tl.max((here & (tl.load(upper + place, here, 0.0) >= bar[:, None])).to(tl.int32)) > 0:
-                entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_M, BLOCK_N, BLOCK_K)
-                found = _best(entries, BLOCK_M, BLOCK_N, SEGMENT)
+                entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_N)
+                found = _best(entries, SEGMENT)
             tl.store(best + place, found, here)
 
 
@@ -196,7 +184,7 @@ def factored_topk_entries_kernel(
         place = slots + row[:, None] * segments
         here = inside[:, None] & (segment < segments)[None, :]
         if tl.max(tl.load(place + segment[None, :], here, -1)) >= 0:
-            entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_M, BLOCK_N, BLOCK_K)
+            entries = _entries(left, pointers, B, stride, shift, tile, columns, DEPTH, BLOCK_N)
             home = tile * (BLOCK_N // SEGMENT) + column // SEGMENT
             slot = tl.load(place + home[None, :], inside[:, None] & (home < segments)[None, :], -1)
             tl.store(found + slot.to(tl.int64) * SEGMENT + (column % SEGMENT)[None, :], entries, slot >= 0)
@@ -218,11 +206,11 @@ def factored_topk_triton(
         ValueError, TypeError: shapes or dtypes that do not fit, or a screen that the dtype does not have.
         RuntimeError: a screen that the GPU does not have.
     """
-    sizes = check_product(A=(A, "N r"), B=(B, "r M"))
-    check_shapes(A=(A, "N r"), shift=(shift, "N", float))
-    check_choice("screen", screen, SCREENS)
+    sizes = shapes.check_product(A=(A, "N r"), B=(B, "r M"))
+    shapes.check_shapes(A=(A, "N r"), shift=(shift, "N", float))
+    shapes.check_choice("screen", screen, shapes.SCREENS)
     rows, columns = len(A), B.shape[1]
-    most = min(MOST_PER_ROW["triton"], columns) if per_row else min(MOST["triton"], rows * columns)
+    most = min(shapes.MOST_PER_ROW["triton"], columns) if per_row else min(shapes.MOST["triton"], rows * columns)
     if not 1 <= k <= most:
         raise ValueError(f"k is {k}, expected 1 to {most}")
     segment = segment_width(columns if per_row else rows * columns, k)
@@ -233,7 +221,7 @@ def factored_topk_triton(
     arch = architecture(A)
     screening = choose("factored_topk", sizes, "bf16", arch) if _screened(screen, A.dtype, per_row, arch) else None
     A, B = A.contiguous(), laid_out(B, kind)
-    shift = None if shift is None else shift.to(work_dtype(A)).contiguous()
+    shift = None if shift is None else shift.to(shapes.work_dtype(A)).contiguous()
     if not largest:  # negation is exact, in every sum as in its terms
         A, shift = -A, None if shift is None else -shift
     found: list[tuple[Tensor, Tensor]] = []
@@ -281,7 +269,7 @@ def _part(
         sizes = (rows, columns, B.shape[1], segments, config.splits, config.tiles(columns, "BLOCK_N"))
         kernel[grid](A, B, shift, *rest, *sizes, DEPTH=A.shape[1], SEGMENT=segment, **more, **config.options)
 
-    work = work_dtype(A)
+    work = shapes.work_dtype(A)
     if k < rows * segments // groups:
         upper, floor = None, None
         if screening is not None:
@@ -360,4 +348,4 @@ def _screened(screen: str, dtype: torch.dtype, per_row: bool, arch: int) -> bool
     return screen == "bf16"
 
 
-register_outputs("factored_topk_triton", factored_topk_outputs)
+shapes.register_outputs("factored_topk_triton", shapes.factored_topk_outputs)

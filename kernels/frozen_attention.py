@@ -33,13 +33,12 @@ def _scores(
     DEPTH: tl.constexpr,
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores of a tile [M, N]; those of sources past the last repeat its."""
     columns = tl.minimum(n, positions - 1).to(tl.int64) * DEPTH
     end = tl.cast(positions, tl.int64) * DEPTH
-    return capped(multiply(left, rows, sources, 1, columns, end, DEPTH, BLOCK_K, PRECISION) * SCALE, CAP)
+    return capped(multiply(left, rows, sources, 1, columns, end, DEPTH, PRECISION) * SCALE, CAP)
 
 
 @triton.jit
@@ -81,7 +80,7 @@ def attention_lse_kernel(
         if mask is not None:
             seen = seen & (tl.load(mask + batch * positions + n, n < positions, 0.0) > 0)[None, :]
         sources = k + head * positions * DEPTH
-        x = _scores(left, rows, sources, n, positions, DEPTH, SCALE, CAP, BLOCK_K, PRECISION)
+        x = _scores(left, rows, sources, n, positions, DEPTH, SCALE, CAP, PRECISION)
         top, total = online_sum(top, total, tl.where(seen, x, float("-inf")), SUBTRACT_FIRST=True)
     tl.store(highest + place, finite(top), m < positions)
     tl.store(totals + place, total, m < positions)
@@ -144,7 +143,7 @@ def frozen_attention_kernel(
         home = (batch * heads_from + source).to(tl.int64) * positions
         for start in range(first, last, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            x = _scores(left, rows, sources + home * DEPTH, n, positions, DEPTH, SCALE, CAP, BLOCK_K, PRECISION)
+            x = _scores(left, rows, sources + home * DEPTH, n, positions, DEPTH, SCALE, CAP, PRECISION)
             there = n < positions
             if TRANSPOSED:
                 seen = (m[:, None] <= n[None, :]) & (n[None, :] - m[:, None] < window)
@@ -209,9 +208,7 @@ def frozen_attention_triton(
         post=(post, "B T", float),
         mask=(mask, "B T", bool),
     )
-    out, found = frozen_attention_outputs(
-        q, k, values, lse, pre, post, mask, scale, window, softcap, transposed, precision
-    )
+    out, found = frozen_attention_outputs(q, k, values, lse, transposed, precision)
     batches, heads, positions = (sizes[x] for x in "BHT")
     if batches * heads * positions == 0:
         return out, found

@@ -73,7 +73,7 @@ def joint_nll_kernel(
             rows = delta + (single * positions + t) * RANK
             left = load_left(rows, 0, RANK, BLOCK_K)
             start = basis + home * RANK * stride
-            product = multiply(left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
+            product = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
             tl.store(products + single * TILE + cell, product + poison.to(T))
         tl.debug_barrier()
 

@@ -64,7 +64,7 @@ def pair_norms_kernel(
                 across = first_column + column % BLOCK_S
                 columns = (source + tl.minimum(across, WIDTH - 1)) * DEPTH
                 end = rights * tl.full([], WIDTH * DEPTH, tl.int64)
-                product = multiply(kept, rows, right, 1, columns, end, DEPTH, BLOCK_K, PRECISION)
+                product = multiply(kept, rows, right, 1, columns, end, DEPTH, PRECISION)
                 product = tl.where((within < RANK)[:, None] & (across < WIDTH)[None, :], product, 0.0)
                 sums = tl.sum(tl.reshape(product * product, [BLOCK_N * BLOCK_R, BLOCK_M, BLOCK_S]), 2)
                 total += tl.sum(tl.reshape(sums, [BLOCK_N, BLOCK_R, BLOCK_M]), 1)

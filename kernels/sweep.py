@@ -79,7 +79,6 @@ def logits_of(
     columns,  # [N]
     end,
     RANK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     CAP: tl.constexpr,
 ):
@@ -91,7 +90,7 @@ def logits_of(
     P: tl.constexpr = rows.shape[0] // T
     N: tl.constexpr = columns.shape[0]
     clean = tl.reshape(tl.broadcast_to(clean[None, :, :], (P, T, N)), (P * T, N))
-    product = multiply(left, rows, start, stride, columns, stride, RANK, BLOCK_K, PRECISION)
+    product = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
     logits = product + clean
     if scale is not None:
         logits = tl.where((columns < end)[None, :], logits * scale[:, None], float("-inf"))

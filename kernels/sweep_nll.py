@@ -13,7 +13,7 @@ from torch import Tensor
 from pyfastcircuits.kernels.exp_sums import clean_means, expected, logsumexp, online_sum, reference
 from pyfastcircuits.kernels.sweep import block_and_split, clean_rows, logits_of, next_group, prepared, rows_of
 from pyfastcircuits.kernels.tile import load_left, tiles_of, work_type
-from pyfastcircuits.shapes import check_shapes, register_outputs, sweep_nll_outputs, work_dtype
+from pyfastcircuits.shapes import check_sweep, register_outputs, sweep_nll_outputs, work_dtype
 
 # Left to itself, ptxas would rather spill than have few warps.
 TOKENS_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
@@ -67,9 +67,7 @@ def sweep_nll_kernel(
         change = tl.zeros([BLOCK_P * BLOCK_T], T)
         for tile in range(first, end):
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            logits, clean = logits_of(
-                base, scale, left, rows, start, stride, columns, vocabulary, RANK, BLOCK_K, PRECISION, CAP
-            )
+            logits, clean = logits_of(base, scale, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, CAP)
             if clean_lse is not None:
                 change += expected(logits, clean, clean_lse, (columns < vocabulary)[None, :], CAP)
             highest, total = online_sum(highest, total, logits)
@@ -133,9 +131,7 @@ def sweep_nll_tokens_kernel(
             token = tl.load(tokens + place * choices + k)
             there = (token >= 0) & (token < vocabulary)
             columns = tl.where(there, token, vocabulary)
-            logits, _ = logits_of(
-                base, scale, left, rows, start, stride, columns, vocabulary, RANK, BLOCK_K, PRECISION, CAP
-            )
+            logits, _ = logits_of(base, scale, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, CAP)
             value = tl.sum(tl.where(own & there[None, :], logits, 0.0), 1)
             tl.store(picked + out * choices + k, value.to(tl.float64) + poison, here)
         g = next_group(home, g, groups)
@@ -170,15 +166,8 @@ def sweep_nll_triton(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, or a precision that the dtype does not have.
     """
-    sizes = check_shapes(
-        base=(base, "T V"),
-        delta=(delta, "P T r"),
-        basis=(basis, "G r V"),
-        tokens=(tokens, "T K", int),
-        group=(group, "P", int),
-        scale=(scale, "P T", float),
-        clean_lse=(clean_lse, "T", float),
-    )
+    others = {"tokens": (tokens, "T K", int), "scale": (scale, "P T", float), "clean_lse": (clean_lse, "T", float)}
+    sizes = check_sweep(base, delta, basis, group, **others)
     lse, picked, change = sweep_nll_outputs(base, delta, basis, tokens, group, scale, clean_lse)
     if lse.numel() == 0:
         return lse, picked, change

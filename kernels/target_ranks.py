@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyfastcircuits.kernels.sweep import block_and_split, clean_rows, logits_of, next_group, prepared, rows_of
 from pyfastcircuits.kernels.tile import load_left, tiles_of
-from pyfastcircuits.shapes import check_shapes, register_outputs, target_ranks_outputs, work_dtype
+from pyfastcircuits.shapes import check_sweep, register_outputs, target_ranks_outputs, work_dtype
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def target_ranks_kernel(
         for tile in range(first, end):
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
             logits, _clean = logits_of(
-                base, None, left, rows, start, stride, columns, vocabulary, RANK, BLOCK_K, PRECISION, None
+                base, None, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, None
             )
             others = (columns < vocabulary)[None, :] & (columns[None, :] != token[:, None])
             count += tl.sum(((logits > bar[:, None]) & others).to(tl.int32), 1)
@@ -76,14 +76,8 @@ def target_ranks_triton(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, or a precision that the dtype does not have.
     """
-    sizes = check_shapes(
-        base=(base, "T V"),
-        delta=(delta, "P T r"),
-        basis=(basis, "G r V"),
-        tokens=(tokens, "T", int),
-        group=(group, "P", int),
-        thresholds=(thresholds, "P T", float),
-    )
+    others = {"tokens": (tokens, "T", int), "thresholds": (thresholds, "P T", float)}
+    sizes = check_sweep(base, delta, basis, group, **others)
     ranks = target_ranks_outputs(base, delta).zero_()
     if ranks.numel() == 0:
         return ranks

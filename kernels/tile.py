@@ -100,10 +100,10 @@ def multiply(
     columns,  # [N]
     end,
     DEPTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The product [M, N] of rows of the left factor and columns of the right one, in the type of sums."""
+    BLOCK_K: tl.constexpr = left.shape[1]
     total = tl.zeros([rows.shape[0], columns.shape[0]], work_type(left.dtype))
     if DEPTH <= BLOCK_K:
         total = dot(left, load_right(start, stride, columns, end, 0, DEPTH, BLOCK_K), total, PRECISION)

@@ -67,6 +67,7 @@ from pyfastcircuits.experiments.attention_scores import QKTerms, qk_terms
 from pyfastcircuits.experiments.attribution import direct_logit_attribution, logit_lens, project
 from pyfastcircuits.experiments.heads import head_scores, induction_heads
 from pyfastcircuits.experiments.metrics import KL, NLL, LogitDifference, Probability, Rank, Top1
+from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.experiments.patching import (
     activation_patching,
     composition_ablation,
@@ -80,14 +81,7 @@ from pyfastcircuits.model.processing import process_weights
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
-from pyfastcircuits.run.paths import (
-    LayerMarginals,
-    count_paths,
-    enumerate_paths,
-    layer_marginals,
-    order_losses,
-    path_logits,
-)
+from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
 
 __version__ = "0.1.0"

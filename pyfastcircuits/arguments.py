@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 import torch
 from torch import Tensor
 
-from pyfastcircuits.modes import caller_has_modes, plain_modes
+from pyfastcircuits.modes import in_plain_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,6 +60,7 @@ def public(function: Function) -> Function:
     names = tuple(name for name, x in parameters.items() if x.kind is not x.KEYWORD_ONLY)
     closed = all(x.kind is not x.VAR_KEYWORD for x in parameters.values())
     kinds = _kinds({name: x.annotation for name, x in parameters.items()})
+    run = in_plain_modes(function)
 
     @wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
@@ -72,10 +73,7 @@ def public(function: Function) -> Function:
                 keywords[name] = kinds[name].checked(name, value)
             elif name not in parameters and closed:
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
-        if not caller_has_modes():
-            return function(*checked, *args[len(names) :], **keywords)
-        with plain_modes():
-            return function(*checked, *args[len(names) :], **keywords)
+        return run(*checked, *args[len(names) :], **keywords)
 
     return cast("Function", call)
 
@@ -119,8 +117,10 @@ def _fit(name: str, value: Any, kind: Any) -> tuple[bool, Any]:
     if origin is Literal:
         return isinstance(value, str) and value in get_args(kind), value
     if origin is int:
-        fits, number = _integer(value)
-        return fits, _short(name, number) if fits else value
+        try:
+            return True, _short(name, as_integer(value))
+        except (TypeError, RuntimeError):
+            return False, value
     if origin is float:
         return _number(name, value)
     if origin is Callable:
@@ -160,13 +160,6 @@ def as_integers(name: str, values: Any, device: torch.device, *, masks: bool = F
         expected = "integers or a mask" if masks else "integers"
         raise TypeError(f"{name} has dtype {given.dtype}, expected {expected}")
     return given
-
-
-def _integer(value: Any) -> tuple[bool, Any]:
-    try:
-        return True, as_integer(value)
-    except (TypeError, RuntimeError):
-        return False, value
 
 
 def _short(name: str, number: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+KINDS = {int: "integers", float: "floating point", bool: "torch.bool"}
 SCREENS = ("auto", "none", "bf16")
 MOST = {"cpu": 1 << 24, "triton": 1 << 16, "cuda": 1 << 16}  # k of a whole matrix, in factored_topk
 MOST_PER_ROW = {"cpu": 1 << 16, "triton": 1024, "cuda": 1024}
@@ -60,15 +61,20 @@ def check_shapes(**arguments: Argument) -> dict[str, int]:
                 raise TypeError(f"{name} has dtype {tensor.dtype}, but {start} has {dtype}")
             if dtype not in DTYPES:
                 raise TypeError(f"{name} has dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        elif kind[0] is int:
-            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
-        elif kind[0] is float:
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} has dtype {tensor.dtype}, expected floating point")
-        elif tensor.dtype != torch.bool:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.bool")
+        elif kind_of(tensor.dtype) is not kind[0]:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected {KINDS[kind[0]]}")
     return sizes
+
+
+def kind_of(dtype: torch.dtype) -> type:
+    """The Python type of a tensor's entries: bool, int, float or complex."""
+    return bool if dtype == torch.bool else float if dtype.is_floating_point else complex if dtype.is_complex else int
+
+
+def check_sweep(base: Tensor, delta: Tensor, basis: Tensor, group: Tensor | None, **others: Argument) -> dict[str, int]:
+    """`check_shapes` of what every sweep has (ablations P, groups of them G), and of others."""
+    factors: dict[str, Argument] = {"base": (base, "T V"), "delta": (delta, "P T r"), "basis": (basis, "G r V")}
+    return check_shapes(**factors, group=(group, "P", int), **others)
 
 
 def check_product(**arguments: Argument) -> dict[str, int]:
@@ -177,31 +183,15 @@ def register_outputs(op: str, outputs: Callable[..., Any]) -> None:
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def sweep_nll_outputs(
-    base: Tensor,
-    delta: Tensor,
-    basis: Tensor,
-    tokens: Tensor,
-    group: Tensor,
-    scale: Tensor | None,
-    clean_lse: Tensor | None,
-    *options: object,
-) -> Three:
+def sweep_nll_outputs(base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, *others: Any) -> Three:
     """Logsumexp [P, T], logits of the tokens [P, T, K] and change [P, T] (or [0, T]), fp64."""
+    _group, _scale, clean_lse, *_options = others
     return _partial(len(delta), base, tokens, clean_lse)
 
 
-def joint_nll_outputs(
-    base: Tensor,
-    delta: Tensor,
-    basis: Tensor,
-    tokens: Tensor,
-    group: Tensor,
-    pairs: Tensor,
-    clean_lse: Tensor | None,
-    *options: object,
-) -> Three:
+def joint_nll_outputs(base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, *others: Any) -> Three:
     """The same of pairs of ablations."""
+    _group, pairs, clean_lse, *_options = others
     return _partial(len(pairs), base, tokens, clean_lse)
 
 
@@ -236,20 +226,10 @@ def pair_norms_outputs(left: Tensor, right: Tensor, *others: object) -> Tensor:
 
 
 def frozen_attention_outputs(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    lse: Tensor | None,
-    pre: Tensor | None,
-    post: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    transposed: bool,
-    precision: str,
+    q: Tensor, k: Tensor, values: Tensor, lse: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
     """Results [S, B, H, T, s] (transposed [S, B, Hkv, T, s]), and logsumexp [B, H, T] in fp64 or [0, H, T] if given."""
+    *_options, transposed, _precision = others
     streams, batches, _, positions, width = values.shape
     heads = (k if transposed else q).shape[1]
     out = values.new_empty(streams, batches, heads, positions, width, dtype=work_dtype(q))

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 from support.command import COMMANDS, command, refused, run
-from support.random_models import random_weights
+from support.random_models import random_tokens, random_weights
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc
@@ -23,6 +24,16 @@ from pyfastcircuits.command import report
 from pyfastcircuits.command import text as texts
 from pyfastcircuits.command.cli import app
 from pyfastcircuits.command.plain import in_nats, quoted, significant, visible
+
+
+@pytest.fixture
+def padded(model):
+    """The same with a tokenizer of six words for its 97 ids, one of which looks like an id without a token."""
+    from tokenizers import Tokenizer, models
+
+    words = {"[START]": 0, **{f"a{i}": i for i in range(1, 5)}, "<id 7>": 5}
+    Tokenizer(models.WordLevel(words, unk_token="[START]")).save(str(model / "tokenizer.json"))
+    return model
 
 
 class TestPlainText:
@@ -62,6 +73,31 @@ class TestPlainText:
         seen = "".join(outputs[1].output + outputs[2].output)
         for word in ("\x1b[31m", "\n", "[red]", ":smile:"):
             assert quoted(word) in seen
+
+    def test_ids_without_a_token(self, padded, tmp_path):
+        """A vocabulary is often padded to a multiple of 64 or 128, and a tokenizer has no token for the rest."""
+        text = texts.TokenText(padded)
+        assert text.decode([1, 2, 50, 3, 60, 61]) == "a1 a2<id 50>a3<id 60><id 61>"
+        assert [text.quoted(i) for i in (0, 4, 5, 96)] == ["'[START]'", "'a4'", "'<id 7>'", "<id 96>"]
+        ids = random_tokens(3, 12)
+        np.save(tmp_path / "tokens.npy", ids.numpy())
+        out = ["--out", tmp_path / "out"]
+        outputs = [
+            run("sweep", padded, "--tokens", tmp_path / "tokens.npy", "--top", 20, *out),
+            run("tables", padded, "-k", 40),
+            run("tables", padded, "--source", "a4", "-k", 90),
+            run("tables", padded, "--head", "0.1", "-k", 40),
+            run("tables", padded, "--all-heads", *out),
+        ]
+        for result in outputs:
+            assert result.exit_code == 0, result.output
+            assert "''" not in result.output
+        for result in outputs[:-1]:
+            assert re.search(r"<id \d\d>", result.output)
+        rows = pq.read_table(tmp_path / "out" / "ov.parquet").to_pylist()
+        assert all(row["output_text"] == text.decode([row["output"]]) for row in rows)
+        assert {row["output_text"] for row in rows} & {f"<id {i}>" for i in range(6, 97)}
+        assert all(row["output_text"] for row in rows)
 
     def test_a_line_break_is_shown_alike_everywhere(self, tmp_path):
         result = run("sweep", "--sequences", 2, "--length", 64, "--out", tmp_path, "--top", 20)

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.command import command, refused, run
+from support.command import COMMANDS, command, refused, run
+from support.random_models import random_weights
 
 import pyfastcircuits as fc
 from pyfastcircuits.command import options
@@ -159,3 +160,10 @@ class TestBeforeTheWork:
         result = run(*command("sweep", model, tokens, tmp_path))
         assert "pairs/s of 33 tokens each\n" in result.output
         assert "machine's limit" not in result.output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_model_that_predicts_other_tokens_than_it_reads(name, tokens, tmp_path):
+    random_weights(2, predicted=3, dtype=torch.float32).save(tmp_path / "model.safetensors")
+    output = refused(*command(name, tmp_path, tokens, tmp_path))
+    assert "d_vocab_out is 3, but d_vocab is 97: the command is for models that predict the next token" in output

@@ -73,10 +73,10 @@ def test_weights_are_read_once(monkeypatch):
             return WEIGHTS
 
         @staticmethod
-        def record(model, weights, tokens, mask, store):
+        def record(model, weights, given, store):
             raise InterruptedError
 
-    monkeypatch.setattr(tracing, "_library", lambda model: Library)
+    monkeypatch.setattr(tracing, "_library", lambda model: (model, Library))
     model = object()
     weights = fc.CircuitWeights.from_model(model)
     for call in (

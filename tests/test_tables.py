@@ -164,6 +164,9 @@ def test_skip_trigrams_as_a_table_and_as_text():
     first = str(found).splitlines()[1]
     assert first.startswith("'<5>' | ")
     assert f"'<{int(found.outputs[0, 1])}>' {float(found.logits[0, 1]):+.2f}" in first
+    padded = fc.skip_trigrams(WEIGHTS, (1, 3), [5, 6], 2, text=lambda ids: "a" if ids[0] == 5 else "")
+    assert [line.partition(" | ")[0] for line in str(padded).splitlines()[1:]] == ["'a'", "<id 6>"]
+    assert {row["source_text"] for row in padded.table().to_pylist()} == {"a", "<id 6>"}
     plain = fc.skip_trigrams(WEIGHTS, (1, 3), [5], 2)
     assert "source_text" not in plain.table().column_names
     assert str(plain).splitlines()[1].startswith("'5' | ")

@@ -33,7 +33,8 @@ BAD = {
         ValueError,
         r"W_V has shape \[2, 4, 20, 6\], expected \[2, 2, 20",
     ),
-    "W_U": (parts(W_U=torch.zeros(97, 20).double()), ValueError, r"W_U has shape \[97, 20\], expected \[20, 97\]"),
+    "W_U": (parts(W_U=torch.zeros(97, 20).double()), ValueError, r"W_U has shape \[97, 20\], expected \[20, 20\]"),
+    "b_U of W_U": (parts(W_U=torch.zeros(20, 5).double()), ValueError, r"b_U has shape \[97\], expected \[5\]"),
     "W_Q": (
         parts(W_Q=torch.zeros(4, 20, 6).double()),
         ValueError,

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from pyfastcircuits.adapters.family import Interface
 from pyfastcircuits.run.patterns import Pattern, QKPattern, apply_pattern, softmax_pattern
 
 
@@ -53,7 +55,11 @@ def tiled(padding: Tensor | None) -> Callable[..., tuple[Tensor, Pattern]]:
     ) -> tuple[Tensor, Pattern]:
         dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        shape = {"window": sliding_window, "softcap": softcap, "sinks": None if s_aux is None else s_aux.to(wide)}
+        shape: dict[str, Any] = {
+            "window": sliding_window,
+            "softcap": softcap,
+            "sinks": None if s_aux is None else s_aux.to(wide),
+        }
         pattern: Pattern
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             pattern = softmax_pattern(q, k, scaling, padding, **shape)
@@ -64,27 +70,69 @@ def tiled(padding: Tensor | None) -> Callable[..., tuple[Tensor, Pattern]]:
     return attend
 
 
-@contextmanager
-def attending(config: Any, attend: Callable[..., Any] | None, *, masked: bool = False) -> Iterator[None]:
-    """Put another attention function into a configuration's modules; if `masked`, it is given masks as "eager" is.
+class ScaledDotProduct(TorchFunctionMode):
+    """Within it another attention function stands in the place of torch's scaled_dot_product_attention."""
 
-    Without a function, modules that know no interface attend as "eager" does.
+    def __init__(self, attend: Callable[..., Any]) -> None:
+        super().__init__()
+        self._attend = attend
+
+    def __torch_function__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any call of torch."""
+        kwargs = kwargs or {}
+        if called is not torch.nn.functional.scaled_dot_product_attention:
+            return called(*args, **kwargs)
+        q, k, v = args[:3]
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+        given = {"scaling": scale, "is_causal": kwargs.get("is_causal", False)}
+        return self._attend(None, q, k, v, mask, **given)[0].transpose(1, 2)
+
+
+def plain(
+    _: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, *, scaling: float, is_causal: bool
+) -> tuple[Tensor, Pattern]:
+    """What torch's scaled_dot_product_attention computes, with its pattern; the result is [B, T, H, r]."""
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    scores = scaling * (q @ k.mT)
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    pattern = scores.softmax(-1)
+    return (pattern @ v).transpose(1, 2), pattern
+
+
+@contextmanager
+def attending(
+    config: Any, attend: Callable[..., Any] | None, interface: Interface, *, masked: bool = False
+) -> Iterator[None]:
+    """Put another attention function into a configuration's modules, by the interface through which they attend.
+
+    Args:
+        config: the configuration that the modules read.
+        attend: the function; None without an interface, where modules then attend as "eager" does.
+        interface: see Family.
+        masked: whether modules are given masks as those with "eager" attention.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = "pyfastcircuits_masked" if masked else "pyfastcircuits"
+    name = {"products": "eager", "sdpa": "sdpa"}.get(interface, "pyfastcircuits_masked" if masked else "pyfastcircuits")
     if masked:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.register("pyfastcircuits_masked", _mask)
     implementation = config._attn_implementation
-    if attend is not None:
+    if interface == "transformers":
         ALL_ATTENTION_FUNCTIONS[name] = attend
     try:
-        config._attn_implementation = name if attend is not None else "eager"
-        yield
+        config._attn_implementation = name
+        with ScaledDotProduct(attend) if interface == "sdpa" and attend is not None else nullcontext():
+            yield
     finally:
         config._attn_implementation = implementation
-        if attend is not None:
+        if interface == "transformers":
             del ALL_ATTENTION_FUNCTIONS[name]
 
 

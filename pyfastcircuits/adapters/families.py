@@ -1,7 +1,7 @@
 """The families of Hugging Face models by `config.model_type`, each a table of what is particular about it.
 
-What only shapes a pattern (windows, caps of scores, ALiBi, padding) is in the patterns of a run and in no table; nor are
-MLPs, experts among them: what they write is a frozen source.
+What only shapes a pattern (windows, caps of scores, ALiBi, padding) is in the patterns of a run and in no table. MLPs,
+experts among them, are in none either: what they write is a frozen source.
 """
 
 from dataclasses import replace
@@ -18,23 +18,26 @@ NO_CAUSE = "attention that is not causal is not supported"
 
 def _of_each_head(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [H * 3 * r, ...]: a head's queries, keys and values lie together."""
-    return rows.unflatten(0, (heads, 3, -1))[:, "QKV".index(kind)]
+    by_head: Tensor = rows.unflatten(0, (heads, 3, -1))
+    return by_head[:, "QKV".index(kind)]
 
 
 def _thirds(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [3 * H * r, ...]: all queries, all keys, all values."""
-    return rows.unflatten(0, (3, heads, -1))["QKV".index(kind)]
+    thirds: Tensor = rows.unflatten(0, (3, heads, -1))
+    return thirds["QKV".index(kind)]
 
 
 def _blocks(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [(H + 2 * Hkv) * r, ...]: all queries, all keys, all values."""
     first, count = {"Q": (0, heads), "K": (heads, kv), "V": (heads + kv, kv)}[kind]
-    return rows.unflatten(0, (heads + 2 * kv, -1))[first : first + count]
+    by_head: Tensor = rows.unflatten(0, (heads + 2 * kv, -1))
+    return by_head[first : first + count]
 
 
 def _groups(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
     """Rows [Hkv * (H / Hkv + 2) * r, ...]: the queries of a group, then its keys and its values."""
-    grouped = rows.unflatten(0, (kv, heads // kv + 2, -1))
+    grouped: Tensor = rows.unflatten(0, (kv, heads // kv + 2, -1))
     return grouped[:, :-2].flatten(0, 1) if kind == "Q" else grouped[:, -2 if kind == "K" else -1]
 
 
@@ -74,6 +77,10 @@ def _olmo(c: Checkpoint) -> None:
         raise ValueError(f"{c.where}: clip_qkv is {c.config['clip_qkv']!r}, and clipped values are no linear function")
 
 
+def _never(c: Checkpoint) -> bool:
+    return False
+
+
 def _falcon_keys(c: Checkpoint, heads: int) -> int:
     if c.option("new_decoder_architecture", False):
         return int(c.option("num_kv_heads", heads))
@@ -109,7 +116,7 @@ LLAMA = Family()
 LAYERNORMS = replace(LLAMA, norm_kind="layernorm", default_eps=1e-5)
 GPT2 = replace(
     LAYERNORMS, body="transformer", embedding="wte", positions="wpe", layers="h", norm="ln_1", attention="attn",
-    joint="c_attn", split=_thirds, transposed=True, out="c_proj", final_norm="ln_f", heads="n_head", rotary=False,
+    joint="c_attn", split=_thirds, transposed=True, out="c_proj", final_norm="ln_f", heads="n_head", rotary=_never,
     check=_gpt2, tied=True,
     options=lambda c, found: {} if c.model or c.option("scale_attn_weights", True) else {"attention_scale": 1.0},
 )  # fmt: skip
@@ -125,7 +132,7 @@ COHERE = replace(
     logit_scale=lambda c: float(c.option("logit_scale", 0.0625)),
 )  # fmt: skip
 DEEPSEEK = replace(
-    LLAMA, rotary_pairs="adjacent", latent_norms=("q_a_layernorm", "kv_a_layernorm"), qk_norm_kind="rmsnorm of latents",
+    LLAMA, rotary_pairs="adjacent", latent_norms=("q_a_layernorm", "kv_a_layernorm"), qk_norm_kind="of a run",
     read_heads=latent.heads,
 )  # fmt: skip
 
@@ -133,7 +140,7 @@ FAMILIES: dict[str, Family] = {
     "bloom": replace(
         LAYERNORMS, body="transformer", embedding="word_embeddings", embedding_norm="word_embeddings_layernorm",
         layers="h", attention="self_attention", joint="query_key_value", split=_of_each_head, out="dense",
-        final_norm="ln_f", heads="n_head", rotary=False, interface=False, adds_residual=True, tied=True,
+        final_norm="ln_f", heads="n_head", rotary=_never, interface="products", adds_residual=True, tied=True,
     ),
     "cohere": COHERE,
     "cohere2": replace(COHERE, rotates=_in_windows),
@@ -142,7 +149,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": replace(
         LAYERNORMS, body="transformer", embedding="word_embeddings", layers="h", attention="self_attention",
         norm=("input_layernorm", "ln_attn"), joint="query_key_value", split=_falcon, out="dense", final_norm="ln_f",
-        key_heads=_falcon_keys, interface=False, tied=True,
+        key_heads=_falcon_keys, rotary=lambda c: not c.option("alibi", False), interface="sdpa", tied=True,
     ),
     "gemma": GEMMA,
     "gemma2": GEMMA2,
@@ -150,12 +157,12 @@ FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "gpt_neo": replace(
         GPT2, attention="attn.attention", joint=None, split=LLAMA.split, transposed=False, out="out_proj",
-        heads="num_heads", interface=False, check=LLAMA.check, options=lambda c, found: {"attention_scale": 1.0},
+        heads="num_heads", interface="products", check=LLAMA.check, options=lambda c, found: {"attention_scale": 1.0},
     ),
     "gpt_neox": NEOX,
     "gpt_oss": replace(LLAMA, options=_sinks),
     "gptj": replace(
-        GPT2, positions=None, joint=None, split=LLAMA.split, transposed=False, out="out_proj", rotary=True,
+        GPT2, positions=None, joint=None, split=LLAMA.split, transposed=False, out="out_proj", rotary=LLAMA.rotary,
         rotary_pairs="adjacent", check=LLAMA.check, options=LLAMA.options, tied=False,
     ),
     "granite": replace(LLAMA, options=_granite, logit_scale=lambda c: 1 / float(c.option("logits_scaling", 1.0))),
@@ -167,7 +174,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": OLMO2,
     "opt": replace(
         LAYERNORMS, body="model.decoder", positions="embed_positions", first_position=2, norm="self_attn_layer_norm",
-        out="out_proj", final_norm="final_layer_norm", rotary=False, scales_queries=True, check=_opt,
+        out="out_proj", final_norm="final_layer_norm", rotary=_never, scales_queries=True, check=_opt,
         tied=True,
     ),
     "phi": replace(

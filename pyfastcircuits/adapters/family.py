@@ -10,6 +10,7 @@ from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.model.weights import Norm, QKNorm
 
 Kind = Literal["Q", "K", "V"]
+Interface = Literal["transformers", "sdpa", "products"]
 Split = Callable[[Tensor, Kind, int, int], Tensor]
 
 
@@ -42,7 +43,8 @@ class Family:
         head: the output embedding.
         logit_scale: what the logits are multiplied by.
         scales_queries: whether queries are scaled before they are multiplied by keys.
-        interface: whether attention goes through transformers' interface; else patterns are what attention returns.
+        interface: the function through which attention goes: that of "transformers" (its attention interface), torch's
+            "sdpa"; or none, and two "products", with patterns among what the attention returns.
         adds_residual: whether the attention adds the residual stream to what it writes.
         check: raises ValueError for options that are not supported.
         options: more arguments of CircuitWeights, from what is read and what has been found.
@@ -76,14 +78,14 @@ class Family:
     final_norm: str = "norm"
     heads: str = "num_attention_heads"
     key_heads: Callable[[Checkpoint, int], int] = lambda c, heads: int(c.option("num_key_value_heads", heads))
-    rotary: bool = True
+    rotary: Callable[[Checkpoint], bool] = lambda c: True
     rotary_pairs: Literal["halves", "adjacent"] = "halves"
     rotary_share: float = 1.0
     rotates: Callable[[Checkpoint, int], bool] = lambda c, layer: True
     head: str = "lm_head"
     logit_scale: Callable[[Checkpoint], float] = lambda c: 1.0
     scales_queries: bool = False
-    interface: bool = True
+    interface: Interface = "transformers"
     adds_residual: bool = False
     check: Callable[[Checkpoint], None] = lambda c: None
     options: Callable[[Checkpoint, dict[str, Any]], dict[str, Any]] = lambda c, found: {}

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfastcircuits.adapters.attention import Made, attending, eager, stop, tiled
+from pyfastcircuits.adapters.attention import Made, attending, eager, plain, stop, tiled
 from pyfastcircuits.adapters.checkpoint import Checkpoint
-from pyfastcircuits.adapters.families import family_of
-from pyfastcircuits.adapters.family import Family
+from pyfastcircuits.adapters.families import FAMILIES
+from pyfastcircuits.adapters.family import Family, Interface
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
 from pyfastcircuits.adapters.module_tensors import ModuleTensors
+from pyfastcircuits.adapters.observed import observed
 from pyfastcircuits.adapters.products import Products, Reached
 from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.adapters.recording import Hooks, Recording
@@ -32,23 +33,31 @@ def family_and_checkpoint(model: Any) -> tuple[Family, Checkpoint]:
     Raises:
         ValueError: a model that gives no next-token logits, or of a family that is not supported.
     """
+    refuse_encoder(model)
     where, config = type(model).__name__, model.config.to_dict()
-    if config.get("is_encoder_decoder") or config.get("is_decoder") is False and _looks_both_ways(model):
-        raise ValueError(f"{where} gives no next-token logits: it is an encoder, and its attention is not causal")
-    family = family_of(config.get("model_type"), where)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    body = _submodule(model, family.body)
-    if body is None or head is None:
+    known = FAMILIES.get(config.get("model_type"))
+    if head is None or (known is not None and _submodule(model, known.body) is None):
         raise ValueError(
-            f"{where} gives no next-token logits: expected the family's causal language model, with "
-            f"{family.body!r} and an output embedding"
+            f"{where} gives no next-token logits: expected the family's causal language model, with an output embedding"
         )
-    layers = _submodule(body, family.layers)
+    family, sizes = (known, {}) if known is not None else observed(model)
+    config |= sizes
+    layers = _submodule(model, f"{family.body}.{family.layers}")
     count = len(layers) if layers is not None else 0
     configured = next((name for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), None)
     if configured is not None:  # a model runs as many of its layers as are configured
         config[configured] = min(int(config[configured]), count)
     return family, Checkpoint(where, config, ModuleTensors(model), family.body, model)
+
+
+def refuse_encoder(model: Any) -> None:
+    """Raise ValueError for a model whose attention is not causal."""
+    config = model.config.to_dict()
+    if config.get("is_encoder_decoder") or (config.get("is_decoder") is False and _looks_both_ways(model)):
+        raise ValueError(
+            f"{type(model).__name__} gives no next-token logits: it is an encoder, and its attention is not causal"
+        )
 
 
 def _looks_both_ways(model: Any) -> bool:
@@ -65,7 +74,7 @@ def _submodule(model: nn.Module, name: str) -> Any:
 def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "patterns") -> Recording:
     """Record one forward pass of the model, with its logits at a few positions."""
     family, checkpoint = family_and_checkpoint(model)
-    if store == "qk" and not family.interface:
+    if store == "qk" and family.interface != "transformers":
         raise ValueError(
             f"store is 'qk', but {type(model).__name__} makes its patterns itself, and not through transformers' "
             "attention interface: they must be kept"
@@ -74,14 +83,17 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
     layers = list(body.get_submodule(family.layers))[: checkpoint.n_layers]
     parts = [LayerParts.of(family, layer) for layer in layers]
     seen, options = Recording(model=model), []
-    kept = tiled(given.mask) if store == "qk" else eager
+    kept = tiled(given.mask) if store == "qk" else plain if family.interface == "sdpa" else eager
 
     def attend_and_keep(module: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, **more: Any) -> Any:
         options.append({"attention_mask": hidden, **more})
-        return kept(module, q, k, v, attention_mask=hidden, **more)
+        out = kept(module, q, k, v, attention_mask=hidden, **more)
+        seen.patterns.append(out[1])
+        return out
 
     how = _arguments(model, given)
-    with torch.no_grad(), attending(body.config, attend_and_keep, masked=store != "qk"), Hooks(model) as hooks:
+    through = attending(body.config, attend_and_keep, family.interface, masked=store != "qk")
+    with torch.no_grad(), through, Hooks(model) as hooks:
         for part in dict.fromkeys(parts):  # a layer that is used twice is watched once
             _watch_layer(hooks, seen, family, part)
         norm = body.get_submodule(family.final_norm)
@@ -99,11 +111,15 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
         "logits": family.head,
         **{f"heads of layer {i}": family.layer(family.attention).format(i) for i in range(len(layers))},
     }
+    options = options or [{}] * len(parts)
     own = layers_of(seen, weights, [(part.block, part.attention, part.head_norms) for part in parts], options)
     if family.latent_norms:
         seen.value_scales = [layer.norms[-1][1].view(given.tokens.shape) for layer in own]
-    forward = HuggingFaceForward if family.interface else ProductsForward
-    seen.forward = forward(model, weights, own, seen.streams[0].dtype, len(given.tokens), given.mask, store == "qk")
+    parts_of_it = (model, weights, own, seen.streams[0].dtype, len(given.tokens), given.mask)
+    if family.interface == "products":
+        seen.forward = ProductsForward(*parts_of_it)
+    else:
+        seen.forward = HuggingFaceForward(*parts_of_it, body.config, family.interface, store == "qk")
     return seen
 
 
@@ -140,10 +156,9 @@ def _watch_layer(hooks: Hooks, seen: Recording, family: Family, part: LayerParts
 
     def keep_attention(_: Any, out: tuple[Tensor, Any]) -> None:
         written, pattern = out[:2]
-        if pattern is None:
-            raise RuntimeError("the model's attention gave no pattern, though it was given a function that does")
         seen.written.append(written - seen.streams[-1] if family.adds_residual else written)
-        seen.patterns.append(pattern)
+        if family.interface == "products":
+            seen.patterns.append(pattern)
 
     hooks.after(part.attention, keep_attention)
     if part.post_norm is not None:
@@ -156,12 +171,18 @@ def _watch_layer(hooks: Hooks, seen: Recording, family: Family, part: LayerParts
 
 
 def _check_order(seen: Recording, parts: list[LayerParts]) -> None:
-    """Raise unless the layers ran as they are listed, each once."""
+    """Raise unless the layers ran as they are listed, and each attended once."""
     ran = [id(block) for block in seen.ran]
     if ran != [id(part.block) for part in parts]:
         raise ValueError(
             f"model ran {len(ran)} layers, but has {len(parts)} in its list, or ran them in another order: a trace "
             "needs each layer of the list to run once"
+        )
+    attended = max(len(seen.attentions), len(seen.patterns))
+    if attended != len(parts):
+        raise ValueError(
+            f"model attended {attended} times in {len(parts)} layers: a forward method has been replaced by one that "
+            "runs an attention again or not at all, which a trace does not represent"
         )
 
 
@@ -182,15 +203,19 @@ def _arguments(model: Any, given: Tokens) -> dict[str, Any]:
 class HuggingFaceForward(ModelForward):
     """The Forward through transformers' attention interface: a function of ours stands where values are mixed."""
 
+    config: Any  # that the attentions read
+    interface: Interface
     tiled: bool  # the clean run worked on tiles and kept no patterns
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""
-        with attending(layer.attention.config, stop):
+        with attending(self.config, stop, self.interface):
             try:
                 layer.attention_call(layer.attention, read)
             except Made as made:
-                return made.tensors
+                q, k, v = made.tensors
+                kv = self.weights.W_K.shape[1]
+                return q, k[:, :: k.shape[1] // kv], v[:, :: v.shape[1] // kv]
         raise RuntimeError(f"{type(layer.attention).__name__} does not call transformers' attention interface")
 
     def mixed(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -200,13 +225,13 @@ class HuggingFaceForward(ModelForward):
 
     def run(self, layer: Layer, stream: Tensor) -> Tensor:
         """See ModelForward."""
-        with attending(layer.attention.config, self._attend(len(stream))):
+        with attending(self.config, self._attend(len(stream)), self.interface):
             return super().run(layer, stream)
 
     def _attend(self, rows: int) -> Any:
         """The attention function of the clean run, for so many rows of tokens."""
         if not self.tiled:
-            return eager
+            return plain if self.interface == "sdpa" else eager
         return tiled(None if self.mask is None else self.mask.repeat(rows // self.batch, 1))
 
 
@@ -214,12 +239,10 @@ class HuggingFaceForward(ModelForward):
 class ProductsForward(ModelForward):
     """The Forward of an attention that calls no interface: it is stopped, and changed, at its products."""
 
-    tiled: bool
-
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""
         (q, keys), (_, v) = self._reached(layer, Products(2), read)
-        heads, kv = self.weights.n_heads, self.weights.W_K.shape[1]
+        kv = self.weights.W_K.shape[1]
         q, k, v = (x.reshape(len(read), -1, *x.shape[-2:]) for x in (q, keys.mT, v))
         return q.to(v.dtype), k[:, :: k.shape[1] // kv].to(v.dtype), v[:, :: v.shape[1] // kv]
 
@@ -232,17 +255,13 @@ class ProductsForward(ModelForward):
 
     def run(self, layer: Layer, stream: Tensor) -> Tensor:
         """See ModelForward."""
-        with attending(self._config, None):
+        with attending(self.model.config, None, "products"):
             return super().run(layer, stream)
 
     def _reached(self, layer: Layer, products: Products, read: Tensor) -> list[tuple[Tensor, Tensor]]:
         try:
-            with attending(self._config, None), products:
+            with attending(self.model.config, None, "products"), products:
                 layer.attention_call(layer.attention, read)
         except Reached as reached:
             return reached.factors
         raise RuntimeError(f"{type(layer.attention).__name__} makes no product of patterns and values")
-
-    @property
-    def _config(self) -> Any:
-        return self.model.config

@@ -46,7 +46,7 @@ class _Layer:
     def _tensor(self, part: str, layer: int) -> Tensor:
         return self.c.tensor(self.family.in_attention(part).format(layer))
 
-    def Q(self, layer: int) -> Tensor:  # noqa: N802 (a weight's name)
+    def Q(self, layer: int) -> Tensor:
         """[H, d, r]."""
         if self.c.has(self.family.in_attention("q_proj.weight").format(layer)):
             rows = self._tensor("q_proj.weight", layer)
@@ -56,12 +56,12 @@ class _Layer:
         by_head = rows.unflatten(0, (self.H, -1)).mT
         return torch.cat((by_head[..., self.still :], by_head[..., : self.still]), -1)
 
-    def K(self, layer: int) -> Tensor:  # noqa: N802
+    def K(self, layer: int) -> Tensor:
         """[H, d, r]: all heads share what turns."""
         latent, turning = self._first(layer)
         return torch.cat((turning.mT.expand(self.H, -1, -1), (self._second(layer)[:, : self.still] @ latent).mT), -1)
 
-    def V(self, layer: int) -> Tensor:  # noqa: N802
+    def V(self, layer: int) -> Tensor:
         """[H, d, s]."""
         return (self._second(layer)[:, self.still :] @ self._first(layer)[0]).mT
 
@@ -73,4 +73,5 @@ class _Layer:
     def _second(self, layer: int) -> Tensor:
         """From latents to keys that stand still and values, with the gain of the norm: [H, still + s, l]."""
         rows, gain = self._tensor("kv_b_proj.weight", layer), self._tensor("kv_a_layernorm.weight", layer)
-        return (rows * gain).unflatten(0, (self.H, -1))
+        by_head: Tensor = (rows * gain).unflatten(0, (self.H, -1))
+        return by_head

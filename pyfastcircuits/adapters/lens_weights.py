@@ -4,14 +4,16 @@ A TransformerBridge keeps a Hugging Face model: its tensors are those of the bri
 what is particular about them (rotations, norms of queries and keys, scales) is in the table of families.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.adapters.families import FAMILIES
 from pyfastcircuits.adapters.family import Family
-from pyfastcircuits.adapters.hugging_face import family_and_checkpoint
+from pyfastcircuits.adapters.hugging_face import family_and_checkpoint, refuse_encoder
 from pyfastcircuits.adapters.reading import own_eps, qk_norms, score_scales
 from pyfastcircuits.adapters.rotary_table import rates_of
 from pyfastcircuits.adapters.rotation import rotation
@@ -36,6 +38,12 @@ class Source:
         """Of a model that this library supports; errors as CircuitWeights.from_model."""
         where, inner = type(model).__name__, getattr(model, "original_model", None)
         if inner is not None and hasattr(getattr(inner, "config", None), "model_type"):
+            refuse_encoder(inner)
+            if inner.config.model_type not in FAMILIES:
+                raise ValueError(
+                    f"{where}: model_type {inner.config.model_type!r} is not supported in a bridge; trace the Hugging Face "
+                    "model itself"
+                )
             family, checkpoint = family_and_checkpoint(inner)
             held: Any = _Originals(inner)
             source = Source(model, family, replace(checkpoint, model=held))
@@ -107,6 +115,10 @@ class _Originals:
         """See nn.Module."""
         return original(self._model.get_submodule(name))
 
+    def parameters(self) -> Iterator[Tensor]:
+        """See nn.Module."""
+        return self._model.parameters()
+
 
 def original(component: Any) -> Any:
     """The module that a component of a TransformerBridge stands in for; any other as it is."""
@@ -151,7 +163,7 @@ def _projections(source: Source) -> dict[str, Any]:
 def _positions(source: Source) -> dict[str, Any]:
     """Positions of the residual stream, or the rotation of queries and keys."""
     model, cfg = source.model, source.model.cfg
-    if source.family is not None and source.family.rotary and not source.checkpoint.config.get("alibi"):
+    if source.family is not None and source.family.rotary(source.checkpoint):
         width = source.attentions[0].W_Q.shape[-1]
         return rotation(source.family, source.checkpoint, width)
     scheme = cfg.positional_embedding_type

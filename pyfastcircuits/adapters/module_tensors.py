@@ -1,7 +1,6 @@
 """The tensors of a model in memory by name, as its modules apply them: also quantised, adapted and offloaded ones."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +97,9 @@ def _is_changed(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return hasattr(module, "in_features") or hasattr(module, "base_layer")
+    made_by_hook = any(hasattr(hook, "compute_weight") for hook in module._forward_pre_hooks.values())
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
-    return not plain or hasattr(module, "base_layer")
+    return not plain or made_by_hook or hasattr(module, "base_layer")
 
 
 def _base(module: nn.Module) -> nn.Module:

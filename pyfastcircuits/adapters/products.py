@@ -43,8 +43,13 @@ class Products(TorchFunctionMode):
         if len(self._seen) == self._last:
             raise Reached(self._seen)
         if self._given:
-            left, right = (new.reshape(old.shape) for new, old in zip(self._given, (left, right), strict=True))
+            left, right = (_shaped(new, old) for new, old in zip(self._given, (left, right), strict=True))
         return called(*base, left, right, **kwargs)
+
+
+def _shaped(new: Tensor, old: Tensor) -> Tensor:
+    """A factor [N, n, ...] in the shape of the one it replaces, with key/value heads repeated if those were."""
+    return new.repeat_interleave(old.numel() // new.numel(), 1).reshape(old.shape)
 
 
 class Reached(Exception):

@@ -1,5 +1,6 @@
 """CircuitWeights read from a checkpoint of any family, in memory or on disk."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,33 +33,34 @@ def read_checkpoint(family: Family, c: Checkpoint) -> CircuitWeights:
     if c.has(bias.format(0)):
         found["b_O"] = c.stack(bias, d)
     found |= _norms(family, c, d) | qk_norms(family, c, r) | score_scales(family, c, r)
-    found |= rotation(family, c, r) if family.rotary else {}
+    found |= rotation(family, c, r) if family.rotary(c) else {}
     found |= family.options(c, found)
     return CircuitWeights(**found, attention_only=False)
 
 
 def _projections(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
     heads, kv = family.counts(c)
-    names = {
-        kind: family.joint or own for kind, own in zip("QKV", (family.queries, family.keys, family.values), strict=True)
-    }
+    projections: tuple[tuple[Kind, str], ...] = (("Q", family.queries), ("K", family.keys), ("V", family.values))
     out: dict[str, Any] = {}
-    for kind, name in names.items():
+    for kind, own in projections:
+        name = family.joint or own
         weight, bias = family.in_attention(f"{name}.weight"), family.in_attention(f"{name}.bias")
-        count = heads if kind == "Q" else kv
         split = partial(_split, family, kind, heads, kv)
-        shape = _shape(family, c, weight, kind, d)
         out[f"W_{kind}"] = c.layers(
-            weight, *shape, view=lambda x, split=split: split(x.mT if family.transposed else x).mT
+            weight, *_shape(family, c, weight, kind, d), view=partial(_transposed, family, split)
         )
         if c.has(bias.format(0)):
             out[f"b_{kind}"] = c.stack(bias, view=split)
-            assert out[f"b_{kind}"].shape[1] == count
     return out
 
 
 def _split(family: Family, kind: Kind, heads: int, kv: int, rows: Tensor) -> Tensor:
     return family.split(rows, kind, heads, kv)
+
+
+def _transposed(family: Family, split: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """By heads, [n, d, r]."""
+    return split(weight.mT if family.transposed else weight).mT
 
 
 def _shape(family: Family, c: Checkpoint, weight: str, kind: str, d: int) -> tuple[int, ...]:
@@ -195,8 +197,9 @@ def _eps(family: Family, c: Checkpoint) -> float:
 def score_scales(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     """What the attention scores are divided by, as the attentions in memory have it."""
     attentions = [c.module(family.layer(family.attention).format(i)) for i in range(c.n_layers)]
-    scales = [getattr(attention, "scaling", None) for attention in attentions]
-    if not all(isinstance(scale, float) and scale > 0 for scale in scales):
+    held = [getattr(attention, "scaling", None) for attention in attentions]
+    scales = [scale for scale in held if isinstance(scale, float) and scale > 0]
+    if len(scales) < len(held) or not scales:
         return {}
     divisors = [1 / scale for scale in scales]
     alike = all(divisor == divisors[0] for divisor in divisors)

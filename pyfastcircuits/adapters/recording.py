@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from pyfastcircuits.adapters.agreement import Agreement
 from pyfastcircuits.adapters.tokens import Tokens
-from pyfastcircuits.model.norms import embedded, head_norm_scale, norm_scale
+from pyfastcircuits.model.norms import centered, embedded, head_norm_scale, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.forward import Forward
 from pyfastcircuits.run.model_guard import ModelGuard
 from pyfastcircuits.run.patterns import Pattern, stored
 from pyfastcircuits.run.trace import FrozenModel, FrozenTrace
 
+SAMPLED, LARGEST = 2048, 4  # tokens whose logits are compared
 STREAMS = ("hidden_states", "query_input", "key_input", "value_input")  # names that modules read the stream by
 
 
@@ -130,9 +131,7 @@ def freeze(weights: CircuitWeights, given: Tokens, seen: Recording) -> FrozenTra
         agree(f"heads of layer {layer}", "write", whole, theirs, seen.names)
     final = streams[-1] + _final_rounding(model, streams[-1], seen, agree)
     if seen.logits is not None:
-        rows = model.normed(final, weights.n_layers)[:, seen.logit_positions]
-        agree.mask = None if mask is None else mask[:, seen.logit_positions]
-        agree("logits", "are", _logits(weights, rows), seen.logits, seen.names)
+        _check_logits(model, final, seen, Agreement(seen.model, mask))
     ends = [*streams[1:-1], final][: len(written)]
     non_heads = (after - before - mine for before, after, mine in zip(streams[:-1], ends, written, strict=True))
     return FrozenTrace(
@@ -157,10 +156,22 @@ def _written_biases(model: FrozenModel, layer: int, like: Tensor) -> Tensor:
     return model.apply_post_norm(written if bias is None else written + bias[layer].to(written.dtype), layer)
 
 
-def _logits(weights: CircuitWeights, rows: Tensor) -> Tensor:
-    logits, bias, cap = rows @ weights.W_U.to(rows.dtype), weights.whole_unembed_bias(), weights.logit_cap
+def _check_logits(model: FrozenModel, final: Tensor, seen: Recording, agree: Agreement) -> None:
+    """Compare the logits of a few positions: of the tokens with the largest ones, and of some of the vocabulary.
+
+    They are so few that this costs a small part of the model's own product with W_U.
+    """
+    assert seen.logits is not None
+    weights, where = model.weights, seen.logit_positions
+    largest = seen.logits.topk(min(LARGEST, weights.d_vocab_out)).indices.flatten()
+    some = torch.arange(0, weights.d_vocab_out, max(1, weights.d_vocab_out // SAMPLED), device=largest.device)
+    tokens = torch.cat((some, largest)).unique()
+    rows, bias, cap = model.normed(final, weights.n_layers)[:, where], weights.unembed_bias(tokens), weights.logit_cap
+    logits = rows @ weights.W_U[:, tokens].to(rows.dtype)
     logits = logits if bias is None else logits + bias
-    return logits if cap is None else cap * (logits / cap).tanh()
+    agree.mask = None if agree.mask is None else agree.mask[:, where]
+    capped = logits if cap is None else cap * (logits / cap).tanh()
+    agree("logits", "are", capped, seen.logits[..., tokens], seen.names)
 
 
 def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, agree: "Agreement") -> Tensor:
@@ -169,8 +180,7 @@ def _final_rounding(model: FrozenModel, final: Tensor, seen: Recording, agree: "
     mine = model.normed(final, weights.n_layers)
     bias = 0 if weights.ln_final_b is None else weights.ln_final_b.to(mine.dtype)
     agree("final norm", "gives", mine + bias, normed, seen.names)
-    if weights.norm != "rmsnorm":  # torch's layernorm rounds as ours does
-        return torch.zeros_like(mine)
     gain = torch.ones_like(mine[0, 0]) if weights.ln_final_w is None else weights.ln_final_w.to(mine.dtype)
     factor = model.scales[-1][..., None] * gain
-    return torch.where(factor != 0, (normed.to(mine.dtype) - mine) / factor, 0)
+    change = torch.where(factor != 0, (normed.to(mine.dtype) - bias - mine) / factor, 0)
+    return centered(change, weights)

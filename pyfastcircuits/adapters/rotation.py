@@ -19,29 +19,37 @@ def rotation(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     Frequencies that depend on the length of a sequence are those of short ones, and `rotary_length` says how short.
     """
     module = c.module(f"{family.body}.rotary_emb")
-    settings = dict(c.config) | dict(c.option("rope_scaling", {})) | dict(c.option("rope_parameters", {}))
-    kind, nested = settings.get("rope_type", settings.get("type", "default")), "layer_types" in c.config
+    own = dict(c.option("rope_scaling", {})) | dict(c.option("rope_parameters", {}))
+    settings = dict(c.config) | own
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    by_layer = "rope_local_base_freq" in settings or any(isinstance(x, dict) for x in own.values())
     if module is not None and not any(name.endswith("inv_freq") for name, _ in module.named_buffers()):
         module = None  # GPT-J keeps a table of angles
-    if module is None and kind == "default" and not nested:
-        share = settings.get("partial_rotary_factor", settings.get("rotary_pct", family.rotary_share))
-        width = c.option("qk_rope_head_dim", None) or c.option("rotary_dim", int(r * share))
-        base = float(settings.get("rope_theta", settings.get("rotary_emb_base", 10_000.0)))
-        frequencies: Tensor | list[Tensor] = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        scale, length = 1.0, None
-    elif module is None:
-        frequencies, scale, length = _by_transformers(family, c)
+    if module is not None:
+        found = _of_module(family, c, module)
+    elif kind == "default" and not by_layer:
+        found = _default(family, c, settings, r), 1.0, None
     else:
-        frequencies, scale, length = _of_module(family, c, module)
+        found = _by_transformers(family, c)
+    frequencies, scale, length = found
     if isinstance(frequencies, list) or not all(family.rotates(c, layer) for layer in range(c.n_layers)):
         each = frequencies if isinstance(frequencies, list) else [frequencies] * c.n_layers
-        each = [own if family.rotates(c, layer) else torch.zeros_like(own) for layer, own in enumerate(each)]
+        each = [x if family.rotates(c, layer) else torch.zeros_like(x) for layer, x in enumerate(each)]
         frequencies = torch.stack(each)
     out: dict[str, Any] = {"positional": "rotary", "rotary_pairs": family.rotary_pairs, "rotary_length": length}
     return out | {"rotary_frequencies": frequencies, "rotary_scale": scale}
 
 
 Found = tuple[Tensor | list[Tensor], float, int | None]
+
+
+def _default(family: Family, c: Checkpoint, settings: dict[str, Any], r: int) -> Tensor:
+    share = settings.get("partial_rotary_factor", settings.get("rotary_pct", family.rotary_share))
+    width = c.option("qk_rope_head_dim", None) or c.option("rotary_dim", int(r * share))
+    base = float(settings.get("rope_theta", settings.get("rotary_emb_base", 10_000.0)))
+    device = None if c.model is None else next(c.model.parameters()).device
+    frequencies: Tensor = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    return frequencies
 
 
 def _of_module(family: Family, c: Checkpoint, module: Any) -> Found:
@@ -62,9 +70,8 @@ def _one(module: Any, prefix: str) -> tuple[Tensor, float, int | None]:
     kind = kind.get(prefix.rstrip("_"), "default") if isinstance(kind, dict) else kind
     changes = next((attribute for name, attribute in CHANGING.items() if name in str(kind)), None)
     name = "inv_freq" if changes is None else "original_inv_freq"
-    frequencies: Tensor = getattr(module, prefix + name, None)
-    if frequencies is None:
-        frequencies = getattr(module, prefix + "inv_freq")
+    held = getattr(module, prefix + name, None)
+    frequencies: Tensor = getattr(module, prefix + "inv_freq") if held is None else held
     length = None
     if changes is not None:
         parameters = getattr(module.config, "rope_parameters", None) or {}

@@ -66,8 +66,7 @@ def trace(
         if weights is not None and weights is not model:
             raise ValueError("weights is given, but the model is a CircuitWeights itself: give one of them")
         return _trace_weights(model, Tokens.of(model, tokens, mask, position_ids), store)
-    model = unwrapped(model)
-    library = _library(model)
+    model, library = _library(model)
     if weights is None:
         weights = library.weights_of(model)
     given = Tokens.of(weights, tokens, mask, position_ids)
@@ -78,17 +77,18 @@ def weights_of(model: Any) -> CircuitWeights:
     """See CircuitWeights.from_model."""
     if isinstance(model, CircuitWeights):
         raise TypeError("model is a CircuitWeights already, expected a model of another library: use it as it is")
-    model = unwrapped(model)
-    weights: CircuitWeights = _library(model).weights_of(model)
+    inner, library = _library(model)
+    weights: CircuitWeights = library.weights_of(inner)
     return weights
 
 
-def _library(model: Any) -> Any:
-    """The adapter of the library that the model is of; it is known by what it offers, and nothing is imported."""
-    if hasattr(model, "run_with_hooks") and hasattr(model, "cfg"):
-        return transformer_lens
-    if hasattr(getattr(model, "config", None), "model_type"):
-        return hugging_face
+def _library(model: Any) -> tuple[Any, Any]:
+    """The model inside of what wraps it, and the adapter of its library, known by what the model offers alone."""
+    inner = unwrapped(model)
+    if hasattr(inner, "run_with_hooks") and hasattr(inner, "cfg"):
+        return inner, transformer_lens
+    if hasattr(getattr(inner, "config", None), "model_type"):
+        return inner, hugging_face
     raise TypeError(
         f"model is {describe(model)}, expected CircuitWeights, a TransformerLens model or a Hugging Face one"
     )

@@ -92,7 +92,7 @@ def _eager(source: Source) -> AbstractContextManager[None]:
     """Let a bridge's Hugging Face model make masks that leave no row of padding NaN."""
     if source.family is None:
         return nullcontext()
-    return attending(source.model.original_model.config, eager, masked=True)
+    return attending(source.model.original_model.config, eager, "transformers", masked=True)
 
 
 @contextmanager

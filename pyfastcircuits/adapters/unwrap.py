@@ -21,6 +21,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def _inner(model: Any) -> Any:
+    if getattr(model, "dispatched", True) is False and hasattr(model, "dispatch"):
+        raise ValueError(
+            f"model is a {type(model).__name__} that has not loaded its weights: call its dispatch() first"
+        )
     held = vars(model) if hasattr(model, "__dict__") else {}
     if callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
         active = getattr(model, "active_peft_config", None)

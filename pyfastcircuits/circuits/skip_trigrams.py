@@ -47,7 +47,7 @@ class SkipTrigrams:
         attention: [S, k], the attention score of each destination to the source, less its mean over all tokens.
         outputs: [S, k] tokens.
         logits: [S, k], the logit that the source adds to each output, less its mean over all tokens.
-        text: turns token ids into text, for `table` and `str`.
+        text: turns token ids into text, for `table` and `str`; an id of which it makes none is shown as "<id 50300>".
     """
 
     head: Head
@@ -106,20 +106,28 @@ class SkipTrigrams:
         }
         for name in ("source", "destination", "output"):
             if self.text is not None:
-                columns[f"{name}_text"] = [self.text([token]) for token in columns[name].tolist()]
+                columns[f"{name}_text"] = [self.text([x]) or no_token(x) for x in columns[name].tolist()]
         return pa.table({name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in columns.items()})
 
     def __str__(self) -> str:
         """A line for each source: its destinations, its outputs."""
-        show = self.text or (lambda ids: str(ids[0]))
         lines = [f"head {self.head[0]}.{self.head[1]}: source | destinations that attend to it | outputs it raises"]
         for s, source in enumerate(self.sources.tolist()):
             cells = [
-                ", ".join(f"{show([t])!r} {v:+.2f}" for t, v in zip(tokens[s].tolist(), x[s].tolist(), strict=True))
+                ", ".join(f"{self._shown(t)} {v:+.2f}" for t, v in zip(tokens[s].tolist(), x[s].tolist(), strict=True))
                 for tokens, x in ((self.destinations, self.attention), (self.outputs, self.logits))
             ]
-            lines.append(" | ".join((repr(show([source])), *cells)))
+            lines.append(" | ".join((self._shown(source), *cells)))
         return "\n".join(lines)
+
+    def _shown(self, token: int) -> str:
+        text = str(token) if self.text is None else self.text([token])
+        return repr(text) if text else no_token(token)
+
+
+def no_token(token: int) -> str:
+    """What is shown of an id for which a tokenizer has no token, as in a vocabulary that is padded."""
+    return f"<id {token}>"
 
 
 @public
@@ -147,7 +155,8 @@ def skip_trigrams(
         head: (layer, head).
         source_tokens: S tokens; all if None.
         k: the number of destinations and outputs of each source, and the most triples that `.top` finds.
-        among: only these tokens as destinations and outputs; all if None.
+        among: only these tokens as destinations and outputs; all if None. It is for models that predict the tokens that
+            they read.
         normed: each embedding goes through the norm first; see ov_circuit.
         offset: with rotary positions, the destination stands so many positions after the source.
         text: turns token ids into text in the result, e.g. a tokenizer's `decode`.
@@ -155,7 +164,7 @@ def skip_trigrams(
 
     Raises:
         ValueError: the head is not a pair of integers; k is out of range; there is no token, or one comes twice in
-            `among`; the offset does not fit.
+            `among`; `among` is given, and the model predicts other tokens than it reads; the offset does not fit.
         IndexError: the model has no such head or token.
         TypeError: tokens are not integers.
         RuntimeError: the backend is not there.
@@ -165,6 +174,8 @@ def skip_trigrams(
     head = parse_head(weights, head)
     V, device = weights.d_vocab, weights.device
     sources = checked_indices("source_tokens", source_tokens, V, device, repeated=True)
+    if among is not None:
+        weights.check_one_vocabulary("among is given, but a destination is no output")
     columns = checked_indices("among", among, V, device)
     scores = qk_tables(weights, head, normed=normed, offset=offset).token_token
     keys = scores.B - scores.B.mean(-1, dtype=torch.float64, keepdim=True).to(scores.dtype)

@@ -31,7 +31,7 @@ def circuit_eigenvalues(weights: CircuitWeights, circuit: Literal["OV", "QK"]) -
     [d, d] made once; those of W_E @ QK @ W_E.T ("QK") are those of W_K.T @ (W_E.T @ W_E) @ W_Q.
 
     Raises:
-        ValueError: the circuit is neither "OV" nor "QK".
+        ValueError: the circuit is neither "OV" nor "QK"; "OV", where the model predicts other tokens than it reads.
 
     Source: "Summarizing OV/QK Matrices", Elhage et al. 2021.
     """
@@ -95,7 +95,11 @@ def positivity(eigenvalues: Tensor) -> Tensor:
 
 @public
 def copying_scores(weights: CircuitWeights) -> Tensor:
-    """How far every head copies, [L, H] in [-1, 1]: `positivity` of the eigenvalues of its full OV circuit."""
+    """How far every head copies, [L, H] in [-1, 1]: `positivity` of the eigenvalues of its full OV circuit.
+
+    Raises:
+        ValueError: the model predicts other tokens than it reads, so that nothing is copied.
+    """
     return positivity(circuit_eigenvalues(weights, "OV"))
 
 
@@ -173,6 +177,7 @@ def _eigenvalues(matrices: Tensor) -> Tensor:
 
 def _unembed_embed(weights: CircuitWeights) -> Tensor:
     """W_U @ W_E, [d, d]."""
+    weights.check_one_vocabulary("an OV circuit that is not square has no eigenvalues")
     with OneDnnMatmul(weights.device):
         product = weights.W_U.to(weights.compute_dtype) @ weights.W_E.to(weights.compute_dtype)
     return through_final_gain(weights, product.mT).mT * weights.embed_scale

@@ -1,7 +1,7 @@
 """Tables over the vocabulary searched without forming them: largest entries, ranks on the diagonal, copying.
 
-A table is a `FactoredMatrix` [V, V], such as `bigrams`, `ov_circuit` and `qk_circuit` give. The kernels stream through
-its tiles and keep only the answer.
+A table is a `FactoredMatrix` [V, V] or [V, V'], such as `bigrams`, `ov_circuit` and `qk_circuit` give. The kernels
+stream through its tiles and keep only the answer.
 """
 
 import itertools
@@ -223,11 +223,13 @@ def copying_accuracy(
         progress: called with the number of heads finished since the last call.
 
     Raises:
-        ValueError, IndexError: as ov_circuit.
+        ValueError: the model predicts other tokens than it reads, so that nothing is copied; else as ov_circuit.
+        IndexError: as ov_circuit.
         RuntimeError: the backend is not there.
 
     Source: "Copying heads", "Detecting copying behavior", Elhage et al. 2021.
     """
+    weights.check_one_vocabulary("no head can raise the token it attends to")
     shape: tuple[int, ...] = (weights.n_layers, weights.n_heads)
     wanted: list[Sequence[int]] = [*itertools.product(*map(range, shape))] if heads is None else [*heads]
     if heads is not None:

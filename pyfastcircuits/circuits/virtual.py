@@ -36,14 +36,14 @@ def virtual_weights(
     Args:
         weights: the model.
         source: "embed" (rows: W_E, [V, d]) or a head (rows: W_O, [r, d]).
-        destination: a head (columns: W_Q, W_K or W_V by `kind`, [d, r]) or "unembed" (columns: W_U, [d, V]).
+        destination: a head (columns: W_Q, W_K or W_V by `kind`, [d, r]) or "unembed" (columns: W_U, [d, V']).
         kind: a destination head reads by its queries, "Q", its keys, "K", or its values, "V".
         hops: "direct": W_out @ W_in, the connection that skips every layer between. "all": the exact product
             W_out @ prod(I + sum_h OV_h) @ W_in over the layers strictly between, as if every head between passed on
             its own position's value.
 
     Returns:
-        The product, factored: [r or V, r or V] of inner dimension d.
+        The product, factored: [r or V, r or V'] of inner dimension d.
 
     Raises:
         ValueError: a component, kind or hops is unknown; the source does not come before the destination.

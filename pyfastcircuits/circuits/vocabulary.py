@@ -1,9 +1,9 @@
 """The circuits of the article over the vocabulary: the bigram table, and every head's OV and QK circuit.
 
 A head's OV circuit says what attending to a token adds to the logits, its QK circuit which tokens attend to which, and
-the bigram table what the direct path predicts. Each is a matrix [V, V] of low rank and stays factored: it is never
-formed. Rows are the tokens that are read, as row vectors ("A Mathematical Framework for Transformer Circuits", Elhage
-et al. 2021).
+the bigram table what the direct path predicts. Each is a matrix of low rank and stays factored: it is never formed. Its
+size is [V, V], or [V, V'] where columns are tokens that are predicted. Rows are the tokens that are read, as row
+vectors ("A Mathematical Framework for Transformer Circuits", Elhage et al. 2021).
 
 The weights are taken as they are, with the gains of the norms in them. A layernorm also subtracts the mean: `center`
 the weights first, and that is in them too.
@@ -37,7 +37,7 @@ def through_final_gain(weights: CircuitWeights, written: Tensor) -> Tensor:
 
 @public
 def bigrams(weights: CircuitWeights, *, normed: bool = False) -> FactoredMatrix:
-    """The direct path W_E @ W_U [V, V]: row = present token, column = next token, in logits.
+    """The direct path W_E @ W_U [V, V']: row = present token, column = next token, in logits.
 
     With `normed`, each embedding goes through the norm first. The table then holds the logits of a model without
     layers, but for b_U.
@@ -50,7 +50,7 @@ def bigrams(weights: CircuitWeights, *, normed: bool = False) -> FactoredMatrix:
 
 @public
 def ov_circuit(weights: CircuitWeights, head: Sequence[int], *, normed: bool = False) -> FactoredMatrix:
-    """W_E @ OV @ W_U [V, V]: attending to a source token (row) adds so much to the logit of an output token (column).
+    """W_E @ OV @ W_U [V, V']: attending to a source token (row) adds so much to the logit of an output token (column).
 
     The value bias and the scale of the final norm are left out.
 
@@ -158,8 +158,8 @@ def qk_tables(
 class OVTables(NamedTuple):
     """Attending to a source adds these terms to the logits of an output token (column)."""
 
-    token: FactoredMatrix  # [V, V]: of the source's token
-    position: FactoredMatrix | None  # [n_ctx, V]: of its position; None unless the residual stream holds positions
+    token: FactoredMatrix  # [V, V']: of the source's token
+    position: FactoredMatrix | None  # [n_ctx, V']: of its position; None unless the residual stream holds positions
 
 
 @public

@@ -124,8 +124,8 @@ def _successor_table(fit: validation.BigramFit, text: TokenText) -> Table:
     title, rows = "Likeliest successors of the most frequent tokens", []
     columns = (x.tolist() for x in (fit.sources, fit.seen, fit.by_text, fit.by_table))
     for token, seen, *both in zip(*columns, strict=True):
-        successors = ("  ".join(quoted(text.decode([t])) for t in tokens if t >= 0) for tokens in both)
-        rows.append([quoted(text.decode([token])), *successors, f"{seen}"])
+        successors = ("  ".join(text.quoted(t) for t in tokens if t >= 0) for tokens in both)
+        rows.append([text.quoted(token), *successors, f"{seen}"])
     return make_table(title, ("token", "by counts", "by the table"), ("seen",), rows)
 
 
@@ -148,7 +148,7 @@ def _evidence_table(heads: list[validation.HeadFit], text: TokenText) -> Table:
     for found in heads:
         for triple, counts in [pair for pair in found.triples if pair[1].supported][:3]:
             values = (*(significant(x, signed=True) for x in triple[3:5]), significant(counts.lift))
-            rows.append([label_name(found.head), *(quoted(text.decode([token])) for token in triple[:3]), *values])
+            rows.append([label_name(found.head), *(text.quoted(token) for token in triple[:3]), *values])
     return make_table(title, ("head", *TRIPLE), ("attention", "logit", "lift"), rows)
 
 

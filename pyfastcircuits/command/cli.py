@@ -12,28 +12,16 @@ try:
     import typer
 
     from pyfastcircuits.command import check as checks
-    from pyfastcircuits.command import show, text, write
+    from pyfastcircuits.command import options, show, text, write
     from pyfastcircuits.command.guard import EXIT_CODES, guarded
     from pyfastcircuits.command.made import check_files, check_folder, made_by
-    from pyfastcircuits.command.options import (
-        Backend,
-        Dtype,
-        Force,
-        Model,
-        ModelOption,
-        Precision,
-        device_of,
-        head_of,
-        model_of,
-        named,
-        token_of,
-        weights_of,
-    )  # fmt: skip
+    from pyfastcircuits.command.options import Backend, Dtype, Force, Model, ModelOption, Precision
     from pyfastcircuits.command.report import Report
 except ImportError as error:
     sys.exit(f"the command needs the cli extra ({error}): pip install 'pyfastcircuits[cli]'")
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters.start import start_of
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
@@ -102,10 +90,10 @@ def sweep(
     """Term importance order by order, and the ablation of every pair of heads, every head or every layer."""
     if text_file and tokens_file:
         raise ValueError("--text and --tokens: give one of them")
-    model, device = named(name, option), device_of(backend, precision, dtype)
+    model, device = options.named(name, option), options.device_of(backend, precision, dtype)
     check_folder(out)
     with report.bar as bar:
-        run, weights = model_of(model, dtype, device)
+        run, weights = options.model_of(model, dtype, device)
         shown = text.TokenText(model)
         if tokens_file:
             tokens = text.read_tokens(tokens_file, weights.d_vocab)[:, :length]
@@ -118,7 +106,7 @@ def sweep(
             unknown = text.check_known(tokens, shown, weights.d_vocab)
             if unknown > 0.01:
                 report.warn(f"--text: {unknown:.0%} of its tokens are unknown to the model's tokenizer")
-        against_token = None if against is None else token_of("--against", against, shown, weights)
+        against_token = None if against is None else options.token_of("--against", against, shown, weights)
         kind, steps = {"head": "heads", "layer": "layers"}.get(scope, "pairs"), count_steps(weights, scope)
         count = steps["ablations"]
         files = ["orders.parquet", "sweep.parquet", *[f"{kind}.png"] * (count > 0)]
@@ -161,7 +149,7 @@ def sweep(
         if count:
             report.show(show.effect_table(found.result, examples, shown))
             title = f"{model}: {scope} ablation, {mode}, attention {attention}"
-            label = f"change of the {show.METRIC_NAMES[found.result.metric]}"
+            label = f"change of the {show.metric_name(found.result.metric)}"
             paths.append(write.heatmap(found.result, out / files[-1], title, label, made))
             bar.advance()
             report.line(f"{count / found.seconds:.1f} {kind}/s of {len(tokens) * (tokens.shape[1] - 1)} tokens each")
@@ -187,13 +175,13 @@ def composition(
 
     Norm gains are in the weights; with layernorms, what is written is centred first.
     """
-    model, device = named(name, option), device_of(backend, precision, dtype)
+    model, device = options.named(name, option), options.device_of(backend, precision, dtype)
     check_folder(out)
     with report.bar as bar:
         table = f"composition-{kind}"
         made = made_by("composition", model, {"kind": kind, "backend": backend, "dtype": dtype, "precision": precision})
         check_files(out, [f"{table}.parquet", f"{table}.png"], made, force=force)
-        weights = weights_of(model, dtype, device)
+        weights = options.weights_of(model, dtype, device)
         weights = fc.center(weights) if weights.norm == "layernorm" else weights
         pairs = fc.enumerate_paths(weights.n_layers, weights.n_heads, 2)
         if not pairs:
@@ -244,10 +232,10 @@ def tables(
         raise ValueError("--head, --all-heads and --check: give one of them")
     if source and (all_heads or check):
         raise ValueError("--source goes with --head, or alone")
-    model, device = named(name, option), device_of(backend)
+    model, device = options.named(name, option), options.device_of(backend)
     with report.bar as bar:
-        weights, shown = weights_of(model, dtype, device), text.TokenText(model)
-        sources = [token_of("--source", piece, shown, weights) for piece in source] if source else None
+        weights, shown = options.weights_of(model, dtype, device), text.TokenText(model)
+        sources = [options.token_of("--source", piece, shown, weights) for piece in source] if source else None
         count = weights.n_layers * weights.n_heads
         if check:
             bar.plan(checks.check_steps(weights))
@@ -258,8 +246,8 @@ def tables(
             if not count:
                 raise ValueError(f"--all-heads: {model} has no heads")
             check_folder(out)
-            options = {"k": k, "normed": normed, "offset": offset, "backend": backend, "dtype": dtype}
-            made = made_by("tables", model, options)
+            asked = {"k": k, "normed": normed, "offset": offset, "backend": backend, "dtype": dtype}
+            made = made_by("tables", model, asked)
             check_files(out, [f"{table}.parquet" for table in write.HEAD_TABLES], made, force=force)
             bar.plan({"heads": count, "writing": 1})
             written = write.head_tables(
@@ -271,7 +259,7 @@ def tables(
         elif head is not None:
             bar.plan({"skip-trigrams": 1})
             trigrams = fc.skip_trigrams(
-                weights, head_of(head), sources, k, normed=normed, offset=offset, backend=backend
+                weights, options.head_of(head), sources, k, normed=normed, offset=offset, backend=backend
             )
             bar.advance()
             report.found(write.skip_trigram_records(trigrams, shown, ranked=not sources))
@@ -319,18 +307,20 @@ def heads(
 
     On random tokens that repeat, 4 times 25 of them as Olsson et al. 2022 have it; with what the weights say of it.
     """
-    model, device = named(name, option), device_of(backend)
+    model, device = options.named(name, option), options.device_of(backend)
     check_folder(out)
     with report.bar as bar:
-        run, weights = model_of(model, dtype, device)
-        start, (layers, count) = text.TokenText(model).start or 0, (weights.n_layers, weights.n_heads)
+        run, weights = options.model_of(model, dtype, device)
+        start, (layers, count) = text.TokenText(model).start, (weights.n_layers, weights.n_heads)
+        if start is None:
+            start = start_of(run, weights.d_vocab) or 0
         if not layers:
             raise ValueError(f"{model} has no heads")
-        options = {
+        asked = {
             "length": length, "copies": copies, "batch": batch, "batches": batches, "seed": seed, "start": start,
             "backend": backend, "dtype": dtype,
         }  # fmt: skip
-        made = made_by("heads", model, options)
+        made = made_by("heads", model, asked)
         names = ["heads", "induction"] if layers > 1 else ["heads"]
         check_files(out, [f"{name}.parquet" for name in names], made, force=force)
         report.line(

@@ -48,14 +48,23 @@ def device_of(backend: ops.Backend, precision: ops.Precision = "ieee", dtype: st
 
 
 def weights_of(name: str, dtype: str, device: str) -> fc.CircuitWeights:
-    """A model's weights."""
-    return fc.load_weights(name).to(getattr(torch, dtype)).to(device)
+    """A model's weights; errors as model_of."""
+    return _checked(fc.load_weights(name).to(getattr(torch, dtype)).to(device))
 
 
 def model_of(name: str, dtype: str, device: str) -> tuple[Any, fc.CircuitWeights]:
-    """A model that runs, and its weights."""
+    """A model that runs, and its weights.
+
+    Raises:
+        ValueError: it predicts other tokens than it reads.
+    """
     model = load_model(name, getattr(torch, dtype)).to(device)
-    return model, model if isinstance(model, fc.CircuitWeights) else fc.CircuitWeights.from_model(model)
+    return model, _checked(model if isinstance(model, fc.CircuitWeights) else fc.CircuitWeights.from_model(model))
+
+
+def _checked(weights: fc.CircuitWeights) -> fc.CircuitWeights:
+    weights.check_one_vocabulary("the command is for models that predict the next token; others are asked from Python")
+    return weights
 
 
 def token_of(option: str, text: str, shown: TokenText, weights: fc.CircuitWeights) -> int:

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pyfastcircuits import CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
-from pyfastcircuits.command.plain import in_nats, percent, quoted, significant
+from pyfastcircuits.command.plain import in_nats, percent, significant
 from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import TopEntries
@@ -20,14 +20,7 @@ from pyfastcircuits.result import label_name
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)
 ARTICLE_MARGINALS = ((1.3, 0.05), (5.2, 4.0))
-METRIC_NAMES = {
-    "nll": "loss",
-    "kl": "divergence",
-    "logit_difference": "logit difference",
-    "probability": "probability",
-    "rank": "rank",
-    "top1": "top-1 accuracy",
-}
+METRIC_NAMES = {"nll": "loss", "kl": "divergence", "top1": "top-1 accuracy"}  # of the others, their own in words
 HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
 COLUMNS = 80  # of a window in which tables keep words whole,
 WORD = 20  # those of so many letters at least
@@ -53,10 +46,15 @@ def make_table(
     return table
 
 
+def metric_name(metric: str) -> str:
+    """A metric as people call it."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
 def order_steps(sweep: Sweep) -> dict[str, list[Any]]:
     """The steps of the term importance analysis: the paths there are by then, the loss, and its fall, in nats."""
     orders = [f"order <= {k}" for k in range(1, len(sweep.orders))]
-    losses = [math.log(sweep.trace.weights.d_vocab), *sweep.orders.tolist(), float(sweep.trace.loss)]
+    losses = [math.log(sweep.trace.weights.d_vocab_out), *sweep.orders.tolist(), float(sweep.trace.loss)]
     rounding = 4 * torch.finfo(sweep.orders.dtype).eps
     falls = [before - after for before, after in pairwise(losses)]
     return {
@@ -104,7 +102,7 @@ def effect_table(found: Result, examples: list[Example], text: TokenText) -> Tab
     """The ablations that harm most, each with the token that suffers most."""
     verb = {"rise": "rise", "fall": "fall", "size": "change"}[found.harm]
     kind = "Head pairs whose path" if found.setup.get("scope") == "path" else "What"
-    title = f"{kind} matters most: {verb} of the {METRIC_NAMES[found.metric]} without it"
+    title = f"{kind} matters most: {verb} of the {metric_name(found.metric)} without it"
     names = ["source", "dest"] if of_pairs(found) else ["layer" if isinstance(found.labels[0], int) else "head"]
     names.append("hit hardest: context -> token (with it, change without)")
     best = found.top(len(examples))
@@ -114,7 +112,7 @@ def effect_table(found: Result, examples: list[Example], text: TokenText) -> Tab
         columns.append(_column("kl", [kl[label] for label, _ in best], True, signed=False))
     rows = []
     for (label, _), example, *figures in zip(best, examples, *(cells for _, cells in columns), strict=True):
-        shown = f"{text(example.context)[-40:]} -> {quoted(text.decode([example.target]))}"
+        shown = f"{text(example.context)[-40:]} -> {text.quoted(example.target)}"
         values = significant(example.clean), significant(example.ablated - example.clean, signed=True)
         heads = map(label_name, label) if of_pairs(found) else [label_name(label)]
         rows.append([*heads, f"{shown} ({', '.join(values)})", *figures])
@@ -189,25 +187,20 @@ def induction_table(found: Result, top: int) -> Table:
 
 def _strengths(text: TokenText, tokens: Tensor, values: Tensor) -> str:
     pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-    return "  ".join(f"{quoted(text.decode([token]))} {significant(value, signed=True)}" for token, value in pairs)
+    return "  ".join(f"{text.quoted(token)} {significant(value, signed=True)}" for token, value in pairs)
 
 
 def entry_table(title: str, names: tuple[str, str, str], found: TopEntries, text: TokenText) -> Table:
     """Single entries of a table over the vocabulary: row token, column token, value."""
     entries = zip(*(x.tolist() for x in found), strict=True)
-    rows = (
-        [*(quoted(text.decode([token])) for token in tokens), significant(value, signed=True)]
-        for value, *tokens in entries
-    )
+    rows = ([*(text.quoted(token) for token in tokens), significant(value, signed=True)] for value, *tokens in entries)
     return make_table(title, names[:2], names[2:], rows)
 
 
 def row_table(title: str, names: tuple[str, str], found: TopEntries, text: TokenText) -> Table:
     """The best entries of some rows of such a table: row token, column tokens with their values."""
     entries = zip(found.rows[:, 0].tolist(), found.columns, found.values, strict=True)
-    return make_table(
-        title, names, (), ([quoted(text.decode([row])), _strengths(text, *best)] for row, *best in entries)
-    )
+    return make_table(title, names, (), ([text.quoted(row), _strengths(text, *best)] for row, *best in entries))
 
 
 def source_table(found: SkipTrigrams, text: TokenText) -> Table:
@@ -216,7 +209,7 @@ def source_table(found: SkipTrigrams, text: TokenText) -> Table:
     seen = zip(found.destinations, found.attention, strict=True)
     raised = zip(found.outputs, found.logits, strict=True)
     rows = (
-        [quoted(text.decode([source])), _strengths(text, *before), _strengths(text, *after)]
+        [text.quoted(source), _strengths(text, *before), _strengths(text, *after)]
         for source, before, after in zip(found.sources.tolist(), seen, raised, strict=True)
     )
     return make_table(f"Skip-trigrams of head {label_name(found.head)}", names, (), rows, STRENGTHS)
@@ -227,7 +220,7 @@ def triple_table(found: SkipTrigrams, text: TokenText) -> Table:
     title = f"Largest skip-trigrams of head {label_name(found.head)}"
     rows = (
         [
-            *(quoted(text.decode([t])) for t in x[:3]),
+            *(text.quoted(t) for t in x[:3]),
             *(significant(y, signed=True) for y in (x.attention, x.logit, x.score)),
         ]
         for x in found.top(found.logits.shape[1])

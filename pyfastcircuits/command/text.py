@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.adapters.files import model_folder
+from pyfastcircuits.circuits.skip_trigrams import no_token
 from pyfastcircuits.command.plain import quoted, visible
 
 START = "[START]"
@@ -46,11 +48,20 @@ class TokenText:
         return visible(self.decode(ids))
 
     def decode(self, ids: list[int]) -> str:
-        """The tokens as one string; ids where there is no tokenizer."""
+        """The tokens as one string; ids where there is no tokenizer, and "<id 50300>" where it has no such token."""
         if self.tokenizer is None:
             return " ".join(map(str, ids))
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
-        return text
+        return "".join(
+            self.tokenizer.decode(list(run), skip_special_tokens=False) if there else "".join(map(no_token, run))
+            for there, run in groupby(ids, self._has)
+        )
+
+    def quoted(self, token: int) -> str:
+        """One token as Python writes its text; "<id 50300>", without quotes, where the tokenizer has no such token."""
+        return quoted(self.decode([token])) if self._has(token) else no_token(token)
+
+    def _has(self, token: int) -> bool:
+        return self.tokenizer is None or self.tokenizer.id_to_token(token) is not None
 
     def encode(self, *texts: str) -> list[list[int]]:
         """Token ids of each text, on all cores.
@@ -84,7 +95,7 @@ class TokenText:
         if self.unknown in ids and piece != self.tokenizer.id_to_token(self.unknown):
             raise ValueError(f"{text!r} is unknown to the model's tokenizer, expected a token that it has")
         if len(ids) != 1:
-            pieces = ", ".join(quoted(self.decode([i])) for i in ids) or "none"
+            pieces = ", ".join(map(self.quoted, ids)) or "none"
             raise ValueError(f"{text!r} is {len(ids)} tokens, expected one: {pieces}")
         return ids[0]
 

@@ -10,23 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits import (
-    CircuitWeights,
-    FactoredMatrix,
-    SkipTrigram,
-    bigrams,
-    ov_circuit,
-    qk_tables,
-    skip_trigrams,
-    top_per_row,
-    trace,
-)
+import pyfastcircuits as fc
+from pyfastcircuits import bigrams, ov_circuit, qk_tables, skip_trigrams, top_per_row, trace
 from pyfastcircuits.circuits.tables import row_logsumexp
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.run.nodes import Head
 
 
-def check_readable(weights: CircuitWeights) -> None:
+def check_readable(weights: fc.CircuitWeights) -> None:
     """Raise ValueError unless tables and patterns make up the model's logits completely."""
     if weights.n_layers > 1:
         raise ValueError(f"the model has {weights.n_layers} layers: tables are all of a model of at most one")
@@ -38,7 +29,7 @@ def check_readable(weights: CircuitWeights) -> None:
 
 
 @torch.no_grad()
-def rebuilt_errors(weights: CircuitWeights, tokens: Tensor) -> tuple[float, float]:
+def rebuilt_errors(weights: fc.CircuitWeights, tokens: Tensor) -> tuple[float, float]:
     """Rebuild attention patterns and logits from the tables: their largest errors against the model's run, in fp64.
 
     The patterns are the softmax of the sum of the QK tables. The logits are the final norm's 1/std times a sum: the
@@ -68,12 +59,12 @@ def rebuilt_errors(weights: CircuitWeights, tokens: Tensor) -> tuple[float, floa
     return max(patterns), float((logits - run.logits()).abs().max())
 
 
-def _rows(table: FactoredMatrix, tokens: Tensor) -> Tensor:
+def _rows(table: fc.FactoredMatrix, tokens: Tensor) -> Tensor:
     """Rows of a table, [B, T, V]."""
     return table.A[tokens] @ table.B
 
 
-def _pattern(weights: CircuitWeights, head: Head, tokens: Tensor) -> Tensor:
+def _pattern(weights: fc.CircuitWeights, head: Head, tokens: Tensor) -> Tensor:
     """The causal softmax of the sum of a head's QK tables, [B, T, T]."""
     length = tokens.shape[1]
     places = torch.arange(length, device=tokens.device)
@@ -138,7 +129,7 @@ class BigramFit:
 
 @torch.no_grad()
 def bigram_fit(
-    weights: CircuitWeights,
+    weights: fc.CircuitWeights,
     tokens: Tensor,
     *,
     least: int = 50,
@@ -161,7 +152,7 @@ def bigram_fit(
     check_readable(weights)
     table = bigrams(weights, normed=True)
     if weights.b_U is not None:
-        table = table + FactoredMatrix(torch.ones_like(table.A[:, :1]), weights.b_U[None].to(table.dtype))
+        table = table + fc.FactoredMatrix(torch.ones_like(table.A[:, :1]), weights.b_U[None].to(table.dtype))
     V = weights.d_vocab
     codes, counts = (tokens[:-1] * V + tokens[1:]).unique(return_counts=True)
     first, second, counts = codes // V, codes % V, counts.double()
@@ -193,7 +184,7 @@ def bigram_fit(
     )
 
 
-def log_probabilities(table: FactoredMatrix, rows: Tensor, columns: Tensor, backend: Backend) -> Tensor:
+def log_probabilities(table: fc.FactoredMatrix, rows: Tensor, columns: Tensor, backend: Backend) -> Tensor:
     """Entries (rows[i], columns[i]) of the table's row-wise log-softmax, in fp64, [N]."""
     parts = zip(rows.split(1 << 16), columns.split(1 << 16), strict=True)
     entries = torch.cat([(table.A[row] * table.B.mT[column]).sum(-1) for row, column in parts])
@@ -271,7 +262,7 @@ class HeadFit:
     """
 
     head: Head
-    triples: list[tuple[SkipTrigram, Counts]]
+    triples: list[tuple[fc.SkipTrigram, Counts]]
     control: list[float]
 
     @property
@@ -282,7 +273,7 @@ class HeadFit:
 
 @torch.no_grad()
 def head_fit(
-    weights: CircuitWeights, head: Head, counts: TextCounts, among: Tensor, n: int, *, backend: Backend = "auto"
+    weights: fc.CircuitWeights, head: Head, counts: TextCounts, among: Tensor, n: int, *, backend: Backend = "auto"
 ) -> HeadFit:
     """Count the n largest skip-trigrams of a head in a text, out of the tokens `among` (n is at most their number).
 
@@ -339,7 +330,7 @@ class PatternStrength(NamedTuple):
 
 
 @torch.no_grad()
-def pattern_strength(weights: CircuitWeights, source: int, destination: int, output: int) -> PatternStrength:
+def pattern_strength(weights: fc.CircuitWeights, source: int, destination: int, output: int) -> PatternStrength:
     """The first-layer head whose tables show the skip-trigram best: shown at all, then by attention * logit."""
     found = []
     for index in range(weights.n_heads):

@@ -6,47 +6,30 @@ them, through the clean run's patterns and norm scales too where that was made w
 backward pass makes each few experiments again. Other metrics, and recomputed attention, have no gradients.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.arguments import public
+from pyfastcircuits.experiments import edges
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode
-from pyfastcircuits.experiments.edges import (
-    Effect,
-    edge_removals,
-    frozen_edge_z,
-    frozen_removal,
-    removed_z,
-    rerun_removal,
-)
 from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.measure import measure
-from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.nodes import (
-    Edge,
-    Head,
-    Path,
-    Receiver,
-    grouped,
-    one_or_several,
-    parse_heads,
-    parse_pair,
-    parse_path,
-)
+from pyfastcircuits.run import nodes
+from pyfastcircuits.run.nodes import Edge, Head, Outputs, Path, Receiver, grouped, one_or_several
 from pyfastcircuits.run.paths import PathOutputs, enumerate_paths, path_z
 from pyfastcircuits.run.trace import FrozenTrace
 
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
-
 Scope = Literal["path", "direct", "edge", "joint"]
+TOTAL_REMOVALS = {"frozen": edges.frozen_removal, "recomputed": edges.rerun_removal}  # by attention, of sets of heads
 
 
 @public
@@ -84,7 +67,7 @@ def path_ablation(
     sets: list[list[Path]] = []
     for entry in paths:
         given, several = one_or_several(entry)
-        sets.append([parse_path(trace.weights, path) for path in given])
+        sets.append([nodes.parse_path(trace.weights, path) for path in given])
         labels.append(frozenset(sets[-1]) if several else sets[-1][0])
     return measure(trace, _path_removals(sets, value), measurement(trace, options), labels, mode=mode)
 
@@ -132,19 +115,17 @@ def pair_ablation(
     if scope == "path" and attention == "recomputed":
         raise ValueError("attention is 'recomputed', but scope is 'path': paths exist under frozen patterns alone")
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
-    if pairs is None:
-        chosen = list(all_pairs(weights, within_layers=scope == "joint"))
-    else:
-        chosen = [_parse_joint(weights, pair) if scope == "joint" else parse_pair(weights, pair) for pair in pairs]
+    parse = _parse_joint if scope == "joint" else nodes.parse_pair
+    every = all_pairs(weights, within_layers=scope == "joint")
+    chosen = list(every) if pairs is None else [parse(weights, pair) for pair in pairs]
     how = measurement(trace, options, attention)
-    interventions: Sequence[Intervention]
     if scope == "path":
         interventions = _path_removals([[pair] for pair in chosen], value)
     elif scope == "joint":
         interventions = _joint_removals(weights, chosen, value, attention, how)
     elif attention == "recomputed":
         cuts = [[Edge(source, Receiver(to, "QKV"))] for source, to in chosen]
-        interventions = edge_removals(weights, cuts, value, "direct" if scope == "direct" else "total")
+        interventions = edges.edge_removals(weights, cuts, value, "direct" if scope == "direct" else "total")
     else:
         interventions = _frozen_edge_removals(chosen, value, direct=scope == "direct")
     return measure(trace, interventions, how, chosen, scope=scope, mode=mode, attention=attention)
@@ -158,7 +139,7 @@ def head_ablation(
     attention: Attention = "frozen",
     *,
     heads: Iterable[Any] | None = None,
-    effect: Effect = "total",
+    effect: edges.Effect = "total",
     reference: FrozenTrace | None = None,
     over: AverageOver = "all",
     **options: "Unpack[MeasureOptions]",
@@ -191,17 +172,18 @@ def head_ablation(
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, attention)
     entries = enumerate_paths(weights.n_layers, weights.n_heads, 1) if heads is None else heads
-    sets = [parse_heads(weights, entry) for entry in entries]
+    sets = [nodes.parse_heads(weights, entry) for entry in entries]
     labels: list[Label] = [heads if len(heads) == 1 else frozenset(heads) for heads in sets]
-    removal: Intervention
+    places = range(len(sets))
     if effect == "total":
-        removal = HeadRemoval(places=range(len(sets)), sets=sets, value=value, attention=attention)
+        intervention = Intervention(places=places, items=sets, remove=partial(TOTAL_REMOVALS[attention], value=value))
     elif any(len(heads) != 1 for heads in sets):
         raise ValueError("heads holds a set of several, but effect is 'direct': give single heads")
     else:
-        removal = DirectRemoval(places=range(len(sets)), write_heads=[head for (head,) in sets], value=value)
+        single, direct = [head for (head,) in sets], partial(_direct_removal, value=value)
+        intervention = Intervention(places=places, items=single, remove=direct, write_heads=single)
     shape = (weights.n_layers, weights.n_heads) if heads is None else None
-    return measure(trace, [removal], how, labels, shape, mode=mode, attention=attention, effect=effect)
+    return measure(trace, [intervention], how, labels, shape, mode=mode, attention=attention, effect=effect)
 
 
 @public
@@ -239,7 +221,7 @@ def all_pairs(weights: CircuitWeights, within_layers: bool) -> Iterator[Path]:
 
 
 def _parse_joint(weights: CircuitWeights, pair: Any) -> Path:
-    heads = parse_heads(weights, tuple(pair), "pair")
+    heads = nodes.parse_heads(weights, tuple(pair), "pair")
     if len(heads) != 2:
         raise ValueError(f"pairs holds {pair}, expected two heads, a (layer, head) each")
     return heads
@@ -260,67 +242,33 @@ class _PathSetWrites:
         return sum((path_z(run, [p])[0] @ run.weights.head("W_O", *p[-1]) for p in paths if p), direct)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PathRemoval(Intervention):
-    """Each experiment takes out a set of paths; with a write head, it is one path that ends there."""
-
-    sets: Sequence[tuple[Path, ...]]
-    value: AblationValue
-
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """See Intervention."""
-        sets = tuple(self.sets[i] for i in members)
-        if self.write_heads:
-            return self.value.removal(PathOutputs(tuple(path for (path,) in sets)), part)
-        return self.value.removal(_PathSetWrites(sets), part)
-
-
 def _path_removals(sets: Sequence[Sequence[Path]], value: AblationValue) -> list[Intervention]:
     """Single paths are grouped by their last head, whose W_O @ W_U they go through; sets and the direct path have none.
 
     Of these, those with the direct path in them take the bias of the logits out too.
     """
+
+    def removal(outputs: Callable[[tuple[Any, ...]], Outputs], part: FrozenTrace, items: Sequence[Any]) -> Tensor:
+        return value.removal(outputs(tuple(items)), part)
+
     kinds = grouped((paths[0][-1:] if len(paths) == 1 else (), () in paths) for paths in sets)
     return [
-        PathRemoval(
+        Intervention(
             places=places,
+            items=[sets[i][0] if write_heads else tuple(sets[i]) for i in places],
+            remove=partial(removal, PathOutputs if write_heads else _PathSetWrites),
             write_heads=write_heads,
             removes_unembed_bias=direct and value.mode == "zero",
-            sets=[tuple(sets[i]) for i in places],
-            value=value,
         )
         for (write_heads, direct), places in kinds.items()
     ]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class HeadRemoval(Intervention):
-    """Each experiment takes out a set of heads and all that follows from them."""
-
-    sets: Sequence[Sequence[Head]]
-    value: AblationValue
-    attention: Attention
-
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """See Intervention."""
-        lost = frozen_removal if self.attention == "frozen" else rerun_removal
-        return lost(part, [self.sets[i] for i in members], self.value)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class DirectRemoval(Intervention):
-    """Each experiment takes out the write of its own write head, and nothing that follows."""
-
-    value: AblationValue
-
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """See Intervention."""
-        heads = [self.write_heads[i] for i in members]
-        gone = {
-            layer: part.apply_post_norm(removed_z(part, layer, self.value), layer)
-            for layer in {head.layer for head in heads}
-        }
-        return torch.stack([gone[head.layer][head.head] for head in heads])
+def _direct_removal(part: FrozenTrace, heads: Sequence[Head], value: AblationValue) -> Tensor:
+    """What each head's z [P, B, T, r] loses, and nothing that follows."""
+    layers = {head.layer for head in heads}
+    gone = {layer: part.apply_post_norm(edges.removed_z(part, layer, value), layer) for layer in layers}
+    return torch.stack([gone[head.layer][head.head] for head in heads])
 
 
 def _joint_removals(
@@ -330,55 +278,43 @@ def _joint_removals(
     linear = attention == "frozen" and (how.final_norm == "frozen" or weights.norm is None)
     adds_up = linear and how.from_sums and not how.learns
     groups = grouped(first.layer if adds_up and first.layer == second.layer else None for first, second in pairs)
+    remove = partial(TOTAL_REMOVALS[attention], value=value)
     out: list[Intervention] = []
     for layer, places in groups.items():
-        sets, numbers, kept = [pairs[i] for i in places], None, 0
-        if layer is not None:
-            numbers = [(first.head, second.head) for first, second in sets]
-            sets, kept = [(Head(layer, head),) for head in range(weights.n_heads)], weights.n_heads * weights.d_model
+        chosen = [pairs[i] for i in places]
+        if layer is None:
+            out.append(Intervention(places=places, items=chosen, remove=remove))
+            continue
         out.append(
-            HeadRemoval(
+            Intervention(
                 places=places,
-                pairs=numbers,
-                extra_floats_per_position=kept,
-                sets=sets,
-                value=value,
-                attention=attention,
+                items=[(Head(layer, head),) for head in range(weights.n_heads)],
+                remove=remove,
+                pairs=[(first.head, second.head) for first, second in chosen],
+                extra_floats_per_position=weights.n_heads * weights.d_model,
             )
         )
     return out
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FrozenEdgeRemoval(Intervention):
-    """Each experiment takes out all that a source writes through one destination's frozen pattern.
+def _frozen_edge_removals(pairs: Sequence[Path], value: AblationValue, direct: bool) -> list[Intervention]:
+    """What sources write through one frozen destination, straight to the logits or on through later heads too."""
 
-    With a write head it goes straight to the logits, else on through later heads too.
-    """
-
-    sources: Sequence[Head]
-    destination: Head
-    value: AblationValue
-
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """See Intervention."""
-        z = frozen_edge_z(part, [self.sources[i] for i in members], self.destination, self.value)
-        if self.write_heads:
+    def removal(destination: Head, part: FrozenTrace, sources: Sequence[Head]) -> Tensor:
+        z = edges.frozen_edge_z(part, sources, destination, value)
+        if direct:
             return z
-        gone = z @ part.weights.head("W_O", *self.destination)
-        for layer in range(self.destination.layer + 1, part.weights.n_layers):
+        gone = z @ part.weights.head("W_O", *destination)
+        for layer in range(destination.layer + 1, part.weights.n_layers):
             gone = gone + part.attend(gone, layer)
         return gone
 
-
-def _frozen_edge_removals(pairs: Sequence[Path], value: AblationValue, direct: bool) -> list[Intervention]:
     return [
-        FrozenEdgeRemoval(
+        Intervention(
             places=places,
+            items=[pairs[i][0] for i in places],
+            remove=partial(removal, head),
             write_heads=[head] if direct else [],
-            sources=[pairs[i][0] for i in places],
-            destination=head,
-            value=value,
         )
         for head, places in grouped(destination for _, destination in pairs).items()
     ]

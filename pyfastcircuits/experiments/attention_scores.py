@@ -64,6 +64,7 @@ def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, pe
 
     Source: "Path Expansion of Attention Scores QK Circuit", Elhage et al. 2021.
     """
+    trace.guard.check_values()
     layer, index = parse_head(trace.weights, head)
     labels, queries, keys = _queries_and_keys(trace, layer, index, by)
     terms: list[Label] = [(query, key) for query in labels for key in labels]

@@ -1,8 +1,7 @@
 """Direct attribution: the part of a logit, or of a feature direction, that each node writes; and the logit lens."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,8 +9,8 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.measure import measure
-from pyfastcircuits.experiments.metrics import Asked, Positions, asked
-from pyfastcircuits.experiments.options import MeasureOptions, measured, measurement
+from pyfastcircuits.experiments.metrics import Asked, LogitDifference, Metric, Positions, Tokens, asked, metric_spec
+from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
@@ -19,9 +18,6 @@ from pyfastcircuits.run.losses import Unembedding
 from pyfastcircuits.run.nodes import Head, HeadOutputs, Path, grouped, nodes_before, parse_path, written
 from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
 
 Part = Literal["component", "head", "source", "path"]
 UNEMBED_BIAS = "b_U"
@@ -34,6 +30,7 @@ def direct_logit_attribution(
     by: Part = "component",
     *,
     paths: Iterable[Iterable[Sequence[int]]] | None = None,
+    metric: Metric | Literal["logit"] | None = None,
     targets: Tensor | int | None = None,
     against: Tensor | int | None = None,
     positions: Positions | None = None,
@@ -53,8 +50,11 @@ def direct_logit_attribution(
             MLPs and biases), and the unembedding bias ("b_U"); "head" or "source": only those; "path": paths through
             heads, as path_logits has them: there value biases are no head's, and `()` has everything that is none.
         paths: with by="path", which; all of them (enumerate_paths) sum to the logit.
+        metric: what is taken apart: "logit" of the target; "logit_difference", logit(target) - logit(against), or an
+            object, `fc.LogitDifference(targets, against)`. None: the logit difference where `against` is given. Other
+            metrics are not linear in the residual stream.
         targets: the token asked about: an integer, [B], or [B, T]; None: the next token.
-        against: likewise; then it is logit(target) - logit(against) that is taken apart.
+        against: likewise, the second token of a logit difference.
         positions: as in metrics.asked.
         center: of the logit less the mean of all V, which changes no prediction. Without it the logit is as W_U has
             it, and a part that raises all logits alike counts; with `against` it makes no difference.
@@ -65,8 +65,8 @@ def direct_logit_attribution(
         by [B, T'], NaN where nothing is measured. The baseline is 0: these are parts, not runs.
 
     Raises:
-        ValueError: an unknown part; paths missing or too many; a path that is none; targets or positions that do not
-            fit.
+        ValueError: an unknown part; paths missing or too many; a path that is none; a metric that is not linear;
+            `against` missing or too much; targets or positions that do not fit.
         IndexError: a head, token or position that is out of range.
 
     Source: "The Path Expansion Trick", Elhage et al. 2021.
@@ -75,6 +75,7 @@ def direct_logit_attribution(
         raise ValueError(f"paths is {'missing' if paths is None else 'given'}, but by is {by!r}")
     weights = trace.weights
     checked = [parse_path(weights, path) for path in paths or ()]
+    targets, against = _tokens_of(metric, targets, against)
     where = asked(trace, positions, targets=targets, against=against)
     directions, bias = _toward_targets(trace, where, center)
     if by == "path":
@@ -113,16 +114,12 @@ def logit_lens(trace: FrozenTrace, **options: "Unpack[MeasureOptions]") -> Resul
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     labels, how = range(trace.weights.n_layers + 1), measurement(trace, options, "recomputed")
-    return measure(trace, [StreamInstead(places=labels)], how, labels, final_norm=how.final_norm)
 
+    def written_from(part: FrozenTrace, layers: Sequence[int]) -> Tensor:
+        return part.final - torch.stack([part.streams[layer] for layer in layers])
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class StreamInstead(Intervention):
-    """Experiment `layer` takes out all that is written from that layer on: the stream there becomes the final one."""
-
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """See Intervention."""
-        return part.final - torch.stack([part.streams[layer] for layer in members])
+    lens = Intervention(places=labels, items=labels, remove=written_from)  # what is left is the stream there
+    return measure(trace, [lens], how, labels, final_norm=how.final_norm)
 
 
 @public
@@ -208,6 +205,28 @@ def _along_paths(trace: FrozenTrace, paths: list[Path], directions: Tensor, bias
             z = where.rows(path_z(trace, [paths[i] for i in some.tolist()]))
             values[some] = torch.einsum("pnr,nr->pn", z, through)
     return values
+
+
+def _tokens_of(metric: Metric | Literal["logit"] | None, targets: Tokens, against: Tokens) -> tuple[Tokens, Tokens]:
+    """The token whose logit is taken apart, and the one that it is compared with, if any.
+
+    Raises:
+        ValueError: a metric that is not linear; else as metric_spec.
+    """
+    if metric is None:
+        return targets, against
+    if metric == "logit":
+        if against is not None:
+            raise ValueError("against is given, but metric is 'logit': a logit difference needs it, nothing else does")
+        return targets, None
+    if metric != LogitDifference.name and not isinstance(metric, LogitDifference):
+        name = repr(metric) if isinstance(metric, str) else f"{type(metric).__name__}(...)"
+        raise ValueError(
+            f"metric is {name}, which is not linear in the residual stream and so no sum of parts: expected 'logit' or "
+            "'logit_difference'"
+        )
+    spec = metric_spec(metric, targets, against)
+    return spec.targets, spec.against
 
 
 def _toward_targets(trace: FrozenTrace, where: Asked, center: bool) -> tuple[Tensor, Tensor]:

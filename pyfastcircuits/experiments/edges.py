@@ -3,8 +3,8 @@
 A node's output is taken out of the residual stream; here its loss is carried to the final residual stream.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from pyfastcircuits.experiments.ablation_value import AblationValue
 from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.model.norms import centered, normalized
 from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.losses import slices
 from pyfastcircuits.run.nodes import Edge, Head, HeadOutputs, Inputs, Node, grouped
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
 from pyfastcircuits.run.trace import FrozenTrace
@@ -26,6 +27,12 @@ ROWS = 1024  # positions rerun at a time, at least one experiment's: what a laye
 def removed_z(part: FrozenTrace, layer: int, value: AblationValue) -> Tensor:
     """z of every head of a layer, less the value that takes its place: [H, B, T, r]."""
     return value.removal(HeadOutputs(layer), part)
+
+
+def removed_writes(part: FrozenTrace, heads: Iterable[Head], value: AblationValue) -> dict[Head, Tensor]:
+    """What each head writes [B, T, d], less what it would write by the value that takes its place."""
+    z = {layer: removed_z(part, layer, value) for layer in {head.layer for head in heads}}
+    return {head: head.write(part, z[head.layer][head.head]) for head in heads}
 
 
 def frozen_removal(part: FrozenTrace, sets: Sequence[Sequence[Node]], value: AblationValue) -> Tensor:
@@ -61,25 +68,30 @@ def _passed_on(part: FrozenTrace, gone: Tensor, layer: int, out: Sequence[Sequen
 
 def rerun_removal(part: FrozenTrace, sets: Sequence[Sequence[Head]], value: AblationValue) -> Tensor:
     """The loss of the final residual stream [P, B, T, d] when all layers from each set's first one on are run again."""
-    final = torch.empty(len(sets), *part.embedded.shape, dtype=part.embedded.dtype, device=part.embedded.device)
-    firsts = [min(head.layer for head in heads) for heads in sets]
-    for first, members in _rerun_together(part, firsts):
-        stream = part.streams[first].expand(len(members), *part.embedded.shape)
-        for layer in range(first, part.weights.n_layers):
-            out = [[head.head for head in sets[i] if head.layer == layer] for i in members]
-            change = _replaced(part, stream, layer, out, value) if any(out) else None
-            stream = part.forward.block(layer, stream, change)
-        final[members] = stream
+
+    def change(members: Sequence[int], layer: int, stream: Tensor) -> Tensor | None:
+        out = [[head.head for head in sets[i] if head.layer == layer] for i in members]
+        return _replaced(part, stream, layer, out, value) if any(out) else None
+
+    return _rerun(part, [min(head.layer for head in heads) for heads in sets], change)
+
+
+def _rerun(
+    part: FrozenTrace, firsts: Sequence[int], change: Callable[[Sequence[int], int, Tensor], Tensor | None]
+) -> Tensor:
+    """The loss of the final residual stream [P, B, T, d] when all layers from each experiment's first one on run again.
+
+    `change(members, layer, stream)` joins what the heads of a layer write in some experiments when they read `stream`.
+    """
+    final = torch.empty(len(firsts), *part.embedded.shape, dtype=part.embedded.dtype, device=part.embedded.device)
+    for first, together in grouped(firsts).items():
+        for some in slices(len(together), max(1, ROWS // part.tokens.numel())):
+            members = together[some]
+            stream = part.streams[first].expand(len(members), *part.embedded.shape)
+            for layer in range(first, part.weights.n_layers):
+                stream = part.forward.block(layer, stream, change(members, layer, stream))
+            final[members] = stream
     return part.final - final
-
-
-def _rerun_together(part: FrozenTrace, layers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Experiments that are rerun together, by the layer where they start."""
-    step = max(1, ROWS // part.tokens.numel())
-    for first in sorted(set(layers)):
-        members = [i for i, layer in enumerate(layers) if layer == first]
-        for start in range(0, len(members), step):
-            yield first, members[start : start + step]
 
 
 def _replaced(
@@ -113,21 +125,11 @@ def frozen_edge_z(part: FrozenTrace, sources: Sequence[Head], head: Head, value:
     return part.apply_post_norm(z, head.layer)
 
 
-def destination_z_change(part: FrozenTrace, added: Tensor, layer: int, inputs: Inputs) -> Tensor:
-    """The change of z [N, B, H, T, r] of a layer's heads when `added` [N, B, T, d] joins what their inputs are made of.
-
-    Patterns and the norm in front are computed anew; queries, keys and values that are not among the inputs stay.
-    """
-    forward, stream = part.forward, part.streams[layer]
-    clean = forward.qkv(layer, part.normed(stream, layer)[None])
-    (batch, length), heads = part.tokens.shape, part.weights.n_heads
-    step = max(1, SCORES // (batch * heads * length**2 * stream.element_size()))
-    base, out = forward.apply(layer, *clean), []
-    for some in added.split(step):
-        changed = forward.qkv(layer, normalized(stream + some, part.weights))
-        mixture = (new if name in inputs else old for name, new, old in zip("QKV", changed, clean, strict=True))
-        out.append(forward.apply(layer, *mixture) - base)
-    return torch.cat(out)
+def mixed_z(part: FrozenTrace, layer: int, stream: Tensor, inputs: Inputs, clean: Sequence[Tensor]) -> Tensor:
+    """z [N, B, H, T, r] of a layer whose heads make `inputs` of a stream [N, B, T, d]; the others stay clean."""
+    changed = part.forward.qkv(layer, normalized(stream, part.weights))
+    mixture = (new if name in inputs else old for name, new, old in zip("QKV", changed, clean, strict=True))
+    return part.forward.apply(layer, *mixture)
 
 
 Cut = Sequence[Edge]  # edges that are cut together; their receivers read the same inputs in one layer
@@ -140,77 +142,76 @@ def _sources_of(cut: Cut) -> dict[Head, tuple[Head, ...]]:
     }
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Receiving:
-    """One layer of destinations from which cuts take sources away; computed once for a part of a run."""
-
-    layer: int
-    inputs: Inputs
-    value: AblationValue
-    choices: list[tuple[Head, ...]]  # every choice of sources that some destination of the layer does without
-    kept: dict[tuple[FrozenTrace, int], Tensor]  # by part and layer: the last one of all layers that share it
-
-    def z_changes(self, part: FrozenTrace) -> Tensor:
-        """The change of z [choices, B, H, T, r] of the layer's heads."""
-        if (part, self.layer) not in self.kept:
-            self.kept.clear()
-            heads = dict.fromkeys(head for sources in self.choices for head in sources)
-            gone = {head: head.write(part, removed_z(part, head.layer, self.value)[head.head]) for head in heads}
-            nothing = torch.zeros_like(part.embedded)
-            added = [-sum((gone[head] for head in sources), nothing) for sources in self.choices]
-            self.kept[part, self.layer] = destination_z_change(part, torch.stack(added), self.layer, self.inputs)
-        return self.kept[part, self.layer]
+Choices = tuple[tuple[Head, ...], ...]  # every choice of sources that some destination of a layer does without
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EdgeRemoval(Intervention):
-    """Destinations in one layer read their inputs without what sources wrote; patterns are computed anew."""
+def _z_changes(part: FrozenTrace, layer: int, inputs: Inputs, choices: Choices, value: AblationValue) -> Tensor:
+    """The change of z [choices, B, H, T, r] of a layer's heads that read their inputs without what sources wrote.
 
-    cuts: Sequence[Cut]
-    receiving: _Receiving
+    Patterns and the norm in front are computed anew; queries, keys and values that are not among the inputs stay.
+    """
+    heads = dict.fromkeys(head for sources in choices for head in sources)
+    gone = removed_writes(part, heads, value)
+    nothing, stream = torch.zeros_like(part.embedded), part.streams[layer]
+    streams = torch.stack([stream - sum((gone[head] for head in sources), nothing) for sources in choices])
+    clean = part.forward.qkv(layer, part.normed(stream, layer)[None])
+    base = part.forward.apply(layer, *clean)
+    scores = part.tokens.numel() * part.tokens.shape[1] * part.weights.n_heads  # of one experiment
+    step = max(1, SCORES // (scores * stream.element_size()))
+    return torch.cat([mixed_z(part, layer, some, inputs, clean) - base for some in streams.split(step)])
 
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """See Intervention: z of the write head, or what is lost through everything behind, computed anew."""
-        changes, layer, choices = self.receiving.z_changes(part), self.receiving.layer, self.receiving.choices
-        cuts = [self.cuts[i] for i in members]
-        if self.write_heads:
-            chosen = [choices.index((edge.source,)) for (edge,) in cuts]
-            return -part.apply_post_norm(changes[chosen, :, self.write_heads[0].head], layer)
-        W_O = part.weights.W_O[layer].to(changes.dtype)  # before a norm after the heads
-        final = changes.new_zeros(len(cuts), *part.embedded.shape)
-        for i, cut in enumerate(cuts):
-            for to, sources in _sources_of(cut).items():
-                final[i] += changes[choices.index(sources), :, to.head] @ W_O[to.head]
-        for _, some in _rerun_together(part, [layer] * len(cuts)):
-            stream = part.forward.block(layer, part.streams[layer].expand_as(final[some]), final[some])
-            for behind in range(layer + 1, part.weights.n_layers):
-                stream = part.forward.block(behind, stream)
-            final[some] = stream
-        return part.final - final
+
+def _direct_removal(
+    part: FrozenTrace, cuts: Sequence[Cut], choices: Choices, z_changes: Callable[..., Tensor]
+) -> Tensor:
+    """What one destination's z [P, B, T, r] loses by cuts of one edge each."""
+    head, inputs = cuts[0][0].receiver
+    chosen = [choices.index((edge.source,)) for (edge,) in cuts]
+    return -part.apply_post_norm(z_changes(part, head.layer, inputs, choices)[chosen, :, head.head], head.layer)
+
+
+def _total_removal(
+    part: FrozenTrace, cuts: Sequence[Cut], choices: Choices, z_changes: Callable[..., Tensor]
+) -> Tensor:
+    """What the final residual stream [P, B, T, d] loses by cuts, through everything behind, computed anew."""
+    (layer, _), inputs = cuts[0][0].receiver
+    changes = z_changes(part, layer, inputs, choices)
+    W_O = part.weights.W_O[layer].to(changes.dtype)  # before a norm after the heads
+    written = changes.new_zeros(len(cuts), *part.embedded.shape)
+    for i, cut in enumerate(cuts):
+        for to, sources in _sources_of(cut).items():
+            written[i] += changes[choices.index(sources), :, to.head] @ W_O[to.head]
+    return _rerun(part, [layer] * len(cuts), lambda members, at, _: written[members] if at == layer else None)
 
 
 def edge_removals(
     weights: CircuitWeights, cuts: Sequence[Cut], value: AblationValue, effect: Effect
-) -> list[EdgeRemoval]:
+) -> list[Intervention]:
     """Interventions that cut edges: one to a layer of destinations, or, for direct effects, to a destination.
 
     What destinations then write goes straight to the logits ("direct", cuts of one edge each), or through everything
     behind them, computed anew ("total").
     """
-    out: list[EdgeRemoval] = []
-    kept: dict[tuple[FrozenTrace, int], Tensor] = {}
-    for layer, places in sorted(grouped(cut[0].receiver.head.layer for cut in cuts).items()):
-        choices = sorted({sources for i in places for sources in _sources_of(cuts[i]).values()})
-        inputs = cuts[places[0]][0].receiver.inputs
-        receiving = _Receiving(layer=layer, inputs=inputs, value=value, choices=choices, kept=kept)
+    out: list[Intervention] = []
+    kept: dict[tuple[FrozenTrace, int], Tensor] = {}  # of the last part and layer
+
+    def z_changes(part: FrozenTrace, layer: int, inputs: Inputs, choices: Choices) -> Tensor:
+        if (part, layer) not in kept:
+            kept.clear()
+            kept[part, layer] = _z_changes(part, layer, inputs, choices, value)
+        return kept[part, layer]
+
+    for _, places in sorted(grouped(cut[0].receiver.head.layer for cut in cuts).items()):
+        choices = tuple(sorted({sources for i in places for sources in _sources_of(cuts[i]).values()}))
+        remove = _direct_removal if effect == "direct" else _total_removal
         through = grouped((cuts[i][0].receiver.head,) if effect == "direct" else () for i in places)
         out += [
-            EdgeRemoval(
+            Intervention(
                 places=[places[i] for i in members],
+                items=[cuts[places[i]] for i in members],
+                remove=partial(remove, choices=choices, z_changes=z_changes),
                 write_heads=write_heads,
                 extra_floats_per_position=len(choices) * weights.n_heads * weights.d_value,
-                cuts=[cuts[places[i]] for i in members],
-                receiving=receiving,
             )
             for write_heads, members in sorted(through.items())
         ]

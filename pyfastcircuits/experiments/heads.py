@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.adapters.start import start_of
 from pyfastcircuits.adapters.tokens import checked_tokens
 from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.arguments import public
@@ -33,7 +34,7 @@ def head_scores(
     batch: int = 8,
     batches: int = 4,
     seed: int = 0,
-    start: int = 0,
+    start: int | None = None,
     tokens: Tensor | None = None,
     weights: CircuitWeights | None = None,
     progress: Callable[[float], None] | None = None,
@@ -56,6 +57,7 @@ def head_scores(
     all of it is raised for the source's own token, -1 if nothing is, 2 / N - 1 if it is spread evenly over N tokens.
     `fc.copying_scores` asks the weights instead, for all tokens of the vocabulary alike: whether eigenvalues of the
     whole OV circuit are positive, which counts what is lowered too and knows nothing of norms and other layers.
+    Of a model that predicts other tokens than it reads, there is no such score.
 
     Args:
         model: CircuitWeights, or a model of another library that `trace` takes.
@@ -64,8 +66,9 @@ def head_scores(
         batch: sequences run at a time. Memory is that of one run's patterns.
         batches: how many such runs.
         seed: of the tokens.
-        start: the token in front of each sequence: 0, [START], for the bundled models. For others, what their
-            tokenizer puts in front; its position is where heads rest.
+        start: the token in front of each sequence, at whose position heads rest. None: the model's own start token
+            (BOS), which TransformerLens prepends or a Hugging Face configuration names; else 0, [START] of the bundled
+            models.
         tokens: [B, T] or [T]: sequences of one's own, instead of all these but `batch`.
         weights: what `CircuitWeights.from_model(model)` returned before; None reads them, once for all runs.
         progress: called with the number of sequences finished since the last call.
@@ -89,7 +92,8 @@ def head_scores(
         if value < least:
             raise ValueError(f"{name} is {value}, expected at least {least}")
     if tokens is None:
-        _check_drawn(weights, length, copies, start)
+        if start is None:
+            start = start_of(model, weights.d_vocab) or 0
         parts = _drawn(weights, length, copies, batch, batches, seed, start)
         setup: dict[str, str | int | float] = {"length": length, "copies": copies, "seed": seed, "start": start}
         setup["sequences"] = batch * batches
@@ -97,7 +101,8 @@ def head_scores(
         rows = checked_tokens(weights, tokens)
         parts = iter(rows.split(batch))
         setup = {"tokens": "given", "sequences": len(rows)}
-    names, shape = (*ATTENTION, "copying"), (weights.n_layers, weights.n_heads)
+    shape, copies_tokens = (weights.n_layers, weights.n_heads), weights.d_vocab_out == weights.d_vocab
+    names = (*ATTENTION, "copying") if copies_tokens else ATTENTION
     sums = {name: torch.zeros(shape, dtype=torch.float64, device=weights.device) for name in names}
     counts = {name: torch.zeros_like(total) for name, total in sums.items()}
     for part in parts:
@@ -105,7 +110,8 @@ def head_scores(
         if progress is not None:
             progress(len(part))
     means = {name: (sums[name] / counts[name]).to(weights.compute_dtype) for name in names}
-    means["copying"] = 2 * means["copying"] - 1
+    if copies_tokens:
+        means["copying"] = 2 * means["copying"] - 1
     labels = [Head(layer, head).label for layer in range(shape[0]) for head in range(shape[1])]
     induction = means.pop("induction")
     return Result(labels, induction, induction.new_zeros(()), "induction", means, setup)
@@ -119,7 +125,10 @@ def _weights_of(model: Any, weights: CircuitWeights | None) -> CircuitWeights:
     return CircuitWeights.from_model(model) if weights is None else weights
 
 
-def _check_drawn(weights: CircuitWeights, length: int, copies: int, start: int) -> None:
+def _drawn(
+    weights: CircuitWeights, length: int, copies: int, batch: int, batches: int, seed: int, start: int
+) -> Iterator[Tensor]:
+    """Batches [batch, 1 + length * copies] of the start and copies of random tokens; errors as head_scores."""
     if not 0 <= start < weights.d_vocab:
         raise IndexError(f"start is {start}, expected 0 to {weights.d_vocab - 1}")
     total = 1 + length * copies
@@ -128,12 +137,6 @@ def _check_drawn(weights: CircuitWeights, length: int, copies: int, start: int) 
             f"length is {length}, {copies} copies and the token in front are {total}, but W_pos has only "
             f"{weights.n_ctx} positions"
         )
-
-
-def _drawn(
-    weights: CircuitWeights, length: int, copies: int, batch: int, batches: int, seed: int, start: int
-) -> Iterator[Tensor]:
-    """Batches [batch, 1 + length * copies] of the start and copies of random tokens."""
     if weights.d_vocab == 1:
         raise ValueError("weights has a vocabulary of 1 token: no random token differs from the start; give tokens")
     generator = torch.Generator().manual_seed(seed)
@@ -178,9 +181,10 @@ def _add(run: FrozenTrace, sums: dict[str, Tensor], counts: dict[str, Tensor]) -
             entries = pattern[at.sequence, :, at.destination, at.source]  # [N, H]
             sums[name][layer] += entries.sum(0, dtype=torch.float64)
             counts[name][layer] += at.destinations
-        own, total = _raised(run, layer)
-        sums["copying"][layer] += own
-        counts["copying"][layer] += total
+        if "copying" in sums:
+            own, total = _raised(run, layer)
+            sums["copying"][layer] += own
+            counts["copying"][layer] += total
 
 
 def _raised(run: FrozenTrace, layer: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +234,8 @@ def induction_heads(
         first.
 
     Raises:
-        ValueError: a model of fewer than two layers; scores of another model; else as head_scores.
+        ValueError: a model of fewer than two layers, or one that predicts other tokens than it reads; scores of another
+            model; else as head_scores.
 
     Source: "Induction Heads", Elhage et al. 2021.
     """
@@ -238,6 +243,7 @@ def induction_heads(
     shape = (weights.n_layers, weights.n_heads)
     if shape[0] < 2:
         raise ValueError(f"the model has {shape[0]} layers: an induction head reads what an earlier layer wrote")
+    weights.check_one_vocabulary("no head copies what it finds")
     scores = head_scores(model, weights=weights) if scores is None else scores
     if "previous_token" not in scores.measured or scores.values.shape != shape:
         raise ValueError(

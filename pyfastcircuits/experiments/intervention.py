@@ -1,8 +1,8 @@
 """What an experiment does to a run: it takes something out of the final residual stream."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,32 +13,34 @@ from pyfastcircuits.run.trace import FrozenTrace
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Intervention(ABC):
+class Intervention:
     """Experiments of one kind: each takes something out of the final residual stream.
 
     Attributes:
         places: the places of these experiments among all results.
+        items: what each experiment takes out: a head, a set of heads or paths, a layer, ...
+        remove: a function of a part of the run and some of the items: the part of the final residual stream that each
+            takes out, [P, B, T, d]; with write_heads before their W_O, [P, B, T, r].
         write_heads: the heads through whose W_O what is taken out was written: one for all experiments, or each
             experiment's own; none: it is given as it lies in the residual stream.
         removes_unembed_bias: whether the bias of the logits is taken out too.
-        pairs: each experiment takes out two things at once, and these are their numbers: `removal` is asked for all
+        pairs: each experiment takes out two items at once, and these are their numbers: `remove` is asked for all
             single ones, and experiments that share one share its product with the vocabulary. Only for measurements
-            that are `from_sums` under a frozen final norm, where what two things change adds up.
-        extra_floats_per_position: numbers per position that `removal` keeps beside what it returns.
+            that are `from_sums` under a frozen final norm, where what two items change adds up.
+        extra_floats_per_position: numbers per position that `remove` keeps beside what it returns.
     """
 
     places: Sequence[int]
+    items: Sequence[Any]
+    remove: Callable[[FrozenTrace, Sequence[Any]], Tensor]
     write_heads: Sequence[Head] = ()
     removes_unembed_bias: bool = False
     pairs: Sequence[tuple[int, int]] | None = None
     extra_floats_per_position: int = 0
 
-    @abstractmethod
     def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """The part of the final residual stream that some of the experiments take out, in a part of the run.
-
-        [P, B, T, d]; with write_heads before their W_O, [P, B, T, r].
-        """
+        """What some of the experiments take out in a part of the run, [P, B, T, d or r]; see `remove`."""
+        return self.remove(part, [self.items[i] for i in members])
 
     @property
     def has_own_heads(self) -> bool:

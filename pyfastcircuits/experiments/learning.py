@@ -50,7 +50,7 @@ def _losses_of_part(
             yield _made_again(_changed_losses, part, asked, how, intervention, members)
             if how.progress is not None:
                 how.progress(len(members) * asked.count / how.asked.count)
-    yield _made_again(_losses, part, asked, how, asked.rows(_final(part))[None])
+    yield _made_again(asked_losses, part, asked, how, asked.rows(_final(part))[None])
 
 
 def _made_again(function: Any, *args: Any) -> Tensor:
@@ -65,10 +65,10 @@ def _changed_losses(
     removal, W_O = asked.rows(intervention.removal(part, members)), intervention.W_O(part.weights, members)
     left = asked.rows(_final(part)) - (removal if W_O is None else removal @ W_O)
     scale = norm_scale(left, part.weights) if how.final_norm == "recomputed" else None
-    return _losses(part, asked, how, left, scale, not intervention.removes_unembed_bias)
+    return asked_losses(part, asked, how, left, scale, not intervention.removes_unembed_bias)
 
 
-def _losses(
+def asked_losses(
     part: FrozenTrace, asked: Asked, how: Measurement, rows: Tensor, scale: Tensor | None = None, biased: bool = True
 ) -> Tensor:
     """[P, N] of rows [P, N, d] of the final residual stream, by the clean run's norm scale or another."""

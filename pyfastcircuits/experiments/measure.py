@@ -45,11 +45,6 @@ class _Part:
             return None
         return _ChangedRows.unchanged(self).partial(clean_lse=None).lse[0]
 
-    @property
-    def frozen_norm(self) -> bool:
-        """Whether the final norm multiplies by the clean run's scale."""
-        return self.measurement.final_norm == "frozen" or self.weights.norm is None
-
     def narrow(self, intervention: Intervention) -> bool:
         """Whether making W_O @ W_U is less work than multiplying removals by W_O and then, wide, by W_U."""
         r, d, heads = self.weights.d_value, self.weights.d_model, len(intervention.write_heads)
@@ -242,7 +237,7 @@ def _delta(
         removal, W_O = _times(removal, W_O), None
     scale: Tensor | None = None
     bias = torch.full_like(part.scale, -1) if intervention.removes_unembed_bias else None
-    if part.frozen_norm:
+    if part.measurement.final_norm == "frozen" or weights.norm is None:  # it multiplies by the clean run's scale
         delta = (final_norm_gain(removal, weights) if W_O is None else removal) * -part.scale
     else:
         left = part.final - (removal if W_O is None else _times(removal, W_O))

@@ -227,18 +227,25 @@ def asked(
         trace: the run.
         positions: an integer, several, or a mask [T] or [B, T]; negative ones count from the end. None: every real
             position whose next token is real. The last position has no next token: it needs targets.
-        targets, against: an integer, [B], or [B, T]; targets None: the next token.
+        targets, against: an integer, [B], or [B, T]; targets None: the next token. They are tokens of the vocabulary
+            that is predicted; where the model reads another, no next token is one.
         of_tokens: False where nothing is asked about a token (KL, say).
 
     Raises:
-        ValueError: shapes that do not fit; positions that leave nothing or have no target.
+        ValueError: shapes that do not fit; positions that leave nothing or have no target; no targets, where the model
+            predicts other tokens than it reads.
         IndexError: positions or tokens that are out of range.
         TypeError: tokens that are no integers.
     """
-    where = _where(trace, positions, needs_next=targets is None and of_tokens)
+    trace.guard.check_values()
+    needs_next = targets is None and of_tokens
+    if needs_next:
+        trace.weights.check_one_vocabulary("targets must be given, and positions, because no next token is predicted")
+    where = _where(trace, positions, needs_next)
     if not where.any():
         raise ValueError(f"positions is {positions!r}: nothing is left to measure")
-    following = torch.cat((trace.tokens[:, 1:], trace.tokens[:, :1]), 1)  # after the last comes any
+    following = torch.cat((trace.tokens[:, 1:], trace.tokens[:, :1]), 1)  # after the last comes any,
+    following = following.clamp_max(trace.weights.d_vocab_out - 1)  # as where the next token is not predicted: not read
     return Asked(
         where,
         following if targets is None else _tokens("targets", targets, trace),

@@ -15,6 +15,8 @@ from pyfastcircuits.run.trace import FrozenTrace
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
+else:
+    Unpack = None  # annotations with it are strings, and the core needs torch alone
 
 Attention = Literal["frozen", "recomputed"]
 FinalNorm = Literal["frozen", "recomputed"]
@@ -22,7 +24,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class MeasureOptions(TypedDict, total=False):
-    """The options of a measurement; HELP explains each."""
+    """The options of a measurement, which `measured` shows in the help of each experiment.
+
+    Attributes:
+        metric: "nll" of the target, "kl" (clean || changed), both in nats; "logit_difference", logit(target) -
+            logit(against); "probability" of the target; "rank", how many tokens have a larger logit than the target;
+            "top1", the share of positions where none has. Or an object, such as `fc.LogitDifference(targets, against)`.
+        targets: the token asked about: an integer, [B], or [B, T]; None: the next token, if the model predicts those it
+            reads.
+        against: likewise, the second token of a logit difference.
+        positions: the positions measured: an integer, several, or a mask [T] or [B, T]; negative ones count from the
+            end. None: every real position whose next token is real. The last has no next token: it takes targets, or
+            "kl".
+        kl: measure KL(clean || changed) too.
+        per_token: each position's values instead of means over them.
+        final_norm: whether the final norm's scale is the clean run's ("frozen") or that of the changed stream
+            ("recomputed"); None: as the attention patterns, frozen with frozen ones.
+        low_memory: recompute the clean logits for each slice of the vocabulary, so that nothing of size [T, V] exists.
+        precision, backend: of the kernels, see `pyfastcircuits.ops`.
+        progress: called with the number of experiments finished since the last call, times the share of the positions
+            they cover, so that a whole sweep adds up to the number of experiments.
+    """
 
     metric: Metric
     targets: Tensor | int | None
@@ -41,25 +63,6 @@ DEFAULTS = MeasureOptions(
     metric="nll", targets=None, against=None, positions=None, kl=False, per_token=False, final_norm=None,
     low_memory=False, precision="ieee", backend="auto", progress=None,
 )  # fmt: skip
-
-HELP = """\
-    metric: "nll" of the target, "kl" (clean || changed), both in nats; "logit_difference", logit(target) -
-        logit(against); "probability" of the target; "rank", how many tokens have a larger logit than the target;
-        "top1", the share of positions where none has. Or an object, such as `fc.LogitDifference(targets, against)`.
-    targets: the token asked about: an integer, [B], or [B, T]; None: the next token.
-    against: likewise, the second token of a logit difference.
-    positions: the positions measured: an integer, several, or a mask [T] or [B, T]; negative ones count from the
-        end. None: every real position whose next token is real. The last has no next token: it takes targets, or
-        "kl".
-    kl: measure KL(clean || changed) too.
-    per_token: each position's values instead of means over them.
-    final_norm: whether the final norm's scale is the clean run's ("frozen") or that of the changed stream
-        ("recomputed"); None: as the attention patterns, frozen with frozen ones.
-    low_memory: recompute the clean logits for each slice of the vocabulary, so that nothing of size [T, V] exists.
-    precision, backend: of the kernels, see `pyfastcircuits.ops`.
-    progress: called with the number of experiments finished since the last call, times the share of the positions
-        they cover, so that a whole sweep adds up to the number of experiments.
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +127,7 @@ def measured(function: Function) -> Function:
         return function(*args, **keywords)
 
     experiment.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-    own_help = inspect.cleandoc(function.__doc__ or "")
-    experiment.__doc__ = own_help.replace("\n\nReturns:", f"\n{HELP}\nReturns:", 1)
+    own_help, shared = (inspect.cleandoc(documented.__doc__ or "") for documented in (function, MeasureOptions))
+    _, _, listed = shared.partition("Attributes:\n")
+    experiment.__doc__ = own_help.replace("\n\nReturns:", f"\n{listed}\n\nReturns:", 1)
     return cast("Function", experiment)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,19 +10,16 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode, check_same_model
-from pyfastcircuits.experiments.edges import Effect, edge_removals, removed_z
+from pyfastcircuits.experiments.edges import Effect, edge_removals, mixed_z, removed_writes
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import NLL, Asked, LogitDifference
-from pyfastcircuits.experiments.options import Measurement, MeasureOptions, measured, measurement
-from pyfastcircuits.model.norms import final_norm_gain, norm_scale, normalized
+from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.model.norms import final_norm_gain, norm_scale
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import CleanLogits, Unembedding, row_losses
 from pyfastcircuits.run.nodes import Edge, Head, Kind, Receiver, one_or_several, parse_pair
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
 
 Direction = Literal["denoise", "noise"]
 
@@ -240,7 +237,7 @@ def _with_runs(
 def _first_order(trace: FrozenTrace, value: AblationValue, kind: Kind, effect: Effect, how: Measurement) -> Tensor:
     """The first-order change of the metric for every pair, [L, H, L, H]."""
     weights = trace.weights
-    heads = [[Head(layer, head) for head in range(weights.n_heads)] for layer in range(weights.n_layers)]
+    by_layer = [[Head(layer, head) for head in range(weights.n_heads)] for layer in range(weights.n_layers)]
     out = trace.embedded.new_zeros((weights.n_layers, weights.n_heads) * 2, dtype=torch.float64)
     for first in range(len(trace.tokens)):  # the gradients of one sequence at a time
         asked = how.asked[first : first + 1]
@@ -248,10 +245,7 @@ def _first_order(trace: FrozenTrace, value: AblationValue, kind: Kind, effect: E
             continue
         part = trace[first : first + 1]
         with torch.no_grad():
-            gone = []
-            for layer, of_layer in enumerate(heads):
-                z = removed_z(part, layer, value)
-                gone.append(torch.stack([head.write(part, z[head.head]) for head in of_layer]))
+            gone = [torch.stack(list(removed_writes(part, heads, value).values())) for heads in by_layer]
         by_z = _gradients_by_z(part, asked, how, asked.count / how.asked.count, effect)
         for layer in range(1, weights.n_layers):
             by_input = _gradients_by_input(part, layer, by_z[layer], kind)
@@ -298,14 +292,12 @@ def _metric(part: FrozenTrace, final: Tensor, asked: Asked, how: Measurement) ->
 
 def _gradients_by_input(part: FrozenTrace, layer: int, by_z: Tensor, kind: Kind) -> Tensor:
     """The gradient by the residual stream that each head of a layer makes its input of, [H, B, T, d]."""
-    forward, heads = part.forward, part.weights.n_heads
+    heads = part.weights.n_heads
     with torch.no_grad():
-        clean = forward.qkv(layer, part.normed(part.streams[layer], layer)[None])
+        clean = part.forward.qkv(layer, part.normed(part.streams[layer], layer)[None])
     with torch.enable_grad():
         stream = part.streams[layer].expand(heads, *part.embedded.shape).detach().requires_grad_()
-        changed = forward.qkv(layer, normalized(stream, part.weights))
-        mixture = (new if name == kind else old for name, new, old in zip("QKV", changed, clean, strict=True))
-        z = forward.apply(layer, *mixture)  # [H, B, H, T, r]: each copy of the stream for one head
+        z = mixed_z(part, layer, stream, kind, clean)  # [H, B, H, T, r]: each copy of the stream for one head
         own = torch.stack([z[head, :, head] for head in range(heads)])
         (gradient,) = torch.autograd.grad((own * by_z).sum(), stream)
     return gradient

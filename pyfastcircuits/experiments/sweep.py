@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,22 +13,20 @@ from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
-from pyfastcircuits.experiments.options import Attention, MeasureOptions, measured
+from pyfastcircuits.experiments.metrics import metric_spec
+from pyfastcircuits.experiments.options import Attention, MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.paths import LayerMarginals, layer_marginals, order_losses
+from pyfastcircuits.result import Result
 from pyfastcircuits.run.trace import FrozenTrace
-
-if TYPE_CHECKING:
-    from pyfastcircuits.experiments.options import Unpack
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """The position where an ablation does most: the tokens up to it, the token predicted there, and the metric with and
-    without the ablation.
+    """The position where an ablation does most: the tokens up to it, the token asked about there, and the metric with
+    and without the ablation.
     """
 
     context: list[int]
@@ -44,7 +42,7 @@ class Sweep:
     Attributes:
         trace: the clean run.
         orders: [L + 1], the loss with all paths of order at most k, in nats; see order_losses.
-        marginals: see layer_marginals.
+        marginals: see layer_marginals; these are of the loss too, whatever the metric.
         result: every ablation.
         seconds: the time that the ablations took, without the run, orders and marginals.
         scope, mode, attention, options: what was ablated, and how it was measured.
@@ -63,24 +61,24 @@ class Sweep:
     @public
     @torch.no_grad()
     def examples(self, n: int, *, context: int = 12, progress: Callable[[float], None] | None = None) -> list[Example]:
-        """For each of the n ablations that matter most, the predicted token whose metric it harms most.
+        """For each of the n ablations that matter most, the token asked about whose metric it harms most.
 
         Args:
             n: how many ablations, as `result.top`; they are run once more, position by position.
-            context: the most tokens to show in front of the predicted one.
+            context: the most tokens to show, the last at the position measured.
             progress: called with the number of ablations finished since the last call.
         """
         labels = [label for label, _ in self.result.top(n)]
         options: MeasureOptions = {**self.options, "per_token": True, "kl": False, "progress": progress}
         result = _ablate(self.trace, self.scope, self.mode, self.attention, options, labels)
-        length = self.trace.tokens.shape[1] - 1
+        targets = measurement(self.trace, options, self.attention).asked.targets
         harm = -result.delta if result.harm == "fall" else result.delta
         out = []
         for i in range(len(labels)):
-            sequence, position = divmod(int(harm[i].nan_to_num(-torch.inf).argmax()), length)
-            tokens, end = self.trace.tokens[sequence].tolist(), position + 1
+            sequence, position = divmod(int(harm[i].nan_to_num(-torch.inf).argmax()), harm.shape[-1])
+            before = self.trace.tokens[sequence, max(0, position + 1 - context) : position + 1]
             values = float(result.baseline[sequence, position]), float(result.values[i, sequence, position])
-            out.append(Example(tokens[max(0, end - context) : end], tokens[end], *values))
+            out.append(Example(before.tolist(), int(targets[sequence, position]), *values))
         return out
 
 
@@ -106,18 +104,21 @@ def sweep(
         mode, attention: as in head_ablation.
 
     Returns:
-        A Sweep, without gradients; its result has KL(clean || ablated) beside the metric. `progress` hears of the clean
-        run and of orders and marginals too: see count_steps.
+        A Sweep, without gradients; its result has KL(clean || ablated) beside the metric. Orders and marginals are
+        losses of the same targets at the same positions, so that "kl" needs targets where the next token is none.
+        `progress` hears of the clean run and of orders and marginals too: see count_steps.
 
     Raises:
         ValueError, IndexError, TypeError, RuntimeError: as trace, order_losses, pair_ablation and head_ablation.
     """
     run = trace(model, tokens)
-    backend, progress = options.get("backend", "auto"), options.get("progress")
+    progress = options.get("progress")
     if progress is not None:
         progress(1)
-    orders = order_losses(run, backend=backend, progress=progress)
-    marginals = layer_marginals(run, backend=backend, progress=progress)
+    metric = metric_spec(options.get("metric", "nll"), options.get("targets"), options.get("against"))
+    asked: dict[str, Any] = {name: options[name] for name in ("positions", "backend", "progress") if name in options}
+    orders = order_losses(run, targets=metric.targets, **asked)
+    marginals = layer_marginals(run, targets=metric.targets, **asked)
     start = time.perf_counter()
     result = _ablate(run, scope, mode, attention, {"kl": True, **options}, None)
     if run.tokens.device.type == "cuda":
@@ -132,21 +133,16 @@ def _ablate(
     mode: Mode,
     attention: Attention,
     options: MeasureOptions,
-    labels: list[Label] | None,
+    labels: Any,
 ) -> Result:
     """Ablate everything of a scope, or only what some labels of its result say."""
-    chosen: Any = labels
-    found: Result
     if scope == "layer" and labels is None:
-        found = layer_ablation(run, mode, attention, **options)
-    elif scope == "layer":
-        heads = [[(layer, head) for head in range(run.weights.n_heads)] for layer in chosen]
-        found = head_ablation(run, mode, attention, heads=heads, **options)
-    elif scope == "head":
-        found = head_ablation(run, mode, attention, heads=chosen, **options)
-    else:
-        found = pair_ablation(run, scope, mode, attention, pairs=chosen, **options)
-    return found
+        return layer_ablation(run, mode, attention, **options)
+    if scope == "layer":
+        labels = [[(layer, head) for head in range(run.weights.n_heads)] for layer in labels]
+    if scope == "head" or scope == "layer":
+        return head_ablation(run, mode, attention, heads=labels, **options)
+    return pair_ablation(run, scope, mode, attention, pairs=labels, **options)
 
 
 def count_steps(weights: CircuitWeights, scope: SweepScope) -> dict[str, int]:

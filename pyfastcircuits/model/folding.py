@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyfastcircuits.arguments import public
 from pyfastcircuits.model.layers import stacked
+from pyfastcircuits.model.norms import centered
 from pyfastcircuits.model.weights import CircuitWeights
 
 
@@ -52,11 +53,11 @@ def fold_norm(
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor is not None and tensor.device != weights.device:
             raise ValueError(f"{name} is on {tensor.device}, but the weights are on {weights.device}")
-    readers = {name: stacked(getattr(weights, f"W_{name}")) for name in ("Q", "K", "V")}
-    changed: dict[str, Any] = {f"W_{name}": weight * gain[:, None, :, None] for name, weight in readers.items()}
-    changed["W_U"] = weights.W_U * final_gain[:, None]
-    if bias is not None:
-        for name, weight in readers.items():
+    changed: dict[str, Any] = {"W_U": weights.W_U * final_gain[:, None]}
+    for name in ("Q", "K", "V"):
+        weight = stacked(getattr(weights, f"W_{name}"))
+        changed[f"W_{name}"] = weight * gain[:, None, :, None]
+        if bias is not None:
             moved = torch.einsum("ld,lhdr->lhr", bias, weight)
             changed[f"b_{name}"] = _added(getattr(weights, f"b_{name}"), moved)
     if final_bias is not None:
@@ -82,7 +83,7 @@ def center(weights: CircuitWeights) -> CircuitWeights:
     names = ["W_E", "W_O", *(["b_O"] if weights.b_O is not None else [])]
     if weights.positional == "standard":
         names.append("W_pos")
-    changed: dict[str, Any] = {name: _centered(stacked(getattr(weights, name))) for name in names}
+    changed: dict[str, Any] = {name: centered(stacked(getattr(weights, name)), weights) for name in names}
     return replace(weights, norm="rmsnorm", **changed)
 
 
@@ -107,7 +108,3 @@ def fold_value_biases(weights: CircuitWeights) -> CircuitWeights:
 
 def _added(bias: Tensor | None, more: Tensor) -> Tensor:
     return more if bias is None else bias + more
-
-
-def _centered(x: Tensor) -> Tensor:
-    return x - x.mean(-1, keepdim=True)

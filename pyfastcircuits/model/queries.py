@@ -32,10 +32,10 @@ def queries_or_keys(
     Returns:
         [..., H or Hkv, T, r]; of one head [..., T, r].
     """
-    if weights.qk_norm == "rmsnorm of latents":
+    if weights.qk_norm == "of a run":
         raise ValueError(
-            "weights.qk_norm is 'rmsnorm of latents': queries and keys come through norms of latents, which the weights "
-            "alone do not make; qk_terms has the scores of a run"
+            "weights.qk_norm is 'of a run': queries and keys come through norms that the weights do not hold; qk_terms "
+            "has the scores of a run"
         )
     count = (weights.W_Q if name == "Q" else weights.W_K).shape[1]
     own = None if head is None else head // (weights.n_heads // count)

@@ -41,7 +41,8 @@ def _check_options(weights: "CircuitWeights") -> None:
                 raise TypeError(f"attention_scale[{layer}] is {scale!r}, expected a number")
             check_positive(f"attention_scale[{layer}]", scale)
         if len(scales) != weights.W_Q.shape[0]:
-            raise ValueError(f"attention_scale has {len(scales)} numbers, but W_Q has {weights.W_Q.shape[0]} layers")
+            layers = weights.W_Q.shape[0]
+            raise ValueError(f"attention_scale is {list(scales)}, expected a number or one for each of {layers} layers")
     for name in ("eps", "qk_eps"):
         if not getattr(weights, name) >= 0:
             raise ValueError(f"{name} is {getattr(weights, name)}, expected a number of at least 0")

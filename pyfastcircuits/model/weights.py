@@ -15,7 +15,7 @@ from pyfastcircuits.model.weight_checks import check_weights
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
-QKNorm = Literal["layernorm", "rmsnorm", "rmsnorm of all heads", "rmsnorm of latents"]
+QKNorm = Literal["layernorm", "rmsnorm", "rmsnorm of all heads", "of a run"]
 Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
 METADATA = "pyfastcircuits"  # under which a safetensors file keeps the options
 
@@ -50,8 +50,8 @@ class CircuitWeights:
         ln_final_w, ln_final_b: [d], gain and bias of the norm before W_U.
         ln_post_w: [L, d], gain of a second RMS norm, which the sum of a layer's heads goes through (Gemma 2).
         qk_norm: the norm that queries and keys go through before they rotate: "layernorm" or "rmsnorm" of each head, or
-            "rmsnorm of all heads" together (OLMo 2). "rmsnorm of latents": queries and keys come through norms that these
-            weights do not hold (DeepSeek), and there are no tables of them.
+            "rmsnorm of all heads" together (OLMo 2). "of a run": queries and keys come through something that
+            these weights do not hold (DeepSeek's norms of latents), and there are no tables of them.
         qk_eps: of that norm.
         ln_q_w, ln_q_b: [L, 1 or H, r], its gain and bias for queries; ln_k_w, ln_k_b: [L, 1 or Hkv, r], for keys.
         sinks: [L, H], a score that takes its share of each row of a pattern and that no source has (GPT-OSS): rows then
@@ -67,7 +67,7 @@ class CircuitWeights:
             pairs, in place of rotary_base; zero where a layer does not rotate.
         rotary_scale: rotated queries and rotated keys are multiplied by it (YaRN's attention factor).
         rotary_pairs: which dimensions turn together: "halves", i with n + i, or "adjacent", 2 i with 2 i + 1.
-        rotary_length: the longest sequence that turns so, where the model turns longer ones otherwise (dynamic scaling).
+        rotary_length: the longest sequence that turns so, where the model turns longer ones otherwise.
 
     Raises:
         ValueError: a shape does not fit (the message names it, with both values), a weight is not finite, an option is
@@ -257,11 +257,19 @@ class CircuitWeights:
 
     @public
     def whole_unembed_bias(self) -> Tensor | None:
-        """The whole bias of the logits, [V]: b_U plus ln_final_b @ W_U; None without either."""
+        """The whole bias of the logits, [V']: b_U plus ln_final_b @ W_U; None without either."""
         total = None if self.b_U is None else self.b_U.to(self.compute_dtype)
         if self.ln_final_b is not None:
             bias = self.ln_final_b.to(self.compute_dtype)
             moved = torch.cat([bias @ part.to(self.compute_dtype) for part in self.W_U.split(8192, 1)])
+            total = moved if total is None else total + moved
+        return total
+
+    def unembed_bias(self, tokens: Tensor) -> Tensor | None:
+        """The entries of `whole_unembed_bias` for some tokens [n], [n]."""
+        total = None if self.b_U is None else self.b_U[tokens].to(self.compute_dtype)
+        if self.ln_final_b is not None:
+            moved = self.ln_final_b.to(self.compute_dtype) @ self.W_U[:, tokens].to(self.compute_dtype)
             total = moved if total is None else total + moved
         return total
 
@@ -281,6 +289,12 @@ class CircuitWeights:
             raise IndexError(f"layer is {layer}, but the model has no layers")
         if not 0 <= layer < self.n_layers:
             raise IndexError(f"layer is {layer}, expected 0 to {self.n_layers - 1}")
+
+    @public
+    def check_one_vocabulary(self, why: str) -> None:
+        """Raise ValueError, which says why, unless the tokens that are predicted are those that are read."""
+        if self.d_vocab_out != self.d_vocab:
+            raise ValueError(f"d_vocab_out is {self.d_vocab_out}, but d_vocab is {self.d_vocab}: {why}")
 
     @public
     def gain(self, name: str, layer: int) -> Tensor | None:

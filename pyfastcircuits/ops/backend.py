@@ -27,7 +27,7 @@ def resolve_backend(backend: str, device: torch.device, op: str = "sweep_nll") -
         raise RuntimeError(f"backend='cuda': there is no CUDA C++ kernel of {op}; take backend='triton'")
     if backend == "auto":
         backend = "triton" if device.type == "cuda" else "cpu"
-    if backend == "triton" and not library.has_triton():
+    if backend == "triton" and not library.HAS_TRITON:
         raise RuntimeError("backend='triton' needs the triton package, which is not installed")
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(backend, device.type)

@@ -4,20 +4,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pyfastcircuits import shapes
 from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Screen, kernel_of, resolve_backend
-from pyfastcircuits.shapes import (
-    MOST,
-    MOST_PER_ROW,
-    check_finite,
-    check_product,
-    factored_topk_outputs,
-    register_outputs,
-)
 
-register_outputs("factored_topk", factored_topk_outputs)
+shapes.register_outputs("factored_topk", shapes.factored_topk_outputs)
 register_no_gradient("pyfastcircuits::factored_topk", "factored_topk")
 
 
@@ -72,7 +65,7 @@ def factored_topk(
         TypeError: dtypes that do not fit.
         RuntimeError: a backend or screen that is not there.
     """
-    check_product(A=(A, "N r"), B=(B, "r M"), shift=(shift, "N", float))
+    shapes.check_product(A=(A, "N r"), B=(B, "r M"), shift=(shift, "N", float))
     rows, columns = len(A), B.shape[1]
     if per_row and rows == 0:
         raise ValueError(f"A has shape {list(A.shape)}: no rows")
@@ -82,8 +75,8 @@ def factored_topk(
     chosen = resolve_backend(backend, A.device, "factored_topk")
     if chosen == "reference":
         return TopEntries(*reference.factored_topk(A, B, k, largest, per_row, shift))
-    most = (MOST_PER_ROW if per_row else MOST)[chosen]
+    most = (shapes.MOST_PER_ROW if per_row else shapes.MOST)[chosen]
     if k > most:
         raise ValueError(f"k is {k}, but backend={chosen!r} finds at most {most} entries" + " a row" * per_row)
-    check_finite(A=A, B=B, shift=shift)
+    shapes.check_finite(A=A, B=B, shift=shift)
     return TopEntries(*kernel_of("factored_topk", chosen)(A, B, k, largest, per_row, shift, screen))

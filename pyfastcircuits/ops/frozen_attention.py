@@ -3,19 +3,13 @@
 import torch
 from torch import Tensor
 
+from pyfastcircuits import shapes
 from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_frozen_attention
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
-from pyfastcircuits.shapes import (
-    check_positive,
-    check_shapes,
-    frozen_attention_outputs,
-    register_outputs,
-    work_dtype,
-)
 
-register_outputs("frozen_attention", frozen_attention_outputs)
+shapes.register_outputs("frozen_attention", shapes.frozen_attention_outputs)
 register_frozen_attention("pyfastcircuits::frozen_attention", torch.ops.pyfastcircuits.frozen_attention)
 
 
@@ -108,7 +102,7 @@ def _attend(
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """Checks the arguments, and gives the results and the logsumexp."""
-    sizes = check_shapes(
+    sizes = shapes.check_shapes(
         q=(q, "B H T r"),
         k=(k, "B Hkv T r"),
         values=(values, "S B Hkv T s"),
@@ -125,13 +119,13 @@ def _attend(
             raise ValueError(f"{name} requires a gradient, but frozen patterns have none: pass {name}.detach()")
     if window is not None and window < 1:
         raise ValueError(f"window is {window!r}, expected an integer from 1 on")
-    check_positive("softcap", softcap)
-    check_positive("scale", scale)
+    shapes.check_positive("softcap", softcap)
+    shapes.check_positive("scale", scale)
     chosen = resolve_backend(backend, q.device, "frozen_attention")
     scale = max(sizes["r"], 1) ** -0.5 if scale is None else scale
     arguments = q, k, values, lse, pre, post, mask, scale, window, softcap, False
     if chosen == "reference":
         out, lse = reference.frozen_attention(*arguments)
-        return out.to(work_dtype(q)), lse
+        return out.to(shapes.work_dtype(q)), lse
     out, lse = kernel_of("frozen_attention", chosen)(*arguments, precision)
     return out, lse

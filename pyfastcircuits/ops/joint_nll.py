@@ -4,21 +4,14 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from pyfastcircuits import shapes
 from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
 from pyfastcircuits.ops.sweep_nll import SweepPartial, checked_sweep, clean_logsumexp
-from pyfastcircuits.shapes import (
-    check_positive,
-    check_shapes,
-    in_range,
-    joint_nll_outputs,
-    register_outputs,
-    work_dtype,
-)
 
-register_outputs("joint_nll", joint_nll_outputs)
+shapes.register_outputs("joint_nll", shapes.joint_nll_outputs)
 register_no_gradient("pyfastcircuits::joint_nll", "joint_nll")
 
 
@@ -41,7 +34,7 @@ def joint_partial(
     The logits of pair p are `base[t] + C[pairs[p, 0], t] + C[pairs[p, 1], t]` with `C[i] = delta[i] @ basis[group[i]]`.
     """
     chosen = resolve_backend(backend, base.device, "joint_nll")
-    check_positive("cap", cap)
+    shapes.check_positive("cap", cap)
     if chosen == "reference":
         return SweepPartial(*reference.joint_nll(base, delta, basis, tokens, group, pairs, clean_lse, cap))
     kernel = kernel_of("joint_nll", chosen)
@@ -123,13 +116,13 @@ def joint_nll(
     (Elhage et al. 2021, section "Attention Heads as Independent and Additive").
     """
     group, tokens = checked_sweep(base, delta, basis, group, {"targets": targets})
-    check_shapes(base=(base, "T V"), pairs=(pairs, "P 2", int))
+    shapes.check_shapes(base=(base, "T V"), pairs=(pairs, "P 2", int))
     if base.device.type == "cpu":
-        pairs = in_range("pairs", pairs, len(delta))
+        pairs = shapes.in_range("pairs", pairs, len(delta))
     clean_lse = clean_logsumexp(base, cap, precision, backend) if kl else None
     lse, picked, change = joint_partial(
         base, delta, basis, tokens, pairs.long(),
         group=group, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend,
     )  # fmt: skip
-    nll = (lse - picked[..., 0]).to(work_dtype(base))
+    nll = (lse - picked[..., 0]).to(shapes.work_dtype(base))
     return nll if clean_lse is None else (nll, (lse - clean_lse - change).to(nll.dtype))

@@ -26,14 +26,7 @@ _CUDA_LIBRARY = _FOLDER / "_cuda.so"
 HAS_CUDA_KERNELS = _CUDA_LIBRARY.exists()
 if HAS_CUDA_KERNELS:
     torch.ops.load_library(str(_CUDA_LIBRARY))
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def has_triton() -> bool:
-    """Whether the triton package is installed."""
-    return _HAS_TRITON
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def stripe_columns() -> int:
@@ -49,10 +42,5 @@ def build_info() -> dict[str, Any]:
     or None).
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    facts = dict(host.build_facts())
-    return facts | {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": has_triton(),
-        "gpu": gpu,
-    }
+    here = {"threads": torch.get_num_threads(), "torch": torch.__version__, "triton": HAS_TRITON, "gpu": gpu}
+    return dict(host.build_facts()) | here

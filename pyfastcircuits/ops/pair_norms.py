@@ -12,19 +12,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits import shapes
 from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import pair_norms_gradients, register_pair_norms
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
-from pyfastcircuits.shapes import (
-    check_product,
-    check_shapes,
-    pair_norms_outputs,
-    register_outputs,
-    work_dtype,
-)
 
-register_outputs("pair_norms", pair_norms_outputs)
+shapes.register_outputs("pair_norms", shapes.pair_norms_outputs)
 register_pair_norms("pyfastcircuits::pair_norms")
 
 Route = Literal["auto", "products", "gram"]
@@ -120,7 +114,7 @@ def factored_pair_norms(
     if gram:
         norms = _by_grams(left, rights, None, [], before).norms
     elif chosen == "reference":
-        norms = reference.pair_norms(left, both, before).to(work_dtype(left))
+        norms = reference.pair_norms(left, both, before).to(shapes.work_dtype(left))
     else:
         norms = kernel_of("pair_norms", chosen)(left, both, before, precision)
     return FactoredPairNorms(norms, *(torch.linalg.matrix_norm(x.to(norms.dtype)) for x in (left, both)))
@@ -154,7 +148,7 @@ def _by_grams(
 
     <P, N> is wrong by a few rounding errors of ||P|| ||N||; four bound every case tried, see tests/test_pair_norms.py.
     """
-    dtype = work_dtype(left)
+    dtype = shapes.work_dtype(left)
     inner, *moments = torch.ops.pyfastcircuits.pair_grams(left, rights, left_outer, outers, before)
     norms = torch.where(inner > 0, inner, 1).sqrt().where(inner > 0, inner.clamp_min(0)).to(dtype)
     P, N = (m[:, 1].sqrt() for m in moments)
@@ -197,8 +191,7 @@ def pair_grams_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes alone, for torch.compile."""
     N, M = len(left if left_outer is None else left_outer), sum(len(x) for x in right_outer or right)
-    shapes = ((N, M), (N, 2), (M, 2))
-    inner, *moments = (left.new_empty(shape, dtype=torch.float64) for shape in shapes)
+    inner, *moments = (left.new_empty(shape, dtype=torch.float64) for shape in ((N, M), (N, 2), (M, 2)))
     return inner, moments[0], moments[1]
 
 
@@ -209,8 +202,8 @@ def triangles_outputs(factors: Tensor) -> tuple[Tensor, Tensor]:
     return triangles, factors.new_empty(len(factors), dtype=torch.bool)
 
 
-register_outputs("pair_grams", pair_grams_outputs)
-register_outputs("triangles", triangles_outputs)
+shapes.register_outputs("pair_grams", pair_grams_outputs)
+shapes.register_outputs("triangles", triangles_outputs)
 
 
 def _save_grams(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -239,7 +232,7 @@ def _check(
             f"right has {len(rights)} tensors and right_outer {len(outers)}; expected as many, or no outer"
         )
     for right, outer in zip_longest(rights, outers):
-        check_product(
+        shapes.check_product(
             left=(left, "N r d"),
             right=(right, "M d s"),
             left_outer=(left_outer, "N' q r"),
@@ -251,7 +244,7 @@ def _check(
     if len(widths) > 1:
         raise ValueError(f"the tensors of right end in {sorted(widths)} columns, expected the same")
     if before is not None:
-        check_shapes(left=(left, "N r d"), before=(before, str(sum(map(len, outers or rights))), int))
+        shapes.check_shapes(left=(left, "N r d"), before=(before, str(sum(map(len, outers or rights))), int))
 
 
 def _check_sharing(name: str, factors: Tensor, outer: Tensor | None) -> None:

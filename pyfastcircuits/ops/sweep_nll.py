@@ -7,21 +7,13 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from pyfastcircuits import shapes
 from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend, room
-from pyfastcircuits.shapes import (
-    check_positive,
-    check_positive_entries,
-    check_shapes,
-    in_range,
-    register_outputs,
-    sweep_nll_outputs,
-    work_dtype,
-)
 
-register_outputs("sweep_nll", sweep_nll_outputs)
+shapes.register_outputs("sweep_nll", shapes.sweep_nll_outputs)
 register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
 
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
@@ -69,7 +61,7 @@ def sweep_partial(
     threads.
     """
     chosen = resolve_backend(backend, base.device)
-    check_positive("cap", cap)
+    shapes.check_positive("cap", cap)
     if outer is not None and not (chosen == "cpu" and len(outer) >= FUSED_GROUPS):
         bytes_a_column = base.element_size() * (outer[..., 0].numel() + 2 * len(basis[0]))
         width = max(COLUMNS, room(base.device, SCRATCH) // max(bytes_a_column, 1) // COLUMNS * COLUMNS)
@@ -179,7 +171,7 @@ def sweep_nll(
         out.append(lse - clean_lse - change)
     if logit_difference is not None:
         out.append(picked[..., 1] - picked[..., 2])
-    results = tuple(x.to(work_dtype(base)) for x in out)
+    results = tuple(x.to(shapes.work_dtype(base)) for x in out)
     return results[0] if len(results) == 1 else results
 
 
@@ -200,15 +192,9 @@ def checked_sweep(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The basis that each ablation writes through [P], and the tokens [T, K], int64; wrong inputs of a sweep raise."""
-    check_shapes(
-        base=(base, "T V"),
-        delta=(delta, "P T r"),
-        basis=(basis, "G r V"),
-        group=(group, "P", int),
-        scale=(scale, "P T", float),
-        **{name: (tokens, "T", int) for name, tokens in targets.items()},
-    )
-    check_positive_entries("scale", scale)
+    tokens_of: dict[str, shapes.Argument] = {name: (tokens, "T", int) for name, tokens in targets.items()}
+    shapes.check_sweep(base, delta, basis, group, scale=(scale, "P T", float), **tokens_of)
+    shapes.check_positive_entries("scale", scale)
     if base.shape[1] == 0:
         raise ValueError(f"base has shape {list(base.shape)}: an empty vocabulary")
     if group is None:
@@ -217,6 +203,6 @@ def checked_sweep(
         group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
     tokens = list(targets.values())
     if base.device.type == "cpu":
-        tokens = [in_range(name, t, base.shape[1]) for name, t in zip(targets, tokens, strict=True)]
-        group = in_range("group", group, len(basis))
+        tokens = [shapes.in_range(name, t, base.shape[1]) for name, t in zip(targets, tokens, strict=True)]
+        group = shapes.in_range("group", group, len(basis))
     return group.long(), torch.stack([t.long() for t in tokens], -1)

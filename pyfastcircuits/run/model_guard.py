@@ -17,19 +17,24 @@ class ModelGuard:
     """A model, with the version counter that torch kept for each of its tensors when the run was made.
 
     An optimiser step, or any other edit in place, raises the counters. Edits that torch does not see (through `.data`,
-    through numpy, of tensors made in inference mode) are not noticed.
+    through numpy, of tensors made in inference mode) are noticed by a few entries of every tensor, if those changed.
     """
 
     weights: CircuitWeights
     forward: Forward
     tensors: tuple[tuple[str, Tensor], ...]
     versions: tuple[int, ...]
+    sampled: tuple[Tensor, ...]  # views of a few entries of each tensor
+    entries: tuple[Tensor, ...]  # their values when the run was made, joined by device and dtype
 
     @staticmethod
     def of(weights: CircuitWeights, forward: Forward) -> "ModelGuard":
         """The guard of a model as it is now."""
-        counted = [(name, x) for name, x in (*_single(weights), *forward.tensors()) if not x.is_inference()]
-        return ModelGuard(weights, forward, tuple(counted), tuple(tensor._version for _, tensor in counted))
+        every = (*_single(weights), *forward.tensors())
+        counted = [(name, x) for name, x in every if not x.is_inference()]
+        sampled = tuple(_few(x.detach()) for _, x in every if x.is_floating_point() and not x.is_meta)
+        versions = tuple(tensor._version for _, tensor in counted)
+        return ModelGuard(weights, forward, tuple(counted), versions, sampled, _joined(sampled))
 
     def check_unchanged(self) -> None:
         """Compare the counters.
@@ -44,18 +49,47 @@ class ModelGuard:
                     "say): what the trace holds no longer belongs to them; trace the model again"
                 )
 
+    def check_values(self) -> None:
+        """Compare the counters, and a few entries of every tensor.
+
+        Raises:
+            RuntimeError: a tensor has been edited in place since the run was made.
+        """
+        self.check_unchanged()
+        if not all(map(torch.equal, self.entries, _joined(self.sampled))):
+            raise RuntimeError(
+                "the weights have been changed in place since this run was made, past torch's version counters "
+                "(through .data, say): what the trace holds no longer belongs to them; trace the model again"
+            )
+
     def check_same(self, other: "ModelGuard", name: str) -> None:
         """Compare two models, by identity or else whole: every option, every layer, every entry.
 
         Raises:
             ValueError: the run `name` is of another model; the message names a part that differs.
         """
+        pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
         if self.weights is not other.weights:
-            _check_options(name, _options(other.weights), _options(self.weights))
-            _check_tensors(name, dict(_single(other.weights)), dict(_single(self.weights)))
+            pairs.append((_parts(other.weights), _parts(self.weights)))
         if self.forward is not other.forward and not self.weights.attention_only:
-            _check_options(name, other.forward.options(), self.forward.options())
-            _check_tensors(name, dict(other.forward.tensors()), dict(self.forward.tensors()))
+            pairs.append((other.forward.options(), self.forward.options()))
+            pairs.append((dict(other.forward.tensors()), dict(self.forward.tensors())))
+        for theirs, ours in pairs:
+            if difference := _difference(theirs, ours):
+                raise ValueError(f"{name} is a run of another model: {difference}")
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """A view of at most three entries along each dimension."""
+    return tensor[tuple(slice(None, None, max(1, (size + 2) // 3)) for size in tensor.shape)]
+
+
+def _joined(sampled: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The entries of all samples, in one tensor for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for sample in sampled:
+        groups.setdefault((sample.device, sample.dtype), []).append(sample.flatten())
+    return tuple(torch.cat(group).nan_to_num() for group in groups.values())
 
 
 def _single(weights: CircuitWeights) -> Iterator[tuple[str, Tensor]]:
@@ -67,44 +101,41 @@ def _single(weights: CircuitWeights) -> Iterator[tuple[str, Tensor]]:
             yield name, weight
 
 
-def _options(weights: CircuitWeights) -> dict[str, object]:
+def _parts(weights: CircuitWeights) -> dict[str, Any]:
+    """Every option, then every tensor, layer by layer where layers lie apart."""
     held = {name for name, _ in weights.tensors()}
-    return {f.name: getattr(weights, f.name) for f in fields(weights) if f.name not in held}
+    options = {f.name: getattr(weights, f.name) for f in fields(weights) if f.name not in held}
+    return options | dict(_single(weights))
 
 
-def _check_options(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for option in (*ours, *theirs):
-        if theirs.get(option) != ours.get(option):
-            raise ValueError(
-                f"{name} is a run of another model: its {option} is {theirs.get(option)!r}, ours {ours.get(option)!r}"
-            )
-
-
-def _check_tensors(name: str, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """The first option or tensor in which two models differ, in words."""
     if theirs.keys() != ours.keys():  # the same tensor, once with its layers in one piece and once apart
         theirs, ours = _by_layer(theirs, ours), _by_layer(ours, theirs)
     for part in (*ours, *theirs):
         mine, other = ours.get(part), theirs.get(part)
-        if mine is None or other is None:
-            raise ValueError(f"{name} is a run of another model: only one of the two has {part}")
-        if mine.shape != other.shape:
-            raise ValueError(
-                f"{name} is a run of another model: its {part} is {list(other.shape)}, ours {list(mine.shape)}"
-            )
-        if mine.dtype != other.dtype or mine.device != other.device:
-            raise ValueError(f"{name} is a run of another model: its {part} is {other.dtype}, ours {mine.dtype}")
-        if not _same_memory(mine, other) and not torch.equal(mine, other):
-            raise ValueError(f"{name} is a run of another model: its {part} differs")
+        if not isinstance(mine, Tensor) and not isinstance(other, Tensor):
+            if mine != other:
+                return f"its {part} is {other!r}, ours {mine!r}"
+        elif mine is None or other is None:
+            return f"only one of the two has {part}"
+        elif mine.shape != other.shape:
+            return f"its {part} is {list(other.shape)}, ours {list(mine.shape)}"
+        elif mine.dtype != other.dtype or mine.device != other.device:
+            return f"its {part} is {other.dtype}, ours {mine.dtype}"
+        elif not _same_memory(mine, other) and not torch.equal(mine, other):
+            return f"its {part} differs"
+    return None
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
 
 
-def _by_layer(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+def _by_layer(parts: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors of all layers cut by layer where those of the other model are."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    out: dict[str, Any] = {}
+    for name, tensor in parts.items():
         apart = name not in like and f"{name}[0]" in like
         out |= {f"{name}[{i}]": layer for i, layer in enumerate(tensor)} if apart else {name: tensor}
     return out

@@ -28,7 +28,6 @@ class Outputs(Protocol):
 
     def __call__(self, run: FrozenTrace) -> Tensor:
         """[n, B, T, x]."""
-        ...
 
 
 class Node(Protocol):
@@ -37,26 +36,21 @@ class Node(Protocol):
     @property
     def layer(self) -> int:
         """The layer it belongs to: heads of later layers read it."""
-        ...
 
     @property
     def label(self) -> Label:
         """Its label in results."""
-        ...
 
     @property
     def outputs(self) -> Outputs:
         """The outputs among which its own is number `index`: what an ablation replaces."""
-        ...
 
     @property
     def index(self) -> int:
         """See outputs."""
-        ...
 
     def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
         """The gain of the residual stream [..., B, T, d] from an output [..., B, T, x]: linear."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """Path expansion: the model as a sum of paths through its attention heads (Elhage et al. 2021, "Path Expansion")."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import comb
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import Backend
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.nodes import Head, Path, grouped, parse_path, span
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern
@@ -101,7 +99,7 @@ def _prefix_z(trace: FrozenTrace, path: Path) -> Tensor:
 
 @public
 def path_logits(trace: FrozenTrace, path: Iterable[Sequence[int]]) -> Tensor:
-    """The logits that one path adds, [B, T, V]: materialised on purpose; differentiable (see `trace`).
+    """The logits that one path adds, [B, T, V']: materialised on purpose; differentiable (see `trace`).
 
     `()` is the direct path: embedding, biases, MLP outputs (frozen: they are sources, not functions of what they read)
     and the unembedding bias. The paths of all orders sum to the logits, before a logit cap.
@@ -131,91 +129,3 @@ def order_streams(trace: FrozenTrace, max_order: int) -> Tensor:
         grown = [stream + add for stream, add in zip(streams[1:], written, strict=False)]
         streams[1:] = [*grown, *written[len(grown) :]]
     return torch.stack(streams)
-
-
-@public
-def order_losses(
-    trace: FrozenTrace,
-    max_order: int | None = None,
-    *,
-    per_token: bool = False,
-    backend: Backend = "auto",
-    progress: Callable[[float], None] | None = None,
-) -> Tensor:
-    """Loss with all paths of order at most k, k = 0..max_order: [K + 1], or [K + 1, B, T-1] with `per_token`.
-
-    Held at the clean run's: attention patterns, norm scales (the final one included), and what MLPs write, which
-    belongs to order 0 whatever the MLPs read. A logit cap is applied after the sum. Equal to the article's algorithm
-    ("Term importance analysis"), which reruns the model once for each order with the others' outputs zeroed.
-
-    Args:
-        trace: a frozen run.
-        max_order: K, at most the number of layers, which is the default; there the loss is the clean one.
-        per_token: each predicting position's value instead of the mean.
-        backend: of the sweep_nll kernel.
-        progress: called with the number of losses finished since the last call, times the share of the sequences.
-
-    Returns:
-        Nats, in the computing dtype; differentiable (see `trace`).
-
-    Raises:
-        ValueError: max_order outside [0, L].
-    """
-    layers = trace.weights.n_layers
-    order = layers if max_order is None else max_order
-    if not 0 <= order <= layers:
-        raise ValueError(f"max_order is {max_order}, expected 0 to {layers} (the number of layers)")
-    losses = _in_parts(trace, order + 1, lambda part: order_streams(part, order).cumsum(0), backend, progress)
-    return losses if per_token else trace.mean(losses)
-
-
-class LayerMarginals(NamedTuple):
-    """Fall of the loss, in nats, that each layer's single-head paths bring: [L] each."""
-
-    given_direct: Tensor  # added to the direct path alone
-    given_rest: Tensor  # added to the direct path and the single-head paths of all other layers
-
-
-@public
-@torch.no_grad()
-def layer_marginals(
-    trace: FrozenTrace, *, backend: Backend = "auto", progress: Callable[[float], None] | None = None
-) -> LayerMarginals:
-    """The article's marginal effects of each layer's heads as order-1 terms ("Term importance analysis").
-
-    `backend` and `progress` are as in order_losses; there are 2 L + 2 losses.
-    """
-    layers = trace.weights.n_layers
-
-    def streams(part: FrozenTrace) -> Tensor:
-        direct = part.non_head_stream(layers)
-        single = [part.attend(part.non_head_stream(layer), layer) for layer in range(layers)]
-        whole = sum(single, direct)
-        return torch.stack([direct, whole, *(direct + s for s in single), *(whole - s for s in single)])
-
-    losses = trace.mean(_in_parts(trace, 2 * layers + 2, streams, backend, progress))
-    direct, whole, added, left = losses.split([1, 1, layers, layers])
-    return LayerMarginals(direct - added, left - whole)
-
-
-def _in_parts(
-    trace: FrozenTrace,
-    count: int,
-    streams: Callable[[FrozenTrace], Tensor],
-    backend: Backend,
-    progress: Callable[[float], None] | None,
-) -> Tensor:
-    """Losses of the `count` final streams that `streams` makes of a part of the run [K, B, T-1].
-
-    Parts of the sequences keep these streams, and the heads' outputs beside them, near two blocks.
-    """
-    sequences, length = trace.tokens.shape
-    row = trace.weights.compute_dtype.itemsize * trace.weights.d_model
-    step = max(1, 2 * memory.block_bytes(trace.tokens.device) // (row * length * (count + 2)))
-    losses = []
-    for first in range(0, sequences, step):
-        part = trace[first : first + step]
-        losses.append(part.stream_losses(streams(part), backend))
-        if progress is not None:
-            progress(count * len(part.tokens) / sequences)
-    return torch.cat(losses, 1)

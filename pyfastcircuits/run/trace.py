@@ -111,7 +111,7 @@ class FrozenModel:
 
     @public
     def unembed(self, stream: Tensor) -> Tensor:
-        """Logits [..., B, T, V] of a stream [..., B, T, d] through the frozen final norm, W_U and b_U, uncapped."""
+        """Logits [..., B, T, V'] of a stream [..., B, T, d] through the frozen final norm, W_U and b_U, uncapped."""
         weights = self.weights
         logits = self.normed(stream, weights.n_layers) @ weights.W_U.to(stream.dtype)
         bias = weights.whole_unembed_bias()
@@ -207,15 +207,20 @@ class FrozenTrace(FrozenModel):
 
     @public
     def logits(self) -> Tensor:
-        """The clean logits, [B, T, V]: materialised."""
+        """The clean logits, [B, T, V']: materialised."""
+        self.guard.check_values()
         cap = self.weights.logit_cap
         logits = self.unembed(self.final)
         return logits if cap is None else cap * (logits / cap).tanh()
 
     @property
     def token_losses(self) -> Tensor:
-        """NLL of each next token in nats, [B, T-1]; NaN where `mask` leaves nothing to predict."""
-        self.guard.check_unchanged()
+        """NLL of each next token in nats, [B, T-1]; NaN where `mask` leaves nothing to predict.
+
+        Raises:
+            ValueError: the model predicts other tokens than it reads.
+        """
+        self.guard.check_values()
         return self._token_losses
 
     @derived
@@ -229,8 +234,13 @@ class FrozenTrace(FrozenModel):
 
     @public
     def stream_losses(self, streams: Tensor, backend: Backend = "auto") -> Tensor:
-        """NLL [K, B, T-1] when each of `streams` [K, B, T, d] is the final residual stream. No [T, V] is stored."""
+        """NLL [K, B, T-1] when each of `streams` [K, B, T, d] is the final residual stream. No [T, V] is stored.
+
+        Raises:
+            TypeError, ValueError: streams of another dtype, shape or device; as token_losses.
+        """
         weights = self.weights
+        weights.check_one_vocabulary("no next token is predicted, so a run has no loss; order_losses takes targets")
         self._check_stream("streams", streams, weights.d_model)
         if streams.dim() != 4:
             raise ValueError(f"streams has shape {list(streams.shape)}, expected four dimensions, [K, B, T, d]")

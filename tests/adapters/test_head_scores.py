@@ -1,5 +1,7 @@
 """head_scores of models of other libraries: by the model's own patterns and its whole logits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'pyfastci
 from support.configurations import build  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
+from pyfastcircuits.adapters.start import start_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,3 +70,21 @@ def test_a_transformer_lens_model():
         torch.testing.assert_close(getattr(scores, name), getattr(same, name), rtol=1e-6, atol=1e-9)
     with pytest.raises(ValueError, match="length is 16, 2 copies and the token in front are 33"):
         fc.head_scores(model, length=16)
+
+
+def test_the_start_token_is_the_models_own():
+    assert build("llama 3, grouped").config.bos_token_id == start_of(build("llama 3, grouped"), 89) == 1
+    assert start_of(build("gpt2"), 89) is None  # its configuration names one that this small model does not have
+
+
+def test_the_start_token_of_a_transformer_lens_model():
+    lens = pytest.importorskip("transformer_lens")
+    if "HookedTransformer" not in vars(lens):
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    sizes = {"n_layers": 1, "d_model": 8, "n_ctx": 8, "d_head": 4, "d_vocab": 89, "attn_only": True}
+    model = lens.HookedTransformer(lens.HookedTransformerConfig(**sizes, device="cpu"))
+    assert start_of(model, 89) is None
+    model.tokenizer = SimpleNamespace(bos_token_id=5)
+    assert start_of(model, 89) == 5
+    model.cfg.default_prepend_bos = False
+    assert start_of(model, 89) is None

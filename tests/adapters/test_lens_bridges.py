@@ -161,8 +161,8 @@ def test_a_native_bridge(name, attn_only):
 REFUSED = {
     "gives no next-token logits": ("BertForMaskedLM", LARGE),
     "T5ForConditionalGeneration gives no next-token logits": ("T5ForConditionalGeneration", {"vocab_size": 89, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}),
-    "model_type 'mamba' is not supported": ("MambaForCausalLM", {"vocab_size": 89, "hidden_size": 24, "num_hidden_layers": 2}),
-    "model_type 'openai-gpt' is not supported": ("OpenAIGPTLMHead", GPT2),
+    "model_type 'mamba' is not supported in a bridge; trace the Hugging Face model itself": ("MambaForCausalLM", {"vocab_size": 89, "hidden_size": 24, "num_hidden_layers": 2}),
+    "model_type 'openai-gpt' is not supported in a bridge": ("OpenAIGPTLMHead", GPT2),
     "its latent attention has no W_Q and W_K in TransformerLens; trace the Hugging Face model": ("DeepseekV2ForCausalLM", {**LARGE, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6, "n_routed_experts": 4, "first_k_dense_replace": 3}),
 }  # fmt: skip
 

@@ -176,11 +176,12 @@ def test_left_padding_gives_each_sequence_what_it_gives_alone(name):
     torch.testing.assert_close(run.logits()[0, 4:], alone.logits()[0], rtol=1e-9, atol=1e-9)
     for layer in range(3):
         torch.testing.assert_close(run.pattern(layer)[0, :, 4:, 4:], alone.pattern(layer)[0], rtol=1e-9, atol=1e-9)
-    losses = fc.order_losses(run[:1]), fc.order_losses(alone)
-    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+    if name != "another output vocabulary":
+        losses = fc.order_losses(run[:1]), fc.order_losses(alone)
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in WHOLE | RUNS if name != "alibi"])
+@pytest.mark.parametrize("name", [name for name in WHOLE | RUNS if name not in ("alibi", "another output vocabulary")])
 def test_queries_and_keys_are_kept_for_long_contexts(name):
     model = built((WHOLE | RUNS)[name])
     check_kept_as_queries_and_keys(fc.trace(model, tokens()), fc.trace(model, tokens(), store="qk"))

@@ -18,13 +18,18 @@ def random_weights(
     r: int = 6,
     vocabulary: int = 97,
     *,
+    predicted: int | None = None,
     norm: str | None = None,
     positional: str = "shortformer",
     biases: bool = True,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> CircuitWeights:
-    """Weights of size about 0.4, embeddings of 0.8: attention that is neither flat nor one-hot."""
+    """Weights of size about 0.4, embeddings of 0.8: attention that is neither flat nor one-hot.
+
+    `predicted` tokens are another vocabulary than the one that is read.
+    """
+    predicted = vocabulary if predicted is None else predicted
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -33,7 +38,7 @@ def random_weights(
     options = {}
     if biases:
         shapes = {"b_Q": (heads, r), "b_K": (kv, r), "b_V": (kv, r), "b_O": (d,)}
-        options = {name: normal(layers, *shape) for name, shape in shapes.items()} | {"b_U": normal(vocabulary)}
+        options = {name: normal(layers, *shape) for name, shape in shapes.items()} | {"b_U": normal(predicted)}
     if positional in ("standard", "shortformer"):
         options["W_pos"] = normal(32, d)
     if positional == "rotary":
@@ -44,7 +49,7 @@ def random_weights(
         normal(layers, kv, d, r),
         normal(layers, kv, d, r),
         normal(layers, heads, r, d),
-        normal(d, vocabulary),
+        normal(d, predicted),
         norm=norm,
         positional=positional,
         **options,
