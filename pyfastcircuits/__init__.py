@@ -4,7 +4,7 @@ The names by what they are for, in the order in which an analysis goes:
 
 | step | names |
 |---|---|
-| a model's weights | CircuitWeights, load_weights, center, fold_norm, fold_value_biases |
+| a model's weights | CircuitWeights, load_weights; process_weights, center, fold_norm, fold_value_biases |
 | one frozen run | trace -> FrozenTrace |
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
 | ablation | sweep -> Sweep; head_, layer_, pair_, path_, composition_ablation -> Result |
@@ -77,6 +77,7 @@ from pyfastcircuits.experiments.patching import (
 from pyfastcircuits.experiments.sweep import Sweep, sweep
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
+from pyfastcircuits.model.processing import process_weights
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
@@ -147,6 +148,7 @@ __all__ = [
     "path_logits",
     "path_patching",
     "positivity",
+    "process_weights",
     "project",
     "qk_circuit",
     "qk_positivity",

@@ -59,17 +59,24 @@ class Agreement:
         """Hooks and foreign modules in the module of this name, and around it."""
         if not isinstance(self.model, nn.Module):
             return
+        names = name.split(", ")
         for other, module in self.model.named_modules():
-            around = name == other or name.startswith(f"{other}.") or not other
-            if not (around or other.startswith(f"{name}.") or not name):
+            around = not other or any(one == other or one.startswith(f"{other}.") for one in names)
+            if not (around or any(not one or other.startswith(f"{one}.") for one in names)):
                 continue
             here = other or type(self.model).__name__
-            if module._forward_hooks or module._forward_pre_hooks:
+            if any(_added(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())):
                 yield f"a hook on {here}"
-            if not around or name == other:
+            if not around or other in names:
                 if not type(module).__module__.startswith(OWN):
                     yield f"an adapter: {here} is a {type(module).__module__}.{type(module).__name__}"
                 if "forward" in vars(module):
                     yield f"a forward of its own that {here} has been given"
                 if getattr(module, "parametrizations", None):
                     yield f"a parametrization of {here}"
+
+
+def _added(hook: Any) -> bool:
+    """Whether a hook is a user's, and not one that a TransformerBridge needs."""
+    module = getattr(hook, "__module__", None) or ""
+    return not module.startswith("transformer_lens.") or module == "transformer_lens.hook_points"

@@ -198,7 +198,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": OLMO2,
     "opt": replace(
         LAYERNORMS, body="model.decoder", positions="embed_positions", first_position=2, norm="self_attn_layer_norm",
-        out="out_proj", final_norm="final_layer_norm", rotary=_never, check=_opt, tied=True,
+        out="out_proj", final_norm="final_layer_norm", rotary=_never, scales_queries=True, check=_opt, tied=True,
         biases=lambda c: biases_if(c, "enable_bias", True),
     ),
     "phi": replace(

@@ -49,6 +49,7 @@ class Family:
         rotates: whether a layer's do.
         head: the output embedding.
         logit_scale: what the logits are multiplied by.
+        scales_queries: whether queries are scaled before they are multiplied by keys.
         interface: the function through which attention goes: that of "transformers" (its attention interface), torch's
             "sdpa"; or none, and two "products", with patterns among what the attention returns.
         adds_residual: whether the attention adds the residual stream to what it writes.
@@ -94,6 +95,7 @@ class Family:
     rotates: Callable[[Checkpoint, int], bool] = lambda c, layer: True
     head: str = "lm_head"
     logit_scale: Callable[[Checkpoint], float] = lambda c: 1.0
+    scales_queries: bool = False
     interface: Interface = "transformers"
     adds_residual: bool = False
     check: Callable[[Checkpoint], None] = lambda c: None

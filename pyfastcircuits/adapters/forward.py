@@ -84,8 +84,9 @@ class ModelForward(ABC):
         return written
 
     def score_scale(self, layer: int) -> float:
-        """See Forward."""
-        return self.weights.score_scale(layer)
+        """See Forward; some attentions scale queries before they are multiplied."""
+        own: float | None = self.layers[layer].options.get("scaling")
+        return self.weights.score_scale(layer) if own is None else own
 
     def qkv(self, layer: int, normed: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """See Forward."""

@@ -17,11 +17,8 @@ from pyfastcircuits.adapters.observed import observed
 from pyfastcircuits.adapters.products import Products, Reached
 from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.adapters.recording import Hooks, Recording
-from pyfastcircuits.adapters.tokens import Tokens
+from pyfastcircuits.adapters.tokens import Tokens, checked_positions
 from pyfastcircuits.model.weights import CircuitWeights
-
-CHECKED = 4  # the most positions whose logits are compared
-ROWS_A_CHECKED = 256  # positions of a sequence for each of these
 
 
 def weights_of(model: Any) -> CircuitWeights:
@@ -36,9 +33,8 @@ def family_and_checkpoint(model: Any) -> tuple[Family, Checkpoint]:
     Raises:
         ValueError: a model that gives no next-token logits, or of a family that is not supported.
     """
+    refuse_encoder(model)
     where, config = type(model).__name__, model.config.to_dict()
-    if config.get("is_encoder_decoder") or (config.get("is_decoder") is False and _looks_both_ways(model)):
-        raise ValueError(f"{where} gives no next-token logits: it is an encoder, and its attention is not causal")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     known = FAMILIES.get(config.get("model_type"))
     if head is None or (known is not None and _submodule(model, known.body) is None):
@@ -53,6 +49,15 @@ def family_and_checkpoint(model: Any) -> tuple[Family, Checkpoint]:
     if configured is not None:  # a model runs as many of its layers as are configured
         config[configured] = min(int(config[configured]), count)
     return family, Checkpoint(where, config, ModuleTensors(model), family.body, model)
+
+
+def refuse_encoder(model: Any) -> None:
+    """Raise ValueError for a model whose attention is not causal."""
+    config = model.config.to_dict()
+    if config.get("is_encoder_decoder") or (config.get("is_decoder") is False and _looks_both_ways(model)):
+        raise ValueError(
+            f"{type(model).__name__} gives no next-token logits: it is an encoder, and its attention is not causal"
+        )
 
 
 def _looks_both_ways(model: Any) -> bool:
@@ -192,14 +197,6 @@ def _arguments(model: Any, given: Tokens) -> dict[str, Any]:
     if "logits_to_keep" in known:
         out["logits_to_keep"] = torch.tensor(checked_positions(given), device=given.tokens.device)
     return out
-
-
-def checked_positions(given: Tokens) -> list[int]:
-    """The positions whose logits are compared: a few of a long sequence, of a short one the last that is real."""
-    length = given.tokens.shape[1]
-    real = range(length) if given.mask is None else given.mask.any(0).nonzero()[:, 0].tolist()
-    count = min(CHECKED, 1 + length // ROWS_A_CHECKED, len(real))
-    return sorted({real[-1 - i * len(real) // count] for i in range(count)})
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ def read_checkpoint(family: Family, c: Checkpoint) -> CircuitWeights:
     bias = family.in_attention(f"{family.out}.bias")
     if _held(c, bias, "O" in family.biases(c)):
         found["b_O"] = c.stack(bias, d)
-    found |= _norms(family, c, d) | _qk_norms(family, c, r) | _scale(family, c, r)
+    found |= _norms(family, c, d) | qk_norms(family, c, r) | score_scales(family, c, r)
     found |= rotation(family, c, r) if family.rotary(c) else {}
     found |= family.options(c, found)
     return CircuitWeights(**found, attention_only=False)
@@ -147,7 +147,7 @@ def _times(gain: Tensor, scale: float) -> Tensor:
     return gain if scale == 1 else gain * scale
 
 
-def _qk_norms(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
+def qk_norms(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     """The norms of queries and keys, where the model has them."""
     if family.latent_norms:
         return {"qk_norm": family.qk_norm_kind}
@@ -207,7 +207,7 @@ def _eps(family: Family, c: Checkpoint) -> float:
     return next(iter(by_modules)) if by_modules else float(c.first_option(*family.eps, default=family.default_eps))
 
 
-def _scale(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
+def score_scales(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     """What the attention scores are divided by, as the attentions in memory have it."""
     attentions = [c.module(family.layer(family.attention).format(i)) for i in range(c.n_layers)]
     held = [getattr(attention, "scaling", None) for attention in attentions]

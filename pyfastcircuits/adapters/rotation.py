@@ -33,7 +33,7 @@ def rotation(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     frequencies, scale, length = found
     if isinstance(frequencies, list) or not all(family.rotates(c, layer) for layer in range(c.n_layers)):
         each = frequencies if isinstance(frequencies, list) else [frequencies] * c.n_layers
-        each = [own if family.rotates(c, layer) else torch.zeros_like(own) for layer, own in enumerate(each)]
+        each = [x if family.rotates(c, layer) else torch.zeros_like(x) for layer, x in enumerate(each)]
         frequencies = torch.stack(each)
     out: dict[str, Any] = {"positional": "rotary", "rotary_pairs": family.rotary_pairs, "rotary_length": length}
     return out | {"rotary_frequencies": frequencies, "rotary_scale": scale}

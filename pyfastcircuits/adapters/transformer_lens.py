@@ -4,90 +4,169 @@ Whatever processing a model was loaded with (folded norms, centred weights) is i
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from pyfastcircuits.adapters.attention import attending, eager
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
+from pyfastcircuits.adapters.lens_weights import Source, logit_scale, original, weights_of
 from pyfastcircuits.adapters.products import Products, Reached
 from pyfastcircuits.adapters.recording import Hooks, Recording
-from pyfastcircuits.adapters.tokens import Tokens
-from pyfastcircuits.model.layers import LayerStack
+from pyfastcircuits.adapters.tokens import Tokens, checked_positions
 from pyfastcircuits.model.norms import normalized
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.patterns import QKPattern
 
-
-def weights_of(model: Any) -> CircuitWeights:
-    """Views of the model's weights; errors as CircuitWeights.from_model."""
-    cfg, attentions = model.cfg, [block.attn for block in model.blocks]
-    _refuse(model)
-    options: dict[str, Any] = {}
-    for name in ("W_Q", "W_K", "W_V", "W_O"):
-        options[name] = LayerStack([_stored(attention, name) for attention in attentions])
-    for name in ("b_Q", "b_K", "b_V", "b_O"):
-        biases = [_stored(attention, name) for attention in attentions]
-        if all(bias is not None for bias in biases):
-            options[name] = torch.stack(biases)
-    if cfg.normalization_type is not None:
-        options["norm"] = "layernorm" if cfg.normalization_type.startswith("LN") else "rmsnorm"
-        options["eps"] = float(cfg.eps)
-        before = [_parameters(block.ln1) for block in model.blocks]
-        for name, values in zip(("ln_w", "ln_b"), zip(*before, strict=True), strict=True):
-            if all(value is not None for value in values):
-                options[name] = torch.stack(values)
-        options["ln_final_w"], options["ln_final_b"] = _parameters(model.ln_final)
-    if getattr(cfg, "use_normalization_before_and_after", False) or _post_norm(model.blocks[0]) is not None:
-        options["ln_post_w"] = torch.stack([_parameters(_post_norm(block))[0] for block in model.blocks])
-    options["positional"] = scheme = _positional(cfg)
-    if scheme in ("standard", "shortformer"):
-        options["W_pos"] = model.W_pos
-    options["attention_scale"] = _attention_scale(model)
-    options["embed_scale"] = float(getattr(_original(model.embed), "scalar_embed_scale", 1.0))
-    options["logit_cap"] = _logit_cap(model)
-    options["b_U"] = _stored(model, "b_U")
-    options = {name: _plain(value) for name, value in options.items()}
-    return CircuitWeights(
-        W_E=_plain(model.W_E), W_U=_plain(model.W_U), **options, attention_only=_attention_only(cfg, options)
-    )
+__all__ = ["record", "weights_of"]
 
 
 def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "patterns") -> Recording:
-    """Record one forward pass of the model. The padding of a mask shifts positions, as TransformerLens does it."""
+    """Record one forward pass of the model, with its logits at a few positions. Padding shifts positions, as always."""
     if given.chosen:
         raise ValueError(f"position_ids is given, but {type(model).__name__} takes none")
-    tokens, mask, seen = given.tokens, given.mask, Recording(model=model)
-    norms = [_head_norms(block.attn) for block in model.blocks]
-
-    def keep_last(written: Tensor) -> None:
-        seen.streams[len(model.blocks) :] = [written]  # every block's end, until the last one's
-
-    with torch.no_grad(), Hooks(model) as hooks:
+    _check_positions(model, given)
+    source, seen = Source.of(model), Recording(model=model, logit_positions=checked_positions(given))
+    norms = [source.head_norms(attention) for attention in source.attentions]
+    options: dict[str, Any] = {} if given.mask is None else {"attention_mask": given.mask.long()}
+    if hasattr(model, "original_model"):
+        options["use_cache"] = False
+    with torch.no_grad(), Hooks(model) as hooks, _eager(source), _few_rows(model.unembed, seen.logit_positions):
         for block, head_norms in zip(model.blocks, norms, strict=True):
-            watch(hooks, seen, block, block.attn, head_norms)
-            hooks.after(block.hook_resid_pre, lambda _, out: seen.streams.append(out))
-            hooks.after(block.hook_attn_out, lambda _, out: seen.written.append(out))
-            if store == "patterns":
-                hooks.after(block.attn.hook_pattern, lambda _, out: seen.patterns.append(out))
-            if _post_norm(block) is not None:
-                hooks.before(_post_norm(block), lambda x, _: seen.attended.append(x))
-        hooks.after(model.blocks[-1].hook_resid_post, lambda _, out: keep_last(out))
-        if model.cfg.normalization_type is not None:
-            hooks.after(model.ln_final, lambda _, out: setattr(seen, "normed", out))
-        options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
-        if hasattr(model, "original_model"):
-            options["use_cache"] = False
-        model(tokens, return_type=None, **options)
+            _watch_layer(hooks, seen, source, block, head_norms, store)
+        _watch_end(hooks, seen, source)
+        seen.logits = model(given.tokens, return_type="logits", **options)
+    _check_run(seen, given)
+    scale = logit_scale(source)
+    seen.normed = seen.normed if scale == 1 or seen.normed is None else seen.normed * scale
+    seen.names = _names(model)
     modules = [(block, block.attn, own) for block, own in zip(model.blocks, norms, strict=True)]
-    layers = layers_of(seen, weights, modules, [{}] * len(modules))
-    forward = TransformerLensForward(model, weights, layers, seen.streams[0].dtype, len(tokens), mask)
+    scaled = source.family is not None and source.family.scales_queries
+    layers = layers_of(seen, weights, modules, [{"scaling": 1.0} if scaled else {}] * len(modules))
+    dtype = seen.streams[0].dtype
+    forward = TransformerLensForward(model, weights, layers, dtype, len(given.tokens), given.mask)
     if store == "qk":
         seen.patterns = [forward.pattern(layer, seen.streams[layer]) for layer in range(len(layers))]
     seen.forward = forward
     return seen
+
+
+def _watch_layer(hooks: Hooks, seen: Recording, source: Source, block: Any, head_norms: Any, store: str) -> None:
+    watch(hooks, seen, block, block.attn, head_norms)
+    hooks.after(block.hook_resid_pre, lambda _, out: seen.streams.append(out))
+    if store == "patterns":
+        hooks.after(block.attn.hook_pattern, lambda _, out: seen.patterns.append(out))
+    norm, adds_residual = source.post_norm(block), source.family is not None and source.family.adds_residual
+    if norm is not None:
+        hooks.before(norm, lambda x, _: seen.attended.append(x))
+    if source.family is None:
+        hooks.after(block.hook_attn_out, lambda _, out: seen.written.append(out))
+    elif norm is not None:
+        hooks.after(norm, lambda _, out: seen.written.append(out))
+    else:  # a bridge's own hook is scaled, and not called where nothing listens
+
+        def keep(_: Any, out: Any) -> None:
+            written = out[0] if isinstance(out, tuple) else out
+            seen.written.append(written - seen.streams[-1] if adds_residual else written)
+
+        hooks.after(block.attn, keep)
+
+
+def _watch_end(hooks: Hooks, seen: Recording, source: Source) -> None:
+    """Keep the last stream and what the final norm gives."""
+    model, count = source.model, len(source.model.blocks)
+
+    def keep_last(_: Any, out: Tensor) -> None:
+        seen.streams[count:] = [out]  # every block's end, until the last one's
+
+    hooks.after(model.blocks[-1].hook_resid_post, keep_last)
+    if source.normed:
+        hooks.after(model.ln_final, lambda _, out: setattr(seen, "normed", out))
+
+
+def _eager(source: Source) -> AbstractContextManager[None]:
+    """Let a bridge's Hugging Face model make masks that leave no row of padding NaN."""
+    if source.family is None:
+        return nullcontext()
+    return attending(source.model.original_model.config, eager, "transformers", masked=True)
+
+
+@contextmanager
+def _few_rows(unembed: torch.nn.Module, positions: list[int]) -> Iterator[None]:
+    """Let an unembedding read some positions alone."""
+    uncopied = _Uncopied(unembed)
+
+    def enter(_: torch.nn.Module, args: Any) -> Any:
+        uncopied.__enter__()
+        return args[0][:, positions], *args[1:]
+
+    def leave(*_: Any) -> None:
+        uncopied.__exit__(None, None, None)
+
+    handles = (
+        unembed.register_forward_pre_hook(enter),
+        unembed.register_forward_hook(leave, prepend=True, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Uncopied(TorchFunctionMode):
+    """Within it a HookedTransformer does not copy W_U whole, which takes longer than to apply it to a few rows."""
+
+    def __init__(self, unembed: torch.nn.Module) -> None:
+        super().__init__()
+        held = getattr(unembed, "W_U", None)
+        self._start = held.data_ptr() if isinstance(held, Tensor) else None
+
+    def __torch_function__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any call of torch."""
+        if called is Tensor.contiguous and args[0].dim() == 2 and args[0].data_ptr() == self._start:
+            return args[0]
+        return called(*args, **(kwargs or {}))
+
+
+def _check_positions(model: Any, given: Tokens) -> None:
+    """Raise ValueError where the model counts other positions than the trace: behind padding between real tokens."""
+    if given.mask is None:
+        return
+    counted = (given.mask.cumsum(1) - 1).expand_as(given.tokens)
+    if not torch.equal(counted[given.mask], given.positions.expand_as(given.tokens)[given.mask]):
+        raise ValueError(
+            f"mask has zeros between real tokens, which {type(model).__name__} leaves out as it counts positions: put "
+            "padding in front of a sequence or behind it"
+        )
+
+
+def _check_run(seen: Recording, given: Tokens) -> None:
+    """Raise ValueError unless the layers ran as listed, each once, and on the tokens that the trace takes as real."""
+    ran, listed = [id(block) for block in seen.ran], [id(block) for block in seen.model.blocks]
+    if ran != listed or len(seen.attentions) != len(listed):
+        raise ValueError(
+            f"model ran {len(ran)} layers and {len(seen.attentions)} attentions, but has {len(listed)} blocks, or ran "
+            "them in another order: a trace needs each of model.blocks to run once"
+        )
+    own = seen.blocks[0].kwargs.get("attention_mask")
+    if given.mask is None and own is not None and own.dim() == 2 and not own.all():
+        raise ValueError(
+            "mask is None or all ones, but the model's tokenizer pads on the left, and the model hides the padding "
+            "that it finds in tokens: give the mask that says which tokens are real"
+        )
+
+
+def _names(model: Any) -> dict[str, str]:
+    """The modules that make what is checked."""
+    held = dict(model.named_modules())
+    names = {f"heads of layer {layer}": f"blocks.{layer}" for layer in range(len(model.blocks))}
+    names["embedding"] = ", ".join(n for n in ("embed", "hook_embed", "pos_embed", "hook_pos_embed") if n in held)
+    return names | {"final norm": "ln_final", "logits": "unembed"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +183,7 @@ class TransformerLensForward(ModelForward):
             hooks.after(_values(layer.attention), lambda _, out: values.append(out))
             q, keys = self._until(Products(1), layer, read)
         heads, kv = q.shape[1], self.weights.W_K.shape[1]
-        v = values[0].view(*read.shape[:2], -1, self.weights.d_head).transpose(1, 2)
+        v = values[0].view(*read.shape[:2], -1, self.weights.d_value).transpose(1, 2)
         return q, keys.mT[:, :: heads // kv], v[:, :: v.shape[1] // kv]
 
     def mixed(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -113,11 +192,6 @@ class TransformerLensForward(ModelForward):
         read = q.new_zeros(*v.shape[:1], v.shape[2], self.weights.d_model, dtype=self.dtype)
         pattern, _ = self._until(Products(2, q, k.mT), layer, read)
         return pattern.to(v.dtype) @ v
-
-    def score_scale(self, layer: int) -> float:
-        """See Forward."""
-        own = getattr(self.layers[layer].attention, "attn_scale", None)
-        return super().score_scale(layer) if own is None else 1 / float(own)
 
     def pattern(self, layer: int, stream: Tensor) -> QKPattern:
         """A layer's patterns in the clean run, whose residual stream [B, T, d] before it is given.
@@ -128,14 +202,15 @@ class TransformerLensForward(ModelForward):
         cfg, own = self.model.cfg, self.layers[layer].attention
         if cfg.positional_embedding_type == "alibi":
             raise ValueError("store is 'qk', but positional_embedding_type is 'alibi': its patterns must be kept")
-        native = _original(own)
+        native = original(own)
         window = cfg.window_size if getattr(own, "attn_type", None) == "local" else None
         for holder in (getattr(native, "config", None), native):  # of all layers, or of some
             window = getattr(holder, "sliding_window", window)
         cap = getattr(native, "attn_logit_softcapping", getattr(cfg, "attn_scores_soft_cap", None))
-        stream = stream.to(self.weights.compute_dtype)
+        stream, sinks = stream.to(self.weights.compute_dtype), self.weights.sinks
         q, k, _ = self.qkv(layer, normalized(stream, self.weights)[None])
-        return QKPattern.of(q[0], k[0], self.score_scale(layer), self.mask, window, cap if cap and cap > 0 else None)
+        shape = (window, cap if cap and cap > 0 else None, None if sinks is None else sinks[layer].to(q.dtype))
+        return QKPattern.of(q[0], k[0], self.score_scale(layer), self.mask, *shape)
 
     def _until(self, products: Products, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor]:
         """Run an attention on [N * B, T, d] up to the product that `products` stops at, and give its two factors."""
@@ -169,88 +244,3 @@ def _one_input(cfg: Any) -> Iterator[None]:
 def _values(attention: Any) -> Any:
     """The module whose output is the values, with or without a dimension of heads."""
     return attention.v if hasattr(attention, "original_component") else attention.hook_v
-
-
-def _head_norms(attention: Any) -> tuple[Any, ...]:
-    """The norms of queries and of keys in an attention."""
-    norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    return tuple(norm for norm in norms if norm is not None)
-
-
-def _refuse(model: Any) -> None:
-    cfg, where = model.cfg, type(model).__name__
-    if getattr(cfg, "attention_dir", "causal") != "causal":
-        raise ValueError(
-            f"{where}: attention_dir is {cfg.attention_dir!r}, and attention that is not causal is not supported"
-        )
-    if cfg.normalization_type not in (None, "LN", "LNPre", "RMS", "RMSPre"):
-        raise ValueError(f"{where}: normalization_type {cfg.normalization_type!r} is not supported")
-    if not len(model.blocks):
-        raise ValueError(f"{where} has no blocks")
-
-
-def _stored(owner: Any, name: str) -> Any:
-    """A weight as it is stored, before key/value heads are repeated for query heads; None if there is none."""
-    try:
-        own = getattr(owner, f"_{name}", None)
-        return getattr(owner, name) if own is None else own
-    except AttributeError:  # TransformerBridge raises where a model has no such bias
-        return None
-
-
-def _original(component: Any) -> Any:
-    """The module that a component of a TransformerBridge stands in for."""
-    return getattr(component, "original_component", component)
-
-
-def _parameters(norm: Any) -> tuple[Any, Any]:
-    """The gain and the bias of a norm; None where they are folded away."""
-    own = _original(norm)
-    gain, bias = (getattr(own, long, getattr(own, short, None)) for long, short in (("weight", "w"), ("bias", "b")))
-    return 1 + gain if gain is not None and getattr(norm, "uses_weight_offset", False) else gain, bias
-
-
-def _post_norm(block: Any) -> Any:
-    return getattr(block, "ln1_post", None)
-
-
-def _positional(cfg: Any) -> str:
-    scheme = cfg.positional_embedding_type
-    return scheme if scheme in ("standard", "shortformer", "rotary") else "none"
-
-
-def _attention_scale(model: Any) -> float | None:
-    """The divisor of attention scores; a TransformerBridge has it in the attention that it stands in for."""
-    scaling = getattr(_original(model.blocks[0].attn), "scaling", None)
-    scale = getattr(model.cfg, "attn_scale", None) if scaling is None else 1 / scaling
-    return float(scale) if scale is not None and scale > 0 else None
-
-
-def _logit_cap(model: Any) -> float | None:
-    own = getattr(model.cfg, "output_logits_soft_cap", None)
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    cap = own if own is not None and own > 0 else getattr(config, "final_logit_softcapping", None)
-    return float(cap) if cap else None
-
-
-def _plain(value: Any) -> Any:
-    """A weight without gradients, float16 as float32; an option as it is."""
-    if isinstance(value, LayerStack):
-        return LayerStack([_plain(layer) for layer in value])
-    if isinstance(value, Tensor):
-        return value.detach().float() if value.dtype == torch.float16 else value.detach()
-    return value
-
-
-def _attention_only(cfg: Any, options: dict[str, Any]) -> bool:
-    """Whether the heads are the whole model, and CircuitWeights can make their patterns."""
-    special = ("use_local_attn", "use_qk_norm", "scale_attn_by_inverse_layer_idx", "parallel_attn_mlp")
-    capped = (getattr(cfg, "attn_scores_soft_cap", None) or -1) > 0
-    folded = options.get("ln_w") is None and options.get("ln_b") is None
-    return (
-        bool(getattr(cfg, "attn_only", False))
-        and (cfg.positional_embedding_type == "standard" or (cfg.positional_embedding_type == "shortformer" and folded))
-        and "ln_post_w" not in options
-        and not capped
-        and not any(getattr(cfg, name, False) for name in special)
-    )

@@ -138,18 +138,23 @@ def bridge():
 
 
 def bridged(name, folder, dtype=torch.float64):
-    boot = bridge().boot_transformers
+    return boot(build(name, dtype), folder, dtype)
+
+
+def boot(model, folder, dtype=torch.float64):
+    """A TransformerBridge around a model of transformers."""
+    booted = bridge().boot_transformers
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    model = build(name, dtype)
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     words = {"[BOS]": 0, "[PAD]": 1, "word": 2}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word")), bos_token="[BOS]", eos_token="[BOS]", pad_token="[PAD]")  # fmt: skip
     tokenizer.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    return boot(str(folder), hf_model=model, tokenizer=tokenizer, dtype=dtype, device="cpu")
+    return booted(str(folder), hf_model=model, tokenizer=tokenizer, dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("processed", [False, True])
