@@ -165,9 +165,6 @@ CONFIGURATIONS = {
 FAMILIES = list({family: name for name, (family, _) in reversed(CONFIGURATIONS.items())}.values())[::-1]  # one of each
 LATENT = [name for name in CONFIGURATIONS if name.startswith("deepseek")]
 ADDED = [name for name in CONFIGURATIONS if name.startswith(("gpt2", "gpt_neo,", "opt"))]  # positions, to the stream
-IN_FP32 = [
-    name for name, (family, _) in CONFIGURATIONS.items() if family in ("Olmo", "Cohere", "Cohere2")
-]  # layernorms
 ALONE = [name for name in CONFIGURATIONS if name not in LATENT + ADDED]  # whose first scores tables hold
 WITHOUT_QK = [name for name in CONFIGURATIONS if name.startswith(("bloom", "falcon", "gpt_neo,"))]
 

@@ -3,7 +3,6 @@
 python -m support.models_page, in tests/, writes the page; tests/adapters/test_models_page.py holds it to what is here.
 """
 
-import re
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ import transformers
 
 import pyfastcircuits as fc
 from pyfastcircuits.adapters.families import FAMILIES
-from support.configurations import ADDED, CONFIGURATIONS, IN_FP32, LATENT, WITHOUT_QK, tokens
+from support.configurations import ADDED, CONFIGURATIONS, LATENT, WITHOUT_QK, tokens
 from support.refused import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
@@ -26,29 +25,25 @@ def model_type(name: str) -> str:
 
 def families() -> str:
     """A row for each family."""
-    rows = ["| family | variants that the tests run | scores by weights alone | `store` | digits |", "| --- " * 5 + "|"]
+    rows = ["| family | variants that the tests run | scores by weights alone | `store` |", "| --- " * 4 + "|"]
     for family in FAMILIES:
         own = [name for name in CONFIGURATIONS if model_type(name) == family]
         variants = [", ".join(name.split(", ")[1:]) for name in own]
         scores = "no" if own[0] in LATENT else "with a run's norm scales" if own[0] in ADDED else "yes"
         store = "patterns" if own[0] in WITHOUT_QK else "patterns, qk"
-        digits = "1e-6" if own[0] in IN_FP32 else "1e-9"
         shown = "; ".join(dict.fromkeys(variant or "plain" for variant in variants))
-        rows.append(f"| `{family}` | {shown} | {scores} | {store} | {digits} |")
+        rows.append(f"| `{family}` | {shown} | {scores} | {store} |")
     return "\n".join(rows)
 
 
 def refusals() -> str:
     """An item for each error."""
     items = []
-    for name, (make, _) in REFUSED.items():
+    for make, _ in REFUSED.values():
         try:
             fc.trace(make(), tokens(1))
         except ValueError as error:
-            message = (
-                re.sub(r", only .*", ", with the names of those that are", str(error)) if name == "family" else error
-            )
-            items.append(f"- {message}")
+            items.append(f"- {error}")
     return "\n".join(items)
 
 

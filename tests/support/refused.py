@@ -24,8 +24,8 @@ def of_two_eps():
 
 
 REFUSED = {
-    "family": (lambda: made("Mpt", n_heads=2), "MptForCausalLM: model_type 'mpt' is not supported, only bloom, cohere"),
-    "no logits": (lambda: build("llama").model, "LlamaModel gives no next-token logits: expected the family's causal language model, with 'model'"),
+    "family": (lambda: made("Mpt", n_heads=2), "MptForCausalLM: model_type 'mpt' has no table, and its attention goes through neither transformers' interface"),
+    "no logits": (lambda: build("llama").model, "LlamaModel gives no next-token logits: expected the family's causal language model, with an output embedding"),
     "encoder": (lambda: made("Bert", "MaskedLM", num_attention_heads=2, intermediate_size=8), "BertForMaskedLM gives no next-token logits: it is an encoder"),
     "cross": (lambda: changed(build("gpt2"), "add_cross_attention", True), "add_cross_attention is True, and attention to another model"),
     "bidirectional": (lambda: changed(build("gemma2"), "use_bidirectional_attention", True), "use_bidirectional_attention is True, and attention that is not causal"),
