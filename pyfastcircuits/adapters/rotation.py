@@ -26,7 +26,7 @@ def rotation(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     if module is None and kind == "default" and not nested:
         share = settings.get("partial_rotary_factor", settings.get("rotary_pct", family.rotary_share))
         width = c.option("qk_rope_head_dim", None) or c.option("rotary_dim", int(r * share))
-        base = float(settings.get("rope_theta", settings.get("rotary_emb_base", 10_000.0)))
+        base = float(settings.get("rope_theta", settings.get("rotary_emb_base", family.rotary_base)))
         frequencies: Tensor | list[Tensor] = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         scale, length = 1.0, None
     elif module is None:
