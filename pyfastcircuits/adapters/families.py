@@ -48,7 +48,8 @@ def _falcon(rows: Tensor, kind: Kind, heads: int, kv: int) -> Tensor:
 
 
 def _gemma(c: Checkpoint, found: dict[str, Any]) -> dict[str, Any]:
-    options = {"embed_scale": c.option("hidden_size") ** 0.5, "logit_cap": c.option("final_logit_softcapping", None)}
+    cap = c.config.get("final_logit_softcapping", 30.0 if c.config.get("model_type") == "gemma2" else None)
+    options = {"embed_scale": c.option("hidden_size") ** 0.5, "logit_cap": cap}
     if c.model is None and c.config.get("model_type") != "gemma":
         options["attention_scale"] = float(c.option("query_pre_attn_scalar", 256)) ** 0.5
     return options
@@ -143,12 +144,13 @@ GEMMA = replace(LLAMA, gain=1.0, options=_gemma, tied=True, check=_causal)
 GEMMA2 = replace(GEMMA, post_norm="post_attention_layernorm")
 OLMO2 = replace(
     LLAMA, norm=None, post_norm="post_attention_layernorm", qk_norm_kind="rmsnorm of all heads", qk_norms=_always,
+    default_eps=1e-5,
 )  # fmt: skip
 MISTRAL = replace(LLAMA, biases=_biased(""))
 QWEN3 = replace(LLAMA, qk_norms=_always)
 COHERE = replace(
     LAYERNORMS, norm_parts=("weight",), qk_norm_kind="layernorm", qk_norms=lambda c: c.option("use_qk_norm", False),
-    rotary_pairs="adjacent", tied=True,
+    rotary_pairs="adjacent", rotary_base=5e5, tied=True,
     logit_scale=lambda c: float(c.option("logit_scale", 0.0625)),
 )  # fmt: skip
 DEEPSEEK = replace(
@@ -164,7 +166,7 @@ FAMILIES: dict[str, Family] = {
         biases=_biased("QKVO"), check=_bloom,
     ),
     "cohere": COHERE,
-    "cohere2": replace(COHERE, rotates=_in_windows),
+    "cohere2": replace(COHERE, rotates=_in_windows, rotary_base=1e4),
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
     "falcon": replace(
@@ -183,7 +185,7 @@ FAMILIES: dict[str, Family] = {
         biases=_biased("O"),
     ),
     "gpt_neox": NEOX,
-    "gpt_oss": replace(LLAMA, options=_sinks, biases=lambda c: biases_if(c, "attention_bias", True)),
+    "gpt_oss": replace(LLAMA, options=_sinks, default_eps=1e-5, biases=lambda c: biases_if(c, "attention_bias", True)),
     "gptj": replace(
         GPT2, positions=None, joint=None, split=LLAMA.split, transposed=False, out="out_proj", rotary=LLAMA.rotary,
         rotary_pairs="adjacent", check=LLAMA.check, options=LLAMA.options, tied=False,
@@ -192,7 +194,7 @@ FAMILIES: dict[str, Family] = {
     "granite": replace(LLAMA, options=_granite, logit_scale=lambda c: 1 / float(c.option("logits_scaling", 1.0))),
     "llama": LLAMA,
     "mistral": MISTRAL,
-    "mixtral": MISTRAL,
+    "mixtral": replace(MISTRAL, default_eps=1e-5, rotary_base=1e6),
     "olmo": replace(LAYERNORMS, norm_parts=(), check=_olmo),
     "olmo2": OLMO2,
     "olmo3": OLMO2,
@@ -206,12 +208,12 @@ FAMILIES: dict[str, Family] = {
         qk_norms=lambda c: c.option("qk_layernorm", False), final_norm="final_layernorm", rotary_share=0.5,
         biases=_biased("QKVOU"),
     ),
-    "phi3": replace(MISTRAL, joint="qkv_proj", split=_blocks),
+    "phi3": replace(MISTRAL, default_eps=1e-5, joint="qkv_proj", split=_blocks),
     "qwen2": replace(LLAMA, biases=_biased("QKV")),
     "qwen2_moe": replace(LLAMA, biases=lambda c: biases_if(c, "qkv_bias", True, "QKV")),
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3,
-    "smollm3": replace(LLAMA, rotates=_every_fourth_is_plain, tied=True),
+    "smollm3": replace(LLAMA, rotates=_every_fourth_is_plain, rotary_base=2e6, tied=True),
     "stablelm": replace(
         LAYERNORMS, query_norm="q_layernorm", key_norm="k_layernorm", qk_norm_kind="layernorm",
         qk_norms=lambda c: c.option("qk_layernorm", False), rotary_share=0.25,

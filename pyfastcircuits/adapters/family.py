@@ -45,7 +45,8 @@ class Family:
         key_heads: the number of key/value heads.
         rotary: whether queries and keys rotate.
         rotary_pairs: see CircuitWeights.
-        rotary_share: the share of a head's dimensions that rotate, if the configuration does not say.
+        rotary_share, rotary_base: the share of a head's dimensions that rotate, and the base of their angles, if the
+            configuration does not say.
         rotates: whether a layer's do.
         head: the output embedding.
         logit_scale: what the logits are multiplied by.
@@ -92,6 +93,7 @@ class Family:
     rotary: Callable[[Checkpoint], bool] = lambda c: True
     rotary_pairs: Literal["halves", "adjacent"] = "halves"
     rotary_share: float = 1.0
+    rotary_base: float = 10_000.0
     rotates: Callable[[Checkpoint, int], bool] = lambda c, layer: True
     head: str = "lm_head"
     logit_scale: Callable[[Checkpoint], float] = lambda c: 1.0

@@ -45,7 +45,7 @@ Found = tuple[Tensor | list[Tensor], float, int | None]
 def _default(family: Family, c: Checkpoint, settings: dict[str, Any], r: int) -> Tensor:
     share = settings.get("partial_rotary_factor", settings.get("rotary_pct", family.rotary_share))
     width = c.option("qk_rope_head_dim", None) or c.option("rotary_dim", int(r * share))
-    base = float(settings.get("rope_theta", settings.get("rotary_emb_base", 10_000.0)))
+    base = float(settings.get("rope_theta", settings.get("rotary_emb_base", family.rotary_base)))
     device = None if c.model is None else next(c.model.parameters()).device
     frequencies: Tensor = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
     return frequencies

@@ -33,10 +33,7 @@ IN_MEMORY = ("gpt2, scores scaled by layer",)  # a folder of it is refused
 OPTIONS = ("eps", "norm", "norm_before_heads", "qk_norm", "qk_eps", "positional", "rotary_pairs", "rotary_scale", "rotary_length", "embed_scale", "write_scale", "logit_cap")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in IN_MEMORY])
-def test_a_folder_holds_what_the_model_does(tmp_path, name):
-    ours = fc.load_weights(saved(tmp_path, name))
-    theirs = fc.CircuitWeights.from_model(build(name))
+def assert_same(ours, theirs):
     own, expected = (dict(weights.tensors()) for weights in (ours, theirs))
     rotary = [x.pop("rotary_frequencies", None) is not None for x in (own, expected)]
     assert own.keys() == expected.keys()
@@ -48,6 +45,22 @@ def test_a_folder_holds_what_the_model_does(tmp_path, name):
         assert ours.score_scale(layer) == pytest.approx(theirs.score_scale(layer), rel=1e-15)
         if any(rotary):  # in fp32 where the model keeps them
             torch.testing.assert_close(frequencies(ours, layer), frequencies(theirs, layer), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in IN_MEMORY])
+def test_a_folder_holds_what_the_model_does(tmp_path, name):
+    assert_same(fc.load_weights(saved(tmp_path, name)), fc.CircuitWeights.from_model(build(name)))
+
+
+DEFAULTS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rope_parameters", "rope_theta", "partial_rotary_factor", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "attention_bias", "qkv_bias", "use_bias", "enable_bias", "bias", "tie_word_embeddings")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_configuration_that_leaves_defaults_out(tmp_path, name):
+    """As transformers reads it."""
+    edited(saved(tmp_path, name), **dict.fromkeys(DEFAULTS, "gone"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert_same(fc.load_weights(tmp_path), fc.CircuitWeights.from_model(model))
 
 
 def test_shards_older_names_and_older_configurations(tmp_path):

@@ -74,7 +74,7 @@ def test_kept_as_queries_and_keys(name):
         check_gradients(other)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "falcon, one kv head, parallel"])
 def test_padding_parts_and_gradients(name):
     model = build(name)
     with nothing_in_fp32(model):
