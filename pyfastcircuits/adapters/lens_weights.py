@@ -41,8 +41,8 @@ class Source:
             refuse_encoder(inner)
             if inner.config.model_type not in FAMILIES:
                 raise ValueError(
-                    f"{where}: model_type {inner.config.model_type!r} is not supported in a bridge; trace the Hugging Face "
-                    "model itself"
+                    f"{where}: model_type {inner.config.model_type!r} is not supported in a bridge; trace the Hugging "
+                    "Face model itself"
                 )
             family, checkpoint = family_and_checkpoint(inner)
             held: Any = _Originals(inner)
