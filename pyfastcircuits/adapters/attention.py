@@ -102,7 +102,7 @@ def plain(
     elif attention_mask is not None:
         scores = scores + attention_mask
     hidden = scores.isneginf().all(-1, keepdim=True)  # padding, to which torch gives zeros
-    pattern = scores.masked_fill(hidden, 0).softmax(-1).masked_fill(hidden, 0)
+    pattern = scores.softmax(-1).masked_fill(hidden, 0)
     return (pattern @ v).transpose(1, 2), pattern
 
 
