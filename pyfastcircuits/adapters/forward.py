@@ -29,33 +29,29 @@ class Layer:
 
     def mapped(self, batch: int, change: Callable[[Tensor], Tensor]) -> "Layer":
         """With every tensor of the calls, which were of `batch` sequences, changed."""
-
-        def of_each(x: Tensor) -> Tensor:
-            return change(x) if x.dim() != 3 or len(x) == batch or len(x) % batch else _by_sequence(x, batch, change)
-
         return replace(
             self,
-            block_call=_mapped(self.block_call, of_each),
-            attention_call=_mapped(self.attention_call, of_each),
+            block_call=_mapped(self.block_call, batch, change),
+            attention_call=_mapped(self.attention_call, batch, change),
             norms=tuple((norm, change(scale)) for norm, scale in self.norms),
-            options=_mapped(self.options, of_each),
+            options=_mapped(self.options, batch, change),
         )
 
 
-def _by_sequence(x: Tensor, batch: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A change of ALiBi's biases [B * H, 1, T], whose first dimension holds the heads of each sequence."""
-    return change(x.unflatten(0, (batch, -1))).flatten(0, 1)
+def _mapped(value: Any, batch: int, change: Callable[[Tensor], Tensor], name: str = "") -> Any:
+    """Every tensor changed that has a dimension in front of positions; a table of positions alone stays.
 
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Every tensor changed that has a dimension in front of positions; a table of positions alone stays."""
+    The first dimension of BLOOM's ALiBi [B * H, 1, T] holds the heads of each sequence.
+    """
     if isinstance(value, Tensor):
+        if name == "alibi" and value.dim() == 3:
+            return change(value.unflatten(0, (batch, -1))).flatten(0, 1)
         return change(value) if value.dim() > 1 else value
     if isinstance(value, Call):
-        return Call(_mapped(value.args, change), _mapped(value.kwargs, change))
+        return Call(_mapped(value.args, batch, change), _mapped(value.kwargs, batch, change))
     if isinstance(value, tuple):
-        return tuple(_mapped(item, change) for item in value)
-    return {name: _mapped(item, change) for name, item in value.items()} if isinstance(value, dict) else value
+        return tuple(_mapped(item, batch, change) for item in value)
+    return {n: _mapped(item, batch, change, n) for n, item in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, eq=False)

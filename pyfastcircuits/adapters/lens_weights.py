@@ -32,6 +32,7 @@ class Source:
     model: Any
     family: Family | None = None
     checkpoint: Any = None  # the Checkpoint of that model
+    unnamed: bool = False  # whether that family has no table: what a bridge's configuration says counts
 
     @staticmethod
     def of(model: Any) -> "Source":
@@ -39,15 +40,17 @@ class Source:
         where, inner = type(model).__name__, getattr(model, "original_model", None)
         if inner is not None and hasattr(getattr(inner, "config", None), "model_type"):
             refuse_encoder(inner)
-            if inner.config.model_type not in FAMILIES:
+            source = Source(model, unnamed=True)
+            if inner.config.model_type in FAMILIES:
+                family, checkpoint = family_and_checkpoint(inner)
+                held: Any = _Originals(inner)
+                source = Source(model, family, replace(checkpoint, model=held))
+                source.check_family(where)
+            elif not hasattr(model, "ln_final") or not all(hasattr(block, "attn") for block in model.blocks):
                 raise ValueError(
                     f"{where}: model_type {inner.config.model_type!r} is not supported in a bridge; trace the Hugging "
                     "Face model itself"
                 )
-            family, checkpoint = family_and_checkpoint(inner)
-            held: Any = _Originals(inner)
-            source = Source(model, family, replace(checkpoint, model=held))
-            source.check_family(where)
         else:
             source = Source(model)
             _check_config(model, where)
@@ -171,7 +174,7 @@ def _positions(source: Source) -> dict[str, Any]:
         scheme = "standard" if source.family.positions is not None else "alibi"
     if scheme in ("standard", "shortformer"):
         return {"positional": scheme, "W_pos": model.W_pos}
-    if scheme == "alibi":
+    if scheme == "alibi" or source.unnamed:
         return {}
     return _rotation(source)
 
@@ -208,6 +211,8 @@ def _qk_norms(source: Source) -> dict[str, Any]:
     r = source.attentions[0].W_Q.shape[-1]
     if source.family is not None:
         return qk_norms(source.family, source.checkpoint, r)
+    if source.unnamed:
+        return {"qk_norm": "of a run"}
     norms = [source.head_norms(attention) for attention in source.attentions]
     if not norms[0]:
         return {}
@@ -230,8 +235,15 @@ def _scales(source: Source) -> dict[str, Any]:
         divisors = tuple(r**0.5 * (layer + 1 if by_layer else 1) for layer in range(len(source.attentions)))
     else:
         attentions = [original(attention) for attention in source.attentions]
-        divisors = tuple(float(getattr(a, "attn_scale", None) or a.scale) for a in attentions)
+        divisors = tuple(_divisor(attention, r) for attention in attentions)
     return {"attention_scale": divisors[0] if len(set(divisors)) == 1 else divisors}
+
+
+def _divisor(attention: Any, r: int) -> float:
+    """What an attention divides its scores by, as TransformerLens or transformers keeps it; sqrt(r) without either."""
+    own = getattr(attention, "attn_scale", None) or getattr(attention, "scale", None)
+    factor = getattr(attention, "scaling", None)
+    return float(own) if own is not None else 1 / float(factor) if isinstance(factor, float) else r**0.5
 
 
 def _ends(source: Source, options: dict[str, Any]) -> dict[str, Any]:
@@ -337,6 +349,7 @@ def _attention_only(source: Source, options: dict[str, Any]) -> bool:
     folded = "ln_w" not in options and "ln_b" not in options
     return (
         source.family is None
+        and not source.unnamed
         and cfg.attn_only
         and cfg.positional_embedding_type != "alibi"
         and (cfg.positional_embedding_type != "shortformer" or folded)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits import shapes
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.gradients import pair_norms_gradients, register_pair_norms
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
@@ -90,6 +90,10 @@ def factored_pair_norms(
     """
     rights = [right] if isinstance(right, Tensor) else list(right)
     outers = [right_outer] if isinstance(right_outer, Tensor) else list(right_outer or [])
+    for name, tensors in (("right", rights), ("right_outer", outers)):
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{i}] is {describe(tensor)}, expected a tensor")
     _check(left, rights, left_outer, outers, before)
     chosen = resolve_backend(backend, left.device, "pair_norms")
     possible = precision == "ieee" and chosen in ("cpu", "reference")

@@ -173,3 +173,24 @@ def test_what_is_not_supported_is_named(message, tmp_path):
     for call in (fc.CircuitWeights.from_model, lambda model: fc.trace(model, tokens())):
         with pytest.raises(ValueError, match=message):
             call(model)
+
+
+UNNAMED = {  # of families without a table: exact, but for tables of scores
+    "nemotron": ("NemotronForCausalLM", {**SIZE, **GROUPED}),
+    "glm": ("GlmForCausalLM", {**SIZE, **GROUPED, "head_dim": 6, "pad_token_id": 0}),
+    "seed": ("SeedOssForCausalLM", {**SIZE, **GROUPED, "head_dim": 6}),
+    "hunyuan": ("HunYuanDenseV1ForCausalLM", {**SIZE, **GROUPED, "head_dim": 6, "pad_token_id": 0}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", GPT2),
+    "mpt": ("MptForCausalLM", {"vocab_size": 89, "d_model": 24, "n_heads": 4, "n_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_a_bridge_of_a_family_without_a_table(name, tmp_path):
+    model = boot(built(*UNNAMED[name]), tmp_path, torch.float64)
+    run = fc.trace(model, tokens())
+    assert_exact(run, logits_of(model, tokens()), 1e-9)
+    assert torch.isfinite(fc.head_ablation(run, attention="recomputed").values).all()
+    if run.weights.positional != "standard":
+        with pytest.raises(ValueError, match=r"weights\.qk_norm is 'of a run'"):
+            fc.qk_tables(run.weights, (0, 0))
