@@ -177,7 +177,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": GEMMA,
     "gemma2": GEMMA2,
-    "gemma3_text": replace(GEMMA2, qk_norms=_always),
+    "gemma3_text": replace(GEMMA2, qk_norms=_always, scaled_rotary=True),
     "gpt2": GPT2,
     "gpt_neo": replace(
         GPT2, attention="attn.attention", joint=None, split=LLAMA.split, transposed=False, out="out_proj",
@@ -185,7 +185,10 @@ FAMILIES: dict[str, Family] = {
         biases=_biased("O"),
     ),
     "gpt_neox": NEOX,
-    "gpt_oss": replace(LLAMA, options=_sinks, default_eps=1e-5, biases=lambda c: biases_if(c, "attention_bias", True)),
+    "gpt_oss": replace(
+        LLAMA, options=_sinks, default_eps=1e-5, biases=lambda c: biases_if(c, "attention_bias", True),
+        scaled_rotary=True,
+    ),
     "gptj": replace(
         GPT2, positions=None, joint=None, split=LLAMA.split, transposed=False, out="out_proj", rotary=LLAMA.rotary,
         rotary_pairs="adjacent", check=LLAMA.check, options=LLAMA.options, tied=False,
@@ -197,7 +200,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": replace(MISTRAL, default_eps=1e-5, rotary_base=1e6),
     "olmo": replace(LAYERNORMS, norm_parts=(), check=_olmo),
     "olmo2": OLMO2,
-    "olmo3": OLMO2,
+    "olmo3": replace(OLMO2, scaled_rotary=True),
     "opt": replace(
         LAYERNORMS, body="model.decoder", positions="embed_positions", first_position=2, norm="self_attn_layer_norm",
         out="out_proj", final_norm="final_layer_norm", rotary=_never, scales_queries=True, check=_opt, tied=True,

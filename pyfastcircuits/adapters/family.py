@@ -47,6 +47,7 @@ class Family:
         rotary_pairs: see CircuitWeights.
         rotary_share, rotary_base: the share of a head's dimensions that rotate, and the base of their angles, if the
             configuration does not say.
+        scaled_rotary: whether layers rotate otherwise than one base says even where the configuration leaves that out.
         rotates: whether a layer's do.
         head: the output embedding.
         logit_scale: what the logits are multiplied by.
@@ -94,6 +95,7 @@ class Family:
     rotary_pairs: Literal["halves", "adjacent"] = "halves"
     rotary_share: float = 1.0
     rotary_base: float = 10_000.0
+    scaled_rotary: bool = False
     rotates: Callable[[Checkpoint, int], bool] = lambda c, layer: True
     head: str = "lm_head"
     logit_scale: Callable[[Checkpoint], float] = lambda c: 1.0

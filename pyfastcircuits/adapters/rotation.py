@@ -21,12 +21,11 @@ def rotation(family: Family, c: Checkpoint, r: int) -> dict[str, Any]:
     module = c.module(f"{family.body}.rotary_emb")
     settings = dict(c.config) | dict(c.option("rope_scaling", {})) | dict(c.option("rope_parameters", {}))
     kind = settings.get("rope_type", settings.get("type", "default"))
-    nested = any(isinstance(x, dict) for x in c.option("rope_parameters", {}).values())
     if module is not None and not any(name.endswith("inv_freq") for name, _ in module.named_buffers()):
         module = None  # GPT-J keeps a table of angles
     if module is not None:
         found = _of_module(family, c, module)
-    elif kind == "default" and not nested and "rope_local_base_freq" not in settings:
+    elif kind == "default" and not family.scaled_rotary:
         found = _default(family, c, settings, r), 1.0, None
     else:
         found = _by_transformers(family, c)

@@ -24,7 +24,7 @@ class QKTerms(Result):
         share: [C * C], each term's share of the scores' variance; see qk_terms.
     """
 
-    share: Tensor = field(default_factory=lambda: torch.empty(0))
+    share: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
 
 
 @public

@@ -74,17 +74,26 @@ class FrozenModel:
         linear = final_norm_gain(stream, weights) if layer == weights.n_layers else centered(stream, weights)
         return linear * self.scales[layer][..., None]
 
+    @public
     def value_scale(self, layer: int) -> Tensor:
-        """The factor [B, T] of all frozen norms between a stream that a layer reads and its heads' values."""
+        """The factor [B, T] of all frozen norms between a stream that a layer reads and its heads' values.
+
+        Raises:
+            IndexError: no such layer.
+        """
+        self.guard.weights.check_layer(layer)
         return self.scales[layer] if self.value_scales is None else self.scales[layer] * self.value_scales[layer]
 
+    @public
     def read_by_unembedding(self, stream: Tensor) -> Tensor:
         """`normed` for W_U, of whole streams [..., B, T, d] whose logits have the bias in them."""
         read = self.normed(stream, self.guard.weights.n_layers)
         return read if self.final_shift is None else read + self.final_shift
 
+    @public
     def read_by_values(self, stream: Tensor, layer: int) -> Tensor:
         """`normed` for a layer's W_V: with the scale of a norm within the way to its values, where there is one."""
+        self.guard.weights.check_layer(layer)
         read = self.normed(stream, layer)
         return read if self.value_scales is None else read * self.value_scales[layer][..., None]
 
