@@ -1,12 +1,15 @@
 """GPT-2 small's shape with random weights: path ablation of pairs beside hooks, its memory, and the cost of a trace."""
 
 import statistics
+import time
+from functools import wraps
 
 import pytest
 import torch
 
 import pyfastcircuits as fc
 from bench.timing import cpu_rate, interleaved, peak_bytes, ratio
+from pyfastcircuits.adapters import recording
 
 LAYERS, HEADS, D, R, V, T = 12, 12, 768, 64, 50257, 256
 
@@ -92,26 +95,69 @@ def test_the_whole_sweep(lens, tokens, found):
     )
 
 
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
+LATENTS = {
+    "q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1024, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+OLD = {"n_layer": 6, "n_head": HEADS, "n_embd": D}  # the names of sizes in older configurations
 SHAPES = {
-    "GPT2": {},
-    "Llama": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-              "num_key_value_heads": 4, "vocab_size": 32000},
+    "GPT2": {"n_layer": LAYERS}, "Llama": {"num_hidden_layers": LAYERS, "num_key_value_heads": 4}, "Bloom": OLD,
+    "Cohere": {}, "Cohere2": {}, "DeepseekV3": LATENTS, "Falcon": {}, "Gemma": {}, "Gemma2": {}, "Gemma3": {},
+    "GPTNeo": {"num_layers": 6, "num_heads": HEADS, "attention_types": [[["global", "local"], 3]]}, "GPTNeoX": {},
+    "GptOss": EXPERTS, "GPTJ": {**OLD, "rotary_dim": 32}, "Granite": {}, "Mistral": {}, "Mixtral": EXPERTS, "Olmo": {},
+    "Olmo2": {}, "Olmo3": {}, "OPT": {"ffn_dim": 4 * D}, "Phi": {}, "Phi3": {}, "Qwen2": {}, "Qwen2Moe": EXPERTS,
+    "Qwen3": {}, "Qwen3Moe": EXPERTS, "SmolLM3": {}, "StableLm": {}, "Starcoder2": {},
+}  # fmt: skip
+USUAL = {
+    "vocab_size": 32000, "hidden_size": D, "intermediate_size": 2048, "num_hidden_layers": 6, "head_dim": R,
+    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", SHAPES)
-@pytest.mark.parametrize(("batch", "length"), [(1, 256), (1, 512)])
-def test_the_cost_of_a_trace(family, batch, length, found):
+def built(family):
+    """A model of a family with random weights, at the width of GPT-2 small."""
     transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
     kind = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
-    config = getattr(transformers, f"{family}Config")(**SHAPES[family])
-    model = kind._from_config(config, attn_implementation="eager").eval()
-    tokens = torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+    sizes = {} if family == "GPT2" else {**USUAL, "word_embed_proj_dim": D} if family == "OPT" else USUAL
+    config = kind.config_class(**{**sizes, **SHAPES[family]})
+    return kind._from_config(config, attn_implementation="eager").eval(), config.vocab_size
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_the_cost_of_a_trace(family, found):
+    """Beside a forward pass; and of the trace, the logits that are compared with the model's own."""
+    model, vocabulary = built(family)
+    tokens = torch.randint(3, vocabulary, (1, 512), generator=torch.Generator().manual_seed(1))
+    compared = []
+
+    def timed(function):
+        @wraps(function)
+        def call(*given, **more):
+            start = time.perf_counter()
+            out = function(*given, **more)
+            compared.append(time.perf_counter() - start)
+            return out
+
+        return call
 
     def forward():
         with torch.no_grad():
-            model(tokens)
+            model(tokens, use_cache=False)
 
     times = interleaved({"forward": forward, "trace": lambda: fc.trace(model, tokens)}, rounds=5)
-    found(f"{family} shape, {config.num_hidden_layers} layers, {batch} x {length} tokens: trace / one eager forward pass",
-          f"{1 / ratio(times, 'forward', 'trace'):.2f}", "<= 1.3")  # fmt: skip
+    name = f"{family} shape, 1 x 512 tokens"
+    found(f"{name}: trace / one eager forward pass", f"{1 / ratio(times, 'forward', 'trace'):.2f}", "<= 1.3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "_check_logits", timed(recording._check_logits))
+        head = model.get_output_embeddings()
+        patch.setattr(head, "forward", timed(head.forward))
+        shares = []
+        for _ in range(5):
+            compared.clear()
+            start = time.perf_counter()
+            fc.trace(model, tokens)
+            shares.append(sum(compared) / (time.perf_counter() - start))
+    found(
+        f"{name}: logits compared with the model's own, share of a trace", f"{statistics.median(shares):.3f}", "<= 0.02"
+    )

@@ -13,7 +13,7 @@ from pyfastcircuits.adapters.families import FAMILIES
 from pyfastcircuits.adapters.family import Family, Interface
 from pyfastcircuits.adapters.forward import Layer, ModelForward, layers_of, watch
 from pyfastcircuits.adapters.module_tensors import ModuleTensors
-from pyfastcircuits.adapters.observed import observed
+from pyfastcircuits.adapters.observed import observed, text_config
 from pyfastcircuits.adapters.products import Products, Reached
 from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.adapters.recording import Hooks, Recording
@@ -34,10 +34,12 @@ def family_and_checkpoint(model: Any) -> tuple[Family, Checkpoint]:
         ValueError: a model that gives no next-token logits, or of a family that is not supported.
     """
     refuse_encoder(model)
-    where, config = type(model).__name__, model.config.to_dict()
+    where, config = type(model).__name__, text_config(model).to_dict()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     known = FAMILIES.get(config.get("model_type"))
-    if head is None or (known is not None and _submodule(model, known.body) is None):
+    if known is not None and _submodule(model, f"{known.body}.{known.layers}") is None:
+        known = None  # the text model of one that sees images too
+    if head is None:
         raise ValueError(
             f"{where} gives no next-token logits: expected the family's causal language model, with an output embedding"
         )

@@ -56,8 +56,14 @@ def observed(model: nn.Module) -> tuple[Family, dict[str, Any]]:
     return _KNOWN[model]
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of a model, or of the part of it that reads and predicts text."""
+    whole = model.config
+    return whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else whole
+
+
 def _observe(model: Any) -> tuple[Family, dict[str, Any]]:
-    where = f"{type(model).__name__}: model_type {model.config.model_type!r} has no table, and"
+    where = f"{type(model).__name__}: model_type {text_config(model).model_type!r} has no table, and"
     names = {module: name for name, module in model.named_modules()}
     interface, seen = _run(model, names)
     if interface is None:
@@ -82,7 +88,7 @@ def _observe(model: Any) -> tuple[Family, dict[str, Any]]:
     )  # fmt: skip
     family = replace(family, **_positions(model, seen, family), **_logit_scale(model, seen, f"{body}.{final}"))
     extra: dict[str, Any] = {"write_scale": at.write_scale(post), "embed_scale": _embed_scale(model, seen, family)}
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = getattr(text_config(model), "final_logit_softcapping", None)
     extra["logit_cap"] = float(cap) if cap else None
     sizes = {
         "num_hidden_layers": len(places), "num_attention_heads": q.shape[1], "num_key_value_heads": k.shape[1],
@@ -127,7 +133,7 @@ def _rotates(seen: Seen, family: Family, weights: CircuitWeights, layer: int) ->
 
 
 def _checkpoint(model: Any, family: Family, sizes: dict[str, Any]) -> Checkpoint:
-    config = model.config.to_dict() | sizes
+    config = text_config(model).to_dict() | sizes
     return Checkpoint(type(model).__name__, config, ModuleTensors(model), family.body, model)
 
 
@@ -140,10 +146,10 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 def _run(model: Any, names: dict[nn.Module, str]) -> tuple[Interface | None, Seen]:
     """One run, by the first interface that attention goes through."""
     table = model.get_input_embeddings().weight
-    heads = {getattr(model.config, name, 0) for name in ("num_attention_heads", "num_key_value_heads", "n_head")}
+    config = text_config(model)
+    heads = {getattr(config, name, 0) for name in ("num_attention_heads", "num_key_value_heads", "n_head")}
     length = next(length for length in LENGTHS if length not in heads)
     tokens = torch.arange(SEQUENCES * length, device=table.device).view(SEQUENCES, length) % len(table)
-    config = getattr(model, "base_model", model).config
     interfaces: tuple[tuple[Interface, Callable[..., Any]], ...] = (("transformers", eager), ("sdpa", plain))
     for interface, attend in interfaces:
         seen, inside = Seen(tokens=tokens), []  # type: ignore[var-annotated]
@@ -209,7 +215,7 @@ def _embed_scale(model: Any, seen: Seen, family: Family) -> float:
 
 def _logit_scale(model: Any, seen: Seen, final: str) -> dict[str, Any]:
     """What the head's logits are multiplied by, unless they are capped."""
-    if getattr(model.config, "final_logit_softcapping", None):
+    if getattr(text_config(model), "final_logit_softcapping", None):
         return {}
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
@@ -230,7 +236,7 @@ def _positions(model: Any, seen: Seen, family: Family) -> dict[str, Any]:
     body = model.get_submodule(family.body)
     for name, module in body.named_children():
         if isinstance(module, nn.Embedding) and name != family.embedding and f"{family.body}.{name}" in seen.gives:
-            offset = len(module.weight) - int(model.config.max_position_embeddings)
+            offset = len(module.weight) - int(text_config(model).max_position_embeddings)
             return {"positions": name, "first_position": max(0, offset), "rotary": lambda c: False}
     rotates = any(name.endswith("inv_freq") for name, _ in body.named_buffers())
     return {"rotary": lambda c: rotates}

@@ -83,10 +83,12 @@ def qk_circuit(
         head: (layer, head).
         scaled: scores are divided by the attention scale, sqrt(r) by default.
         normed: each embedding goes through the norm first; see ov_circuit.
-        offset: with rotary positions, the destination stands so many positions after the source.
+        offset: with rotary positions, the destination stands so many positions after the source. Where a model turns
+            long sequences otherwise than short ones, the scores are those of short ones (`weights.rotary_length`).
 
     Raises:
-        ValueError: the head is not a pair of integers; the offset is below 0, or above 0 and positions are not rotary.
+        ValueError: the head is not a pair of integers; the offset is below 0, above 0 and positions are not rotary, or
+            beyond `weights.rotary_length`; queries and keys come through norms that the weights do not hold.
         IndexError: the model has no such head.
     """
     tokens = embedded_tokens(weights, normed)

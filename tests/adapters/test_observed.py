@@ -101,3 +101,15 @@ def test_what_cannot_be_observed_is_refused(name, message, monkeypatch):
 def test_every_table_is_of_a_model_that_transformers_has():
     known = set(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert set(families.FAMILIES) <= known
+
+
+def test_the_text_model_of_one_that_sees_images():
+    sizes = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = {**sizes, "image_size": 14, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config={**SIZES, "head_dim": 8, "sliding_window": 4}, vision_config=vision)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).double().eval()
+    model.set_attn_implementation("eager")
+    run = fc.trace(model, tokens())
+    torch.testing.assert_close(run.logits(), model(tokens(), use_cache=False).logits.detach())
+    assert torch.isfinite(fc.head_ablation(run, attention="recomputed").values).all()
