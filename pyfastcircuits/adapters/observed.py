@@ -378,8 +378,10 @@ def _columns(wanted: Tensor, held: Tensor) -> list[int] | None:
     """The columns of [B, m] that make [B, n]; None if they are not among them."""
     if held.dim() != 2 or len(held) != len(wanted) or held.shape[1] < wanted.shape[1]:
         return None
-    values, order = held[0].double().contiguous().sort()
-    place = torch.searchsorted(values, wanted[0].double().contiguous()).clamp(1, len(values) - 1)
-    nearer = (values[place] - wanted[0]).abs() < (values[place - 1] - wanted[0]).abs()
+    weigh = torch.linspace(1, 2, len(held), dtype=torch.float64, device=held.device).sqrt()
+    values, order = (weigh @ held.double()).sort()
+    sought = weigh @ wanted.double()
+    place = torch.searchsorted(values, sought).clamp(1, len(values) - 1)
+    nearer = (values[place] - sought).abs() < (values[place - 1] - sought).abs()
     columns = order[torch.where(nearer, place, place - 1)]
     return columns.tolist() if _close(held[:, columns], wanted) else None
