@@ -45,7 +45,7 @@ test-alone: build
 # library with ours; all but the first install only what they need another version of.
 lens: $(LENS:%=lens-%)
 
-lens-%: .venv-lens-%/ready
+lens-%: .venv-lens-%/ready build
 	$(LENS_BIN)/python -m pytest tests/integrations $(if $(filter $*,$(FIRST)),tests/adapters,tests/adapters/test_lens*.py)
 	cd .venv-lens-$*/theirs/transformer_lens-$* && PYTHONPATH=$(CURDIR)/tests \
 	../../bin/python -m pytest -q -c /dev/null -p support.ours_in_place tests/unit/factored_matrix
@@ -53,7 +53,7 @@ lens-%: .venv-lens-%/ready
 .PRECIOUS: .venv-lens-%/ready
 $(patsubst %,.venv-lens-%/ready,$(filter-out $(FIRST),$(LENS))): .venv-lens-$(FIRST)/ready
 
-.venv-lens-%/ready: | build
+.venv-lens-%/ready: | $(BIN)/pyfastcircuits
 	$(PYTHON) -m venv .venv-lens-$*
 	$(if $(filter $*,$(FIRST)),$(BIN),.venv-lens-$(FIRST)/bin)/python \
 	-c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
@@ -64,11 +64,11 @@ $(patsubst %,.venv-lens-%/ready,$(filter-out $(FIRST),$(LENS))): .venv-lens-$(FI
 	@touch $@
 
 # Write into the notebooks what their cells print; `make test` holds them to it.
-notebooks: .venv-lens-$(FIRST)/ready
+notebooks: .venv-lens-$(FIRST)/ready build
 	for file in examples/*.ipynb; do .venv-lens-$(FIRST)/bin/python tests/support/run_notebook.py $$file || exit 1; done
 
 # Write into docs/models.md which families the tests run; `make lens` holds the page to it.
-models: .venv-lens-$(FIRST)/ready
+models: .venv-lens-$(FIRST)/ready build
 	PYTHONPATH=tests .venv-lens-$(FIRST)/bin/python -m support.models_page
 
 # Every bench in a process of its own, so that one that fails stops no other and peaks of memory are its own. Then

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[1]
 PATHS = [str(ROOT), str(ROOT / "tests")]  # at the end: the installed package comes first
 

@@ -1,6 +1,7 @@
 """Nothing that is kept, and no result, depends on the caller's modes: gradients, inference, autocast, default device."""
 
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -137,11 +138,17 @@ def test_a_read_with_gradients_leaves_none_to_a_later_call_without():
             assert not read().requires_grad
 
 
+@cache
+def untouched():
+    """Weights, tokens, and what each call gives of a run that nothing was read of."""
+    weights, tokens = model(dtype=torch.float32), random_tokens(2, 7, 31)
+    run = fc.trace(weights, tokens)
+    return weights, tokens, [call(weights, run, tokens) for call in CALLS.values()]
+
+
 @pytest.mark.parametrize("read", KEPT)
 def test_what_a_read_in_a_mode_leaves_is_what_any_read_leaves(read):
-    weights, tokens = model(dtype=torch.float32), random_tokens(2, 7, 31)
-    untouched = fc.trace(weights, tokens)
-    fresh = [call(weights, untouched, tokens) for call in CALLS.values()]
+    weights, tokens, fresh = untouched()
     for mode in MODES.values():
         run = fc.trace(weights, tokens)
         with mode():

@@ -257,6 +257,7 @@ def test_gradients():
     assert right.grad.abs().max() == 0
 
 
+@pytest.mark.processes
 def test_opcheck_and_compile():
     left, right = factors(4, 5, 3, 7, 2, torch.float32)
     op = torch.ops.pyfastcircuits.pair_norms.default

@@ -17,6 +17,7 @@ from support.configurations import (  # noqa: E402
     nothing_in_fp32,
     tokens,
 )
+from support.configurations import FAMILIES as ONE_OF_EACH  # noqa: E402
 from support.modules import NAMES  # noqa: E402
 from support.plain import Plain  # noqa: E402
 
@@ -191,9 +192,10 @@ def test_circuits_and_skip_trigrams_read_the_same_scores(name):
     torch.testing.assert_close(found.attention[0], best.values)
 
 
-@every_configuration
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((x, torch.float64) for x in CONFIGURATIONS), *((x, torch.float32) for x in ONE_OF_EACH)]
+)
 def test_padding_gives_each_sequence_what_it_gives_alone(name, side, dtype):
     model = case(name).model if dtype == torch.float64 else build(name, dtype)
     mask, given = torch.ones(3, 11, dtype=torch.long), tokens(3)

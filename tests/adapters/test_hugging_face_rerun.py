@@ -62,7 +62,7 @@ def test_parts_of_the_model_again(name):
             check_scale(run)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in WITHOUT_QK])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_QK])
 def test_kept_as_queries_and_keys(name):
     model = build(name)
     with nothing_in_fp32(model):
