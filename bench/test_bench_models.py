@@ -120,6 +120,8 @@ def built(family):
     transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
     kind = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
     sizes = {} if family == "GPT2" else {**USUAL, "word_embed_proj_dim": D} if family == "OPT" else USUAL
+    if family == "Falcon":  # which has no size of heads of its own
+        sizes = {name: size for name, size in sizes.items() if name != "head_dim"}
     config = kind.config_class(**{**sizes, **SHAPES[family]})
     return kind._from_config(config, attn_implementation="eager").eval(), config.vocab_size
 

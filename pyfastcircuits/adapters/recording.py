@@ -16,7 +16,7 @@ from pyfastcircuits.run.model_guard import ModelGuard
 from pyfastcircuits.run.patterns import Pattern, stored
 from pyfastcircuits.run.trace import FrozenModel, FrozenTrace
 
-SAMPLED, LARGEST = 2048, 4  # tokens whose logits are compared
+SAMPLED, LARGEST = 512, 4  # tokens whose logits are compared
 STREAMS = ("hidden_states", "query_input", "key_input", "value_input")  # names that modules read the stream by
 
 
@@ -173,7 +173,7 @@ def _check_logits(model: FrozenModel, final: Tensor, seen: Recording, agree: Agr
     some = torch.arange(0, weights.d_vocab_out, max(1, weights.d_vocab_out // SAMPLED), device=largest.device)
     tokens = torch.cat((some, largest)).unique()
     rows, bias, cap = model.read_by_unembedding(final)[:, where], weights.unembed_bias(tokens), weights.logit_cap
-    logits = rows @ weights.W_U[:, tokens].to(rows.dtype)
+    logits = rows @ weights.W_U.mT[tokens].mT.to(rows.dtype)
     logits = logits if bias is None else logits + bias
     agree.mask = None if agree.mask is None else agree.mask[:, where]
     capped = logits if cap is None else cap * (logits / cap).tanh()

@@ -9,9 +9,6 @@ from pyfastcircuits.arguments import as_integers
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import check_range
 
-CHECKED = 4  # the most positions whose logits are compared
-ROWS_A_CHECKED = 256  # positions of a sequence for each of these
-
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -64,11 +61,11 @@ def _checked_positions(tokens: Tensor, position_ids: Tensor) -> Tensor:
 
 
 def checked_positions(given: Tokens) -> list[int]:
-    """The positions whose logits are compared: a few of a long sequence, of a short one the last that is real."""
-    length = given.tokens.shape[1]
-    real = range(length) if given.mask is None else given.mask.any(0).nonzero()[:, 0].tolist()
-    count = min(CHECKED, 1 + length // ROWS_A_CHECKED, len(real))
-    return sorted({real[-1 - i * len(real) // count] for i in range(count)})
+    """The position whose logits are compared, the last that is real in a sequence.
+
+    One row takes W_U as long as it takes to read it; three take three times as long.
+    """
+    return [given.tokens.shape[1] - 1 if given.mask is None else int(given.mask.any(0).nonzero()[-1])]
 
 
 def checked_tokens(weights: CircuitWeights, tokens: Tensor) -> Tensor:

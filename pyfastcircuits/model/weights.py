@@ -269,7 +269,7 @@ class CircuitWeights:
         """The entries of `whole_unembed_bias` for some tokens [n], [n]."""
         total = None if self.b_U is None else self.b_U[tokens].to(self.compute_dtype)
         if self.ln_final_b is not None:
-            moved = self.ln_final_b.to(self.compute_dtype) @ self.W_U[:, tokens].to(self.compute_dtype)
+            moved = self.ln_final_b.to(self.compute_dtype) @ self.W_U.mT[tokens].mT.to(self.compute_dtype)
             total = moved if total is None else total + moved
         return total
 
