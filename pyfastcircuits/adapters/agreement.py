@@ -10,6 +10,11 @@ OWN = ("torch.", "transformers.", "transformer_lens.")  # packages of modules th
 SHOWN = 3
 
 
+def digits(dtype: torch.dtype) -> float:
+    """The relative error that is allowed: half of the digits of the coarser of a model's dtype and fp32."""
+    return float(max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5)
+
+
 class Agreement:
     """Compares parts of a model's run with what the weights make of them.
 
@@ -31,14 +36,13 @@ class Agreement:
             ours, theirs = ours[self.mask], theirs[self.mask]
         if not theirs.numel():
             return
-        digits = max(torch.finfo(theirs.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
         error, size = (ours - theirs.to(ours.dtype)).abs().max(), theirs.abs().max().to(ours.dtype)
         what = f"what the {part} {does}" if does != "are" else f"the {part}"
         name = names.get(part, "")
         where = f" ({name})" if name else ""
         if not size.isfinite():
             raise RuntimeError(f"{what}{where} is not finite in the model's own run")
-        if not error <= digits * size:
+        if not error <= digits(theirs.dtype) * size:
             raise RuntimeError(
                 f"{what} by the weights differs from the model's{where} by {float(error):.3g}, where the largest is "
                 f"{float(size):.3g}: {self._reasons(name)}"

@@ -56,14 +56,10 @@ def family_and_checkpoint(model: Any) -> tuple[Family, Checkpoint]:
 def refuse_encoder(model: Any) -> None:
     """Raise ValueError for a model whose attention is not causal."""
     config = model.config.to_dict()
-    if config.get("is_encoder_decoder") or (config.get("is_decoder") is False and _looks_both_ways(model)):
+    if config.get("is_encoder_decoder") or "MaskedLM" in type(model).__name__:
         raise ValueError(
             f"{type(model).__name__} gives no next-token logits: it is an encoder, and its attention is not causal"
         )
-
-
-def _looks_both_ways(model: Any) -> bool:
-    return "MaskedLM" in type(model).__name__
 
 
 def _submodule(model: nn.Module, name: str) -> Any:
@@ -96,7 +92,7 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
     how = _arguments(model, given)
     through = attending(body.config, attend_and_keep, family.interface, masked=store != "qk")
     with torch.no_grad(), through, Hooks(model) as hooks:
-        for part in dict.fromkeys(parts):  # a layer that is used twice is watched once
+        for part in {part.block: part for part in parts}.values():  # a layer that is used twice is watched once
             _watch_layer(hooks, seen, family, part)
         norm = body.get_submodule(family.final_norm)
         hooks.before(norm, lambda x, _: seen.streams.append(x))
@@ -127,20 +123,12 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
 
 @dataclass(frozen=True, eq=False)
 class LayerParts:
-    """The modules of a layer that a run is recorded from; equal if they are the same layer's."""
+    """The modules of a layer that a run is recorded from."""
 
     block: nn.Module
     attention: nn.Module
     head_norms: tuple[nn.Module, ...]
     post_norm: nn.Module | None
-
-    def __hash__(self) -> int:
-        """By the layer."""
-        return id(self.block)
-
-    def __eq__(self, other: object) -> bool:
-        """Of the same layer."""
-        return isinstance(other, LayerParts) and self.block is other.block
 
     @staticmethod
     def of(family: Family, block: nn.Module) -> "LayerParts":

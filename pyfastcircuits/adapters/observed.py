@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from pyfastcircuits.adapters.agreement import digits
 from pyfastcircuits.adapters.attention import attending, eager, plain
 from pyfastcircuits.adapters.checkpoint import Checkpoint
 from pyfastcircuits.adapters.family import Family, Interface
@@ -138,9 +139,8 @@ def _checkpoint(model: Any, family: Family, sizes: dict[str, Any]) -> Checkpoint
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether half of the digits of the coarser of their dtype and fp32 agree."""
-    digits = max(torch.finfo(theirs.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-    return bool((ours.double() - theirs.double()).abs().max() <= digits * theirs.double().abs().max())
+    """Whether they agree as the parts of a run must; see Agreement."""
+    return bool((ours.double() - theirs.double()).abs().max() <= digits(theirs.dtype) * theirs.double().abs().max())
 
 
 def _run(model: Any, names: dict[nn.Module, str]) -> tuple[Interface | None, Seen]:
@@ -272,7 +272,7 @@ class _Layer:
             bare = linear * (linear.square().mean(-1, keepdim=True) + eps).rsqrt()
             for more in (0.0, 1.0):
                 whole = bare * (1.0 if gain is None else gain + more)
-                if (made - whole).abs().max() <= torch.finfo(torch.float32).eps ** 0.5 * whole.abs().max():
+                if _close(whole, made):
                     return kind, more
         raise ValueError(f"{self.where} {name} is neither a layernorm nor an RMS norm")
 

@@ -126,7 +126,7 @@ def _norms(family: Family, c: Checkpoint, d: int) -> dict[str, Any]:
         if _held(c, final, leaf in family.norm_parts):
             out[f"ln_final_{field}"] = _times(_raised(c.tensor(final, d), extra), scale)
         elif leaf == "weight" and scale != 1:
-            out["ln_final_w"] = torch.full((d,), scale)
+            out["ln_final_w"] = c.tensor(f"{family.body}.{family.embedding}.weight").new_full((d,), scale)
     if family.post_norm is not None:
         out["ln_post_w"] = _raised(c.stack(family.layer(f"{family.post_norm}.weight"), d), family.gain)
     return out

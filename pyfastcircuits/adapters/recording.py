@@ -123,6 +123,7 @@ def freeze(weights: CircuitWeights, given: Tokens, seen: Recording) -> FrozenTra
         value_scales=torch.stack([x.to(dtype) for x in seen.value_scales]) if seen.value_scales else None,
         final_shift=None,
     )
+    _check_causal(model.patterns, mask, type(seen.model).__name__)
     agree = Agreement(seen.model, mask)
     agree("embedding", "gives", embedded(given.tokens, weights, given.positions), seen.streams[0], seen.names)
     written = [model.attend(stream, layer) for layer, stream in enumerate(streams[:-1])]
@@ -149,6 +150,15 @@ def freeze(weights: CircuitWeights, given: Tokens, seen: Recording) -> FrozenTra
         mask=mask,
         forward=seen.forward,
     )
+
+
+def _check_causal(patterns: tuple[Pattern, ...], mask: Tensor | None, where: str) -> None:
+    """Raise ValueError if the first token of a sequence attends to later ones."""
+    for layer, pattern in enumerate(patterns):
+        if isinstance(pattern, Tensor):
+            later = pattern[:, :, 0, 1:] if mask is None else pattern[mask[:, 0], :, 0, 1:]
+            if (later > 0).any():
+                raise ValueError(f"{where}: attention of layer {layer} is not causal, and such is not supported")
 
 
 def _written_biases(model: FrozenModel, layer: int, like: Tensor) -> Tensor:

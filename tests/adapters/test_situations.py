@@ -326,3 +326,11 @@ def test_weights_that_change_past_torchs_counters_are_noticed():
     for name, parameter in model.named_parameters():
         parameter.data.copy_(before[name])
     assert run.loss == loss
+
+
+def test_attention_that_looks_ahead_is_refused():
+    model = llama()
+    whole = model.model.layers[0].self_attn.forward
+    model.model.layers[0].self_attn.forward = lambda *given, **more: whole(*given, **(more | {"attention_mask": None}))
+    with pytest.raises(ValueError, match="attention of layer 0 is not causal, and such is not supported"):
+        fc.trace(model, tokens())
