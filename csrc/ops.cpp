@@ -2,19 +2,26 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pyfastcircuits, m) {
-  // base [T,V], delta [P,T,r], basis [G,r,V], tokens [T,K], group [P], scale [P,T], clean_lse [T]
-  // -> lse [P,T], logits of `tokens` [P,T,K], E_clean[logits - base] [P,T] (empty without clean_lse); all fp64.
-  // A token outside [0, V) is not in this slice of the vocabulary: its logit is 0. With cap, logits x are
+  // base [T,V], delta [P,T,r], basis [G,r,V], group [P] -> the logsumexp of base + delta @ basis[group], [P,T] fp64.
+  // With cap, logits x are cap * tanh(x / cap).
+  m.def("logits_lse(Tensor base, Tensor delta, Tensor basis, Tensor group, str precision, float? cap=None) -> Tensor");
+  // The same with tokens [T,K], scale [P,T], and clean_lse [T], the logsumexp of base over the whole vocabulary. With
+  // p = exp(base - clean_lse) and change = what is added to a logit:
+  // -> sum of p * expm1(change) [P,T], logarithm of the sum of p * exp(change) [P,T], changes of `tokens` [P,T,K], and
+  // sum of p * change [P,T] (empty without `mean`); all fp64.
+  // A token outside [0, V) is not in this slice of the vocabulary: its change is 0. A scale multiplies base - clean_lse
+  // (with a cap, base itself): changes are told up to a number that a position's logits share. With cap, logits x are
   // cap * tanh(x / cap), those of the clean run too; base is given without it. With outer [G,r,d], the bases are outer
-  // @ basis [1,d,V], made a stripe at a time by the CPU kernel; CUDA has none.
+  // @ basis [1,d,V], made a stripe at a time by the CPU kernel alone.
   m.def(
       "sweep_nll(Tensor base, Tensor delta, Tensor basis, Tensor tokens, Tensor group, Tensor? scale, "
-      "Tensor? clean_lse, str precision, float? cap=None, Tensor? outer=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor clean_lse, bool mean, str precision, float? cap=None, Tensor? outer=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   // The same of pairs [P,2] of ablations, without a scale: logits are base + C[first] + C[second], C = delta [S,T,r] @
   // basis[group].
   m.def(
       "joint_nll(Tensor base, Tensor delta, Tensor basis, Tensor tokens, Tensor group, Tensor pairs, "
-      "Tensor? clean_lse, str precision, float? cap=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor clean_lse, bool mean, str precision, float? cap=None) -> (Tensor, Tensor, Tensor, Tensor)");
   // base, delta, basis, group as above, tokens [T], thresholds [P,T] (fp64) -> how many logits of tokens of this slice
   // other than tokens[t] are greater than thresholds[p, t]: int64 [P,T].
   m.def(

@@ -181,27 +181,33 @@ def register_outputs(op: str, outputs: Callable[..., Any]) -> None:
 
 
 Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def sweep_nll_outputs(base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, *others: Any) -> Three:
-    """Logsumexp [P, T], logits of the tokens [P, T, K] and change [P, T] (or [0, T]), fp64."""
-    _group, _scale, clean_lse, *_options = others
-    return _partial(len(delta), base, tokens, clean_lse)
+def sweep_nll_outputs(base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, *others: Any) -> Four:
+    """Gain and log total [P, T], changes of the tokens' logits [P, T, K], mean change [P, T] (or [0, T]); fp64."""
+    _group, _scale, _clean_lse, expected, *_options = others
+    return _changes(len(delta), base, tokens, expected)
 
 
-def joint_nll_outputs(base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, *others: Any) -> Three:
+def joint_nll_outputs(base: Tensor, delta: Tensor, basis: Tensor, tokens: Tensor, *others: Any) -> Four:
     """The same of pairs of ablations."""
-    _group, pairs, clean_lse, *_options = others
-    return _partial(len(pairs), base, tokens, clean_lse)
+    _group, pairs, _clean_lse, expected, *_options = others
+    return _changes(len(pairs), base, tokens, expected)
 
 
-def _partial(count: int, base: Tensor, tokens: Tensor, clean_lse: Tensor | None) -> Three:
+def _changes(count: int, base: Tensor, tokens: Tensor, expected: bool) -> Four:
     shape = (count, len(base))
-    lse, picked, change = (
+    gain, log_total, picked, mean = (
         base.new_empty(s, dtype=torch.float64)
-        for s in (shape, (*shape, tokens.shape[1]), shape if clean_lse is not None else (0, len(base)))
+        for s in (shape, shape, (*shape, tokens.shape[1]), shape if expected else (0, len(base)))
     )
-    return lse, picked, change
+    return gain, log_total, picked, mean
+
+
+def logits_lse_outputs(base: Tensor, delta: Tensor, *others: object) -> Tensor:
+    """Logsumexps [P, T] in fp64."""
+    return base.new_empty(delta.shape[:2], dtype=torch.float64)
 
 
 def target_ranks_outputs(base: Tensor, delta: Tensor, *others: object) -> Tensor:

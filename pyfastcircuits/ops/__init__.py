@@ -4,6 +4,7 @@
 |---|---|---|
 | `sweep_nll` | next-token losses, KL and logit differences of many ablations | the ablated logits [P, T, V] |
 | `joint_nll` | the same of pairs of ablations at once | the logits of the pairs |
+| `logits_lse` | logsumexps of logits that a low-rank product changes | the logits |
 | `target_ranks` | how many tokens each ablation ranks above the target | the ablated logits |
 | `pair_norms` | Frobenius norms of all products left[i] @ right[j]: composition scores | the products |
 | `factored_topk` | the largest entries of a full circuit A @ B, or of each of its rows | the circuit [V, V] |
@@ -24,8 +25,9 @@ from pyfastcircuits.ops.diagonal_ranks import diagonal_ranks
 from pyfastcircuits.ops.factored_topk import TopEntries, factored_topk
 from pyfastcircuits.ops.frozen_attention import attention_lse, frozen_attention
 from pyfastcircuits.ops.joint_nll import joint_nll, joint_partial
+from pyfastcircuits.ops.logits_lse import clean_logsumexp, logits_lse
 from pyfastcircuits.ops.pair_norms import FactoredPairNorms, Route, factored_pair_norms, pair_norms
-from pyfastcircuits.ops.sweep_nll import SweepPartial, sweep_nll, sweep_partial
+from pyfastcircuits.ops.sweep_nll import SweepPartial, clean_logits, longest, sweep_nll, sweep_partial
 from pyfastcircuits.ops.target_ranks import rank_partial, target_ranks
 from pyfastcircuits.shapes import check_range
 
@@ -39,12 +41,16 @@ __all__ = [
     "TopEntries",
     "attention_lse",
     "check_range",
+    "clean_logits",
+    "clean_logsumexp",
     "diagonal_ranks",
     "factored_pair_norms",
     "factored_topk",
     "frozen_attention",
     "joint_nll",
     "joint_partial",
+    "logits_lse",
+    "longest",
     "pair_norms",
     "rank_partial",
     "resolve_backend",

@@ -9,7 +9,8 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend
-from pyfastcircuits.ops.sweep_nll import SweepPartial, checked_sweep, clean_logsumexp
+from pyfastcircuits.ops.logits_lse import clean_logsumexp
+from pyfastcircuits.ops.sweep_nll import SweepPartial, centered, checked_sweep, clean_logits
 
 shapes.register_outputs("joint_nll", shapes.joint_nll_outputs)
 register_no_gradient("pyfastcircuits::joint_nll", "joint_nll")
@@ -22,10 +23,11 @@ def joint_partial(
     basis: Tensor,  # [G, r, V]
     tokens: Tensor,  # [T, K]
     pairs: Tensor,  # [P, 2]
+    clean_lse: Tensor,  # [T]
     *,
     group: Tensor,  # [S]
-    clean_lse: Tensor | None = None,  # [T]
     cap: float | None = None,
+    mean: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> SweepPartial:
@@ -36,9 +38,9 @@ def joint_partial(
     chosen = resolve_backend(backend, base.device, "joint_nll")
     shapes.check_positive("cap", cap)
     if chosen == "reference":
-        return SweepPartial(*reference.joint_nll(base, delta, basis, tokens, group, pairs, clean_lse, cap))
+        return SweepPartial(*reference.joint_nll(base, delta, basis, tokens, group, pairs, clean_lse, mean, cap))
     kernel = kernel_of("joint_nll", chosen)
-    return SweepPartial(*kernel(base, delta, basis, tokens, group, pairs, clean_lse, precision, cap))
+    return SweepPartial(*kernel(base, delta, basis, tokens, group, pairs, clean_lse, mean, precision, cap))
 
 
 @overload
@@ -52,6 +54,7 @@ def joint_nll(
     group: Tensor | None = None,
     cap: float | None = None,
     kl: Literal[False] = False,
+    effect: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor: ...
@@ -66,6 +69,7 @@ def joint_nll(
     group: Tensor | None = None,
     cap: float | None = None,
     kl: bool = False,
+    effect: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -80,6 +84,7 @@ def joint_nll(
     group: Tensor | None = None,
     cap: float | None = None,
     kl: bool = False,
+    effect: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -87,8 +92,9 @@ def joint_nll(
 
     The logits of pair p at position t are `base[t] + C[i, t] + C[j, t]`, where i, j = pairs[p] and `C[i] = delta[i] @
     basis[group[i]]` (an ablation passes minus what it removes): the two are independent, as heads of one layer are with
-    frozen norms. Each C is made once, however many pairs it is in: a pair costs two additions and an exponential for
-    each logit. Deterministic: results do not depend on threads or on how the work is cut. Not differentiable.
+    frozen norms. Each C is made once, however many pairs it is in: a pair costs an addition and a polynomial for each
+    logit. The change of the loss is measured itself, as in `sweep_nll`. Deterministic: results do not depend on threads
+    or on how the work is cut. Not differentiable.
 
     Args:
         base: [T, V] clean logits; float32, float64 or bfloat16, as are delta and basis.
@@ -99,6 +105,7 @@ def joint_nll(
         group: [S] integers below G, which basis each ablation writes through; None where G is 1.
         cap: logits x become cap * tanh(x / cap) (a soft cap); `base` is given without it.
         kl: also return KL(clean || ablated) [P, T] in nats.
+        effect: return the rise of the loss over the clean run's, instead of the loss, which rounds it away.
         precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds each product's factors to 2^-8 relative.
         backend: see the module; no "cuda".
 
@@ -119,10 +126,11 @@ def joint_nll(
     shapes.check_shapes(base=(base, "T V"), pairs=(pairs, "P 2", int))
     if base.device.type == "cpu":
         pairs = shapes.in_range("pairs", pairs, len(delta))
-    clean_lse = clean_logsumexp(base, cap, precision, backend) if kl else None
-    lse, picked, change = joint_partial(
-        base, delta, basis, tokens, pairs.long(),
-        group=group, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend,
+    clean_lse = clean_logsumexp(base, cap=cap, backend=backend)
+    sums = joint_partial(
+        base, delta, centered(basis, cap), tokens, pairs.long(), clean_lse,
+        group=group, cap=cap, mean=kl, precision=precision, backend=backend,
     )  # fmt: skip
-    nll = (lse - picked[..., 0]).to(shapes.work_dtype(base))
-    return nll if clean_lse is None else (nll, (lse - clean_lse - change).to(nll.dtype))
+    nll = sums.nll if effect else clean_lse - clean_logits(base, tokens, cap)[:, 0] + sums.nll
+    nll = nll.to(shapes.work_dtype(base))
+    return (nll, sums.divergence.to(nll.dtype)) if kl else nll

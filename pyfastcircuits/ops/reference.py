@@ -4,23 +4,35 @@ import torch
 from torch import Tensor
 
 
+def logits_lse(
+    base: Tensor,  # [T, V]
+    delta: Tensor,  # [P, T, r]
+    basis: Tensor,  # [G, r, V]
+    group: Tensor,  # [P]
+    cap: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Logsumexp of base + delta @ basis[group], [P,T]."""
+    return _capped(base.to(dtype) + delta.to(dtype) @ basis.to(dtype)[group], cap).logsumexp(-1)
+
+
 def sweep_nll(
     base: Tensor,  # [T, V]
     delta: Tensor,  # [P, T, r]
     basis: Tensor,  # [G, r, V]
     tokens: Tensor,  # [T, K]
     group: Tensor,  # [P]
-    scale: Tensor | None = None,  # [P, T]
-    clean_lse: Tensor | None = None,  # [T]
+    scale: Tensor | None,  # [P, T]
+    clean_lse: Tensor,  # [T]
+    expected: bool,
     cap: float | None = None,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logsumexp [P,T], logits of `tokens` [P,T,K] and expected change under the clean run [P,T] (or [0,T])."""
-    base, delta, basis = base.to(dtype), delta.to(dtype), basis.to(dtype)
-    logits = base + delta @ basis[group]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gain and log total [P,T], changes of the logits of `tokens` [P,T,K], and their mean [P,T] (or [0,T])."""
+    base, clean_lse, moved = base.to(dtype), clean_lse.to(dtype), delta.to(dtype) @ basis.to(dtype)[group]
     if scale is not None:
-        logits = logits * scale.to(dtype)[..., None]
-    return _partial(base, logits, tokens, clean_lse, cap)
+        moved = scale.to(dtype)[..., None] * moved + _stretched(base, scale.to(dtype), clean_lse, cap)
+    return _changed(base, moved, tokens, clean_lse, expected, cap)
 
 
 def joint_nll(
@@ -30,35 +42,47 @@ def joint_nll(
     tokens: Tensor,  # [T, K]
     group: Tensor,  # [S]
     pairs: Tensor,  # [P, 2]
-    clean_lse: Tensor | None = None,  # [T]
+    clean_lse: Tensor,  # [T]
+    expected: bool,
     cap: float | None = None,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same results, with both ablations of each pair at once."""
-    base = base.to(dtype)
     singles = delta.to(dtype) @ basis.to(dtype)[group]
     first, second = pairs.unbind(-1)
-    return _partial(base, base + singles[first] + singles[second], tokens, clean_lse, cap)
+    moved = singles[first] + singles[second]
+    return _changed(base.to(dtype), moved, tokens, clean_lse.to(dtype), expected, cap)
 
 
-def _partial(
+def _capped(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * (x / cap).tanh()
+
+
+def _stretched(base: Tensor, scale: Tensor, clean_lse: Tensor, cap: float | None) -> Tensor:
+    """What a scale [P, T] adds to the logits, of log-probabilities where no cap forbids it: [P, T, V]."""
+    start = base if cap is not None else base - clean_lse[:, None]
+    return torch.where(base == -torch.inf, 0.0, (scale[..., None] - 1) * start)
+
+
+def _changed(
     base: Tensor,  # [T, V]
-    logits: Tensor,  # [P, T, V]
+    moved: Tensor,  # [P, T, V]
     tokens: Tensor,  # [T, K]
-    clean_lse: Tensor | None,  # [T]
+    clean_lse: Tensor,  # [T]
+    expected: bool,
     cap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if cap is not None:
-        logits, base = (cap * (x / cap).tanh() for x in (logits, base))
+        moved = torch.where(base.isinf(), 0.0, _capped(base + moved, cap) - _capped(base, cap))
+    log_p = _capped(base, cap) - clean_lse[:, None]
+    p = log_p.exp()
+    gain = torch.where(p == 0, 0.0, p * moved.expm1()).sum(-1)
+    log_total = (log_p + moved).logsumexp(-1)
     here = (tokens >= 0) & (tokens < base.shape[1])
-    index = torch.where(here, tokens, 0).expand(len(logits), -1, -1)
-    picked = torch.where(here, logits.gather(-1, index), 0.0)
-    if clean_lse is None:
-        change = logits.new_empty(0, len(base))
-    else:
-        probability = (base - clean_lse.to(base.dtype)[:, None]).exp()
-        change = torch.where(probability > 0, probability * (logits - base), 0.0).sum(-1)
-    return logits.logsumexp(-1), picked, change
+    index = torch.where(here, tokens, 0).expand(len(moved), -1, -1)
+    picked = torch.where(here, moved.gather(-1, index), 0.0)
+    mean = torch.where(p == 0, 0.0, p * moved).sum(-1)
+    return gain, log_total, picked, mean if expected else mean[:0]
 
 
 def target_ranks(

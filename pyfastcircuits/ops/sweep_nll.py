@@ -1,4 +1,4 @@
-"""Losses of many ablations, each of which changes the clean logits by a low-rank term."""
+"""Effects of many ablations, each of which changes the clean logits by a low-rank term, on the loss."""
 
 from collections.abc import Mapping
 from functools import partial, reduce
@@ -12,6 +12,7 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.gradients import register_no_gradient
 from pyfastcircuits.ops import reference
 from pyfastcircuits.ops.backend import Backend, Precision, kernel_of, resolve_backend, room
+from pyfastcircuits.ops.logits_lse import clean_logsumexp
 
 shapes.register_outputs("sweep_nll", shapes.sweep_nll_outputs)
 register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
@@ -19,19 +20,39 @@ register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
 SCRATCH = 22 << 20  # bytes of bases that are multiplied out at a time, and of the copies a product makes of factors
 COLUMNS = 384  # of the vocabulary, at least, and in multiples: whole tiles of every kernel
+SMALL_GAIN = 0.5  # up to which log1p(gain) is the better of two forms
 
 
 class SweepPartial(NamedTuple):
-    """The sums over one slice of the vocabulary, in fp64; `merged` joins slices."""
+    """The sums over one slice of the vocabulary, in fp64; `merged` joins slices.
 
-    lse: Tensor  # [P, T] logsumexp of the slice's logits
-    picked: Tensor  # [P, T, K] logits of the tokens, 0 for those outside the slice
-    change: Tensor  # [P, T] expected change of the logits under the clean run; [0, T] if not asked for
+    p is the clean run's probability of a token over the whole vocabulary, and change what is added to its logit.
+    """
+
+    gain: Tensor  # [P, T] the sum of p * (exp(change) - 1)
+    log_total: Tensor  # [P, T] the logarithm of the sum of p * exp(change)
+    picked: Tensor  # [P, T, K] changes of the logits of the tokens, 0 for those outside the slice
+    mean: Tensor  # [P, T] the sum of p * change; [0, T] if not asked for
 
     def merged(self, other: "SweepPartial") -> "SweepPartial":
         """The sums over both slices together."""
-        lse = torch.logaddexp(self.lse, other.lse)
-        return SweepPartial(lse, self.picked + other.picked, self.change + other.change)
+        log_total = torch.logaddexp(self.log_total, other.log_total)
+        return SweepPartial(self.gain + other.gain, log_total, self.picked + other.picked, self.mean + other.mean)
+
+    @property
+    def rise(self) -> Tensor:
+        """The rise of the logits' logsumexp over the clean run's, [P, T], of sums over the whole vocabulary."""
+        return torch.where(self.gain.abs() <= SMALL_GAIN, self.gain.log1p(), self.log_total)
+
+    @property
+    def nll(self) -> Tensor:
+        """The rise of the loss of the first of the tokens, [P, T]."""
+        return self.rise - self.picked[..., 0]
+
+    @property
+    def divergence(self) -> Tensor:
+        """KL(clean || changed), [P, T]."""
+        return self.rise - self.mean
 
 
 @public
@@ -40,20 +61,22 @@ def sweep_partial(
     delta: Tensor,  # [P, T, r]
     basis: Tensor,  # [G, r, V]
     tokens: Tensor,  # [T, K]
+    clean_lse: Tensor,  # [T]
     *,
     group: Tensor,  # [P]
     scale: Tensor | None = None,  # [P, T]
-    clean_lse: Tensor | None = None,  # [T]
     cap: float | None = None,
     outer: Tensor | None = None,  # [G, r, d] where basis is [1, d, V]
+    mean: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> SweepPartial:
     """The sums of a sweep over one slice of the vocabulary: the raw op, whose results can be merged.
 
     The logits of ablation p are `scale[p, t] * (base[t] + delta[p, t] @ basis[group[p]])`, and where there is a `cap`
-    they become cap * tanh(. / cap), the clean ones too. With `clean_lse`, the logsumexp of the clean logits over the
-    whole vocabulary, the result's `change` is E[logits - clean logits] under the clean run's probabilities.
+    they become cap * tanh(. / cap), the clean ones too. `clean_lse` is the logsumexp of the clean logits over the whole
+    vocabulary. Changes of the logits are given up to a number that all tokens of a position share, which no loss sees:
+    a scale without a cap multiplies log-probabilities, base - clean_lse. `mean`: whether their mean is asked for.
 
     With `outer` the bases are the products outer @ basis[0]: of heads, W_O[head] @ W_U. From FUSED_GROUPS groups on the
     CPU kernel makes them a stripe of the vocabulary at a time and stores none; else they are multiplied out in slices
@@ -67,8 +90,9 @@ def sweep_partial(
         width = max(COLUMNS, room(base.device, SCRATCH) // max(bytes_a_column, 1) // COLUMNS * COLUMNS)
         slices = (slice(first, first + width) for first in range(0, max(base.shape[1], 1), width))
         of_slice = partial(
-            sweep_partial, group=group, scale=scale, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend
-        )
+            sweep_partial,
+            clean_lse=clean_lse, group=group, scale=scale, cap=cap, mean=mean, precision=precision, backend=backend,
+        )  # fmt: skip
         rows = outer.flatten(0, 1)
         parts = (
             of_slice(base[:, c], delta, (rows @ basis[0][:, c]).unflatten(0, outer.shape[:2]), tokens - c.start)
@@ -76,8 +100,8 @@ def sweep_partial(
         )
         return reduce(SweepPartial.merged, parts)
     if chosen == "reference":
-        return SweepPartial(*reference.sweep_nll(base, delta, basis, tokens, group, scale, clean_lse, cap))
-    arguments = base, delta, basis, tokens, group, scale, clean_lse, precision, cap
+        return SweepPartial(*reference.sweep_nll(base, delta, basis, tokens, group, scale, clean_lse, mean, cap))
+    arguments = base, delta, basis, tokens, group, scale, clean_lse, mean, precision, cap
     return SweepPartial(*kernel_of("sweep_nll", chosen)(*arguments, *([] if outer is None else [outer])))
 
 
@@ -93,6 +117,7 @@ def sweep_nll(
     cap: float | None = None,
     kl: Literal[False] = False,
     logit_difference: None = None,
+    effect: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor: ...
@@ -108,6 +133,7 @@ def sweep_nll(
     cap: float | None = None,
     kl: bool = False,
     logit_difference: tuple[Tensor, Tensor] | None = None,
+    effect: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, ...]: ...
@@ -123,14 +149,18 @@ def sweep_nll(
     cap: float | None = None,
     kl: bool = False,
     logit_difference: tuple[Tensor, Tensor] | None = None,
+    effect: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Next-token losses of P ablations that each change the clean logits by a low-rank term; no logit is stored.
 
     The logits of ablation p at position t are `base[t] + delta[p, t] @ basis[group[p]]` (an ablation passes minus what
-    its path writes), times `scale[p, t]` if given (a recomputed final norm). Deterministic: results do not depend on
-    threads or on how the work is cut. Not differentiable.
+    its path writes), times `scale[p, t]` if given (a recomputed final norm). What is measured is the change of the
+    loss, not the difference of two losses: its error is in proportion to the change of the logits (at most 2e-6 of
+    E_clean|change| + |change of the target|, in fp32), so that effects of 1e-9 nats have digits too. With p the clean
+    run's probabilities, the loss rises by log1p(E_p[expm1(change)]) - change of the target. Deterministic: results do
+    not depend on threads or on how the work is cut. Not differentiable.
 
     Args:
         base: [T, V] clean logits; float32, float64 or bfloat16, as are delta and basis.
@@ -142,6 +172,8 @@ def sweep_nll(
         cap: logits x, scaled ones too, become cap * tanh(x / cap) (a soft cap); `base` is given without it.
         kl: also return KL(clean || ablated) [P, T] in nats.
         logit_difference: two [T] tensors of tokens; also return logit(first) - logit(second) [P, T].
+        effect: return what the ablations change, the rise of the loss and of the logit difference over the clean
+            run's, instead of the losses and differences themselves, which round it away.
         precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds each product's factors to 2^-8 relative.
         backend: see the module.
 
@@ -161,26 +193,44 @@ def sweep_nll(
     chosen = {"targets": targets}
     chosen |= {f"logit_difference[{i}]": tokens for i, tokens in enumerate(logit_difference or ())}
     group, tokens = checked_sweep(base, delta, basis, group, chosen, scale)
-    clean_lse = clean_logsumexp(base, cap, precision, backend) if kl else None
-    lse, picked, change = sweep_partial(
-        base, delta, basis, tokens,
-        group=group, scale=scale, clean_lse=clean_lse, cap=cap, precision=precision, backend=backend,
+    clean_lse = clean_logsumexp(base, cap=cap, backend=backend)
+    sums = sweep_partial(
+        base, delta, centered(basis, cap), tokens, clean_lse,
+        group=group, scale=scale, cap=cap, mean=kl, precision=precision, backend=backend,
     )  # fmt: skip
-    out = [lse - picked[..., 0]]
-    if clean_lse is not None:
-        out.append(lse - clean_lse - change)
+    clean = clean_logits(base, tokens, cap)
+    nll, difference = sums.nll, None
     if logit_difference is not None:
-        out.append(picked[..., 1] - picked[..., 2])
-    results = tuple(x.to(shapes.work_dtype(base)) for x in out)
+        difference = sums.picked[..., 1] - sums.picked[..., 2]
+    if not effect:
+        nll = clean_lse - clean[:, 0] + nll
+        difference = None if difference is None else clean[:, 1] - clean[:, 2] + difference
+    wanted = (nll, sums.divergence if kl else None, difference)
+    results = tuple(x.to(shapes.work_dtype(base)) for x in wanted if x is not None)
     return results[0] if len(results) == 1 else results
 
 
-def clean_logsumexp(base: Tensor, cap: float | None, precision: Precision, backend: Backend) -> Tensor:
-    """Logsumexp [T] of the clean logits, in fp64: of an ablation that changes nothing."""
-    delta, basis = base.new_empty(1, len(base), 0), base.new_empty(1, 0, base.shape[1])
-    group = torch.zeros(1, dtype=torch.long, device=base.device)
-    tokens = group.new_empty(len(base), 0)
-    return sweep_partial(base, delta, basis, tokens, group=group, cap=cap, precision=precision, backend=backend).lse[0]
+def clean_logits(base: Tensor, tokens: Tensor, cap: float | None) -> Tensor:
+    """The clean logits of tokens [T, K], fp64; 0 of tokens outside this slice of the vocabulary."""
+    here = (tokens >= 0) & (tokens < base.shape[1])
+    picked = base.gather(1, torch.where(here, tokens, 0)).double()
+    return torch.where(here, picked if cap is None else cap * (picked / cap).tanh(), 0.0)
+
+
+def centered(basis: Tensor, cap: float | None) -> Tensor:
+    """The basis [G, r, V] less the mean of its columns, where that takes most of every column away.
+
+    What is taken away moves all logits of a position alike, which no loss sees unless there is a cap.
+    """
+    if cap is not None or torch.compiler.is_compiling() or basis.numel() == 0:
+        return basis
+    less = basis - basis.mean(-1, keepdim=True)
+    return less if 2 * longest(less) <= longest(basis) else basis
+
+
+def longest(columns: Tensor) -> float:
+    """The largest norm of the columns [..., r, V]."""
+    return float(torch.linalg.vector_norm(columns, dim=-2, dtype=shapes.work_dtype(columns)).max())
 
 
 def checked_sweep(
