@@ -195,9 +195,9 @@ inline Sizes check_sweep(const Tensor& base, const Tensor& delta, const Tensor& 
   return sizes;
 }
 
-inline Sizes check_nll(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& tokens,
-                       const Tensor& group, const std::optional<Tensor>& clean_lse, std::optional<double> cap,
-                       const std::optional<Tensor>& outer = std::nullopt) {
+inline Sizes check_effects(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& tokens,
+                           const Tensor& group, const Tensor& clean_lse, std::optional<double> cap,
+                           const std::optional<Tensor>& outer = std::nullopt) {
   if (cap.has_value()) check_positive("cap", *cap);
   Sizes sizes = check_sweep(base, delta, basis, group, outer);
   sizes("tokens", tokens, "T K", Kind::index);

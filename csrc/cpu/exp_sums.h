@@ -1,4 +1,4 @@
-// Sums of exponentials of rows of logits that come a panel at a time, and of what is weighed by the clean run's.
+// Sums of exponentials of rows of logits that come a panel at a time.
 #pragma once
 
 #include <cmath>
@@ -56,6 +56,12 @@ template <class T>
   lanes += added;
 }
 
+// Adds the exponential of one logit.
+static inline void add_one(ExpSum<double>& row, double x) {
+  if (!(x <= row.reference + kSlack)) raise<double>(row, &x, 1);
+  row.total += std::exp(x - row.reference);
+}
+
 template <class T>
 static inline void join(ExpSum<T>& row, Vec<T> lanes) {
   if (row.reference < std::numeric_limits<T>::infinity()) row.total += sum<T>(lanes);
@@ -69,35 +75,16 @@ static inline double logarithm(const ExpSum<T>& row) {
   return static_cast<double>(row.reference) + std::log(row.total);
 }
 
+// log(exp(a) + exp(b)); NaN where either is.
+static inline double added(double a, double b) {
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  if (!(low > -std::numeric_limits<double>::infinity())) return low == low ? high : low;
+  return high + std::log1p(std::exp(low - high));
+}
+
 template <class T>
 static inline Vec<T> capped(Vec<T> x, double cap) {
   return static_cast<T>(cap) * hyperbolic_tangent<T>(x / static_cast<T>(cap));
-}
-
-// Probabilities of a panel of the clean run, 0 past its first `here` columns. cap: 0 for none.
-template <class T>
-static void probabilities(T* out, const T* clean, int64_t here, double lse, double cap) {
-  T logits[kColumns<T>];
-  for (int j = 0; j < kVectors; ++j) {
-    const Vec<T> x = load(clean + j * kLanes<T>);
-    store(logits + j * kLanes<T>, cap > 0 ? capped<T>(x, cap) : x);
-  }
-  const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
-  for (int j = 0; j < kVectors; ++j)
-    store(out + j * kLanes<T>, exponential<T>(load(logits + j * kLanes<T>) - high - low));
-  for (int64_t j = 0; j < kColumns<T>; ++j)  // exp() ends above zero; a masked logit has probability zero
-    if (j >= here || logits[j] == -std::numeric_limits<T>::infinity()) out[j] = 0;
-}
-
-// Lane sums of p * moved over a panel.
-template <class T>
-static inline Vec<T> expected(const T* clean, const Vec<T> (&moved)[kVectors]) {
-  Vec<T> sum{};
-  for (int j = 0; j < kVectors; ++j) {
-    const Vec<T> p = load(clean + j * kLanes<T>);
-    sum += p > 0 ? p * moved[j] : Vec<T>{};
-  }
-  return sum;
 }
 
 }  // namespace fc::cpu::FC_TIER

@@ -1,7 +1,7 @@
 // joint_nll on the CPU: what sweep_nll gives, for pairs of ablations whose changes of the logits add up. The products
 // of all single ablations with a stripe of the vocabulary stay in the L2 cache, where the pairs read them: a pair costs
-// an addition, an exponential and a sum for each logit, and no multiplication.
-#include "nll.h"
+// an addition, a polynomial and a sum for each logit.
+#include "effects.h"
 
 namespace fc::cpu {
 
@@ -10,9 +10,9 @@ struct Pair {  // of single ablations
   int64_t place;  // in the results
 };
 
-struct JointArguments : NllArguments {  // its inputs are those of the single ablations
-  const Pair* sorted;                   // [P], by the first
-  int64_t pairs;                        // P
+struct JointArguments : EffectArguments {  // its inputs are those of the single ablations
+  const Pair* sorted;                      // [P], by the first
+  int64_t pairs;                           // P
 };
 
 using JointTask = void (*)(const JointArguments&, const Block&);
@@ -24,101 +24,107 @@ using JointTask = void (*)(const JointArguments&, const Block&);
 namespace fc::cpu::FC_TIER {
 namespace {
 
-template <class T>
-struct JointRow {  // one (pair, position)
-  ExpSum<T> sum;
-  double change;
-};
-
 template <class Scheme, class Source>
-struct Joint : NllEpilogue<Scheme, Source> {
-  using Base = NllEpilogue<Scheme, Source>;
-  using Base::clean, Base::kL, Base::kW, Base::sweep;
+struct Joint : Effects<Scheme, Source> {
+  using Base = Effects<Scheme, Source>;
+  using Base::kL, Base::kW, Base::sweep, Base::cells, Base::cell_count;
   using T = typename Scheme::Accumulator;
 
   const JointArguments& s;
-  const int64_t panel_size = sweep.blocks * kRows * kW;
-  Buffer<T> products{kPanelsAStripe * panel_size};        // of a stripe, [panel][row][kW]
-  Buffer<int64_t> row_of{sweep.window * s.inputs.pairs};  // [position][single]
-  Buffer<JointRow<T>> rows{sweep.window * s.pairs};       // [position][pair]
+  const int64_t singles = s.inputs.pairs;
+  const int64_t row_count = sweep.blocks * kRows, panel_size = row_count * kW;
+  Buffer<T> products{kPanelsAStripe * panel_size};  // of a stripe, [panel][row][kW]
+  Buffer<T> reach{kPanelsAStripe * row_count};      // bounds on them, [panel][row]
+  Buffer<T> length{row_count};                      // of each row of delta, at least
+  Buffer<int64_t> row_of{sweep.window * singles};   // [position][single]
+  Buffer<int64_t> single_of{row_count};             // -1 for the rows that fill a block
+  Buffer<double> exact{cells.count * singles};      // products of cells, [cell][single]
+  Buffer<EffectSums> sums{sweep.window * s.pairs};  // [position][pair]
 
-  Joint(const JointArguments& s, const Block& block) : Base(s, block), s(s) {
-    for (int64_t i = 0; i < rows.count; ++i) rows.data[i] = {{}, 0.0};
+  Joint(const JointArguments& s, const Block& block) : Base(s, block, false), s(s) {
+    for (int64_t i = 0; i < sums.count; ++i) sums.data[i] = {};
   }
 
-  void row(int64_t i, int64_t single, int64_t t) {
-    if (single >= 0) row_of.data[(t - sweep.block.first_position) * s.inputs.pairs + single] = i;
+  void row(int64_t i, int64_t single, int64_t t, T longest) {
+    length.data[i] = longest;
+    single_of.data[i] = single;
+    if (single >= 0) row_of.data[(t - sweep.block.first_position) * singles + single] = i;
   }
 
   T* place(T*, int64_t block, int64_t panel) const { return products.data + panel * panel_size + block * kRows * kW; }
   bool plain(int64_t) const { return true; }
   template <bool kPlain>
-  void consume(const SweepTile<T>&, int) const {}
+  [[gnu::always_inline]] void consume(const SweepTile<T>& tile, int i) {
+    const int64_t row = tile.block * kRows + i;
+    reach.data[tile.panel * row_count + row] = length.data[row] * tile.longest;
+  }
+
+  void group_done(const SweepGroup<Scheme>& group) {
+    this->for_cells(group, [&](const Cell& cell, int64_t row, double product) {
+      exact.data[(&cell - cells.data) * singles + single_of.data[row]] = product;
+    });
+  }
 
   void stripe_done(int64_t first, int64_t columns) {
-    const bool plain = s.clean_lse == nullptr && s.cap == 0 && columns % kW == 0;
+    const bool plain = s.cap == 0 && s.mean == nullptr;
     for (int64_t t = 0; t < sweep.window; ++t) {
       look_for_interrupt();
-      pick(t, first, columns);
       if (plain)
-        add_pairs<true>(t, columns);
+        add_pairs<true>(t, first, columns);
       else
-        add_pairs<false>(t, columns);
+        add_pairs<false>(t, first, columns);
     }
-  }
-
-  // Products of ablation i at position t, from the first panel on.
-  const T* product(int64_t t, int64_t i) const { return products.data + row_of.data[t * s.inputs.pairs + i] * kW; }
-
-  void pick(int64_t t, int64_t first, int64_t columns) {
-    const int64_t position = sweep.block.first_position + t;
-    for (int64_t c = 0; c < s.tokens_per_position; ++c) {
-      const auto offset = static_cast<uint64_t>(s.tokens[position * s.tokens_per_position + c] - first);
-      if (offset >= static_cast<uint64_t>(columns)) continue;
-      const int64_t panel = static_cast<int64_t>(offset) / kW, j = static_cast<int64_t>(offset) % kW;
-      const T start = sweep.base.data[(panel * sweep.window + t) * kW + j];
+    for (int64_t c = 0; c < cell_count; ++c) {
+      const Cell& cell = cells.data[c];
+      const double* of_singles = exact.data + c * singles;
       for (int64_t p = 0; p < s.pairs; ++p) {
         const auto [one, other, place] = s.sorted[p];
-        const int64_t at = panel * panel_size + j, out = place * s.inputs.positions + position;
-        const T logit = start + product(t, one)[at] + product(t, other)[at];
-        s.picked[out * s.tokens_per_position + c] = s.cap > 0 ? capped<T>(broadcast<T>(logit), s.cap)[0] : logit;
+        const int64_t out = place * s.inputs.positions + sweep.block.first_position + cell.position;
+        this->settle(sums.data[cell.position * s.pairs + p], cell, out, first, of_singles[one] + of_singles[other]);
       }
+    }
+    cell_count = 0;
+  }
+
+  // Adds a stripe to the sums of all pairs at one position.
+  // kPlain: no cap, no mean asked for.
+  template <bool kPlain>
+  void add_pairs(int64_t t, int64_t first, int64_t columns) {
+    for (int64_t p = 0; p < s.pairs; ++p) {
+      const auto [i, j, place] = s.sorted[p];
+      const int64_t one = row_of.data[t * singles + i], other = row_of.data[t * singles + j];
+      EffectSums& sum = sums.data[t * s.pairs + p];
+      EffectLanes<T> lanes{};
+      for (int64_t panel = 0; panel * kW < columns; ++panel) {
+        const T *left = products.data + panel * panel_size + one * kW,
+                *right = products.data + panel * panel_size + other * kW;
+        const T* bounds = reach.data + panel * row_count;
+        const int64_t clean_row = panel * sweep.window + t;
+        Vec<T> x[kVectors];
+        for (int v = 0; v < kVectors; ++v) x[v] = load(left + v * kL) + load(right + v * kL);
+        if (!kPlain) this->change(x, T(1), T(0), clean_row);
+        this->template add<!kPlain>(sum, lanes, x, bounds[one] + bounds[other], clean_row, [&] {
+          full(sum, i, j, clean_row, first + panel * kW, smaller(kW, columns - panel * kW));
+        });
+      }
+      Base::flush(sum, lanes);
     }
   }
 
-  // Adds a stripe's exponentials to the sums of all pairs at one position.
-  // kPlain: whole panels, no cap, no change asked for.
-  template <bool kPlain>
-  void add_pairs(int64_t t, int64_t columns) {
-    alignas(64) T begun[kPanelsAStripe * kW], scratch[kW];  // begun: the clean logits and a pair's first ablation
-    for (int64_t p = 0; p < s.pairs; ++p) {
-      const T *one = product(t, s.sorted[p].first), *other = product(t, s.sorted[p].second);
-      JointRow<T>& row = rows.data[t * s.pairs + p];
-      Vec<T> lanes{}, change{};
-      const bool fresh = p == 0 || s.sorted[p].first != s.sorted[p - 1].first;
-      for (int64_t panel = 0; panel * kW < columns; ++panel, one += panel_size, other += panel_size) {
-        const int64_t base_row = (panel * sweep.window + t) * kW, here = columns - panel * kW;
-        const T* start = sweep.base.data + base_row;
-        T* with_one = begun + panel * kW;
-        Vec<T> x[kVectors];
-        if (fresh)
-          for (int j = 0; j < kVectors; ++j) store(with_one + j * kL, load(start + j * kL) + load(one + j * kL));
-        for (int j = 0; j < kVectors; ++j) x[j] = load(with_one + j * kL) + load(other + j * kL);
-        if (!kPlain && s.cap > 0)
-          for (int j = 0; j < kVectors; ++j) x[j] = capped<T>(x[j], s.cap);
-        if (!kPlain && s.clean_lse != nullptr) {
-          Vec<T> moved[kVectors];
-          for (int j = 0; j < kVectors; ++j)
-            moved[j] =
-                s.cap > 0 ? x[j] - capped<T>(load(start + j * kL), s.cap) : load(one + j * kL) + load(other + j * kL);
-          change += expected<T>(clean.data + base_row, moved);
-        }
-        if (!kPlain && here < kW) end_at<T>(here, x, scratch);
-        add_exponentials<T>(row.sum, lanes, x, scratch, here < kW ? here : kW);
+  [[gnu::noinline]] void full(EffectSums& sum, int64_t one, int64_t other, int64_t clean_row, int64_t first,
+                              int64_t here) {
+    double both[kW] = {};
+    for (const int64_t single : {one, other}) {
+      const auto* row = static_cast<const Source*>(s.inputs.delta.data) + single * s.inputs.delta.stride[0] +
+                        (sweep.block.first_position + clean_row % sweep.window) * s.inputs.delta.stride[1];
+      const auto* basis = s.inputs.basis.template at<Source>(s.inputs.group[single]) + first * s.inputs.basis.stride[2];
+      for (int64_t k = 0; k < s.inputs.rank; ++k) {
+        const double factor = widen(row[k * s.inputs.delta.stride[2]]);
+        for (int64_t j = 0; j < here; ++j)
+          both[j] += factor * widen(basis[k * s.inputs.basis.stride[1] + j * s.inputs.basis.stride[2]]);
       }
-      join<T>(row.sum, lanes);
-      if (!kPlain && s.clean_lse != nullptr) row.change += sum<T>(change);
     }
+    this->add_full(sum, both, {}, clean_row, first, here);
   }
 
   static JointTask kernels() {
@@ -128,12 +134,9 @@ struct Joint : NllEpilogue<Scheme, Source> {
   void run() {
     sweep.run(*this);
     for (int64_t t = 0; t < sweep.window; ++t)
-      for (int64_t p = 0; p < s.pairs; ++p) {
-        const JointRow<T>& row = rows.data[t * s.pairs + p];
-        const int64_t out = s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t;
-        s.lse[out] = logarithm<T>(row.sum);
-        if (s.change != nullptr) s.change[out] = row.change;
-      }
+      for (int64_t p = 0; p < s.pairs; ++p)
+        this->write(sums.data[t * s.pairs + p],
+                    s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t);
   }
 };
 
@@ -163,18 +166,18 @@ TilePlan plan_joint(int64_t singles, int64_t positions, int64_t row_bytes, int64
   return plan;
 }
 
-std::tuple<Tensor, Tensor, Tensor> joint_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
-                                             const Tensor& tokens, const Tensor& group, const Tensor& pairs,
-                                             const std::optional<Tensor>& clean_lse, const std::string& precision,
-                                             std::optional<double> cap) {
-  Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap);
+std::tuple<Tensor, Tensor, Tensor, Tensor> joint_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
+                                                     const Tensor& tokens, const Tensor& group, const Tensor& pairs,
+                                                     const Tensor& clean_lse, bool mean, const std::string& precision,
+                                                     std::optional<double> cap) {
+  Sizes sizes = check_effects(base, delta, basis, tokens, group, clean_lse, cap);
   sizes("pairs", pairs, "N 2", Kind::index);
   FC_CHECK(sizes["P"] > 0 || sizes["N"] == 0, "pairs has shape ", shape_of(pairs), ", but delta ", shape_of(delta),
            " holds no ablation");
   const int64_t S = sizes["P"], P = sizes["N"], r = sizes["r"];
   const JointTask task = pick(pick_joint_nll, "base", base, precision);
 
-  const NllTensors tensors(inputs_of(base, delta, basis, group), base, P, tokens, clean_lse);
+  const EffectTensors tensors(inputs_of(base, delta, basis, group), base, P, tokens, clean_lse, mean);
   const Tensor pairs_c = torch::stable::contiguous(pairs);
   const auto* given = data_of<const int64_t>(pairs_c);
   check_indices("pairs", given, 2 * P, S, 2);

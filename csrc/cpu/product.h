@@ -37,8 +37,9 @@ struct Tile {
   int64_t columns;  // the products of those past them are exactly zero
 };
 
-// The walk over the tiles of a product, block after block for each panel. Two buffers take turns: while multiply()
-// fills one, the op consumes the tile in the other, in the shadow of the multiply-adds. An Op has
+// The walk over the tiles of a product, block after block for each panel. With spare registers two buffers take turns:
+// while multiply() fills one, the op consumes the tile in the other, in the shadow of the multiply-adds. Else a tile is
+// consumed when it is made. An Op has
 //   Tile: what it needs to know of a tile; `products` is where they are, or null in a Tile{};
 //   next(products, block, panel): the Tile to make next; its products may go to memory of the op's own;
 //   consume(tile, i): takes row i of a tile. It must be always_inline: a call would spill the accumulators it runs
@@ -59,14 +60,16 @@ class Walk {
   // Multiplies blocks first..end by one panel.
   void panel(int64_t panel, int64_t first_block, int64_t end_block) {
     for (int64_t block = first_block; block < end_block; ++block) {
-      const Tile next = op.next(waiting.products == buffers[0] ? buffers[1] : buffers[0], block, panel);
+      T* const free = kSpareRegisters && waiting.products == buffers[0] ? buffers[1] : buffers[0];
+      const Tile next = op.next(free, block, panel);
       const Left* rows = blocks + block * kRows * depth;
       const Right* columns = panels + panel * kWidth<Scheme> * depth;
-      if (waiting.products == nullptr)
-        start(next.products, rows, columns, depth);
-      else
+      if (kSpareRegisters && waiting.products != nullptr)
         look_again(advance(op, waiting, next.products, rows, columns, depth));
+      else
+        start(next.products, rows, columns, depth);
       waiting = next;
+      if (!kSpareRegisters) finish();
     }
   }
 
@@ -75,6 +78,7 @@ class Walk {
     unsigned rows = 0;
     for (int i = 0; i < kRows && waiting.products != nullptr; ++i) rows |= consume(op, waiting, i);
     look_again(rows);
+    waiting.products = nullptr;
   }
 
  private:

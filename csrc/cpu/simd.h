@@ -24,6 +24,8 @@ inline constexpr int kRows = 4;  // 12 accumulators of 16 registers
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRows = 3;
 #endif
+// Whether registers are left beside the accumulators, for what consumes one tile while the next is multiplied.
+inline constexpr bool kSpareRegisters = kVectorBytes == 64;
 inline constexpr int kVectors = 3;  // rows divide the columns of a panel, for every type
 
 template <class T>

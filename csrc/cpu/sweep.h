@@ -37,25 +37,42 @@ template <class T>
 struct SweepTile {
   T* products;             // [kRows][kW]
   int64_t block;           // of rows
+  int64_t panel;           // of the stripe
   int64_t panel_row;       // row of the packed base that holds the panel's position 0
   int64_t first, columns;  // of the vocabulary; what lies past these columns is padding
+  T longest;               // at least the norm of the panel's longest column, if the op asks for it
+};
+
+// The rows of a group of ablations, and its panels.
+template <class Scheme>
+struct SweepGroup {
+  const typename Scheme::Left* left;
+  const typename Scheme::Right* panels;
+  int64_t depth;  // of both, in steps
+  int64_t basis;  // of the sweep's bases
+  int64_t first,
+      members;  // first row; how many ablations: at position t of the block they are rows first + t * members..
 };
 
 // What an op adds to the sweep. These it may leave as they are; besides, it has
-//   row(i, p, t): row i of the packed blocks is ablation p at position t. p is -1 where the row only fills a block.
-//   plain(columns): whether a stripe of so many columns has only whole panels, and the op was asked for nothing (a
-//   scale,
-//     a cap, an expectation) but the logits' sums. consume<true> is for such stripes alone, and has no code for the
-//     rest.
+//   row(i, p, t, length): row i of the packed blocks is ablation p at position t, and its norm is at most `length`. p
+//   is
+//     -1 where the row only fills a block.
+//   plain(columns): whether a stripe of so many columns asks for nothing special. consume<true> is for such stripes
+//     alone, and has no code for the rest.
 //   consume<kPlain>(tile, i): takes row i of a tile. It must be always_inline, as everything that Walk calls.
 struct Epilogue {
+  static constexpr bool kBounds = false;  // whether norms of rows and of columns are wanted
   // Where to leave the products of a tile; those in `given` last until the tile after the next is made.
   template <class T>
   T* place(T* given, int64_t /*block*/, int64_t /*panel*/) const {
     return given;
   }
-  void base_packed(int64_t /*row*/, int64_t /*columns*/) {}    // a row of the packed base, and how many of it are there
-  void stripe_done(int64_t /*first*/, int64_t /*columns*/) {}  // all tiles of these columns are consumed
+  void base_packed(int64_t /*row*/, int64_t /*columns*/) {}  // a row of the packed base, and how many of it are there
+  void stripe_packed(int64_t /*first*/, int64_t /*columns*/) {}  // all rows of these columns are
+  template <class Group>
+  void group_done(const Group&) {}                             // all tiles of a group in this stripe are consumed
+  void stripe_done(int64_t /*first*/, int64_t /*columns*/) {}  // all tiles of these columns are
 };
 
 template <class Scheme, class Source>
@@ -76,6 +93,7 @@ struct Sweep {
   Buffer<T> outers{count_groups() * rows_of_outer * s.depth};
   Buffer<T> wide{rows_of_outer == 0 ? 0 : kPanelsAStripe * kW * s.depth};  // a stripe of the shared basis [d,V]
   Buffer<T> basis_panel{rows_of_outer * kW};                               // a panel of outer @ basis
+  T longest[kPanelsAStripe] = {};                                          // column's norm of each panel, or more
 
   // Ablations first..end of `order` that share a group.
   int64_t group_end(int64_t first) const {
@@ -110,13 +128,23 @@ struct Sweep {
       for (int64_t t = block.first_position; t < block.end_position; ++t) {
         for (int64_t o = first; o < end; ++o, ++i) {
           const int64_t p = s.order[o];
-          pack_left<Scheme>(left.data, i, delta + p * s.delta.stride[0] + t * s.delta.stride[1], s.rank,
-                            s.delta.stride[2]);
-          op.row(i, p, t);
+          const Source* row = delta + p * s.delta.stride[0] + t * s.delta.stride[1];
+          pack_left<Scheme>(left.data, i, row, s.rank, s.delta.stride[2]);
+          op.row(i, p, t, Op::kBounds ? length(row) : T(0));
         }
       }
-      for (; i % kRows != 0; ++i) op.row(i, -1, block.first_position);
+      for (; i % kRows != 0; ++i) op.row(i, -1, block.first_position, T(0));
     }
+  }
+
+  // At least the norm of a row of delta, of its rounded entries too.
+  T length(const Source* row) const {
+    double squares = 1e-34;
+    for (int64_t k = 0; k < s.rank; ++k) {
+      const double x = widen(row[k * s.delta.stride[2]]);
+      squares += x * x;
+    }
+    return static_cast<T>(std::sqrt(squares) * (Scheme::kDepth > 1 ? 1.004 : 1.00001));
   }
 
   void pack_outers() {
@@ -195,8 +223,13 @@ struct Sweep {
     Tile next(T* products, int64_t block, int64_t panel) {
       next_base.fetch();
       next_basis.fetch();
-      return {op.place(products, block, panel), block, panel * sweep.window - sweep.block.first_position,
-              first + panel * kW, smaller(kW, columns - panel * kW)};
+      return {op.place(products, block, panel),
+              block,
+              panel,
+              panel * sweep.window - sweep.block.first_position,
+              first + panel * kW,
+              smaller(kW, columns - panel * kW),
+              sweep.longest[panel]};
     }
     [[gnu::always_inline]] void consume(const Tile& tile, int i) { op.template consume<kPlain>(tile, i); }
   };
@@ -215,14 +248,17 @@ struct Sweep {
     for (int64_t o = block.first_pair, end; o < block.end_pair; o = end, ++group) {
       end = group_end(o);
       pack_basis(basis_of(o), group, first, columns);
+      for (int64_t panel = 0; Op::kBounds && panel < across; ++panel)
+        longest[panel] = longest_column<Scheme>(panels.data + panel * kW * depth, depth);
       const int64_t mine = blocks_of((end - o) * window);
       const bool last = end == block.end_pair;
       seen.next_basis = stripe_of(basis_of(last ? block.first_pair : end), s.basis.stride + 1,
                                   s.outer.data == nullptr ? s.rank : 0, last ? first + columns : first, mine * across);
       for (int64_t panel = 0; panel < across; ++panel) walk.panel(panel, done, done + mine);
+      walk.finish();
+      op.group_done(SweepGroup<Scheme>{left.data, panels.data, depth, s.group[s.order[o]], done * kRows, end - o});
       done += mine;
     }
-    walk.finish();
     op.stripe_done(first, columns);
   }
 
@@ -235,6 +271,7 @@ struct Sweep {
       look_for_interrupt();
       const int64_t columns = smaller(width, s.vocabulary - first);
       pack_base(op, first, columns);
+      op.stripe_packed(first, columns);
       if (op.plain(columns))
         stripe<true>(op, first, columns);
       else

@@ -1,11 +1,10 @@
-// sweep_nll on the CPU: the logsumexp of the ablated logits of every (ablation, position), the logits of some tokens,
-// and how far the ablation moves the logits under the clean run's probabilities. The epilogue sums the exponentials of
-// each tile's logits, so that logits never reach memory.
-#include "nll.h"
+// sweep_nll on the CPU: what each (ablation, position) does to the logsumexp of the logits and to the logits of some
+// tokens. The epilogue weighs each tile's changes with the clean run's probabilities, so that logits never exist.
+#include "effects.h"
 
 namespace fc::cpu {
 
-struct SweepArguments : NllArguments {
+struct SweepArguments : EffectArguments {
   const double* scale;  // [P,T] or null
 };
 
@@ -18,114 +17,101 @@ using SweepTask = void (*)(const SweepArguments&, const Block&);
 namespace fc::cpu::FC_TIER {
 namespace {
 
-// Stripes whose exponentials a row's lanes sum before they join its fp64 total: 16 stripes of 4 panels of 3 vectors are
-// 192 addends a lane, whose rounding stays below that of the logits.
-constexpr int64_t kStripesAFlush = 16;
-
 template <class T>
-struct Row {  // one (ablation, position)
-  ExpSum<T> sum;
-  T scale;
-  int64_t out;  // index into [P,T]; negative for the rows that fill a block
+struct SweepRow {  // one (ablation, position)
+  T length, scale, less_1;
   int64_t position;
-  double change;
+  int64_t out;  // index into [P,T]; negative for the rows that fill a block
 };
 
 template <class Scheme, class Source>
-struct Nll : NllEpilogue<Scheme, Source> {
-  using Base = NllEpilogue<Scheme, Source>;
-  using Base::clean, Base::kL, Base::kW, Base::sweep;
+struct SweepNll : Effects<Scheme, Source> {
+  using Base = Effects<Scheme, Source>;
+  using Base::kL, Base::kW, Base::sweep;
   using T = typename Scheme::Accumulator;
 
   const SweepArguments& s;
-  Buffer<Row<T>> rows{sweep.blocks * kRows};
-  Buffer<Vec<T>> lanes{sweep.blocks * kRows};
-  Buffer<Vec<T>> change_lanes{s.clean_lse ? sweep.blocks * kRows : 0};
+  Buffer<SweepRow<T>> rows{sweep.blocks * kRows};
+  Buffer<EffectSums> sums{sweep.blocks * kRows};
+  Buffer<EffectLanes<T>> lanes{sweep.blocks * kRows};
+  int64_t first = 0;  // token of the stripe
   int64_t stripes = 0;
 
-  Nll(const SweepArguments& s, const Block& block) : Base(s, block), s(s) {
-    std::memset(static_cast<void*>(lanes.data), 0, lanes.bytes());
-    std::memset(static_cast<void*>(change_lanes.data), 0, change_lanes.bytes());
+  SweepNll(const SweepArguments& s, const Block& block) : Base(s, block, s.scale != nullptr), s(s) {
+    for (int64_t i = 0; i < sums.count; ++i) sums.data[i] = {}, lanes.data[i] = EffectLanes<T>{};
   }
 
-  void row(int64_t i, int64_t p, int64_t t) {
+  void row(int64_t i, int64_t p, int64_t t, T length) {
     const int64_t out = p < 0 ? -1 : p * s.inputs.positions + t;
-    rows.data[i] = {{}, out >= 0 && s.scale ? static_cast<T>(s.scale[out]) : T(1), out, t, 0.0};
+    const Stretch stretch = this->stretch(out);
+    rows.data[i] = {length, static_cast<T>(stretch.scale), static_cast<T>(stretch.less_1),
+                    t - sweep.block.first_position, out};
   }
 
-  bool plain(int64_t columns) const {
-    return s.scale == nullptr && s.clean_lse == nullptr && s.cap == 0 && columns % kW == 0;
+  Stretch stretch(int64_t out) const {
+    return out < 0 || s.scale == nullptr ? Stretch{} : Stretch{s.scale[out], s.scale[out] - 1};
   }
 
-  // Makes a row of a tile into logits by adding the clean ones, and adds their exponentials to the row's sum. The
-  // logits take the products' place in memory only where something else has to read them.
+  bool plain(int64_t) const { return s.scale == nullptr && s.cap == 0 && s.mean == nullptr; }
+
+  void stripe_packed(int64_t first_token, int64_t columns) {
+    first = first_token;
+    Base::stripe_packed(first_token, columns);
+  }
+
   template <bool kPlain>
   [[gnu::always_inline]] void consume(const SweepTile<T>& tile, int i) {
-    const int64_t index = tile.block * kRows + i, here = tile.columns;
-    Row<T>& row = rows.data[index];
-    T* products = tile.products + i * kW;
-    const int64_t base_row = (tile.panel_row + row.position) * kW;
-    const T* start = sweep.base.data + base_row;
-    Vec<T> x[kVectors], moved[kVectors];
-    for (int j = 0; j < kVectors; ++j) {
-      moved[j] = load(products + j * kL);
-      x[j] = load(start + j * kL) + moved[j];
-    }
-    if (!kPlain && s.scale != nullptr)
-      for (int j = 0; j < kVectors; ++j) {
-        x[j] *= row.scale;
-        moved[j] = x[j] - load(start + j * kL);
-      }
-    if (!kPlain && s.cap > 0)
-      for (int j = 0; j < kVectors; ++j) {
-        x[j] = capped<T>(x[j], s.cap);
-        if (s.clean_lse != nullptr) moved[j] = x[j] - capped<T>(load(start + j * kL), s.cap);
-      }
-    if (!kPlain && here < kW) end_at<T>(here, x, products);
-    add_exponentials<T>(row.sum, lanes.data[index], x, products, here);
-    if (!kPlain && s.clean_lse != nullptr) change_lanes.data[index] += expected<T>(clean.data + base_row, moved);
-    const int64_t* tokens = s.tokens + row.position * s.tokens_per_position;
-    for (int64_t c = 0; c < s.tokens_per_position; ++c) {
-      const auto offset = static_cast<uint64_t>(tokens[c] - tile.first);
-      if (offset >= static_cast<uint64_t>(here) || row.out < 0) continue;
-      for (int j = 0; j < kVectors; ++j) store(products + j * kL, x[j]);
-      s.picked[row.out * s.tokens_per_position + c] = products[offset];
-    }
+    const int64_t index = tile.block * kRows + i;
+    const SweepRow<T>& row = rows.data[index];
+    const int64_t clean_row = tile.panel * sweep.window + row.position;
+    T reach = row.length * tile.longest;
+    if (!kPlain) reach = reach * row.scale + this->farthest.data[clean_row] * std::fabs(row.less_1);
+    Vec<T> x[kVectors];
+    for (int j = 0; j < kVectors; ++j) x[j] = load(tile.products + i * kW + j * kL);
+    if (!kPlain) this->change(x, row.scale, row.less_1, clean_row);
+    this->template add<!kPlain>(sums.data[index], lanes.data[index], x, reach, clean_row,
+                                [&] { full(tile, index, clean_row); });
+  }
+
+  [[gnu::noinline]] void full(const SweepTile<T>& tile, int64_t index, int64_t clean_row) {
+    if (rows.data[index].out < 0) return;
+    double products[kW];
+    multiply_row<Scheme>(products, sweep.left.data + tile.block * kRows * sweep.depth + index % kRows,
+                         sweep.panels.data + tile.panel * kW * sweep.depth, sweep.depth);
+    this->add_full(sums.data[index], products, stretch(rows.data[index].out), clean_row, tile.first, tile.columns);
+  }
+
+  void group_done(const SweepGroup<Scheme>& group) {
+    this->for_cells(group, [&](const Cell& cell, int64_t index, double product) {
+      const int64_t out = rows.data[index].out;
+      this->settle(sums.data[index], cell, out, first, product, stretch(out));
+    });
   }
 
   void stripe_done(int64_t, int64_t) {
+    this->cell_count = 0;
     if (++stripes % kStripesAFlush == 0) flush();
   }
 
   void flush() {
-    for (int64_t i = 0; i < sweep.blocks * kRows; ++i) {
-      join<T>(rows.data[i].sum, lanes.data[i]);
-      lanes.data[i] = Vec<T>{};
-      if (s.clean_lse == nullptr) continue;
-      rows.data[i].change += sum<T>(change_lanes.data[i]);
-      change_lanes.data[i] = Vec<T>{};
-    }
+    for (int64_t i = 0; i < sums.count; ++i) Base::flush(sums.data[i], lanes.data[i]);
   }
 
   static SweepTask kernels() {
-    return [](const SweepArguments& s, const Block& block) { Nll(s, block).run(); };
+    return [](const SweepArguments& s, const Block& block) { SweepNll(s, block).run(); };
   }
 
   void run() {
     sweep.run(*this);
     flush();
-    for (int64_t i = 0; i < sweep.blocks * kRows; ++i) {
-      const Row<T>& row = rows.data[i];
-      if (row.out < 0) continue;
-      s.lse[row.out] = logarithm<T>(row.sum);
-      if (s.change != nullptr) s.change[row.out] = row.change;
-    }
+    for (int64_t i = 0; i < sums.count; ++i)
+      if (rows.data[i].out >= 0) this->write(sums.data[i], rows.data[i].out);
   }
 };
 
 }  // namespace
 
-SweepTask sweep_nll(Arithmetic arithmetic) { return select<Nll>(arithmetic); }
+SweepTask sweep_nll(Arithmetic arithmetic) { return select<SweepNll>(arithmetic); }
 
 }  // namespace fc::cpu::FC_TIER
 
@@ -137,17 +123,17 @@ FC_TIERS(SweepTask, sweep_nll, Arithmetic)
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
-                                             const Tensor& tokens, const Tensor& group,
-                                             const std::optional<Tensor>& scale, const std::optional<Tensor>& clean_lse,
-                                             const std::string& precision, std::optional<double> cap,
-                                             const std::optional<Tensor>& outer) {
-  Sizes sizes = check_nll(base, delta, basis, tokens, group, clean_lse, cap, outer);
+std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const Tensor& delta, const Tensor& basis,
+                                                     const Tensor& tokens, const Tensor& group,
+                                                     const std::optional<Tensor>& scale, const Tensor& clean_lse,
+                                                     bool mean, const std::string& precision, std::optional<double> cap,
+                                                     const std::optional<Tensor>& outer) {
+  Sizes sizes = check_effects(base, delta, basis, tokens, group, clean_lse, cap, outer);
   sizes("scale", scale, "P T", Kind::number);
   const int64_t P = sizes["P"], T = sizes["T"], depth_bytes = sizes["r"] * static_cast<int64_t>(base.element_size());
   const SweepTask task = pick(pick_sweep_nll, "base", base, precision);
 
-  const NllTensors tensors(inputs_of(base, delta, basis, group, outer), base, P, tokens, clean_lse);
+  const EffectTensors tensors(inputs_of(base, delta, basis, group, outer), base, P, tokens, clean_lse, mean);
   const std::optional<Tensor> scale_c = contiguous_as(scale, ScalarType::Double);
   const SweepArguments arguments{tensors.arguments(cap), data_of<const double>(scale_c)};
   const auto plan = outer.has_value() ? plan_pairs : plan_tiles;

@@ -49,7 +49,7 @@ struct TargetRanks : Epilogue {
 
   TargetRanks(const RankedArguments& s, const Block& block) : s(s), sweep{s.inputs, block} {}
 
-  void row(int64_t i, int64_t p, int64_t t) {
+  void row(int64_t i, int64_t p, int64_t t, T) {
     const int64_t out = p < 0 ? -1 : p * s.inputs.positions + t;
     rows.data[i] = {out < 0 ? T(0) : rounded_down<T>(s.thresholds[out]), out, t, s.tokens[t], 0};
   }

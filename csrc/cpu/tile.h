@@ -6,9 +6,11 @@
 // both factors, and how one step multiplies and adds.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <type_traits>
 
@@ -70,6 +72,8 @@ struct Ieee {
     return widen(*b);
   }
   static Vec<T> step(Vec<T> c, Left a, const Right* b) { return c + broadcast<T>(a) * load(b); }
+  static double part(T x, int64_t) { return x; }  // the inner indices of a packed element, one by one
+  static Vec<T> squares(const Right* b) { return load(b) * load(b); }
 };
 
 #if defined(__AVX512BF16__)
@@ -95,6 +99,12 @@ struct Bf16Dot {
   static Vec<float> step(Vec<float> c, Left a, const Right* b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
                                         (__m512bh)_mm512_loadu_si512(b));
+  }
+  static double part(uint32_t x, int64_t k) { return widen(BFloat16{static_cast<uint16_t>(x >> 16 * k)}); }
+  static Vec<float> squares(const Right* b) {
+    const auto pairs = (Simd<float>::I)_mm512_loadu_si512(b);
+    const auto low = (Vec<float>)(pairs << 16), high = (Vec<float>)(pairs & 0xffff0000u);
+    return low * low + high * high;
   }
 };
 #endif
@@ -261,6 +271,45 @@ static inline void multiply(typename Scheme::Accumulator* tile, const typename S
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
     for (int j = 0; j < kAcross; ++j) store(tile + i * kWidth<Scheme> + j * lanes, c[i][j]);
+}
+
+// Products in fp64 of the rows of a block with one column of a panel, at which `column` points.
+template <class Scheme>
+static void multiply_column(double (&out)[kRows], const typename Scheme::Left* block,
+                            const typename Scheme::Right* column, int64_t count) {
+  for (double& x : out) x = 0;
+  for (int64_t k = 0; k < count; ++k, block += kRows, column += kWidth<Scheme>)
+    for (int64_t part = 0; part < Scheme::kDepth; ++part) {
+      const double factor = Scheme::part(*column, part);
+      for (int i = 0; i < kRows; ++i) out[i] += Scheme::part(block[i], part) * factor;
+    }
+}
+
+// Products in fp64 of one row of a block, at which `row` points, with all columns of a panel.
+template <class Scheme>
+static void multiply_row(double (&out)[kWidth<Scheme>], const typename Scheme::Left* row,
+                         const typename Scheme::Right* panel, int64_t count) {
+  for (double& x : out) x = 0;
+  for (int64_t k = 0; k < count; ++k, row += kRows, panel += kWidth<Scheme>)
+    for (int64_t part = 0; part < Scheme::kDepth; ++part) {
+      const double factor = Scheme::part(*row, part);
+      for (int j = 0; j < kWidth<Scheme>; ++j) out[j] += factor * Scheme::part(panel[j], part);
+    }
+}
+
+// At least the norm of the longest column of a panel, so far as norms above 1e-17 are told apart.
+template <class Scheme>
+static typename Scheme::Accumulator longest_column(const typename Scheme::Right* panel, int64_t count) {
+  using T = typename Scheme::Accumulator;
+  Vec<T> squares[kVectors];
+  for (Vec<T>& x : squares) x = broadcast<T>(T(1e-34));
+  for (int64_t k = 0; k < count; ++k, panel += kWidth<Scheme>)
+    for (int j = 0; j < kVectors; ++j) squares[j] += Scheme::squares(panel + j * kLanes<T>);
+  T most = 0;
+  for (const Vec<T>& x : squares)
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (!(x[i] <= most)) most = x[i] == x[i] ? x[i] : std::numeric_limits<T>::infinity();
+  return std::sqrt(most) * T(1.00001);
 }
 
 // Calls f with the number of vectors across, as a compile-time constant.

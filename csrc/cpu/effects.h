@@ -1,0 +1,316 @@
+// What sweep_nll and joint_nll share: how ablations change the distribution of the next token.
+//
+// With p the clean run's probabilities and d what an ablation adds to the logits, both sum p * (exp(d) - 1), and also
+// p * exp(d), which is the better where nearly all probability goes away. A bound on |d|, known before multiplying,
+// chooses the form of each row of a panel: small (exp(d) - 1 is a polynomial), direct (d is split first) or full (all
+// of it in fp64). In every form the tokens asked for, and the most probable ones of a position, are computed in fp64:
+// there the rounding of one product could be as large as the effect.
+#pragma once
+
+#include "sweep.h"
+
+namespace fc::cpu {
+
+struct EffectArguments {
+  SweepInputs inputs;
+  const int64_t* tokens;                     // [T,K]; outside [0, V): absent from this slice of the vocabulary
+  const double* clean_lse;                   // [T]
+  double cap;                                // logits x become cap * tanh(x / cap); 0: they do not
+  double *gain, *log_total, *picked, *mean;  // [P,T], [P,T], [P,T,K] of zeros, [P,T] or null
+  int64_t tokens_per_position;               // K
+};
+
+}  // namespace fc::cpu
+
+#ifdef FC_TIER
+
+#include "exp_sums.h"
+
+namespace fc::cpu::FC_TIER {
+
+inline constexpr double kProbable = 1.0 / 16;  // from where on a token is computed in fp64
+inline constexpr int64_t kMostProbable = 16;   // how many such tokens a position has at most
+
+// Stripes that a row's lanes add up before they join its fp64 sums: 16 stripes of 4 panels of 3 vectors are 192 addends
+// a lane, whose rounding stays below that of the products.
+inline constexpr int64_t kStripesAFlush = 16;
+
+struct EffectSums {      // of one (ablation, position)
+  double gain = 0;       // p * (exp(d) - 1)
+  double mean = 0;       // p * d
+  double total = 0;      // p * exp(d) of the small and direct forms
+  ExpSum<double> exact;  // p * exp(d) of all that is computed in fp64
+};
+
+template <class T>
+struct EffectLanes {  // what has not joined them
+  Vec<T> small, direct, total, mean;
+};
+
+struct Stretch {  // what a recomputed final norm multiplies the logits by, and that less 1
+  double scale = 1, less_1 = 0;
+};
+
+struct Cell {                       // a token of a position that is computed in fp64
+  int64_t position, panel, column;  // of the block, the stripe, the panel
+  int64_t choice;                   // of the tokens asked for; -1: it is one of the most probable
+};
+
+// The clean run of a block's positions, a stripe at a time, and the sums of p * (exp(d) - 1) over rows of its panels.
+template <class Scheme, class Source>
+struct Effects : Epilogue {
+  static constexpr bool kBounds = true;
+  using T = typename Scheme::Accumulator;
+  static constexpr int64_t kW = kWidth<Scheme>;
+  static constexpr int kL = kLanes<T>;
+  static_assert(kW <= 64);  // a bit for each column
+
+  const EffectArguments& s;
+  const bool stretched;
+  Sweep<Scheme, Source> sweep;
+  const int64_t clean_rows = kPanelsAStripe * sweep.window;  // [panel][position]
+  // What a stretch multiplies (log probabilities, or the logits that have a cap), and the largest of a row.
+  Buffer<T> start{stretched ? clean_rows * kW : 0}, farthest{clean_rows};
+  Buffer<T> saturation{s.cap > 0 ? clean_rows * kW : 0};  // tanh(x / cap) of the logits x
+  Buffer<T> slope{s.cap > 0 ? clean_rows * kW : 0};       // 1 - tanh(x / cap)^2
+  Buffer<double> mass{clean_rows};                        // sums of p, less the most probable tokens
+  Buffer<uint64_t> probable{clean_rows};                  // a bit for each of those
+  Buffer<Cell> cells{sweep.window * (kMostProbable + s.tokens_per_position)};  // of the stripe
+  int64_t cell_count = 0;
+  // Past this bound products are made in fp64: probabilities below fp32's range could matter, or a cap bends too much.
+  const T direct = static_cast<T>(s.cap > 0 ? std::fmin(40, s.cap / 2) : 40);
+
+  Effects(const EffectArguments& s, const Block& block, bool stretched)
+      : s(s), stretched(stretched), sweep{s.inputs, block} {}
+
+  // Keeps what changes of a row's logits depend on, and puts probabilities in their place.
+  void base_packed(int64_t row, int64_t here) {
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    T* const x = sweep.base.data + row * kW;
+    const int64_t t = row % sweep.window, panel = row / sweep.window;
+    const double lse = s.clean_lse[sweep.block.first_position + t];
+    const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
+    farthest.data[row] = 0;
+    for (int64_t j = 0; stretched && j < kW; ++j) {
+      const T from = j >= here || x[j] == -infinity ? T(0) : s.cap > 0 ? x[j] : x[j] - high - low;
+      start.data[row * kW + j] = from;
+      if (!(std::fabs(from) <= farthest.data[row])) farthest.data[row] = std::fabs(from);
+    }
+    Vec<T> p[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      Vec<T> logit = load(x + j * kL);
+      if (s.cap > 0) {
+        const Vec<T> part = logit / static_cast<T>(s.cap);
+        const Vec<T> fall = exponential<T>(T(-2) * at_least(part, -part));
+        store(saturation.data + row * kW + j * kL, hyperbolic_tangent<T>(part));
+        store(slope.data + row * kW + j * kL, T(4) * fall / ((fall + T(1)) * (fall + T(1))));
+        logit = capped<T>(logit, s.cap);
+      }
+      store(x + j * kL, exponential<T>(logit - high - low));
+    }
+    for (int64_t j = here; j < kW; ++j) x[j] = 0;
+    for (int j = 0; j < kVectors; ++j) p[j] = load(x + j * kL);
+    probable.data[row] = 0;
+    if (any_above(p, broadcast<T>(T(kProbable)))) {
+      for (int64_t j = 0; j < here; ++j) {
+        if (!(x[j] > T(kProbable)) || cell_count == cells.count) continue;
+        probable.data[row] |= uint64_t{1} << j;
+        cells.data[cell_count++] = {t, panel, j, -1};
+        x[j] = 0;
+      }
+    }
+    mass.data[row] = sum<T>((load(x) + load(x + kL)) + load(x + 2 * kL));
+  }
+
+  void stripe_packed(int64_t first, int64_t columns) {
+    for (int64_t t = 0; t < sweep.window; ++t) {
+      const int64_t* tokens = s.tokens + (sweep.block.first_position + t) * s.tokens_per_position;
+      for (int64_t k = 0; k < s.tokens_per_position; ++k) {
+        const auto offset = static_cast<uint64_t>(tokens[k] - first);
+        if (offset >= static_cast<uint64_t>(columns)) continue;
+        const auto at = static_cast<int64_t>(offset);
+        cells.data[cell_count++] = {t, at / kW, at % kW, k};
+      }
+    }
+  }
+
+  // f(cell, row, product) for the stripe's cells and the rows of a group at their positions.
+  template <class F>
+  void for_cells(const SweepGroup<Scheme>& group, F f) const {
+    double products[kRows];
+    for (int64_t c = 0; c < cell_count; ++c) {
+      const Cell& cell = cells.data[c];
+      const int64_t first = group.first + cell.position * group.members, end = first + group.members;
+      for (int64_t block = first / kRows; block * kRows < end; ++block) {
+        multiply_column<Scheme>(products, group.left + block * kRows * group.depth,
+                                group.panels + cell.panel * kW * group.depth + cell.column, group.depth);
+        for (int64_t row = larger(first, block * kRows); row < smaller(end, (block + 1) * kRows); ++row)
+          f(cell, row, products[row % kRows]);
+      }
+    }
+  }
+
+  double clean_logit(int64_t t, int64_t token) const {
+    const auto* base = static_cast<const Source*>(s.inputs.base.data);
+    return widen(base[(sweep.block.first_position + t) * s.inputs.base.stride[0] + token * s.inputs.base.stride[1]]);
+  }
+  double log_probability(int64_t t, double logit) const {
+    return (s.cap > 0 ? s.cap * std::tanh(logit / s.cap) : logit) - s.clean_lse[sweep.block.first_position + t];
+  }
+
+  // The change of a clean logit by a product.
+  double changed(double product, int64_t t, double logit, const Stretch& stretch) const {
+    double d = product;
+    if (stretched && !std::isinf(logit))
+      d = stretch.scale * d + stretch.less_1 * (s.cap > 0 ? logit : log_probability(t, logit));
+    else if (stretched)
+      d *= stretch.scale;
+    if (s.cap == 0) return d;
+    return std::isinf(logit) ? 0 : s.cap * (std::tanh((logit + d) / s.cap) - std::tanh(logit / s.cap));
+  }
+
+  // A cell's change joins its row's sums, or the results at `out` of [P,T].
+  void settle(EffectSums& sums, const Cell& cell, int64_t out, int64_t first, double product,
+              const Stretch& stretch = {}) const {
+    const double logit = clean_logit(cell.position, first + cell.panel * kW + cell.column);
+    const double d = changed(product, cell.position, logit, stretch);
+    if (cell.choice >= 0) {
+      s.picked[out * s.tokens_per_position + cell.choice] = d;
+      return;
+    }
+    const double log_p = log_probability(cell.position, logit), p = std::exp(log_p);
+    sums.gain += p * std::expm1(d);
+    sums.mean += p * d;
+    add_one(sums.exact, log_p + d);
+  }
+
+  // The changes of a row of a panel, from its products.
+  [[gnu::always_inline]] void change(Vec<T> (&x)[kVectors], T scale, T less_1, int64_t clean_row) const {
+    if (stretched)
+      for (int j = 0; j < kVectors; ++j) x[j] = x[j] * scale + load(start.data + clean_row * kW + j * kL) * less_1;
+    if (s.cap > 0)
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<T> part = hyperbolic_tangent<T>(x[j] / static_cast<T>(s.cap));
+        x[j] = static_cast<T>(s.cap) * part * load(slope.data + clean_row * kW + j * kL) /
+               (load(saturation.data + clean_row * kW + j * kL) * part + T(1));
+      }
+  }
+
+  // Adds a row of a panel, whose changes x are at most `reach`. full() does it where that is too far.
+  template <bool kMean, class Full>
+  [[gnu::always_inline]] void add(EffectSums& sums, EffectLanes<T>& lanes, const Vec<T> (&x)[kVectors], T reach,
+                                  int64_t clean_row, Full full) const {
+    const T* p = sweep.base.data + clean_row * kW;
+    if (reach <= T(kSmall)) [[likely]] {
+      Vec<T> more = load(p) * x[0] * less_1<T>(x[0]);
+      for (int j = 1; j < kVectors; ++j) more += load(p + j * kL) * x[j] * less_1<T>(x[j]);
+      lanes.small += more;
+      sums.total += mass.data[clean_row];
+    } else if (reach <= direct) {
+      Vec<T> more{}, all{};
+      for (int j = 0; j < kVectors; ++j) {
+        const Growth<T> grown = growth<T>(x[j]);
+        more += load(p + j * kL) * grown.less_1;
+        all += load(p + j * kL) * grown.whole;
+      }
+      lanes.direct += more;
+      lanes.total += all;
+    } else {
+      return full();
+    }
+    if (kMean && s.mean != nullptr)
+      for (int j = 0; j < kVectors; ++j) lanes.mean += load(p + j * kL) * x[j];
+  }
+
+  // The full form: products in fp64. `first`: the panel's first token.
+  void add_full(EffectSums& sums, double (&products)[kW], const Stretch& stretch, int64_t clean_row, int64_t first,
+                int64_t here) const {
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    constexpr int64_t chunk = kColumns<double>;
+    const int64_t t = clean_row % sweep.window;
+    double log_p[kW], scratch[chunk];
+    for (int64_t j = 0; j < kW; ++j) {
+      log_p[j] = -infinity;
+      if (j >= here || (probable.data[clean_row] >> j & 1) != 0) {
+        products[j] = 0;
+        continue;
+      }
+      const double logit = clean_logit(t, first + j);
+      log_p[j] = log_probability(t, logit);
+      products[j] = changed(products[j], t, logit, stretch);
+    }
+    Vec<double> gain{}, mean{}, lanes{};
+    for (int64_t at = 0; at < kW; at += chunk) {
+      Vec<double> x[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<double> d = load(products + at + j * kLanes<double>), log = load(log_p + at + j * kLanes<double>);
+        const Vec<double> p = log > -infinity ? exponential<double>(log) : Vec<double>{};
+        const Vec<double> bounded = -at_least(-at_least(d, broadcast<double>(-700)), broadcast<double>(-700));
+        gain += p * growth<double>(bounded).less_1;
+        mean += p > 0 ? p * d : Vec<double>{};
+        x[j] = log + d;
+      }
+      add_exponentials<double>(sums.exact, lanes, x, scratch, chunk);
+    }
+    join<double>(sums.exact, lanes);
+    sums.gain += sum<double>(gain);
+    sums.mean += sum<double>(mean);
+  }
+
+  static void flush(EffectSums& sums, EffectLanes<T>& lanes) {
+    const double small = sum<T>(lanes.small);
+    sums.gain += small + static_cast<double>(sum<T>(lanes.direct));
+    sums.total += small + static_cast<double>(sum<T>(lanes.total));
+    sums.mean += sum<T>(lanes.mean);
+    lanes = EffectLanes<T>{};
+  }
+
+  void write(const EffectSums& sums, int64_t out) const {
+    s.log_total[out] = added(std::log(sums.total), logarithm(sums.exact));
+    s.gain[out] = s.log_total[out] == s.log_total[out] ? sums.gain : s.log_total[out];
+    if (s.mean != nullptr) s.mean[out] = sums.mean;
+  }
+};
+
+}  // namespace fc::cpu::FC_TIER
+
+#else  // the torch-facing half
+
+namespace fc::cpu {
+
+// The tensors that EffectArguments point to. P: of the results.
+struct EffectTensors {
+  OwnedInputs inputs;
+  Tensor tokens, clean_lse, gain, log_total, picked, mean;
+
+  EffectTensors(OwnedInputs inputs, const Tensor& like, int64_t P, const Tensor& tokens_given,
+                const Tensor& clean_lse_given, bool with_mean)
+      : inputs(std::move(inputs)),
+        tokens(torch::stable::contiguous(tokens_given)),
+        clean_lse(contiguous_as(clean_lse_given, ScalarType::Double)),
+        gain(torch::stable::new_empty(like, {P, like.size(0)}, ScalarType::Double)),
+        log_total(torch::stable::new_empty(like, {P, like.size(0)}, ScalarType::Double)),
+        picked(torch::stable::new_zeros(like, {P, like.size(0), tokens.size(1)}, ScalarType::Double)),
+        mean(torch::stable::new_empty(like, {with_mean ? P : 0, like.size(0)}, ScalarType::Double)),
+        with_mean(with_mean) {}
+
+  EffectArguments arguments(std::optional<double> cap) const {
+    return {.inputs = inputs.view,
+            .tokens = data_of<const int64_t>(tokens),
+            .clean_lse = data_of<const double>(clean_lse),
+            .cap = cap.value_or(0),
+            .gain = data_of<double>(gain),
+            .log_total = data_of<double>(log_total),
+            .picked = data_of<double>(picked),
+            .mean = with_mean ? data_of<double>(mean) : nullptr,
+            .tokens_per_position = tokens.size(1)};
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results() const { return {gain, log_total, picked, mean}; }
+
+ private:
+  bool with_mean;
+};
+
+}  // namespace fc::cpu
+
+#endif

@@ -1,0 +1,123 @@
+// logits_lse on the CPU: the logsumexp of base + delta @ basis of every (ablation, position). The epilogue sums the
+// exponentials of each tile's logits, so that logits never reach memory.
+#include "sweep.h"
+
+namespace fc::cpu {
+
+struct LseArguments {
+  SweepInputs inputs;
+  double cap;   // logits x become cap * tanh(x / cap); 0: they do not
+  double* lse;  // [P,T]
+};
+
+using LseTask = void (*)(const LseArguments&, const Block&);
+
+}  // namespace fc::cpu
+
+#ifdef FC_TIER
+
+#include "exp_sums.h"
+
+namespace fc::cpu::FC_TIER {
+namespace {
+
+// Stripes whose exponentials a row's lanes sum before they join its fp64 total.
+constexpr int64_t kStripesAFlush = 16;
+
+template <class T>
+struct LseRow {  // one (ablation, position)
+  ExpSum<T> sum;
+  int64_t out;  // index into [P,T]; negative for the rows that fill a block
+  int64_t position;
+};
+
+template <class Scheme, class Source>
+struct LogitsLse : Epilogue {
+  using T = typename Scheme::Accumulator;
+  static constexpr int64_t kW = kWidth<Scheme>;
+  static constexpr int kL = kLanes<T>;
+
+  const LseArguments& s;
+  Sweep<Scheme, Source> sweep;
+  Buffer<LseRow<T>> rows{sweep.blocks * kRows};
+  Buffer<Vec<T>> lanes{sweep.blocks * kRows};
+  int64_t stripes = 0;
+
+  LogitsLse(const LseArguments& s, const Block& block) : s(s), sweep{s.inputs, block} {
+    std::memset(static_cast<void*>(lanes.data), 0, lanes.bytes());
+  }
+
+  void row(int64_t i, int64_t p, int64_t t, T) { rows.data[i] = {{}, p < 0 ? -1 : p * s.inputs.positions + t, t}; }
+
+  bool plain(int64_t columns) const { return s.cap == 0 && columns % kW == 0; }
+
+  template <bool kPlain>
+  [[gnu::always_inline]] void consume(const SweepTile<T>& tile, int i) {
+    const int64_t index = tile.block * kRows + i;
+    LseRow<T>& row = rows.data[index];
+    T* products = tile.products + i * kW;
+    const T* start = sweep.base.data + (tile.panel_row + row.position) * kW;
+    Vec<T> x[kVectors];
+    for (int j = 0; j < kVectors; ++j) x[j] = load(start + j * kL) + load(products + j * kL);
+    if (!kPlain && s.cap > 0)
+      for (Vec<T>& logits : x) logits = capped<T>(logits, s.cap);
+    if (!kPlain && tile.columns < kW) end_at<T>(tile.columns, x, products);
+    add_exponentials<T>(row.sum, lanes.data[index], x, products, tile.columns);
+  }
+
+  void stripe_done(int64_t, int64_t) {
+    if (++stripes % kStripesAFlush == 0) flush();
+  }
+
+  void flush() {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      join<T>(rows.data[i].sum, lanes.data[i]);
+      lanes.data[i] = Vec<T>{};
+    }
+  }
+
+  static LseTask kernels() {
+    return [](const LseArguments& s, const Block& block) { LogitsLse(s, block).run(); };
+  }
+
+  void run() {
+    sweep.run(*this);
+    flush();
+    for (int64_t i = 0; i < rows.count; ++i)
+      if (rows.data[i].out >= 0) s.lse[rows.data[i].out] = logarithm<T>(rows.data[i].sum);
+  }
+};
+
+}  // namespace
+
+LseTask logits_lse(Arithmetic arithmetic) { return select<LogitsLse>(arithmetic); }
+
+}  // namespace fc::cpu::FC_TIER
+
+#else  // the torch-facing half
+
+namespace fc::cpu {
+
+FC_TIERS(LseTask, logits_lse, Arithmetic)
+
+namespace {
+
+Tensor logits_lse(const Tensor& base, const Tensor& delta, const Tensor& basis, const Tensor& group,
+                  const std::string& precision, std::optional<double> cap) {
+  if (cap.has_value()) check_positive("cap", *cap);
+  Sizes sizes = check_sweep(base, delta, basis, group);
+  const int64_t P = sizes["P"], T = sizes["T"], depth_bytes = sizes["r"] * static_cast<int64_t>(base.element_size());
+  const LseTask task = pick(pick_logits_lse, "base", base, precision);
+  Tensor lse = torch::stable::new_empty(base, {P, T}, ScalarType::Double);
+  const OwnedInputs inputs = inputs_of(base, delta, basis, group);
+  const LseArguments arguments{inputs.view, cap.value_or(0), data_of<double>(lse)};
+  run_blocks(arguments, task, plan_tiles(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2));
+  return lse;
+}
+
+}  // namespace
+}  // namespace fc::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastcircuits, CPU, m) { m.impl("logits_lse", TORCH_BOX(&fc::cpu::logits_lse)); }
+
+#endif
