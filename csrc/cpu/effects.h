@@ -31,6 +31,10 @@ namespace fc::cpu::FC_TIER {
 inline constexpr double kProbable = 1.0 / 16;  // from where on a token is computed in fp64
 inline constexpr int64_t kMostProbable = 16;   // how many such tokens a position has at most
 
+// A change may raise a token of little probability p to one of much: to p * exp(d). Its rounding is then far more than
+// p * |d|, and it is computed in fp64 too, from where on p * exp(d)^2 exceeds this.
+inline constexpr double kRaised = 0.25;
+
 // Stripes that a row's lanes add up before they join its fp64 sums: 16 stripes of 4 panels of 3 vectors are 192 addends
 // a lane, whose rounding stays below that of the products.
 inline constexpr int64_t kStripesAFlush = 16;
@@ -43,8 +47,8 @@ struct EffectSums {      // of one (ablation, position)
 };
 
 template <class T>
-struct EffectLanes {  // what has not joined them
-  Vec<T> small, direct, total, mean;
+struct EffectLanes {  // of the rarer forms, what has not joined them
+  Vec<T> direct, total, mean;
 };
 
 struct Stretch {  // what a recomputed final norm multiplies the logits by, and that less 1
@@ -53,7 +57,7 @@ struct Stretch {  // what a recomputed final norm multiplies the logits by, and 
 
 struct Cell {                       // a token of a position that is computed in fp64
   int64_t position, panel, column;  // of the block, the stripe, the panel
-  int64_t choice;                   // of the tokens asked for; -1: it is one of the most probable
+  int64_t choice = -1;              // of the tokens asked for; -1: it joins the sums
 };
 
 // The clean run of a block's positions, a stripe at a time, and the sums of p * (exp(d) - 1) over rows of its panels.
@@ -69,11 +73,11 @@ struct Effects : Epilogue {
   const bool stretched;
   Sweep<Scheme, Source> sweep;
   const int64_t clean_rows = kPanelsAStripe * sweep.window;  // [panel][position]
-  // What a stretch multiplies (log probabilities, or the logits that have a cap), and the largest of a row.
-  Buffer<T> start{stretched ? clean_rows * kW : 0}, farthest{clean_rows};
+  // What a stretch multiplies (log probabilities, or the logits that have a cap), and the largest of a tile's row.
+  Buffer<T> start{stretched ? clean_rows * kW : 0}, farthest{clean_rows / kTogether};
   Buffer<T> saturation{s.cap > 0 ? clean_rows * kW : 0};  // tanh(x / cap) of the logits x
   Buffer<T> slope{s.cap > 0 ? clean_rows * kW : 0};       // 1 - tanh(x / cap)^2
-  Buffer<double> mass{clean_rows};                        // sums of p, less the most probable tokens
+  Buffer<double> mass{clean_rows / kTogether};            // sums of p by tile, less the most probable tokens
   Buffer<uint64_t> probable{clean_rows};                  // a bit for each of those
   Buffer<Cell> cells{sweep.window * (kMostProbable + s.tokens_per_position)};  // of the stripe
   int64_t cell_count = 0;
@@ -90,11 +94,12 @@ struct Effects : Epilogue {
     const int64_t t = row % sweep.window, panel = row / sweep.window;
     const double lse = s.clean_lse[sweep.block.first_position + t];
     const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
-    farthest.data[row] = 0;
+    const int64_t of_tile = panel / kTogether * sweep.window + t;
+    if (panel % kTogether == 0) farthest.data[of_tile] = 0, mass.data[of_tile] = 0;
     for (int64_t j = 0; stretched && j < kW; ++j) {
       const T from = j >= here || x[j] == -infinity ? T(0) : s.cap > 0 ? x[j] : x[j] - high - low;
       start.data[row * kW + j] = from;
-      if (!(std::fabs(from) <= farthest.data[row])) farthest.data[row] = std::fabs(from);
+      if (!(std::fabs(from) <= farthest.data[of_tile])) farthest.data[of_tile] = std::fabs(from);
     }
     Vec<T> p[kVectors];
     for (int j = 0; j < kVectors; ++j) {
@@ -119,7 +124,7 @@ struct Effects : Epilogue {
         x[j] = 0;
       }
     }
-    mass.data[row] = sum<T>((load(x) + load(x + kL)) + load(x + 2 * kL));
+    mass.data[of_tile] += sum<T>((load(x) + load(x + kL)) + load(x + 2 * kL));
   }
 
   void stripe_packed(int64_t first, int64_t columns) {
@@ -196,30 +201,76 @@ struct Effects : Epilogue {
       }
   }
 
-  // Adds a row of a panel, whose changes x are at most `reach`. full() does it where that is too far.
-  template <bool kMean, class Full>
-  [[gnu::always_inline]] void add(EffectSums& sums, EffectLanes<T>& lanes, const Vec<T> (&x)[kVectors], T reach,
-                                  int64_t clean_row, Full full) const {
-    const T* p = sweep.base.data + clean_row * kW;
+  // Adds a row of a tile whose changes are at most `reach`. An Op has
+  //   changes(x, panel): the row's changes in a panel of the tile;
+  //   exact(panel, columns): adds those columns in fp64, a bit for each;
+  //   full(panel): adds all of a panel in fp64.
+  template <bool kMean, class Op>
+  [[gnu::always_inline]] void add(EffectSums& sums, Vec<T>& small, EffectLanes<T>& lanes, T reach, int64_t t,
+                                  int64_t first_panel, int64_t panels, const Op& op) const {
+    const T* p = sweep.base.data + (first_panel * sweep.window + t) * kW;
+    const int64_t next = sweep.window * kW;
+    Vec<T> x[kVectors], mean{};
     if (reach <= T(kSmall)) [[likely]] {
-      Vec<T> more = load(p) * x[0] * less_1<T>(x[0]);
-      for (int j = 1; j < kVectors; ++j) more += load(p + j * kL) * x[j] * less_1<T>(x[j]);
-      lanes.small += more;
-      sums.total += mass.data[clean_row];
-    } else if (reach <= direct) {
-      Vec<T> more{}, all{};
-      for (int j = 0; j < kVectors; ++j) {
-        const Growth<T> grown = growth<T>(x[j]);
-        more += load(p + j * kL) * grown.less_1;
-        all += load(p + j * kL) * grown.whole;
+      Vec<T> more[kVectors] = {};  // apart: no sum waits for another
+      for (int64_t panel = 0; panel < panels; ++panel, p += next) {
+        op.changes(x, panel);
+        for (int j = 0; j < kVectors; ++j) {
+          const Vec<T> moved = load(p + j * kL) * x[j];
+          more[j] += moved * less_1<T>(x[j]);
+          if (kMean) mean += moved;
+        }
       }
+      small += (more[0] + more[1]) + more[2];
+      sums.total += mass.data[first_panel / kTogether * sweep.window + t];
+    } else if (reach <= direct) {
+      Vec<T> more{}, all{}, raised{};
+      for (int64_t panel = 0; panel < panels; ++panel, p += next) {
+        op.changes(x, panel);
+        for (int j = 0; j < kVectors; ++j) {
+          const Growth<T> grown = growth<T>(x[j]);
+          const Vec<T> now = load(p + j * kL) * grown.whole;
+          more += load(p + j * kL) * grown.less_1;
+          all += now;
+          raised += now * grown.whole;
+          if (kMean) mean += load(p + j * kL) * x[j];
+        }
+      }
+      if (mask_above<false>(raised, broadcast<T>(T(kRaised))) != 0) [[unlikely]]
+        return add_raised(lanes, p - panels * next, panels, op);
       lanes.direct += more;
       lanes.total += all;
     } else {
-      return full();
+      for (int64_t panel = 0; panel < panels; ++panel) op.full(panel);
     }
-    if (kMean && s.mean != nullptr)
-      for (int j = 0; j < kVectors; ++j) lanes.mean += load(p + j * kL) * x[j];
+    if (kMean) lanes.mean += mean;
+  }
+
+  // The same of a row in the direct form, some of whose tokens are raised too much and computed in fp64.
+  template <class Op>
+  [[gnu::noinline]] void add_raised(EffectLanes<T>& lanes, const T* p, int64_t panels, const Op& op) const {
+    for (int64_t panel = 0; panel < panels; ++panel, p += sweep.window * kW) {
+      Vec<T> x[kVectors];
+      op.changes(x, panel);
+      T raised[kW], kept[kW];
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<T> whole = growth<T>(x[j]).whole;
+        store(raised + j * kL, load(p + j * kL) * whole * whole);
+      }
+      uint64_t columns = 0;
+      for (int64_t j = 0; j < kW; ++j) {
+        const bool apart = raised[j] > T(kRaised / 4);
+        columns |= static_cast<uint64_t>(apart) << j;
+        kept[j] = apart ? T(0) : p[j];
+      }
+      if (columns != 0) op.exact(panel, columns);
+      for (int j = 0; j < kVectors; ++j) {
+        const Growth<T> grown = growth<T>(x[j]);
+        lanes.direct += load(kept + j * kL) * grown.less_1;
+        lanes.total += load(kept + j * kL) * grown.whole;
+        lanes.mean += load(kept + j * kL) * x[j];
+      }
+    }
   }
 
   // The full form: products in fp64. `first`: the panel's first token.
@@ -257,11 +308,12 @@ struct Effects : Epilogue {
     sums.mean += sum<double>(mean);
   }
 
-  static void flush(EffectSums& sums, EffectLanes<T>& lanes) {
-    const double small = sum<T>(lanes.small);
-    sums.gain += small + static_cast<double>(sum<T>(lanes.direct));
-    sums.total += small + static_cast<double>(sum<T>(lanes.total));
+  static void flush(EffectSums& sums, Vec<T>& small, EffectLanes<T>& lanes) {
+    const double less = sum<T>(small);
+    sums.gain += less + static_cast<double>(sum<T>(lanes.direct));
+    sums.total += less + static_cast<double>(sum<T>(lanes.total));
     sums.mean += sum<T>(lanes.mean);
+    small = Vec<T>{};
     lanes = EffectLanes<T>{};
   }
 

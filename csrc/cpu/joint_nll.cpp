@@ -56,7 +56,7 @@ struct Joint : Effects<Scheme, Source> {
   template <bool kPlain>
   [[gnu::always_inline]] void consume(const SweepTile<T>& tile, int i) {
     const int64_t row = tile.block * kRows + i;
-    reach.data[tile.panel * row_count + row] = length.data[row] * tile.longest;
+    reach.data[tile.panel / kTogether * row_count + row] = length.data[row] * tile.longest;
   }
 
   void group_done(const SweepGroup<Scheme>& group) {
@@ -66,10 +66,9 @@ struct Joint : Effects<Scheme, Source> {
   }
 
   void stripe_done(int64_t first, int64_t columns) {
-    const bool plain = s.cap == 0 && s.mean == nullptr;
     for (int64_t t = 0; t < sweep.window; ++t) {
       look_for_interrupt();
-      if (plain)
+      if (s.cap == 0 && s.mean == nullptr)
         add_pairs<true>(t, first, columns);
       else
         add_pairs<false>(t, first, columns);
@@ -90,42 +89,70 @@ struct Joint : Effects<Scheme, Source> {
   // kPlain: no cap, no mean asked for.
   template <bool kPlain>
   void add_pairs(int64_t t, int64_t first, int64_t columns) {
+    const int64_t across = panels_of<Scheme>(columns);
     for (int64_t p = 0; p < s.pairs; ++p) {
-      const auto [i, j, place] = s.sorted[p];
-      const int64_t one = row_of.data[t * singles + i], other = row_of.data[t * singles + j];
+      const Pair& pair = s.sorted[p];
+      const int64_t one = row_of.data[t * singles + pair.first], other = row_of.data[t * singles + pair.second];
       EffectSums& sum = sums.data[t * s.pairs + p];
+      Vec<T> small{};
       EffectLanes<T> lanes{};
-      for (int64_t panel = 0; panel * kW < columns; ++panel) {
-        const T *left = products.data + panel * panel_size + one * kW,
-                *right = products.data + panel * panel_size + other * kW;
-        const T* bounds = reach.data + panel * row_count;
-        const int64_t clean_row = panel * sweep.window + t;
-        Vec<T> x[kVectors];
-        for (int v = 0; v < kVectors; ++v) x[v] = load(left + v * kL) + load(right + v * kL);
-        if (!kPlain) this->change(x, T(1), T(0), clean_row);
-        this->template add<!kPlain>(sum, lanes, x, bounds[one] + bounds[other], clean_row, [&] {
-          full(sum, i, j, clean_row, first + panel * kW, smaller(kW, columns - panel * kW));
-        });
+      for (int64_t panel = 0; panel < across; panel += kTogether) {
+        const T* bounds = reach.data + panel / kTogether * row_count;
+        const T* start = products.data + panel * panel_size;
+        const RowOfPair<kPlain> row{*this, sum, pair, start + one * kW, start + other * kW, t, panel, first, columns};
+        this->template add<!kPlain>(sum, small, lanes, bounds[one] + bounds[other], t, panel,
+                                    smaller(kTogether, across - panel), row);
       }
-      Base::flush(sum, lanes);
+      Base::flush(sum, small, lanes);
     }
   }
 
-  [[gnu::noinline]] void full(EffectSums& sum, int64_t one, int64_t other, int64_t clean_row, int64_t first,
-                              int64_t here) {
-    double both[kW] = {};
-    for (const int64_t single : {one, other}) {
-      const auto* row = static_cast<const Source*>(s.inputs.delta.data) + single * s.inputs.delta.stride[0] +
-                        (sweep.block.first_position + clean_row % sweep.window) * s.inputs.delta.stride[1];
-      const auto* basis = s.inputs.basis.template at<Source>(s.inputs.group[single]) + first * s.inputs.basis.stride[2];
-      for (int64_t k = 0; k < s.inputs.rank; ++k) {
-        const double factor = widen(row[k * s.inputs.delta.stride[2]]);
-        for (int64_t j = 0; j < here; ++j)
-          both[j] += factor * widen(basis[k * s.inputs.basis.stride[1] + j * s.inputs.basis.stride[2]]);
+  // A pair at a position, in one tile, as Effects::add sees it.
+  template <bool kPlain>
+  struct RowOfPair {
+    const Joint& op;
+    EffectSums& sum;
+    const Pair& pair;
+    const T *one, *other;  // products with the tile's first panel
+    const int64_t t, first_panel, first, columns;
+
+    [[gnu::always_inline]] void changes(Vec<T> (&x)[kVectors], int64_t panel) const {
+      for (int j = 0; j < kVectors; ++j)
+        x[j] = load(one + panel * op.panel_size + j * kL) + load(other + panel * op.panel_size + j * kL);
+      if (!kPlain) op.change(x, T(1), T(0), (first_panel + panel) * op.sweep.window + t);
+    }
+    [[gnu::noinline]] void exact(int64_t panel, uint64_t wanted) const {
+      double products[kW];
+      both(products, panel);
+      for (int64_t j = 0; j < kW; ++j)
+        if ((wanted >> j & 1) != 0) op.settle(sum, {t, first_panel + panel, j}, -1, first, products[j]);
+    }
+    [[gnu::noinline]] void full(int64_t panel) const {
+      double products[kW];
+      both(products, panel);
+      const int64_t at = (first_panel + panel) * kW;
+      op.add_full(sum, products, {}, (first_panel + panel) * op.sweep.window + t, first + at,
+                  smaller(kW, columns - at));
+    }
+
+    // The products of both ablations in fp64, from the tensors as they were given.
+    void both(double (&products)[kW], int64_t panel) const {
+      const SweepInputs& inputs = op.s.inputs;
+      const int64_t at = (first_panel + panel) * kW, here = smaller(kW, columns - at);
+      for (double& x : products) x = 0;
+      for (const int64_t single : {pair.first, pair.second}) {
+        const auto* row =
+            inputs.delta.template at<Source>(single) + (op.sweep.block.first_position + t) * inputs.delta.stride[1];
+        const auto* basis =
+            inputs.basis.template at<Source>(inputs.group[single]) + (first + at) * inputs.basis.stride[2];
+        for (int64_t k = 0; k < inputs.rank; ++k) {
+          const double factor = widen(row[k * inputs.delta.stride[2]]);
+          for (int64_t j = 0; j < here; ++j)
+            products[j] += factor * widen(basis[k * inputs.basis.stride[1] + j * inputs.basis.stride[2]]);
+        }
       }
     }
-    this->add_full(sum, both, {}, clean_row, first, here);
-  }
+  };
 
   static JointTask kernels() {
     return [](const JointArguments& s, const Block& block) { Joint(s, block).run(); };

@@ -47,7 +47,9 @@ struct LogitsLse : Epilogue {
     std::memset(static_cast<void*>(lanes.data), 0, lanes.bytes());
   }
 
-  void row(int64_t i, int64_t p, int64_t t, T) { rows.data[i] = {{}, p < 0 ? -1 : p * s.inputs.positions + t, t}; }
+  void row(int64_t i, int64_t p, int64_t t, T) {
+    rows.data[i] = {{}, p < 0 ? -1 : p * s.inputs.positions + t, t - sweep.block.first_position};
+  }
 
   bool plain(int64_t columns) const { return s.cap == 0 && columns % kW == 0; }
 
@@ -55,14 +57,17 @@ struct LogitsLse : Epilogue {
   [[gnu::always_inline]] void consume(const SweepTile<T>& tile, int i) {
     const int64_t index = tile.block * kRows + i;
     LseRow<T>& row = rows.data[index];
-    T* products = tile.products + i * kW;
-    const T* start = sweep.base.data + (tile.panel_row + row.position) * kW;
-    Vec<T> x[kVectors];
-    for (int j = 0; j < kVectors; ++j) x[j] = load(start + j * kL) + load(products + j * kL);
-    if (!kPlain && s.cap > 0)
-      for (Vec<T>& logits : x) logits = capped<T>(logits, s.cap);
-    if (!kPlain && tile.columns < kW) end_at<T>(tile.columns, x, products);
-    add_exponentials<T>(row.sum, lanes.data[index], x, products, tile.columns);
+    for (int64_t panel = 0; panel < tile.panels; ++panel) {
+      T* products = tile.products + panel * tile.stride + i * kW;
+      const T* start = sweep.base.data + ((tile.panel + panel) * sweep.window + row.position) * kW;
+      const int64_t here = tile.columns_of(panel, kW);
+      Vec<T> x[kVectors];
+      for (int j = 0; j < kVectors; ++j) x[j] = load(start + j * kL) + load(products + j * kL);
+      if (!kPlain && s.cap > 0)
+        for (Vec<T>& logits : x) logits = capped<T>(logits, s.cap);
+      if (!kPlain && here < kW) end_at<T>(here, x, products);
+      add_exponentials<T>(row.sum, lanes.data[index], x, products, here);
+    }
   }
 
   void stripe_done(int64_t, int64_t) {

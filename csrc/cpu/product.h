@@ -37,11 +37,17 @@ struct Tile {
   int64_t columns;  // the products of those past them are exactly zero
 };
 
+// How many panels a tile may span: what is done once for each row of a tile is little beside several panels of it.
+inline constexpr int64_t kTogether = kSpareRegisters ? 1 : 4;
+static_assert(kPanelsAStripe % kTogether == 0);
+static inline int64_t tiles_of(int64_t panels) { return (panels + kTogether - 1) / kTogether; }
+
 // The walk over the tiles of a product, block after block for each panel. With spare registers two buffers take turns:
 // while multiply() fills one, the op consumes the tile in the other, in the shadow of the multiply-adds. Else a tile is
 // consumed when it is made. An Op has
 //   Tile: what it needs to know of a tile; `products` is where they are, or null in a Tile{};
 //   next(products, block, panel): the Tile to make next; its products may go to memory of the op's own;
+//   more(tile, i): where the products of the i-th panel after the tile's go, if it has several;
 //   consume(tile, i): takes row i of a tile. It must be always_inline: a call would spill the accumulators it runs
 //     beside. It returns nothing, or whether the row is to be looked at again: then the op also has
 //   revisit(tile, rows): looks at rows of a consumed tile again, a bit for each.
@@ -57,8 +63,8 @@ class Walk {
   Walk(Op& op, const Left* blocks, const Right* panels, int64_t depth)
       : op(op), blocks(blocks), panels(panels), depth(depth) {}
 
-  // Multiplies blocks first..end by one panel.
-  void panel(int64_t panel, int64_t first_block, int64_t end_block) {
+  // Multiplies blocks first..end by one panel; without spare registers by up to kTogether panels, next() permitting.
+  void panel(int64_t panel, int64_t first_block, int64_t end_block, int64_t count = 1) {
     for (int64_t block = first_block; block < end_block; ++block) {
       T* const free = kSpareRegisters && waiting.products == buffers[0] ? buffers[1] : buffers[0];
       const Tile next = op.next(free, block, panel);
@@ -68,6 +74,9 @@ class Walk {
         look_again(advance(op, waiting, next.products, rows, columns, depth));
       else
         start(next.products, rows, columns, depth);
+      if constexpr (requires { op.more(next, 1); })
+        for (int64_t more = 1; more < count; ++more)
+          start(op.more(next, more), rows, columns + more * kWidth<Scheme> * depth, depth);
       waiting = next;
       if (!kSpareRegisters) finish();
     }
@@ -109,7 +118,7 @@ class Walk {
   const Left* const blocks;
   const Right* const panels;
   const int64_t depth;
-  alignas(64) T buffers[2][kRows * kWidth<Scheme>];
+  alignas(64) T buffers[2][kTogether * kRows * kWidth<Scheme>];
   Tile waiting{};  // to be consumed
 };
 

@@ -32,15 +32,17 @@ namespace fc::cpu::FC_TIER {
 inline constexpr int64_t kStepsAPass = 192;
 static_assert(kStepsAPass * kVectors * kVectorBytes <= (kVectorBytes == 64 ? 48 << 10 : kSmallestL1));
 
-// A tile of products, and where it lies.
+// A tile of products, and where it lies: a block of rows by one or more panels, which follow each other.
 template <class T>
 struct SweepTile {
-  T* products;             // [kRows][kW]
+  T* products;             // [panels] of [kRows][kW]
+  int64_t stride;          // between the products of two panels
   int64_t block;           // of rows
-  int64_t panel;           // of the stripe
-  int64_t panel_row;       // row of the packed base that holds the panel's position 0
+  int64_t panel, panels;   // of the stripe: the first, and how many
   int64_t first, columns;  // of the vocabulary; what lies past these columns is padding
-  T longest;               // at least the norm of the panel's longest column, if the op asks for it
+  T longest;               // at least the norm of the longest column, if the op asks for it
+
+  int64_t columns_of(int64_t i, int64_t width) const { return smaller(width, columns - i * width); }
 };
 
 // The rows of a group of ablations, and its panels.
@@ -65,8 +67,8 @@ struct Epilogue {
   static constexpr bool kBounds = false;  // whether norms of rows and of columns are wanted
   // Where to leave the products of a tile; those in `given` last until the tile after the next is made.
   template <class T>
-  T* place(T* given, int64_t /*block*/, int64_t /*panel*/) const {
-    return given;
+  T* place(T* given, int64_t /*block*/, int64_t panel) const {
+    return given + panel % kTogether * kRows * kColumns<T>;
   }
   void base_packed(int64_t /*row*/, int64_t /*columns*/) {}  // a row of the packed base, and how many of it are there
   void stripe_packed(int64_t /*first*/, int64_t /*columns*/) {}  // all rows of these columns are
@@ -93,7 +95,7 @@ struct Sweep {
   Buffer<T> outers{count_groups() * rows_of_outer * s.depth};
   Buffer<T> wide{rows_of_outer == 0 ? 0 : kPanelsAStripe * kW * s.depth};  // a stripe of the shared basis [d,V]
   Buffer<T> basis_panel{rows_of_outer * kW};                               // a panel of outer @ basis
-  T longest[kPanelsAStripe] = {};                                          // column's norm of each panel, or more
+  T longest[kPanelsAStripe / kTogether] = {};  // at least the norm of the longest column of each tile
 
   // Ablations first..end of `order` that share a group.
   int64_t group_end(int64_t first) const {
@@ -223,14 +225,18 @@ struct Sweep {
     Tile next(T* products, int64_t block, int64_t panel) {
       next_base.fetch();
       next_basis.fetch();
-      return {op.place(products, block, panel),
-              block,
-              panel,
-              panel * sweep.window - sweep.block.first_position,
-              first + panel * kW,
-              smaller(kW, columns - panel * kW),
-              sweep.longest[panel]};
+      const int64_t at = panel * kW, count = smaller(kTogether, panels_of<Scheme>(columns) - panel);
+      T* const here = op.place(products, block, panel);
+      return {.products = here,
+              .stride = op.place(products, block, panel + (count > 1 ? 1 : 0)) - here,
+              .block = block,
+              .panel = panel,
+              .panels = count,
+              .first = first + at,
+              .columns = smaller(count * kW, columns - at),
+              .longest = sweep.longest[panel / kTogether]};
     }
+    T* more(const Tile& tile, int64_t i) const { return tile.products + i * tile.stride; }
     [[gnu::always_inline]] void consume(const Tile& tile, int i) { op.template consume<kPlain>(tile, i); }
   };
 
@@ -239,7 +245,7 @@ struct Sweep {
     const auto* clean_rows = static_cast<const Source*>(s.base.data) + block.first_position * s.base.stride[0];
     const int64_t across = panels_of<Scheme>(columns);
     StripeOp<kPlain, Op> seen{*this, op, first, columns,
-                              stripe_of(clean_rows, s.base.stride, window, first + columns, blocks * across)};
+                              stripe_of(clean_rows, s.base.stride, window, first + columns, blocks * tiles_of(across))};
     Walk<Scheme, StripeOp<kPlain, Op>> walk(seen, left.data, panels.data, depth);
     if (rows_of_outer > 0)
       pack_right<Ieee<T>>(wide.data, basis_of(0) + first * s.basis.stride[2], s.depth, columns, s.basis.stride[1],
@@ -248,13 +254,18 @@ struct Sweep {
     for (int64_t o = block.first_pair, end; o < block.end_pair; o = end, ++group) {
       end = group_end(o);
       pack_basis(basis_of(o), group, first, columns);
-      for (int64_t panel = 0; Op::kBounds && panel < across; ++panel)
-        longest[panel] = longest_column<Scheme>(panels.data + panel * kW * depth, depth);
+      for (int64_t panel = 0; Op::kBounds && panel < across; ++panel) {
+        const T norm = longest_column<Scheme>(panels.data + panel * kW * depth, depth);
+        T& most = longest[panel / kTogether];
+        if (panel % kTogether == 0 || norm > most) most = norm;
+      }
       const int64_t mine = blocks_of((end - o) * window);
       const bool last = end == block.end_pair;
-      seen.next_basis = stripe_of(basis_of(last ? block.first_pair : end), s.basis.stride + 1,
-                                  s.outer.data == nullptr ? s.rank : 0, last ? first + columns : first, mine * across);
-      for (int64_t panel = 0; panel < across; ++panel) walk.panel(panel, done, done + mine);
+      seen.next_basis =
+          stripe_of(basis_of(last ? block.first_pair : end), s.basis.stride + 1, s.outer.data == nullptr ? s.rank : 0,
+                    last ? first + columns : first, mine * tiles_of(across));
+      for (int64_t panel = 0; panel < across; panel += kTogether)
+        walk.panel(panel, done, done + mine, smaller(kTogether, across - panel));
       walk.finish();
       op.group_done(SweepGroup<Scheme>{left.data, panels.data, depth, s.group[s.order[o]], done * kRows, end - o});
       done += mine;

@@ -33,12 +33,14 @@ struct SweepNll : Effects<Scheme, Source> {
   const SweepArguments& s;
   Buffer<SweepRow<T>> rows{sweep.blocks * kRows};
   Buffer<EffectSums> sums{sweep.blocks * kRows};
+  Buffer<Vec<T>> small{sweep.blocks * kRows};  // lanes
   Buffer<EffectLanes<T>> lanes{sweep.blocks * kRows};
   int64_t first = 0;  // token of the stripe
   int64_t stripes = 0;
 
   SweepNll(const SweepArguments& s, const Block& block) : Base(s, block, s.scale != nullptr), s(s) {
-    for (int64_t i = 0; i < sums.count; ++i) sums.data[i] = {}, lanes.data[i] = EffectLanes<T>{};
+    for (int64_t i = 0; i < sums.count; ++i)
+      sums.data[i] = {}, small.data[i] = Vec<T>{}, lanes.data[i] = EffectLanes<T>{};
   }
 
   void row(int64_t i, int64_t p, int64_t t, T length) {
@@ -52,7 +54,7 @@ struct SweepNll : Effects<Scheme, Source> {
     return out < 0 || s.scale == nullptr ? Stretch{} : Stretch{s.scale[out], s.scale[out] - 1};
   }
 
-  bool plain(int64_t) const { return s.scale == nullptr && s.cap == 0 && s.mean == nullptr; }
+  bool plain(int64_t) const { return s.scale == nullptr && s.cap == 0; }
 
   void stripe_packed(int64_t first_token, int64_t columns) {
     first = first_token;
@@ -63,23 +65,61 @@ struct SweepNll : Effects<Scheme, Source> {
   [[gnu::always_inline]] void consume(const SweepTile<T>& tile, int i) {
     const int64_t index = tile.block * kRows + i;
     const SweepRow<T>& row = rows.data[index];
-    const int64_t clean_row = tile.panel * sweep.window + row.position;
     T reach = row.length * tile.longest;
-    if (!kPlain) reach = reach * row.scale + this->farthest.data[clean_row] * std::fabs(row.less_1);
-    Vec<T> x[kVectors];
-    for (int j = 0; j < kVectors; ++j) x[j] = load(tile.products + i * kW + j * kL);
-    if (!kPlain) this->change(x, row.scale, row.less_1, clean_row);
-    this->template add<!kPlain>(sums.data[index], lanes.data[index], x, reach, clean_row,
-                                [&] { full(tile, index, clean_row); });
+    if (!kPlain)
+      reach = reach * row.scale +
+              this->farthest.data[tile.panel / kTogether * sweep.window + row.position] * std::fabs(row.less_1);
+    const RowOfTile<kPlain> seen{*this, tile, row, index};
+    const auto into = [&](auto mean) __attribute__((always_inline)) {
+      this->template add<decltype(mean)::value>(sums.data[index], small.data[index], lanes.data[index], reach,
+                                                row.position, tile.panel, tile.panels, seen);
+    };
+    if (s.mean == nullptr)
+      into(std::false_type{});
+    else
+      into(std::true_type{});
   }
 
-  [[gnu::noinline]] void full(const SweepTile<T>& tile, int64_t index, int64_t clean_row) {
-    if (rows.data[index].out < 0) return;
+  // A row of a tile, as Effects::add sees it.
+  template <bool kPlain>
+  struct RowOfTile {
+    SweepNll& op;
+    const SweepTile<T>& tile;
+    const SweepRow<T>& row;
+    const int64_t index;
+
+    [[gnu::always_inline]] void changes(Vec<T> (&x)[kVectors], int64_t panel) const {
+      const T* products = tile.products + panel * tile.stride + index % kRows * kW;
+      for (int j = 0; j < kVectors; ++j) x[j] = load(products + j * kL);
+      if (!kPlain) op.change(x, row.scale, row.less_1, (tile.panel + panel) * op.sweep.window + row.position);
+    }
+    void exact(int64_t panel, uint64_t columns) const { op.exact(tile, row, index, panel, columns); }
+    void full(int64_t panel) const { op.full(tile, row, index, panel); }
+  };
+
+  [[gnu::noinline]] void exact(const SweepTile<T>& tile, const SweepRow<T>& row, int64_t index, int64_t panel,
+                               uint64_t columns) {
+    if (row.out < 0) return;
     double products[kW];
-    multiply_row<Scheme>(products, sweep.left.data + tile.block * kRows * sweep.depth + index % kRows,
-                         sweep.panels.data + tile.panel * kW * sweep.depth, sweep.depth);
-    this->add_full(sums.data[index], products, stretch(rows.data[index].out), clean_row, tile.first, tile.columns);
+    multiply_row<Scheme>(products, left_row(index), panel_at(tile.panel + panel), sweep.depth);
+    for (int64_t j = 0; j < kW; ++j)
+      if ((columns >> j & 1) != 0)
+        this->settle(sums.data[index], {row.position, tile.panel + panel, j}, row.out, first, products[j],
+                     stretch(row.out));
   }
+
+  [[gnu::noinline]] void full(const SweepTile<T>& tile, const SweepRow<T>& row, int64_t index, int64_t panel) {
+    if (row.out < 0) return;
+    double products[kW];
+    multiply_row<Scheme>(products, left_row(index), panel_at(tile.panel + panel), sweep.depth);
+    this->add_full(sums.data[index], products, stretch(row.out), (tile.panel + panel) * sweep.window + row.position,
+                   tile.first + panel * kW, tile.columns_of(panel, kW));
+  }
+
+  const typename Scheme::Left* left_row(int64_t index) const {
+    return sweep.left.data + index / kRows * kRows * sweep.depth + index % kRows;
+  }
+  const typename Scheme::Right* panel_at(int64_t panel) const { return sweep.panels.data + panel * kW * sweep.depth; }
 
   void group_done(const SweepGroup<Scheme>& group) {
     this->for_cells(group, [&](const Cell& cell, int64_t index, double product) {
@@ -94,7 +134,7 @@ struct SweepNll : Effects<Scheme, Source> {
   }
 
   void flush() {
-    for (int64_t i = 0; i < sums.count; ++i) Base::flush(sums.data[i], lanes.data[i]);
+    for (int64_t i = 0; i < sums.count; ++i) Base::flush(sums.data[i], small.data[i], lanes.data[i]);
   }
 
   static SweepTask kernels() {

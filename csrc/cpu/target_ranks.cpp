@@ -51,7 +51,8 @@ struct TargetRanks : Epilogue {
 
   void row(int64_t i, int64_t p, int64_t t, T) {
     const int64_t out = p < 0 ? -1 : p * s.inputs.positions + t;
-    rows.data[i] = {out < 0 ? T(0) : rounded_down<T>(s.thresholds[out]), out, t, s.tokens[t], 0};
+    rows.data[i] = {out < 0 ? T(0) : rounded_down<T>(s.thresholds[out]), out, t - sweep.block.first_position,
+                    s.tokens[t], 0};
   }
 
   bool plain(int64_t columns) const { return columns % kW == 0; }
@@ -59,15 +60,18 @@ struct TargetRanks : Epilogue {
   template <bool kPlain>
   [[gnu::always_inline]] void consume(const SweepTile<T>& tile, int i) {
     RankedRow<T>& row = rows.data[tile.block * kRows + i];
-    const T* start = sweep.base.data + (tile.panel_row + row.position) * kW;
-    Vec<T> x[kVectors];
-    for (int j = 0; j < kVectors; ++j)
-      x[j] = load(start + j * kLanes<T>) + load(tile.products + i * kW + j * kLanes<T>);
-    uint64_t above = lanes_above<false>(x, broadcast<T>(row.threshold));
-    if (!kPlain) above &= (uint64_t{1} << tile.columns) - 1;
-    const auto offset = static_cast<uint64_t>(row.token - tile.first);
-    if (offset < static_cast<uint64_t>(tile.columns)) above &= ~(uint64_t{1} << offset);
-    row.count += __builtin_popcountll(above);
+    for (int64_t panel = 0; panel < tile.panels; ++panel) {
+      const T* start = sweep.base.data + ((tile.panel + panel) * sweep.window + row.position) * kW;
+      const T* products = tile.products + panel * tile.stride + i * kW;
+      const int64_t here = tile.columns_of(panel, kW);
+      Vec<T> x[kVectors];
+      for (int j = 0; j < kVectors; ++j) x[j] = load(start + j * kLanes<T>) + load(products + j * kLanes<T>);
+      uint64_t above = lanes_above<false>(x, broadcast<T>(row.threshold));
+      if (!kPlain) above &= (uint64_t{1} << here) - 1;
+      const auto offset = static_cast<uint64_t>(row.token - tile.first - panel * kW);
+      if (offset < static_cast<uint64_t>(here)) above &= ~(uint64_t{1} << offset);
+      row.count += __builtin_popcountll(above);
+    }
   }
 
   static RankTask kernels() {

@@ -256,15 +256,22 @@ static inline void multiply(typename Scheme::Accumulator* tile, const typename S
 #pragma GCC unroll 3
     for (int j = 0; j < kAcross; ++j) c[i][j] = from == nullptr ? Vec<T>{} : load(from + j * lanes);
   }
+  const auto step = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < kAcross; ++j) c[i][j] = Scheme::step(c[i][j], block[i], panel + j * lanes);
+    block += kStride, panel += kWidth<Scheme>;
+  };
   int64_t k = 0;
   constexpr int pauses = std::is_same_v<Meanwhile, Nothing> ? 1 : kRows;
   for (int row = 0; row < pauses; ++row) {
-    for (const int64_t end = count * (row + 1) / pauses; k < end; ++k, block += kStride, panel += kWidth<Scheme>) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
-        for (int j = 0; j < kAcross; ++j) c[i][j] = Scheme::step(c[i][j], block[i], panel + j * lanes);
+    const int64_t end = count * (row + 1) / pauses;
+    for (; pauses == 1 && k + 4 <= end; k += 4) {  // a loop of few turns, whose end processors foresee
+      step(), step();
+      step(), step();
     }
+    for (; k < end; ++k) step();
     meanwhile(row);
   }
 #pragma GCC unroll 8
