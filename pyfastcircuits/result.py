@@ -30,6 +30,7 @@ class Result:
         setup: how the experiments were made: scope, mode, attention, ...; strings, or numbers that stay numbers.
         harm: which values `top` puts first: those above the baseline ("rise"), those below it ("fall"), or those that
             lie farthest from it ("size").
+        rise: `delta`, where the change was measured itself: it has digits that values and baseline round away.
     """
 
     labels: Sequence[Label]
@@ -39,6 +40,7 @@ class Result:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     setup: Mapping[str, str | int | float] = field(default_factory=dict)
     harm: Harm = "rise"
+    rise: Tensor | None = None
 
     def __getattr__(self, name: str) -> Tensor:
         """A measured quantity by its name; `loss` is "nll"."""
@@ -58,8 +60,8 @@ class Result:
     @property
     @public
     def delta(self) -> Tensor:
-        """Values less the baseline, shaped like values."""
-        return self.values - self.baseline
+        """What each experiment adds to the baseline, shaped like values."""
+        return self.values - self.baseline if self.rise is None else self.rise
 
     @property
     def pairs(self) -> Tensor:

@@ -26,11 +26,16 @@ def good_calls() -> dict[str, dict[str, Any]]:
         "tokens": torch.zeros(4, 1).long(),
         "group": torch.zeros(2).long(),
     }
-    clean = {"clean_lse": torch.ones(4).double(), "precision": "ieee", "cap": 3.0}
+    clean = {"clean_lse": torch.ones(4).double(), "mean": True, "precision": "ieee", "cap": 3.0}
     product = {"A": torch.randn(4, 3), "B": torch.randn(3, 5)}
     return {
         "sweep_nll": {**sweep, "scale": torch.ones(2, 4), **clean, "outer": None},
         "joint_nll": {**sweep, "pairs": torch.tensor([[0, 1]]), **clean},
+        "logits_lse": {
+            **{name: x for name, x in sweep.items() if name != "tokens"},
+            "precision": "ieee",
+            "cap": 3.0,
+        },
         "target_ranks": {
             **sweep,
             "tokens": torch.zeros(4).long(),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.accuracy import assert_as_accurate
-from support.sweep_cases import Sweep, assert_partials_as_accurate, eager, exact, make, not_finite, partial
+from support.effects import assert_effects_within
+from support.sweep_cases import Sweep, exact, make, not_finite, partial
 from torch import Tensor
 
 import pyfastcircuits as fc
@@ -27,18 +27,17 @@ def check(sweep: Sweep, precision="ieee", cap=None) -> None:
         sweep = sweep._replace(
             delta=sweep.delta.bfloat16().to(sweep.delta), basis=sweep.basis.bfloat16().to(sweep.basis)
         )
-    tiny = 1e-6 if sweep.base.dtype != torch.float64 else 1e-13  # one rounding of a sum of exponentials near 1
-    assert_partials_as_accurate(ours, eager(sweep, cap), exact(sweep, cap), tiny)
+    assert_effects_within(ours, sweep, cap, relative=1e-13 if sweep.base.dtype == torch.float64 else 2e-6)
 
 
-@pytest.mark.matrix(dtype=DTYPES, rank=[0, 1, 2, 37, 64, 129], scale=[False, True], clean=[False, True])
-def test_against_fp64(tier, dtype, rank, scale, clean):
-    check(inputs(r=rank, dtype=dtype, scale=scale, clean=clean))
+@pytest.mark.matrix(dtype=DTYPES, rank=[0, 1, 2, 37, 64, 129], scale=[False, True], mean=[False, True])
+def test_against_fp64(tier, dtype, rank, scale, mean):
+    check(inputs(r=rank, dtype=dtype, scale=scale, mean=mean))
 
 
-@pytest.mark.matrix(dtype=DTYPES, cap=[0.5, 3.0, 30.0, 1e6], scale=[False, True], clean=[False, True])
-def test_a_soft_cap(tier, dtype, cap, scale, clean):
-    check(inputs(dtype=dtype, scale=scale, clean=clean, cap=cap), cap=cap)
+@pytest.mark.matrix(dtype=DTYPES, cap=[0.5, 3.0, 30.0, 1e6], scale=[False, True], mean=[False, True])
+def test_a_soft_cap(tier, dtype, cap, scale, mean):
+    check(inputs(dtype=dtype, scale=scale, mean=mean, cap=cap), cap=cap)
 
 
 @pytest.mark.parametrize("edge", ["huge logits", "a column of -inf", "one +inf", "a NaN", "equal", "descending"])
@@ -66,14 +65,13 @@ def multiplied_out(sweep: Sweep, outer: Tensor, dtype=None) -> Sweep:
 @pytest.mark.matrix(
     dtype=DTYPES,
     shape=[(0, 5), (1, 1), (9, 4), (37, 200), (64, 401)],
-    more=[{}, {"scale": True, "clean": True, "K": 3}],
+    more=[{}, {"scale": True, "mean": True, "K": 3}],
 )
 def test_bases_made_of_an_outer(tier, dtype, shape, more):
     sweep, outer = with_outer(*shape, dtype=dtype, **more)
     ours = torch.ops.pyfastcircuits.sweep_nll(*sweep, "ieee", None, outer)
-    theirs = eager(multiplied_out(sweep, outer, torch.promote_types(dtype, torch.float32)))
-    tiny = 1e-6 if dtype != torch.float64 else 1e-13
-    assert_partials_as_accurate(ours, theirs, exact(multiplied_out(sweep, outer)), tiny)
+    relative = 1e-13 if dtype == torch.float64 else 5e-6  # a basis that is made is rounded too
+    assert_effects_within(ours, multiplied_out(sweep, outer), relative=relative)
 
 
 @pytest.mark.avx512_bf16
@@ -122,7 +120,7 @@ def test_who_multiplies_an_outer_does_not_depend_on_threads(groups, scratch, mon
     monkeypatch.setattr(module, "SCRATCH", scratch)
     given, kernel_of = [], module.kernel_of
     monkeypatch.setattr(module, "kernel_of", lambda *names: lambda *x: given.append(x) or kernel_of(*names)(*x))
-    sweep = make(9, 21, 1500, 16, groups, 2, scale=True, clean=True)
+    sweep = make(9, 21, 1500, 16, groups, 2, scale=True, mean=True)
     outer = make(1, 1, 200, 16, groups).basis / 200**0.5
     sweep = sweep._replace(basis=make(1, 1, 1500, 200).basis)
     threads, outcomes = torch.get_num_threads(), []
@@ -134,9 +132,7 @@ def test_who_multiplies_an_outer_does_not_depend_on_threads(groups, scratch, mon
         assert all(torch.equal(x, y) for x, y in zip(outcomes[0], other, strict=True))
     assert len(given) == 3 * (4 if groups == 2 and scratch == 1 else 1)
     assert {len(x) for x in given} == {10 if groups == 8 else 9}
-    theirs = eager(multiplied_out(sweep, outer, torch.float32))
-    for mine, other, truth in zip(outcomes[0], theirs, exact(multiplied_out(sweep, outer)), strict=True):
-        assert_as_accurate(mine, other, truth, 1e-6)
+    assert_effects_within(outcomes[0], multiplied_out(sweep, outer), relative=5e-6)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +154,9 @@ def test_a_bad_outer_is_named(outer, message):
 @pytest.mark.avx512_bf16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 37, 64])
-@pytest.mark.parametrize("clean", [False, True])
-def test_bf16_dot_products_round_the_factors_and_nothing_else(dtype, rank, clean):
-    check(inputs(r=rank, dtype=dtype, clean=clean), precision="bf16")
+@pytest.mark.parametrize("mean", [False, True])
+def test_bf16_dot_products_round_the_factors_and_nothing_else(dtype, rank, mean):
+    check(inputs(r=rank, dtype=dtype, mean=mean), precision="bf16")
 
 
 def test_bf16_without_the_instructions_raises(monkeypatch):
@@ -179,10 +175,10 @@ def test_bf16_without_the_instructions_raises(monkeypatch):
     G=st.integers(1, 4),
     K=st.integers(0, 3),
     scale=st.booleans(),
-    clean=st.booleans(),
+    mean=st.booleans(),
 )
-def test_any_shape(P, T, V, r, G, K, scale, clean):
-    check(make(P, T, V, r, G, K, scale=scale, clean=clean))
+def test_any_shape(P, T, V, r, G, K, scale, mean):
+    check(make(P, T, V, r, G, K, scale=scale, mean=mean))
 
 
 def test_shapes_larger_than_one_task(tier):
@@ -228,7 +224,7 @@ def test_huge_logits_lose_nothing(tier):
     sweep = inputs(K=1)
     sweep.base[torch.arange(13), sweep.tokens[:, 0]] = 1e4
     nll = fc.ops.sweep_nll(sweep.base, sweep.delta, sweep.basis, sweep.tokens[:, 0], group=sweep.group)
-    assert torch.equal(nll, torch.zeros_like(nll))
+    assert nll.abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -239,7 +235,7 @@ def test_masked_logits_add_nothing_to_the_divergence(tier, dtype):
 
 
 def test_strided_inputs(tier):
-    a = inputs(scale=True, clean=True)
+    a = inputs(scale=True, mean=True)
     strided = Sweep(
         base=a.base.T.contiguous().T,
         delta=a.delta.permute(2, 0, 1).contiguous().permute(1, 2, 0),
@@ -269,14 +265,14 @@ def test_results_do_not_depend_on_threads_or_on_the_other_rows(tier):
 
 
 def test_slices_of_the_vocabulary_merge():
-    a = inputs(V=1000, clean=True)
+    a = inputs(V=1000, mean=True)
     whole, merged = partial(a), None
     for part in (slice(0, 130), slice(130, 131), slice(131, 1000)):
         cut = a._replace(base=a.base[:, part], basis=a.basis[..., part], tokens=a.tokens - part.start)
         merged = partial(cut) if merged is None else merged.merged(partial(cut))
-    torch.testing.assert_close(merged.lse, whole.lse, rtol=1e-6, atol=0)
+    assert_effects_within(merged, a)
+    torch.testing.assert_close(merged.log_total, whole.log_total, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(merged.picked, whole.picked, rtol=0, atol=0)
-    torch.testing.assert_close(merged.change, whole.change, rtol=1e-5, atol=1e-6)
 
 
 def test_public_form_returns_what_is_asked_for():
@@ -354,7 +350,7 @@ def test_bad_input_is_named(what, monkeypatch):
         pytest.skip("there is a CUDA device")
     a = inputs()._asdict()
     a["targets"] = a.pop("tokens")[:, 0]
-    del a["clean_lse"]
+    del a["clean_lse"], a["mean"]
     change, error, message = BAD[what]
     with pytest.raises(error, match=message):
         fc.ops.sweep_nll(**change(a))
@@ -369,7 +365,7 @@ def test_unknown_tier_is_named(monkeypatch):
 @pytest.mark.processes
 class TestTorchIntegration:
     def test_opcheck(self):
-        for more in ({}, {"scale": True, "clean": True}):
+        for more in ({}, {"scale": True, "mean": True}):
             sweep = make(2, 3, 60, 4, 2, 2, **more)
             torch.library.opcheck(torch.ops.pyfastcircuits.sweep_nll.default, (*sweep, "ieee"))
             torch.library.opcheck(torch.ops.pyfastcircuits.sweep_nll.default, (*sweep, "ieee", 2.0))

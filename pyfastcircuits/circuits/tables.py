@@ -169,9 +169,8 @@ def row_logsumexp(A: Tensor, B: Tensor, backend: Backend) -> Tensor:
     """The logsumexp of each row of A @ B, fp64 [N], by the sweep kernel: rows are ablations from logits of zero."""
     rows = torch.nn.functional.pad(A, (0, 0, 0, -len(A) % POSITIONS)).view(-1, POSITIONS, A.shape[1])
     base = A.new_zeros(POSITIONS, B.shape[1])
-    none = torch.zeros(POSITIONS, 0, dtype=torch.long, device=A.device)
     group = torch.zeros(len(rows), dtype=torch.long, device=A.device)
-    return ops.sweep_partial(base, rows, B[None], none, group=group, backend=backend).lse.flatten()[: len(A)]
+    return ops.logits_lse(base, rows, B[None], group=group, backend=backend).flatten()[: len(A)]
 
 
 def checked_indices(

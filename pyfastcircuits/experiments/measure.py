@@ -9,7 +9,7 @@ run.memory's size, whatever the number of experiments.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.learning import learned_losses
 from pyfastcircuits.experiments.metrics import KL, Asked
 from pyfastcircuits.experiments.options import Measurement
-from pyfastcircuits.model.norms import final_norm_gain, norm_scale
+from pyfastcircuits.model.norms import final_norm_gain, norm_stretch
 from pyfastcircuits.ops import SweepPartial, rank_partial
 from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.result import Label, Result
@@ -39,11 +39,38 @@ class _Part:
         self.clean = CleanLogits(self.rows, unembedding, held=not measurement.low_memory)
 
     @cached_property
-    def clean_lse(self) -> Tensor | None:
-        """The logsumexp of the clean logits, fp64 [N], if the divergence is asked for."""
-        if not any(isinstance(metric, KL) for metric in self.measurement.metrics):
-            return None
-        return _ChangedRows.unchanged(self).partial(clean_lse=None).lse[0]
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        return self.clean.sums(self.tokens, self.measurement.backend)
+
+    @property
+    def clean_lse(self) -> Tensor:
+        """The logsumexp of the clean logits, fp64 [N]."""
+        return self._sums[0]
+
+    @property
+    def token_logits(self) -> tuple[Tensor, ...]:
+        """See CleanRows."""
+        return self._sums[1].unbind(-1)
+
+    @property
+    def nll(self) -> Tensor:
+        """See CleanRows."""
+        return self.clean_lse - self.token_logits[0]
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """See CleanRows."""
+        return _ChangedRows.unchanged(self).rank[0]
+
+    @property
+    def asks_divergence(self) -> bool:
+        """Whether the divergence from the clean run is measured."""
+        return any(isinstance(metric, KL) for metric in self.measurement.metrics)
+
+    @cached_property
+    def starts(self) -> list[Tensor]:
+        """The clean logits of the tokens asked about, before a cap, fp64 [N] each."""
+        return [self.clean.of_tokens(tokens) for tokens in self.tokens.unbind(-1)]
 
     def narrow(self, intervention: Intervention) -> bool:
         """Whether making W_O @ W_U is less work than multiplying removals by W_O and then, wide, by W_U."""
@@ -65,9 +92,9 @@ class _Part:
 
 @dataclass(eq=False)
 class _ChangedRows:
-    """The rows of some experiments: logits scale * (clean + delta @ basis), of which metrics ask sums (see Rows)."""
+    """The rows of some experiments: logits scale * (clean + delta @ basis), of which metrics ask (see ChangedRows)."""
 
-    part: _Part
+    clean: _Part
     delta: Tensor  # [P, N, width], or [S, N, width] with pairs
     basis: LogitBasis
     columns: list[slice]
@@ -80,55 +107,55 @@ class _ChangedRows:
         nothing = LogitBasis(part.unembedding)
         return _ChangedRows(part, part.rows.new_empty(1, len(part.rows), 0), nothing, part.slices(nothing))
 
-    def partial(self, clean_lse: Tensor | None) -> SweepPartial:
-        """The sums over the vocabulary."""
-        how = self.part.measurement
-        return changed_partial(
-            self.part.clean, self.delta, self.basis, self.columns, self.part.tokens[:, 0], scale=self.scale,
-            clean_lse=clean_lse, pairs=self.pairs, precision=how.precision, backend=how.backend,
-        )  # fmt: skip
-
     @cached_property
     def _sums(self) -> SweepPartial:
-        return self.partial(self.part.clean_lse)
+        part, how = self.clean, self.clean.measurement
+        return changed_partial(
+            part.clean, part.clean_lse, self.delta, self.basis, self.columns, part.tokens[:, :1], scale=self.scale,
+            pairs=self.pairs, mean=part.asks_divergence, precision=how.precision, backend=how.backend,
+        )  # fmt: skip
 
-    @cached_property
-    def nll(self) -> Tensor:
-        """See Rows."""
-        return self._sums.lse - self._sums.picked[..., 0]
+    @property
+    def nll_rise(self) -> Tensor:
+        """See ChangedRows."""
+        return self._sums.nll
 
-    @cached_property
+    @property
     def divergence(self) -> Tensor:
-        """See Rows."""
-        assert self.part.clean_lse is not None
-        return self._sums.lse - self.part.clean_lse - self._sums.change
+        """See ChangedRows."""
+        return self._sums.divergence
 
     @cached_property
-    def token_logits(self) -> tuple[Tensor, ...]:
-        """See Rows."""
-        cap = self.part.unembedding.cap
-        logits = [self._uncapped(tokens) for tokens in self.part.tokens.unbind(-1)]
-        logits = logits if self.scale is None else [x * self.scale for x in logits]
-        return tuple(logits if cap is None else (cap * (x / cap).tanh() for x in logits))
+    def token_changes(self) -> tuple[Tensor, ...]:
+        """See ChangedRows."""
+        return tuple(
+            self._change_of(*pair) for pair in zip(self.clean.tokens.unbind(-1), self.clean.starts, strict=True)
+        )
+
+    def _change_of(self, tokens: Tensor, start: Tensor) -> Tensor:
+        """What is added to the logits of tokens [N], whose clean ones before a cap are `start`: [P, N]."""
+        cap, change = self.clean.unembedding.cap, self._products(tokens)
+        if self.scale is not None:
+            change = self.scale * change + (self.scale - 1) * start
+        return change if cap is None else cap * (((start + change) / cap).tanh() - (start / cap).tanh())
 
     @cached_property
     def rank(self) -> Tensor:
-        """See Rows. Scales and caps are increasing, and left out."""
-        tokens, how = self.part.tokens[:, 0], self.part.measurement
-        own = self._uncapped(tokens)
+        """See ChangedRows. Scales and caps are increasing, and left out."""
+        tokens, how = self.clean.tokens[:, 0], self.clean.measurement
+        own = self.clean.starts[0] + self._products(tokens)
         total = torch.zeros_like(own)
         for part in self.columns:
             bases = self.basis(part)
             total += rank_partial(
-                self.part.clean(part), self.delta, bases, tokens - part.start, own,
+                self.clean.clean(part), self.delta, bases, tokens - part.start, own,
                 group=basis_group(self.delta, bases), precision=how.precision, backend=how.backend,
             )  # fmt: skip
         return total
 
-    def _uncapped(self, tokens: Tensor) -> Tensor:
-        """The logits of one token [N] of each row before scale and cap, fp64 [P, N]."""
-        changes = torch.einsum("pnr,prn->pn", self.delta.double(), self.basis(tokens).double())
-        return self.part.clean.of_tokens(tokens) + changes
+    def _products(self, tokens: Tensor) -> Tensor:
+        """The entries of delta @ basis at one token [N] of each row, fp64 [P, N]."""
+        return torch.einsum("pnr,prn->pn", self.delta.double(), self.basis(tokens).double())
 
 
 def measure(
@@ -147,21 +174,31 @@ def measure(
     first, *others = how.metrics
     count, found = len(labels), {}
     if how.learns:
-        found[first.name] = learned_losses(trace, interventions, how, count)
+        found[first.name] = _Found(*learned_losses(trace, interventions, how, count))
         how = replace(how, metrics=tuple(others), progress=None)
     if how.metrics:
         found |= _measured(trace, interventions, how, count)
-    values = {name: x.unflatten(0, shape or (count,)) for name, (x, _) in found.items()}
+    values = {name: x.values.unflatten(0, shape or (count,)) for name, x in found.items()}
     extra = {metric.name: values[metric.name] for metric in others}
-    return Result(labels, values[first.name], found[first.name][1], first.name, extra, setup, first.harm)
+    of_first = found[first.name]
+    rise = None if of_first.rise is None else of_first.rise.unflatten(0, shape or (count,))
+    return Result(labels, values[first.name], of_first.clean, first.name, extra, setup, first.harm, rise)
+
+
+class _Found(NamedTuple):
+    """A metric's values of all experiments, [P] or [P, B, T'], its value of the clean run, and what lies between."""
+
+    values: Tensor
+    clean: Tensor
+    rise: Tensor | None = None
 
 
 @torch.no_grad()
 def _measured(
     trace: FrozenTrace, interventions: Sequence[Intervention], how: Measurement, count: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """By metric: its values of `count` experiments, and its value of the clean run."""
-    values = {metric.name: _Values(trace, how, (count,)) for metric in how.metrics}
+) -> dict[str, _Found]:
+    """What is found of `count` experiments, by metric."""
+    rises = {metric.name: _Values(trace, how, (count,)) for metric in how.metrics}
     clean = {metric.name: _Values(trace, how, ()) for metric in how.metrics}
     with OneDnnMatmul(trace.weights.device):
         unembedding = Unembedding(trace.weights)
@@ -170,24 +207,27 @@ def _measured(
             if not asked.count:
                 continue
             part = _Part(trace[sequences], asked, how, unembedding)
-            unchanged = _ChangedRows.unchanged(part)
             for metric in how.metrics:
-                clean[metric.name].put((), sequences, asked, metric.measure(unchanged)[0])
+                clean[metric.name].put((), sequences, asked, metric.of_clean(part))
             for intervention in interventions:
                 for members, rows in _changed_rows(intervention, part):
                     places = torch.tensor([intervention.places[i] for i in members], device=asked.where.device)
                     for metric in how.metrics:
-                        values[metric.name].put(places, sequences, asked, metric.measure(rows))
+                        rises[metric.name].put(places, sequences, asked, metric.rise(rows))
                     if how.progress is not None:
                         how.progress(len(members) * asked.count / how.asked.count)
-    return {name: (x.finished(), clean[name].finished()) for name, x in values.items()}
+    dtype = trace.weights.compute_dtype
+    return {
+        name: _Found((clean[name].total + x.total).to(dtype), clean[name].total.to(dtype), x.total.to(dtype))
+        for name, x in rises.items()
+    }
 
 
 class _Values:
     """Values [..., B, T'] by position, or their mean over the positions, gathered part by part in fp64."""
 
     def __init__(self, trace: FrozenTrace, how: Measurement, shape: tuple[int, ...]) -> None:
-        self.how, self.dtype = how, trace.weights.compute_dtype
+        self.how = how
         places = (len(trace.tokens), how.asked.width) if how.per_token else ()
         empty = torch.nan if how.per_token else 0.0
         self.total = torch.full((*shape, *places), empty, dtype=torch.float64, device=trace.tokens.device)
@@ -198,10 +238,6 @@ class _Values:
             self.total[(where, sequences) if isinstance(where, Tensor) else sequences] = asked.placed(values)
         else:
             self.total[where] += values.mean(-1) * (asked.count / self.how.asked.count)
-
-    def finished(self) -> Tensor:
-        """In the computing dtype."""
-        return self.total.to(self.dtype)
 
 
 def _changed_rows(intervention: Intervention, part: _Part) -> Iterator[tuple[range, _ChangedRows]]:
@@ -240,14 +276,15 @@ def _delta(
     if part.measurement.final_norm == "frozen" or weights.norm is None:  # it multiplies by the clean run's scale
         delta = (final_norm_gain(removal, weights) if W_O is None else removal) * -part.scale
     else:
-        left = part.final - (removal if W_O is None else _times(removal, W_O))
-        anew = norm_scale(left, weights)[..., None]
+        gone = removal if W_O is None else _times(removal, W_O)
+        stretch = norm_stretch(part.final, gone, weights)[..., None]
         if W_O is None:
-            delta = final_norm_gain(left, weights) * anew - part.rows
+            more = part.final * (stretch - 1).to(gone.dtype) - gone * stretch.to(gone.dtype)
+            delta = final_norm_gain(more, weights) * part.scale
         else:
-            # anew * (rows / scale - removal @ basis), with the bias of the logits, which no norm multiplies, put right
-            delta, scale = removal * -part.scale, (anew / part.scale)[..., 0]
-            bias = None if part.unembedding.bias is None else part.scale / anew - 1
+            # stretch * (rows - scale * removal @ basis); the bias of the logits, which no norm multiplies, is put right
+            delta, scale = removal * -part.scale, stretch[..., 0]
+            bias = None if part.unembedding.bias is None else (1 / stretch - 1).to(gone.dtype)
     if bias is not None and part.unembedding.bias is not None:
         delta = torch.cat((delta, bias.expand(*delta.shape[:-1], 1)), -1)
     return delta, scale, W_O

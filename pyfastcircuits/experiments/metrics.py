@@ -18,22 +18,43 @@ Tokens = Tensor | int | None  # an integer, [B], or [B, T]; None: the next token
 MetricName = Literal["nll", "kl", "logit_difference", "probability", "rank", "top1"]
 
 
-class Rows(Protocol):
-    """What a metric may ask about the changed logits of P experiments at N positions; each is made when it is asked.
+class CleanRows(Protocol):
+    """What a metric may ask about the clean logits at N positions; each is made when it is asked.
 
     Attributes:
-        nll: the loss of the targets, fp64 [P, N], in nats.
-        divergence: KL(clean || changed), fp64 [P, N], in nats.
-        token_logits: the logits of the targets, and of the tokens they are compared with, fp64 [P, N] each.
-        rank: the number of tokens that have a larger logit than the target, fp64 [P, N].
+        nll: the loss of the targets, fp64 [N], in nats.
+        token_logits: the logits of the targets, and of the tokens they are compared with, fp64 [N] each.
+        rank: the number of tokens that have a larger logit than the target, fp64 [N].
     """
 
     @property
     def nll(self) -> Tensor: ...  # noqa: D102
     @property
+    def token_logits(self) -> tuple[Tensor, ...]: ...  # noqa: D102
+    @property
+    def rank(self) -> Tensor: ...  # noqa: D102
+
+
+class ChangedRows(Protocol):
+    """What a metric may ask about the changed logits of P experiments at N positions.
+
+    Attributes:
+        clean: the same rows of the clean run.
+        nll_rise: by how much the loss of the targets rises, fp64 [P, N], in nats: measured, not subtracted.
+        divergence: KL(clean || changed), fp64 [P, N], in nats.
+        token_changes: what is added to the logits of the targets, and of the tokens they are compared with, fp64
+            [P, N] each, but for a number that both share.
+        rank: the number of tokens that have a larger logit than the target, fp64 [P, N].
+    """
+
+    @property
+    def clean(self) -> CleanRows: ...  # noqa: D102
+    @property
+    def nll_rise(self) -> Tensor: ...  # noqa: D102
+    @property
     def divergence(self) -> Tensor: ...  # noqa: D102
     @property
-    def token_logits(self) -> tuple[Tensor, ...]: ...  # noqa: D102
+    def token_changes(self) -> tuple[Tensor, ...]: ...  # noqa: D102
     @property
     def rank(self) -> Tensor: ...  # noqa: D102
 
@@ -63,8 +84,12 @@ class MetricSpec(ABC):
         return None
 
     @abstractmethod
-    def measure(self, rows: Rows) -> Tensor:
-        """The metric, fp64 [P, N]."""
+    def of_clean(self, rows: CleanRows) -> Tensor:
+        """The metric of the clean run, fp64 [N]."""
+
+    @abstractmethod
+    def rise(self, rows: ChangedRows) -> Tensor:
+        """What experiments add to it, fp64 [P, N]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +98,13 @@ class NLL(MetricSpec):
 
     name = "nll"
 
-    def measure(self, rows: Rows) -> Tensor:
+    def of_clean(self, rows: CleanRows) -> Tensor:
         """See MetricSpec."""
         return rows.nll
+
+    def rise(self, rows: ChangedRows) -> Tensor:
+        """See MetricSpec."""
+        return rows.nll_rise
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +114,13 @@ class Probability(MetricSpec):
     name = "probability"
     harm = "fall"
 
-    def measure(self, rows: Rows) -> Tensor:
+    def of_clean(self, rows: CleanRows) -> Tensor:
         """See MetricSpec."""
         return (-rows.nll).exp()
+
+    def rise(self, rows: ChangedRows) -> Tensor:
+        """See MetricSpec."""
+        return self.of_clean(rows.clean) * (-rows.nll_rise).expm1()
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +130,11 @@ class KL(MetricSpec):
     name = "kl"
     has_gradient = False  # 0 at the clean run, where it is least
 
-    def measure(self, rows: Rows) -> Tensor:
+    def of_clean(self, rows: CleanRows) -> Tensor:
+        """See MetricSpec."""
+        return torch.zeros_like(rows.nll)
+
+    def rise(self, rows: ChangedRows) -> Tensor:
         """See MetricSpec."""
         return rows.divergence
 
@@ -111,9 +148,14 @@ class LogitDifference(MetricSpec):
     harm = "fall"
     from_sums = False
 
-    def measure(self, rows: Rows) -> Tensor:
+    def of_clean(self, rows: CleanRows) -> Tensor:
         """See MetricSpec."""
         first, second = rows.token_logits
+        return first - second
+
+    def rise(self, rows: ChangedRows) -> Tensor:
+        """See MetricSpec."""
+        first, second = rows.token_changes
         return first - second
 
 
@@ -125,9 +167,13 @@ class Rank(MetricSpec):
     from_sums = False
     has_gradient = False
 
-    def measure(self, rows: Rows) -> Tensor:
+    def of_clean(self, rows: CleanRows) -> Tensor:
         """See MetricSpec."""
         return rows.rank
+
+    def rise(self, rows: ChangedRows) -> Tensor:
+        """See MetricSpec."""
+        return rows.rank - rows.clean.rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +185,13 @@ class Top1(MetricSpec):
     from_sums = False
     has_gradient = False
 
-    def measure(self, rows: Rows) -> Tensor:
+    def of_clean(self, rows: CleanRows) -> Tensor:
         """See MetricSpec."""
         return (rows.rank == 0).double()
+
+    def rise(self, rows: ChangedRows) -> Tensor:
+        """See MetricSpec."""
+        return (rows.rank == 0).double() - self.of_clean(rows.clean)
 
 
 METRICS: dict[str, type[MetricSpec]] = {m.name: m for m in (NLL, KL, LogitDifference, Probability, Rank, Top1)}

@@ -190,7 +190,7 @@ def edge_attribution(
     where = tuple(torch.tensor(pairs, dtype=torch.long).view(-1, 4).mT)
     found = measure(into, [], how, [], kind=kind, effect=effect)
     values = found.baseline + changes[where]
-    found = replace(found, labels=pairs, values=values, harm="size")
+    found = replace(found, labels=pairs, values=values, rise=changes[where], harm="size")
     if exact:
         best = found.means().abs().sort(descending=True, stable=True).indices[:exact]
         patched: Result = path_patching(

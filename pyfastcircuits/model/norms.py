@@ -26,6 +26,21 @@ def norm_scale(stream: Tensor, weights: CircuitWeights) -> Tensor:
     return (centered(stream, weights).square().mean(-1) + weights.eps).rsqrt()
 
 
+def norm_stretch(stream: Tensor, gone: Tensor, weights: CircuitWeights) -> Tensor:
+    """norm_scale(stream - gone) / norm_scale(stream), fp64 [...], whose difference from 1 has fp32 digits too.
+
+    The mean square falls by mean(gone * (2 * stream - gone)), which is no difference of large numbers.
+    """
+    if weights.norm is None:
+        return torch.ones_like((stream - gone)[..., 0], dtype=torch.float64)
+    centre, less = centered(stream, weights), centered(gone, weights)
+    power = centre.square().mean(-1).double() + weights.eps
+    share = (less * (less - 2 * centre)).mean(-1).double() / power
+    near = (-0.5 * share.clamp_min(-0.5).log1p()).exp()
+    far = norm_scale(stream - gone, weights).double() * power.sqrt()
+    return torch.where(share > -0.5, near, far)
+
+
 def head_norm_scale(stream: Tensor, weights: CircuitWeights) -> Tensor:
     """norm_scale of the norm before heads: ones where heads read the stream as it is."""
     return norm_scale(stream, weights) if weights.norm_before_heads else torch.ones_like(stream[..., 0])

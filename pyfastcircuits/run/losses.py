@@ -6,6 +6,7 @@ beyond the clean logits stays within run.memory's bounds, whatever the number of
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from torch.autograd.function import once_differentiable
 from pyfastcircuits.model.norms import final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.modes import in_plain_modes
-from pyfastcircuits.ops import Backend, Precision, SweepPartial, joint_partial, sweep_partial
+from pyfastcircuits.ops import (
+    Backend,
+    Precision,
+    SweepPartial,
+    clean_logits,
+    clean_logsumexp,
+    joint_partial,
+    longest,
+    sweep_partial,
+)
 from pyfastcircuits.ops.library import stripe_columns
 from pyfastcircuits.run import memory
 
@@ -38,6 +48,26 @@ class Unembedding:
     def columns(self, columns: Columns) -> Tensor:
         """W_U[:, columns], [d, columns]."""
         return self.weights.W_U[:, columns].to(self.dtype)
+
+    @cached_property
+    def center(self) -> Tensor | None:
+        """The mean of W_U's columns [d, 1], where it is most of every one of them; no change of a loss depends on it.
+
+        What it adds to all logits alike would cost digits of what tokens differ by. With a cap it counts.
+        """
+        if self.cap is not None:
+            return None
+        W_U = self.weights.W_U
+        center = W_U.mean(-1, keepdim=True, dtype=torch.float64).to(self.dtype)
+        blocks = self.slices(1, multiplied=False)
+        most, rest = (
+            max(longest(self.columns(some) - less) for some in blocks) for less in (torch.zeros_like(center), center)
+        )
+        return center if 2 * rest <= most else None
+
+    def centered(self, columns: Columns) -> Tensor:
+        """The same less the center, if there is one."""
+        return self.columns(columns) if self.center is None else self.columns(columns) - self.center
 
     def slices(self, depth: int, multiplied: bool) -> list[slice]:
         """Slices of the vocabulary in whole stripes of the kernels: [depth, columns] takes at most two blocks.
@@ -73,6 +103,18 @@ class CleanLogits:
         logits, bias = self.rows @ self.unembedding.columns(columns), self.unembedding.bias
         return logits if bias is None else logits + bias[columns]
 
+    def sums(self, tokens: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+        """The logsumexp [N] of the rows' logits, capped if they are, and the logits of tokens [N, K]; fp64."""
+        lse = torch.full((len(self.rows),), -torch.inf, dtype=torch.float64, device=self.rows.device)
+        picked = torch.zeros(tokens.shape, dtype=torch.float64, device=self.rows.device)
+        for part in self.unembedding.slices(
+            0 if self.held is not None else len(self.rows), multiplied=self.held is None
+        ):
+            base, cap = self(part), self.unembedding.cap
+            lse = torch.logaddexp(lse, clean_logsumexp(base, cap=cap, backend=backend))
+            picked += clean_logits(base, tokens - part.start, cap)
+        return lse, picked
+
     def of_tokens(self, tokens: Tensor) -> Tensor:
         """The logit of one token [N] of each row, fp64 [N]."""
         columns, bias = self.unembedding.columns(tokens).double(), self.unembedding.bias
@@ -106,7 +148,7 @@ class LogitBasis:
         """[1 or P, width, columns]."""
         if self.kept is not None:
             return self.kept
-        block = self.unembedding.columns(columns)
+        block = self.unembedding.centered(columns)
         if self.outer is None:
             block = block[None, : self.rank]
         else:  # all heads in one product
@@ -128,31 +170,34 @@ def basis_group(delta: Tensor, bases: Tensor) -> Tensor:
 
 def changed_partial(
     clean: CleanLogits,
+    clean_lse: Tensor,  # [N]
     delta: Tensor,  # [P, N, width], or [S, N, width] with pairs
     basis: LogitBasis,
     columns: list[slice],
-    tokens: Tensor,  # [N]
+    tokens: Tensor,  # [N, K]
     *,
     scale: Tensor | None = None,  # [P, N]
-    clean_lse: Tensor | None = None,  # [N]
     pairs: Tensor | None = None,  # [P, 2]
+    mean: bool = False,
     precision: Precision = "ieee",
     backend: Backend = "auto",
 ) -> SweepPartial:
     """The sums of sweep_nll (joint_nll with `pairs`) over the whole vocabulary: base + delta @ basis, never stored."""
     total: SweepPartial | None = None
     options: dict[str, Any] = {
-        "clean_lse": clean_lse, "cap": clean.unembedding.cap, "precision": precision, "backend": backend,
+        "cap": clean.unembedding.cap, "mean": mean, "precision": precision, "backend": backend,
     }  # fmt: skip
     for part in columns:
-        base, here = clean(part), (tokens - part.start)[:, None]
+        base, here = clean(part), tokens - part.start
         outer = basis.outer if basis.left_to_the_kernel else None
-        bases = basis(part) if outer is None else basis.unembedding.columns(part)[None]
+        bases = basis(part) if outer is None else basis.unembedding.centered(part)[None]
         group = basis_group(delta, bases if outer is None else outer)
         if pairs is None:
-            partial = sweep_partial(base, delta, bases, here, group=group, scale=scale, outer=outer, **options)
+            partial = sweep_partial(
+                base, delta, bases, here, clean_lse, group=group, scale=scale, outer=outer, **options
+            )
         else:
-            partial = joint_partial(base, delta, bases, here, pairs, group=group, **options)
+            partial = joint_partial(base, delta, bases, here, pairs, clean_lse, group=group, **options)
         total = partial if total is None else total.merged(partial)
     assert total is not None
     return total
@@ -186,15 +231,11 @@ class _RowLosses(torch.autograd.Function):
         ctx.save_for_backward(rows, W_U, bias, targets)
         ctx.cap = weights.logit_cap
         unembedding = Unembedding(weights, biased=bias is not None)
-        nothing = LogitBasis(unembedding)
         out = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
         for part in slices(len(rows), memory.ROWS):
-            some = rows[part]
-            clean = CleanLogits(some, unembedding, held=False)
-            columns = unembedding.slices(len(some), multiplied=True)
-            unchanged = some.new_empty(1, len(some), 0)
-            sums = changed_partial(clean, unchanged, nothing, columns, targets[part], backend=backend)
-            out[part] = (sums.lse - sums.picked[..., 0])[0].to(out.dtype)
+            clean = CleanLogits(rows[part], unembedding, held=False)
+            lse, picked = clean.sums(targets[part, None], backend)
+            out[part] = (lse - picked[:, 0]).to(out.dtype)
         return out
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
 from support.configurations import nothing_in_fp32  # noqa: E402
+from support.effects import assert_ranked_as  # noqa: E402
 from support.plain import Plain  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
@@ -236,3 +237,12 @@ def test_copying_scores_and_skip_trigrams(case):
         assert torch.equal(found.outputs, raised.indices)
         same(found.attention, attended.values)
         same(found.logits, raised.values)
+
+
+@pytest.mark.parametrize("final_norm", ["frozen", "recomputed"])
+def test_pairs_are_ranked_in_fp32_as_in_fp64(case, final_norm):
+    narrow = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation="eager")
+    found, exact = (
+        fc.pair_ablation(run, final_norm=final_norm).delta.double() for run in (fc.trace(narrow, case.given), case.run)
+    )
+    assert_ranked_as(found, exact)

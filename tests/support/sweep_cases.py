@@ -9,7 +9,7 @@ from pyfastcircuits import ops
 from pyfastcircuits.ops import SweepPartial, reference
 from support.accuracy import assert_as_accurate
 
-Statistics = tuple[Tensor, Tensor, Tensor]  # lse [P, T], picked [P, T, K], change [P, T]
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]  # gain, log_total [P, T], picked [P, T, K], mean [P, T]
 
 
 class Sweep(NamedTuple):
@@ -21,7 +21,8 @@ class Sweep(NamedTuple):
     tokens: Tensor
     group: Tensor
     scale: Tensor | None
-    clean_lse: Tensor | None
+    clean_lse: Tensor
+    mean: bool
 
 
 class Joint(NamedTuple):
@@ -33,22 +34,23 @@ class Joint(NamedTuple):
     tokens: Tensor
     group: Tensor
     pairs: Tensor
-    clean_lse: Tensor | None
+    clean_lse: Tensor
+    mean: bool
 
 
 def partial(case: Sweep | Joint, **options: object) -> SweepPartial:
     """The raw typed op of the case."""
-    base, delta, basis, tokens, group, other, clean_lse = case
+    base, delta, basis, tokens, group, other, clean_lse, mean = case
     if isinstance(case, Joint):
-        return ops.joint_partial(base, delta, basis, tokens, other, group=group, clean_lse=clean_lse, **options)
-    return ops.sweep_partial(base, delta, basis, tokens, group=group, scale=other, clean_lse=clean_lse, **options)
+        return ops.joint_partial(base, delta, basis, tokens, other, clean_lse, group=group, mean=mean, **options)
+    return ops.sweep_partial(base, delta, basis, tokens, clean_lse, group=group, scale=other, mean=mean, **options)
 
 
 def joint(sweep: Sweep, pairs: int) -> Joint:
     """Random pairs of a sweep's ablations, in any order, some of them twice."""
     generator = torch.Generator().manual_seed(pairs)
     chosen = torch.randint(0, max(len(sweep.delta), 1), (pairs, 2), generator=generator).to(sweep.base.device)
-    return Joint(*sweep[:5], chosen, sweep.clean_lse)
+    return Joint(*sweep[:5], chosen, *sweep[6:])
 
 
 def make(
@@ -60,7 +62,7 @@ def make(
     K: int = 1,
     *,
     scale: bool = False,
-    clean: bool = False,
+    mean: bool = False,
     dtype: torch.dtype = torch.float32,
     size: float = 3.0,
     device: str = "cpu",
@@ -80,9 +82,10 @@ def make(
         tokens=torch.randint(0, max(V, 1), (T, K), generator=generator),
         group=torch.randint(0, G, (P,), generator=generator),
         scale=(0.5 + torch.rand(P, T, generator=generator, dtype=torch.float64)) if scale else None,
-        clean_lse=capped(base.double(), cap).logsumexp(-1) if clean else None,
+        clean_lse=capped(base.double(), cap).logsumexp(-1),
+        mean=mean,
     )
-    return Sweep(*(None if x is None else x.to(device) for x in sweep))
+    return Sweep(*(x.to(device) if isinstance(x, Tensor) else x for x in sweep))
 
 
 def capped(x: Tensor, cap: float | None) -> Tensor:
@@ -100,7 +103,9 @@ def whole_numbers(
 
     tokens = torch.randint(0, max(V, 1), (T, 1), generator=generator)
     group = torch.randint(0, G, (P,), generator=generator)
-    return Sweep(integers(T, V), integers(P, T, r), integers(G, r, V), tokens.to(device), group.to(device), None, None)
+    base = integers(T, V)
+    factors = integers(P, T, r), integers(G, r, V)
+    return Sweep(base, *factors, tokens.to(device), group.to(device), None, base.double().logsumexp(-1), False)
 
 
 def not_finite(device: str = "cpu") -> Sweep:
