@@ -118,7 +118,7 @@ struct Effects : Epilogue {
     probable.data[row] = 0;
     if (any_above(p, broadcast<T>(T(kProbable)))) {
       for (int64_t j = 0; j < here; ++j) {
-        if (!(x[j] > T(kProbable)) || cell_count == cells.count) continue;
+        if (!(x[j] > T(kProbable)) || cell_count == sweep.window * kMostProbable) continue;
         probable.data[row] |= uint64_t{1} << j;
         cells.data[cell_count++] = {t, panel, j, -1};
         x[j] = 0;

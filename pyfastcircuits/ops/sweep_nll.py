@@ -20,7 +20,7 @@ register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
 SCRATCH = 22 << 20  # bytes of bases that are multiplied out at a time, and of the copies a product makes of factors
 COLUMNS = 384  # of the vocabulary, at least, and in multiples: whole tiles of every kernel
-SMALL_GAIN = 0.5  # up to which log1p(gain) is the better of two forms
+SURE_GAINS = -0.5, 1e15  # between which log1p(gain) is the better of two forms
 
 
 class SweepPartial(NamedTuple):
@@ -42,7 +42,8 @@ class SweepPartial(NamedTuple):
     @property
     def rise(self) -> Tensor:
         """The rise of the logits' logsumexp over the clean run's, [P, T], of sums over the whole vocabulary."""
-        return torch.where(self.gain.abs() <= SMALL_GAIN, self.gain.log1p(), self.log_total)
+        least, most = SURE_GAINS
+        return torch.where((self.gain >= least) & (self.gain <= most), self.gain.log1p(), self.log_total)
 
     @property
     def nll(self) -> Tensor:
@@ -190,6 +191,7 @@ def sweep_nll(
     Source: the loss of "term importance" ablations in "A Mathematical Framework for Transformer Circuits"
     (Elhage et al. 2021), section "Two-Layer Attention-Only Transformers", computed from the path's rank-r term.
     """
+    resolve_backend(backend, base.device)
     chosen = {"targets": targets}
     chosen |= {f"logit_difference[{i}]": tokens for i, tokens in enumerate(logit_difference or ())}
     group, tokens = checked_sweep(base, delta, basis, group, chosen, scale)
