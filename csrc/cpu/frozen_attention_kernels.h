@@ -143,6 +143,7 @@ struct Attention {
   // prefetches the next group: its rows lie too far apart for the hardware to follow.
   void pack_values(int64_t group, int64_t chunk, int64_t head) {
     static constexpr Source kNone[kRows] = {};
+    const int64_t stride = a.values.stride[3];
     const Source* from[kRows];
     for (int64_t i = 0; i < kRows; ++i) from[i] = value(smaller(group * kRows + i, columns - 1), chunk, head);
     const Source* next = value(smaller((group + 1) * kRows, columns - 1), chunk, head);
@@ -152,7 +153,7 @@ struct Attention {
     for (int64_t j = 0; j < kChunk; out += kRows) {
       T scaled[Scheme::kDepth][kRows];
       for (int64_t d = 0; d < Scheme::kDepth; ++d, ++j) {
-        const int64_t offset = j * a.values.stride[3];
+        const int64_t offset = j * stride;
         if (adjacent || sources.hidden[j]) {
           const Source* row = sources.hidden[j] ? kNone : from[0] + offset;
           for (int i = 0; i < kRows; ++i) scaled[d][i] = widen(row[i]) * sources.factor[j];
@@ -290,7 +291,7 @@ struct Attention {
 
   // Adds what a head's sources give. Of each chunk, the weights of all panels are made first; then each group of
   // columns of its values, once packed, serves all panels from the L1 cache.
-  void add_values(const Left* keys, int64_t head) {
+  [[gnu::always_inline]] void add_values(const Left* keys, int64_t head) {
     struct {
       Range range;
       const Right* weights;
