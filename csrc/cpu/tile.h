@@ -72,7 +72,7 @@ struct Ieee {
   static Vec<T> step(Vec<T> c, Left a, const Right* b) { return c + broadcast<T>(a) * load(b); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(FC_BF16_DOTS)
 // Two multiply-adds a step: both factors rounded to bfloat16, products and sums in fp32.
 struct Bf16Dot {
   using Accumulator = float;
@@ -92,10 +92,7 @@ struct Bf16Dot {
   static Right right(const Source* b, int64_t stride, int64_t remaining) {
     return pair(b, stride, remaining);
   }
-  static Vec<float> step(Vec<float> c, Left a, const Right* b) {
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
-                                        (__m512bh)_mm512_loadu_si512(b));
-  }
+  static Vec<float> step(Vec<float> c, Left a, const Right* b) { return add_bf16_dots(c, a, b); }
 };
 #endif
 
