@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
 from support.attention_cases import Attention, assert_as_accurate_rows, eager, exact, forward, make
 
+import pyfastcircuits as fc
 from pyfastcircuits import ops
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]

@@ -249,15 +249,13 @@ static inline bool any_above(const V (&x)[kVectors], V bound) {
     return _mm256_movemask_ps(_mm256_or_ps((__m256)above[0], _mm256_or_ps((__m256)above[1], (__m256)above[2]))) != 0;
   else
     return _mm256_movemask_pd(_mm256_or_pd((__m256d)above[0], _mm256_or_pd((__m256d)above[1], (__m256d)above[2]))) != 0;
+#elif defined(__aarch64__)
+  return vminvq_u32((uint32x4_t)((x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound))) == 0;
 #else
   const auto fine = (x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound);
-#if defined(__aarch64__)
-  return vminvq_u32((uint32x4_t)fine) == 0;
-#else
   bool all = true;
   for (int i = 0; i < kVectorBytes / static_cast<int>(sizeof(x[0][0])); ++i) all &= fine[i] != 0;
   return !all;
-#endif
 #endif
 }
 
