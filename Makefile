@@ -103,10 +103,10 @@ sanitize: build
 
 # Compiled for 64-bit Arm on another machine, and the op tests run there on every tier, in qemu: for once a week.
 arm: | $(BIN)/pyfastcircuits
-	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/arm test
+	PATH="$(abspath $(BIN)):$$PATH" .ci/arm test
 
 arm-build: | $(BIN)/pyfastcircuits
-	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/arm build
+	PATH="$(abspath $(BIN)):$$PATH" .ci/arm build
 
 # Random calls of everything public, valid ones and others: each ends in a value, or in an error that names an argument.
 fuzz: build
