@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral lint format sanitize gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral lint format sanitize arm arm-build gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -100,6 +100,13 @@ sanitize: build
 	PYFASTCIRCUITS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -s -m sanitize
+
+# Compiled for 64-bit Arm on another machine, and the op tests run there on every tier, in qemu: for once a week.
+arm: | $(BIN)/pyfastcircuits
+	PATH="$(abspath $(BIN)):$$PATH" .ci/arm test
+
+arm-build: | $(BIN)/pyfastcircuits
+	PATH="$(abspath $(BIN)):$$PATH" .ci/arm build
 
 # Random calls of everything public, valid ones and others: each ends in a value, or in an error that names an argument.
 fuzz: build

@@ -1,8 +1,8 @@
 """What suites share: tiers of the CPU, threads, and how much of a matrix of cases is run where.
 
 `tier` runs a test on every tier that this CPU has. `@pytest.mark.matrix(dtype=[...], rank=[...])` runs it for every
-combination of the values on the best tier; on smaller ones, under the sanitizers and in Triton's interpreter, for so few
-that any two values of different axes still meet: a fault of two things at once is found.
+combination of the values on the best tier; on smaller ones, under the sanitizers, in emulators and in Triton's
+interpreter, for so few that any two values of different axes still meet: a fault of two things at once is found.
 """
 
 import itertools
@@ -19,14 +19,14 @@ import pyfastcircuits
 
 os.environ.pop("COLUMNS", None)  # xdist hands its workers the terminal's width, which tables would keep to
 
-TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
-BEST = pyfastcircuits.build_info()["best_cpu_tier"]
-HERE = TIERS[: TIERS.index(BEST) + 1]
+TIERS = pyfastcircuits.build_info()["cpu_tiers"]
+BEST = TIERS[-1]
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
-FEW = SANITIZED or os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = "QEMU_CPU" in os.environ
+FEW = SANITIZED or EMULATED or os.environ.get("TRITON_INTERPRET") == "1"
 SKIPPED = {
-    "avx512_bf16": (BEST != "avx512_bf16", "this CPU has no bfloat16 dot products"),
-    "processes": (SANITIZED, "compiles or starts a process, which is not what the sanitizers are to watch"),
+    "bf16_dots": (not BEST.endswith("_bf16"), "this CPU has no bfloat16 dot products"),
+    "processes": (SANITIZED or EMULATED, "compiles or starts a process, which sanitizers and emulators are not for"),
 }
 
 
@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     axes = marker.kwargs if marker else {}
     whole, few = list(itertools.product(*axes.values())), pairwise(list(axes.values()))
     if "tier" in metafunc.fixturenames:
-        cases = [(tier, *x) for tier in HERE for x in (whole if tier == BEST and not FEW else few)]
+        cases = [(tier, *x) for tier in TIERS for x in (whole if tier == BEST and not FEW else few)]
         metafunc.parametrize(("tier", *axes), cases, indirect=["tier"], ids=map(_id, cases))
     elif axes:
         cases = few if FEW else whole

@@ -22,7 +22,10 @@ def python(code: str) -> str:
 def test_build_facts():
     facts = fc.build_info()
     assert facts["version"] == fc.__version__
-    assert facts["cpu_tier"] in ("baseline", "avx2", "avx512", "avx512_bf16")
+    tiers = {"baseline": ["baseline", "avx2", "avx512", "avx512_bf16"], "neon": ["neon", "neon_bf16"]}
+    assert facts["cpu_tiers"] == tiers[facts["cpu_tiers"][0]][: len(facts["cpu_tiers"])]
+    assert facts["best_cpu_tier"] == facts["cpu_tiers"][-1]
+    assert facts["cpu_tier"] in facts["cpu_tiers"]
     if shutil.which("nvcc"):
         assert facts["cuda_architectures"] == "sm_80 sm_90a sm_100"
         assert library._CUDA_LIBRARY.exists()

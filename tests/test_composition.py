@@ -297,6 +297,7 @@ def test_every_pair_of_the_trained_model(kind, route, monkeypatch):
     assert float(((ours - exact).abs() / exact.where(exact > 0, 1)).max()) <= 1e-5
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_triangles(tier, dtype):
     op = torch.ops.pyfastcircuits.triangles

@@ -40,6 +40,8 @@ inline const Caches& caches() {
     int64_t l1 = 0, l2 = 0;
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
     l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE), l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#elif defined(__APPLE__)
+    l1 = told_by_system("hw.l1dcachesize"), l2 = told_by_system("hw.l2cachesize");
 #endif
     if (l1 <= 0) l1 = described_cache(1);
     if (l2 <= 0) l2 = described_cache(2);

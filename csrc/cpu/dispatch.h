@@ -41,7 +41,7 @@ static auto select(Arithmetic arithmetic) -> decltype(Op<Ieee<float>, float>::ke
       return Op<Ieee<double>, double>::kernels();
     case Arithmetic::bf16_inputs:
       return Op<Ieee<float>, BFloat16>::kernels();
-#if defined(__AVX512BF16__)
+#if defined(FC_BF16_DOTS)
     case Arithmetic::fp32_by_bf16:
       if constexpr (kDots != Dots::none) return Op<Bf16Dot, float>::kernels();
       return nullptr;
@@ -109,7 +109,7 @@ inline Arithmetic arithmetic_of(const char* name, const Tensor& argument, bool r
 }
 
 inline void check_instructions(bool found, const char* what) {
-  FC_CHECK(found, what, "='bf16' needs a CPU with AVX-512 BF16 instructions; the tier in force is ",
+  FC_CHECK(found, what, "='bf16' needs a CPU with bfloat16 dot products; the tier in force is ",
            kTierNames[static_cast<int>(current_tier())]);
 }
 

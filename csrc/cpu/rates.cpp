@@ -33,7 +33,7 @@ int64_t multiply_loop(int64_t rounds, float* sink) {
 int64_t exp_loop(int64_t rounds, float* sink) {
   Vec<float> x = broadcast<float>(-1.5f), total{};
   for (int64_t n = 0; n < rounds; ++n) {
-    asm volatile("" : "+x"(x));
+    in_register(x);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) total += exponential<float>(x - static_cast<float>(i));
   }
@@ -49,7 +49,7 @@ RateLoop rate_loop(Rate rate) {
       return multiply_loop<Ieee<float>>;
     case Rate::exp:
       return exp_loop;
-#if defined(__AVX512BF16__)
+#if defined(FC_BF16_DOTS)
     case Rate::bf16:
       return multiply_loop<Bf16Dot>;
 #endif

@@ -8,6 +8,11 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define FC_BF16_DOTS
 #endif
 
 #include "isa.h"
@@ -20,12 +25,19 @@ inline constexpr int kRows = 8;  // 8 rows x 3 vectors: 24 accumulators of 32 re
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 inline constexpr int kRows = 4;  // 12 accumulators of 16 registers
+#elif defined(__aarch64__)
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRows = 6;  // 18 accumulators of 32 registers
 #else
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRows = 3;
 #endif
 // Whether registers are left beside the accumulators, for what consumes one tile while the next is multiplied.
-inline constexpr bool kSpareRegisters = kVectorBytes == 64;
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+inline constexpr bool kSpareRegisters = true;
+#else
+inline constexpr bool kSpareRegisters = false;
+#endif
 inline constexpr int kVectors = 3;  // rows divide the columns of a panel, for every type
 
 template <class T>
@@ -88,6 +100,8 @@ static inline void in_register([[maybe_unused]] V& x) {
   asm("" : "+v"(x));
 #elif defined(__x86_64__)
   asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
 #endif
 }
 // The sum of all lanes. Halves are added to halves: a lane is rounded a few times instead of once for each lane.
@@ -98,6 +112,11 @@ static inline T sum(Vec<T> v) {
     return _mm512_reduce_add_ps((__m512)v);
   else
     return _mm512_reduce_add_pd((__m512d)v);
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 4)
+    return vaddvq_f32((float32x4_t)v);
+  else
+    return vaddvq_f64((float64x2_t)v);
 #else
   T lanes[kLanes<T>];
   store(lanes, v);
@@ -186,6 +205,12 @@ static inline uint64_t mask_above(V x, V bound) {
     return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)bound, kAbove)));
   else
     return static_cast<uint64_t>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)x, (__m256d)bound, kAbove)));
+#elif defined(__aarch64__)
+  const auto above = kOrNan ? ~(x <= bound) : x > bound;
+  if constexpr (kSingle)
+    return vaddvq_u32((uint32x4_t)above & uint32x4_t{1, 2, 4, 8});
+  else
+    return vaddvq_u64((uint64x2_t)above & uint64x2_t{1, 2});
 #else
   uint64_t lanes = 0;
   for (int i = 0; i < kVectorBytes / static_cast<int>(sizeof(x[0])); ++i)
@@ -230,6 +255,8 @@ static inline bool any_above(const V (&x)[kVectors], V bound) {
     return _mm256_movemask_ps(_mm256_or_ps((__m256)above[0], _mm256_or_ps((__m256)above[1], (__m256)above[2]))) != 0;
   else
     return _mm256_movemask_pd(_mm256_or_pd((__m256d)above[0], _mm256_or_pd((__m256d)above[1], (__m256d)above[2]))) != 0;
+#elif defined(__aarch64__)
+  return vminvq_u32((uint32x4_t)((x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound))) == 0;
 #else
   const auto fine = (x[0] <= bound) & (x[1] <= bound) & (x[2] <= bound);
   bool all = true;
@@ -237,5 +264,18 @@ static inline bool any_above(const V (&x)[kVectors], V bound) {
   return !all;
 #endif
 }
+
+#if defined(FC_BF16_DOTS)
+// c plus the dot product of each pair of bfloat16 numbers at b with the pair a.
+static inline Vec<float> add_bf16_dots(Vec<float> c, uint32_t a, const uint32_t* b) {
+#if defined(__AVX512BF16__)
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+                                      (__m512bh)_mm512_loadu_si512(b));
+#else
+  return (Vec<float>)vbfdotq_f32((float32x4_t)c, vreinterpretq_bf16_u32(vdupq_n_u32(a)),
+                                 vreinterpretq_bf16_u32(vld1q_u32(b)));
+#endif
+}
+#endif
 
 }  // namespace fc::cpu::FC_TIER

@@ -76,7 +76,7 @@ struct Ieee {
   static Vec<T> squares(const Right* b) { return load(b) * load(b); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(FC_BF16_DOTS)
 // Two multiply-adds a step: both factors rounded to bfloat16, products and sums in fp32.
 struct Bf16Dot {
   using Accumulator = float;
@@ -96,14 +96,12 @@ struct Bf16Dot {
   static Right right(const Source* b, int64_t stride, int64_t remaining) {
     return pair(b, stride, remaining);
   }
-  static Vec<float> step(Vec<float> c, Left a, const Right* b) {
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
-                                        (__m512bh)_mm512_loadu_si512(b));
-  }
+  static Vec<float> step(Vec<float> c, Left a, const Right* b) { return add_bf16_dots(c, a, b); }
   static double part(uint32_t x, int64_t k) { return widen(BFloat16{static_cast<uint16_t>(x >> 16 * k)}); }
   static Vec<float> squares(const Right* b) {
-    const auto pairs = (Simd<float>::I)_mm512_loadu_si512(b);
-    const auto low = (Vec<float>)(pairs << 16), high = (Vec<float>)(pairs & 0xffff0000u);
+    using I = Simd<float>::I;
+    const auto pairs = (I)load(reinterpret_cast<const float*>(b));
+    const auto low = (Vec<float>)(pairs << 16), high = (Vec<float>)(pairs >> 16 << 16);
     return low * low + high * high;
   }
 };

@@ -14,11 +14,14 @@ namespace {
 py::dict build_facts() {
   using namespace fc::cpu;
   const Tier tier = current_tier();
+  py::list tiers;
+  for (int i = 0; i <= static_cast<int>(best_tier()); ++i) tiers.append(kTierNames[i]);
   py::dict facts;
   facts["version"] = FC_VERSION;
   facts["compiler"] = FC_COMPILER;
   facts["cuda_architectures"] = FC_CUDA_ARCHITECTURES;
   facts["cpu_tier"] = kTierNames[static_cast<int>(tier)];
+  facts["cpu_tiers"] = tiers;
   facts["best_cpu_tier"] = kTierNames[static_cast<int>(best_tier())];
   facts["l1_bytes"] = caches().l1;
   facts["l2_bytes"] = caches().l2;

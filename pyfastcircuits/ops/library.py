@@ -38,8 +38,8 @@ def build_info() -> dict[str, Any]:
     """Facts of this build and machine.
 
     Keys: version, compiler, cuda_architectures (of the linked CUDA kernels, "" if none), cpu_tier (in force; the
-    environment variable PYFASTCIRCUITS_CPU_TIER sets it), best_cpu_tier, threads, torch, triton (installed), gpu (name
-    or None).
+    environment variable PYFASTCIRCUITS_CPU_TIER sets it), cpu_tiers (those this CPU has), best_cpu_tier (the last of
+    them), threads, torch, triton (installed), gpu (name or None).
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     here = {"threads": torch.get_num_threads(), "torch": torch.__version__, "triton": HAS_TRITON, "gpu": gpu}
