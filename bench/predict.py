@@ -1,0 +1,210 @@
+"""`python -m bench.predict`: the time that every kernel should take on each GPU, counted in its machine code.
+
+The instructions of a program are summed over the loops that they lie in, pipe by pipe. A kernel takes as long as the
+busiest pipe of the multiprocessor with the most programs, or as its bytes from memory. That is a lower bound: no warp
+ever waits, for a result, at a barrier or for a bank of shared memory.
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+
+from bench.launches import CUDA_THREADS, Launch, Nest, works
+from bench.pipes import GPUS, SCHEDULERS, GPU, pipe_clocks, product_flops
+from bench.sass import Block, Instruction, Region, blocks_of, functions, region_of, way_through
+from tests.support.gpu_resources import CUDA_LIBRARY, cuobjdump
+
+TABLE = Path(__file__).with_name("predictions.json")
+ALLOWED = 1.1  # of what the table says
+LEEWAY = 0.5  # of its work: compilers leave out products that nobody reads, and other work looks like products
+ACCEPT = "If it is meant, accept it by `make predict`, which writes bench/predictions.json anew."
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one program executes: warp instructions, and FLOPs on tensor cores."""
+
+    instructions: Counter[Instruction]
+    flops: float
+
+    def opcodes(self) -> Counter[str]:
+        """Warp instructions by opcode."""
+        found: Counter[str] = Counter()
+        for instruction, times in self.instructions.items():
+            found[instruction.opcode] += times
+        return found
+
+
+def count(launch: Launch) -> Count:
+    """Counts the instructions of a launch on the way through its loops.
+
+    Raises:
+        ValueError: loops that are not those that the launch describes.
+    """
+    code, warps = machine_code(launch)
+    blocks = blocks_of(code)
+    whole = region_of(blocks)
+    runs: dict[int, float] = {}
+    for nest in launch.nests:
+        runs |= _runs(launch, nest, blocks, whole, warps, runs)
+    found: Counter[Instruction] = Counter()
+    flops = 0.0
+
+    def marks(instruction: Instruction) -> int:
+        return not launch.skips and re.match(rf"(?:{launch.marks})\b", instruction.opcode) is not None
+
+    def add(region: Region, times: float) -> None:
+        nonlocal flops
+        passed, inner = way_through(blocks, region, runs, marks, launch.most)
+        for block in passed:
+            for instruction in blocks[block].instructions:
+                found[instruction] += times * warps
+                flops += times * _tensor_flops(instruction, launch, warps)
+        for loop in inner:
+            add(loop, runs.get(loop.head, times))
+
+    add(whole, 1.0)
+    return Count(found, flops)
+
+
+def machine_code(launch: Launch) -> tuple[list[Instruction], int]:
+    """The instructions of a kernel, and the warps of a program."""
+    if launch.cubin is None:
+        [code] = [code for name, code in _library(launch.arch) if f"{launch.name}Iff" in name]
+        return code, CUDA_THREADS // 32
+    cubin = launch.cubin()
+    [(_, _, code)] = functions(cuobjdump(cubin, "-sass"))
+    return code, launch.threads(cubin) // 32
+
+
+@functools.lru_cache
+def _library(arch: int) -> list[tuple[str, list[Instruction]]]:
+    name = "sm_90a" if arch == 90 else f"sm_{arch}"
+    return [(name, code) for _, name, code in functions(cuobjdump(CUDA_LIBRARY, "-sass", "-arch", name))]
+
+
+def _runs(
+    launch: Launch, nest: Nest, blocks: list[Block], whole: Region, warps: int, known: dict[int, float]
+) -> dict[int, float]:
+    """How often the loops around some work run, each by its first block; those of earlier nests are known."""
+
+    def work(region: Region) -> float:
+        code = (x for i in region.own for x in blocks[i].instructions)
+        if nest.products:
+            return sum(map(functools.partial(_product_flops, launch=launch, warps=warps), code))
+        return sum(32 * warps for x in code if x.opcode.startswith(nest.opcode))
+
+    once = sum(2 * prod(shape) for shape in nest.products) or nest.lanes
+    chains = [chain for chain in _chains(whole, []) if work(chain[-1]) >= LEEWAY * once]
+    chains = [chain for chain in chains if not any(chain[-1] in other[:-1] for other in chains)]
+    if known:
+        inside = [chain for chain in chains if len(chain) > 1 and known.get(chain[-2].head) == nest.runs[-2]]
+        chains = inside or chains
+    deepest = max(map(len, chains), default=0)
+    chains = [chain for chain in chains if len(chain) == deepest]
+    if len(chains) != 1:
+        raise ValueError(f"{launch.name} on sm_{launch.arch} has {len(chains)} loops that do the work of one")
+    [chain] = chains
+    times = nest.runs[-1] / max(1, round(work(chain[-1]) / once))
+    found = {chain[-1].head: times}
+    left = [n for n in nest.runs if n < times]
+    for loop in reversed(chain[:-1]):
+        found[loop.head] = left.pop() if left else 1.0
+    return {head: n for head, n in found.items() if n <= nest.runs[0]} if launch.skips else found
+
+
+def _chains(region: Region, outer: list[Region]) -> list[list[Region]]:
+    """Every region with those around it, outermost first."""
+    here = [*outer, region]
+    return [here, *(chain for loop in region.inner for chain in _chains(loop, here))]
+
+
+def _product_flops(instruction: Instruction, launch: Launch, warps: int) -> float:
+    """What all warps of a program multiply by an instruction of a launch's own arithmetic."""
+    if launch.kind != "fp32":
+        return _tensor_flops(instruction, launch, warps)
+    return product_flops(instruction) * warps if instruction.name.startswith("FFMA") else 0.0
+
+
+def _tensor_flops(instruction: Instruction, launch: Launch, warps: int) -> float:
+    if instruction.name in ("HMMA", "HGMMA"):
+        return product_flops(instruction) * warps
+    if instruction.name == "UTCHMMA":  # one warp starts it; its shape is that of the tile, 32 bytes of each row deep
+        shapes = [shape for nest in launch.nests for shape in nest.products]
+        depth = 16 if launch.kind == "bf16" else 8
+        started = sum(ceil(m / 128) * ceil(n / 256) * ceil(k / depth) for m, n, k in shapes)
+        return sum(2 * prod(shape) for shape in shapes) / started
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Milliseconds that each pipe takes, and memory."""
+
+    name: str
+    pipes: dict[str, float]
+
+    @property
+    def binding(self) -> str:
+        """The pipe that takes longest."""
+        return max(self.pipes, key=self.pipes.__getitem__)
+
+    @property
+    def ms(self) -> float:
+        """The predicted time."""
+        return self.pipes[self.binding]
+
+    def __str__(self) -> str:
+        shares = "  ".join(f"{pipe} {time / self.ms:4.0%}" for pipe, time in self.pipes.items())
+        return f"{self.name:28} {self.ms:8.3f} ms  {self.binding:7} {shares}"
+
+
+def predict(launch: Launch, counted: Count, gpu: GPU) -> Prediction:
+    """The time of a launch on a GPU."""
+    clocks = dict.fromkeys(("tensor", "fma", "alu", "mufu", "fp64", "lsu", "issue"), 0.0)
+    clocks["tensor"] = gpu.tensor_clocks(counted.flops, launch.kind)
+    for instruction, times in counted.instructions.items():
+        clocks["issue"] += times / SCHEDULERS
+        if cost := pipe_clocks(instruction, gpu.arch):
+            clocks[cost[0]] += times * cost[1]
+    programs = ceil(launch.programs / gpu.multiprocessors)
+    pipes = {pipe: clock * programs / gpu.clock / 1e6 for pipe, clock in clocks.items()}
+    return Prediction(launch.name, pipes | {"memory": launch.memory / gpu.memory / 1e9})
+
+
+def predictions(arch: int) -> dict[str, dict[str, list[Prediction]]]:
+    """By row, as "section: form", and by GPU of an architecture: a prediction for each kernel."""
+    gpus = {name: gpu for name, gpu in GPUS.items() if gpu.arch == arch}
+    counted = functools.lru_cache(count)
+    return {
+        f"{work.section}: {work.form}": {
+            name: [predict(launch, counted(launch), gpu) for launch in work.launches] for name, gpu in gpus.items()
+        }
+        for work in works(arch)
+    }
+
+
+def main() -> None:
+    """Print the predictions, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.parse_args()
+    table: dict[str, dict[str, float]] = {}
+    for arch in sorted({gpu.arch for gpu in GPUS.values()}):
+        for row, by_gpu in predictions(arch).items():
+            for gpu, kernels in by_gpu.items():
+                total = sum(kernel.ms for kernel in kernels)
+                table.setdefault(row, {})[gpu] = float(f"{total:.4g}")
+                print(f"{gpu}  {row}: {total:.3f} ms")
+                print("\n".join(f"    {kernel}" for kernel in kernels), flush=True)
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
