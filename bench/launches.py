@@ -4,17 +4,25 @@ What they are compiled of stands in tests/support/gpu_resources.py.
 """
 
 import math
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
+
+from support.gpu_resources import (
+    AttentionVariant,
+    PairVariant,
+    ProductVariant,
+    Variant,
+    compile_attention,
+    compile_pairs,
+    compile_product,
+    compile_sweep,
+)
 
 from bench.gpu import BEST, LONG, ROW_BEST, H, L, P, S, T, V, d, r
 from bench.pipes import GPUS
 from pyfastcircuits.kernels.configs import arithmetic, choose
 from pyfastcircuits.kernels.factored_topk import segment_width
-from tests.support import gpu_resources as compiled
 
 PRECISIONS = ("bf16", "tf32", "ieee")
 ARITHMETIC = r"MUFU\.EX2|FFMA2?|HMMA|HGMMA|UTCHMMA"
@@ -37,7 +45,7 @@ class Nest(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a row. `cubin` compiles it; a kernel of the CUDA library has none, and its name is in the library."""
+    """One kernel of a row: of a Triton kernel's variant, what compiles it; of the CUDA library's, the name."""
 
     name: str
     arch: int
@@ -45,16 +53,11 @@ class Launch:
     programs: int
     nests: tuple[Nest, ...]
     memory: float  # bytes that are read or written at least once
-    cubin: Callable[[], bytes] | None = None
+    variant: object = None
+    compiler: Callable[..., tuple[bytes, int]] | None = None
     marks: str = ARITHMETIC  # opcodes of what it has to do, for sass.way_through
     most: int = 1 << 30
     skips: bool = False  # nearly all tiles, without multiplying them
-
-    @staticmethod
-    def threads(cubin: bytes) -> int:
-        """Threads of a program, as its attribute REQNTID tells."""
-        x, y, z = struct.unpack_from("<3I", cubin, cubin.index(b"\x04\x10\x0c\x00") + 4)
-        return x * y * z
 
 
 class Work(NamedTuple):
@@ -63,6 +66,11 @@ class Work(NamedTuple):
     section: str
     form: str
     launches: tuple[Launch, ...]
+
+    @property
+    def name(self) -> str:
+        """As in the table of predictions."""
+        return f"{self.section}: {self.form}"
 
 
 def works(arch: int) -> Iterator[Work]:
@@ -85,8 +93,9 @@ def _swept(op: str, precision: str, arch: int) -> Launch:
     rows, tiles = block["BLOCK_P"] * block["BLOCK_T"], config.count(V, "BLOCK_V") / config.splits
     programs = config.count(P, "BLOCK_P") * config.count(T, "BLOCK_T") * config.splits
     nest = _product((tiles,), rows, block["BLOCK_V"], r, block["BLOCK_K"])
-    cubin = _triton(compiled.compile_sweep, compiled.Variant(op, "float32", precision, r, False, arch))
-    return Launch(op, arch, kind, programs, (nest,), 4 * T * V + _bytes(kind) * r * (P * T + V), cubin)
+    memory = 4 * T * V + _bytes(kind) * r * (P * T + V)
+    variant = Variant(op, "float32", precision, r, False, arch)
+    return Launch(op, arch, kind, programs, (nest,), memory, variant, compile_sweep)
 
 
 def _tokens(precision: str, arch: int) -> Launch:
@@ -95,8 +104,9 @@ def _tokens(precision: str, arch: int) -> Launch:
     block = config.blocks
     nest = _product((1,), block["BLOCK_P"] * block["BLOCK_T"], block["BLOCK_T"], r, block["BLOCK_K"])
     programs = config.count(P, "BLOCK_P") * config.count(T, "BLOCK_T")
-    cubin = _triton(compiled.compile_sweep, compiled.Variant("sweep_nll_tokens", "float32", precision, r, False, arch))
-    return Launch("sweep_nll_tokens", arch, kind, programs, (nest,), _bytes(kind) * r * P * T, cubin)
+    variant = Variant("sweep_nll_tokens", "float32", precision, r, False, arch)
+    memory = _bytes(kind) * r * P * T
+    return Launch("sweep_nll_tokens", arch, kind, programs, (nest,), memory, variant, compile_sweep)
 
 
 def _joint(precision: str, rank: int, arch: int) -> Launch:
@@ -109,9 +119,9 @@ def _joint(precision: str, rank: int, arch: int) -> Launch:
         Nest((tiles, tiles * H, tiles * pairs), opcode="MUFU.EX2", lanes=rows * columns),
     )
     memory = 4 * T * V + _bytes(kind) * rank * (H * T + V * (1 if rank == d else H))
-    cubin = _triton(compiled.compile_sweep, compiled.Variant("joint_nll", "float32", precision, rank, rank == r, arch))
+    variant = Variant("joint_nll", "float32", precision, rank, rank == r, arch)
     programs = config.count(T, "BLOCK_T") * config.splits
-    return Launch("joint_nll", arch, kind, programs, nests, memory, cubin)
+    return Launch("joint_nll", arch, kind, programs, nests, memory, variant, compile_sweep)
 
 
 def _pairs(precision: str, arch: int) -> Launch:
@@ -123,8 +133,8 @@ def _pairs(precision: str, arch: int) -> Launch:
     # Programs whose pairs are all in the wrong order end at once; no block holds heads of two layers.
     programs = L * (L - 1) // 2 * _ceil(H, block["BLOCK_N"]) * _ceil(H, block["BLOCK_M"])
     nest = _product((parts,), rows, columns, d, block["BLOCK_K"])
-    cubin = _triton(compiled.compile_pairs, compiled.PairVariant("float32", precision, r, d, True, arch))
-    return Launch("pair_norms", arch, kind, programs, (nest,), 2 * _bytes(kind) * heads * r * d, cubin)
+    variant, memory = PairVariant("float32", precision, r, d, True, arch), 2 * _bytes(kind) * heads * r * d
+    return Launch("pair_norms", arch, kind, programs, (nest,), memory, variant, compile_pairs)
 
 
 def _entries(arch: int) -> Iterator[Work]:
@@ -134,14 +144,15 @@ def _entries(arch: int) -> Iterator[Work]:
     def pass_over(name: str, segment: int, arrays: int, bounded: bool = False, skips: bool = False) -> Launch:
         """A pass that reads or writes so many arrays of a number for each segment."""
         kind = "bf16" if name == "factored_topk_screen" else "fp32"
-        config = choose(name.partition("_topk_")[0].replace("factored", "factored_topk"), {"N": V, "M": V, "r": r}, kind, arch)
-        block = config.blocks
-        nest = _product((config.count(V, "BLOCK_N") / config.splits,), block["BLOCK_M"], block["BLOCK_N"], r, block["BLOCK_K"])
+        op = "diagonal_ranks" if name == "diagonal_ranks" else "factored_topk"
+        config = choose(op, {"N": V, "M": V, "r": r}, kind, arch)
+        m, n, k = (config.blocks[f"BLOCK_{x}"] for x in "MNK")
+        nest = _product((config.count(V, "BLOCK_N") / config.splits,), m, n, r, k)
         memory = 2 * _bytes(kind) * V * r + 4 * arrays * V * _ceil(V, segment)
         precision = "bf16" if kind == "bf16" else "ieee"
-        variant = compiled.ProductVariant(name, "float32", precision, r, segment, bounded, arch)
+        variant = ProductVariant(name, "float32", precision, r, segment, bounded, arch)
         programs = config.count(V, "BLOCK_M") * config.splits
-        return Launch(name, arch, kind, programs, (nest,), memory, _triton(compiled.compile_product, variant), skips=skips)
+        return Launch(name, arch, kind, programs, (nest,), memory, variant, compile_product, skips=skips)
 
     screen, segments, entries = (f"factored_topk_{name}" for name in ("screen", "segments", "entries"))
     few = pass_over(entries, wide, 1, skips=True)  # tiles that hold one of the best of all
@@ -167,9 +178,9 @@ def _attention(precision: str, arch: int) -> Launch:
     # Where scores take one step, they are multiplied in the loop that multiplies the values too.
     nest = scores if len(scores.runs) > 2 else scores._replace(products=(*scores.products, (m, c, n)))
     programs = _ceil(LONG, m) * H * config.count(S * r, "BLOCK_C")
-    cubin = _triton(compiled.compile_attention, compiled.AttentionVariant("frozen_attention", "float32", precision, r, False, arch))
+    variant = AttentionVariant("frozen_attention", "float32", precision, r, False, arch)
     memory = LONG * H * r * (_bytes(kind) * (2 + S) + 4 * S)
-    return Launch("frozen_attention", arch, kind, programs, (nest,), memory, cubin)
+    return Launch("frozen_attention", arch, kind, programs, (nest,), memory, variant, compile_attention)
 
 
 def _attention_lse(precision: str, arch: int) -> Launch:
@@ -177,8 +188,9 @@ def _attention_lse(precision: str, arch: int) -> Launch:
     config = choose("frozen_attention", {"r": r, "C": S * r}, kind, arch)
     m, n, k = (config.blocks[f"BLOCK_{x}"] for x in "MNK")
     nest = _product(((_ceil(LONG, m) + 1) / 2 * m / n,), m, n, r, k)
-    cubin = _triton(compiled.compile_attention, compiled.AttentionVariant("attention_lse", "float32", precision, r, False, arch))
-    return Launch("attention_lse", arch, kind, _ceil(LONG, m) * H, (nest,), 2 * _bytes(kind) * LONG * H * r, cubin)
+    variant = AttentionVariant("attention_lse", "float32", precision, r, False, arch)
+    programs, memory = _ceil(LONG, m) * H, 2 * _bytes(kind) * LONG * H * r
+    return Launch("attention_lse", arch, kind, programs, (nest,), memory, variant, compile_attention)
 
 
 def _cuda_sweep(arch: int) -> Launch:
@@ -190,7 +202,8 @@ def _cuda_sweep(arch: int) -> Launch:
     most = 2 * each + CUDA_TILE // 16
     memory = 4 * (T * V + r * (P * T + V))
     marks = r"MUFU\.EX2|LDG"
-    return Launch("sweep_nll_kernel", arch, "fp32", row_blocks * splits, _cuda_nests(tiles), memory, None, marks, most)
+    nests = _cuda_nests(tiles)
+    return Launch("sweep_nll_kernel", arch, "fp32", row_blocks * splits, nests, memory, marks=marks, most=most)
 
 
 def _cuda_product(name: str, arch: int) -> Launch:
@@ -216,10 +229,6 @@ def _product(outer: tuple[float, ...], m: int, n: int, depth: int, step: int) ->
     steps = _ceil(depth, step)
     runs = (*outer, outer[-1] * steps) if steps > 1 else outer
     return Nest(runs, ((m, n, step),))
-
-
-def _triton(compile_variant: Callable[..., tuple[bytes, int]], variant: object) -> Callable[[], bytes]:
-    return lambda: compile_variant(variant)[0]
 
 
 def _bytes(kind: str) -> int:

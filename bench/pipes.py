@@ -57,9 +57,40 @@ _FMA = {"FFMA", "FADD", "FMUL", "FFMA32I", "FADD32I", "FMUL32I", "HFMA2", "HADD2
 _TWO = {"FFMA2", "FADD2", "FMUL2"}  # both halves of 64 bits
 _ALU = {
     *("IADD3", "IADD", "VIADD", "LOP3", "LOP", "SHF", "SHL", "SHR", "LEA", "ISETP", "IMNMX", "VIMNMX", "IABS", "SEL"),
-    *("FSEL", "FSETP", "FSET", "FCHK", "MOV", "PRMT", "SGXT", "BMSK", "PLOP3", "P2R", "R2P", "F2FP", "I2FP", "VIADDMNMX"),
+    *(
+        "FSEL",
+        "FSETP",
+        "FSET",
+        "FCHK",
+        "MOV",
+        "PRMT",
+        "SGXT",
+        "BMSK",
+        "PLOP3",
+        "P2R",
+        "R2P",
+        "F2FP",
+        "I2FP",
+        "VIADDMNMX",
+    ),
 }
-_MEMORY = {"LDS", "STS", "LDG", "STG", "LDL", "STL", "LD", "ST", "LDSM", "STSM", "LDGSTS", "ATOMS", "ATOMG", "RED", "REDG"}
+_MEMORY = {
+    "LDS",
+    "STS",
+    "LDG",
+    "STG",
+    "LDL",
+    "STL",
+    "LD",
+    "ST",
+    "LDSM",
+    "STSM",
+    "LDGSTS",
+    "ATOMS",
+    "ATOMG",
+    "RED",
+    "REDG",
+}
 _FP64 = {"DFMA", "DADD", "DMUL", "DSETP", "DMNMX"}
 _SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO"}
 

@@ -1,4 +1,4 @@
-"""`python -m bench.predict`: the time that every kernel should take on each GPU, counted in its machine code.
+"""`make predict`: the time that every kernel should take on each GPU, counted in its machine code.
 
 The instructions of a program are summed over the loops that they lie in, pipe by pipe. A kernel takes as long as the
 busiest pipe of the multiprocessor with the most programs, or as its bytes from memory. That is a lower bound: no warp
@@ -9,22 +9,22 @@ import argparse
 import functools
 import json
 import re
+import struct
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, prod
-from pathlib import Path
 
-from bench.launches import CUDA_THREADS, Launch, Nest, works
-from bench.pipes import GPUS, SCHEDULERS, GPU, pipe_clocks, product_flops
+from support.gpu_resources import CUDA_LIBRARY, cuobjdump
+
+from bench.gpu import CAPTIONS, RESULTS
+from bench.launches import CUDA_THREADS, Launch, Nest, Work, works
+from bench.pipes import GPU, GPUS, SCHEDULERS, pipe_clocks, product_flops
+from bench.predictions import TABLE, committed, departures, ratios, summary
 from bench.sass import Block, Instruction, Region, blocks_of, functions, region_of, way_through
-from tests.support.gpu_resources import CUDA_LIBRARY, cuobjdump
 
-TABLE = Path(__file__).with_name("predictions.json")
-ALLOWED = 1.1  # of what the table says
+REQUIRED_THREADS = b"\x04\x10\x0c\x00"  # before the attribute REQNTID of a cubin
 LEEWAY = 0.5  # of its work: compilers leave out products that nobody reads, and other work looks like products
-ACCEPT = "If it is meant, accept it by `make predict`, which writes bench/predictions.json anew."
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Count:
         return found
 
 
+@functools.lru_cache
 def count(launch: Launch) -> Count:
     """Counts the instructions of a launch on the way through its loops.
 
@@ -76,12 +77,13 @@ def count(launch: Launch) -> Count:
 
 def machine_code(launch: Launch) -> tuple[list[Instruction], int]:
     """The instructions of a kernel, and the warps of a program."""
-    if launch.cubin is None:
+    if launch.compiler is None:
         [code] = [code for name, code in _library(launch.arch) if f"{launch.name}Iff" in name]
         return code, CUDA_THREADS // 32
-    cubin = launch.cubin()
+    cubin, _ = launch.compiler(launch.variant)
     [(_, _, code)] = functions(cuobjdump(cubin, "-sass"))
-    return code, launch.threads(cubin) // 32
+    threads = struct.unpack_from("<3I", cubin, cubin.index(REQUIRED_THREADS) + len(REQUIRED_THREADS))
+    return code, prod(threads) // 32
 
 
 @functools.lru_cache
@@ -161,7 +163,8 @@ class Prediction:
         """The predicted time."""
         return self.pipes[self.binding]
 
-    def __str__(self) -> str:
+    def line(self) -> str:
+        """Name, time and binding pipe, and what each pipe takes of that time."""
         shares = "  ".join(f"{pipe} {time / self.ms:4.0%}" for pipe, time in self.pipes.items())
         return f"{self.name:28} {self.ms:8.3f} ms  {self.binding:7} {shares}"
 
@@ -179,31 +182,39 @@ def predict(launch: Launch, counted: Count, gpu: GPU) -> Prediction:
     return Prediction(launch.name, pipes | {"memory": launch.memory / gpu.memory / 1e9})
 
 
-def predictions(arch: int) -> dict[str, dict[str, list[Prediction]]]:
-    """By row, as "section: form", and by GPU of an architecture: a prediction for each kernel."""
-    gpus = {name: gpu for name, gpu in GPUS.items() if gpu.arch == arch}
-    counted = functools.lru_cache(count)
-    return {
-        f"{work.section}: {work.form}": {
-            name: [predict(launch, counted(launch), gpu) for launch in work.launches] for name, gpu in gpus.items()
-        }
-        for work in works(arch)
-    }
+def predictions(work: Work) -> dict[str, list[Prediction]]:
+    """For every kernel of a row, by GPU of its architecture."""
+    gpus = {name: gpu for name, gpu in GPUS.items() if gpu.arch == work.launches[0].arch}
+    return {name: [predict(launch, count(launch), gpu) for launch in work.launches] for name, gpu in gpus.items()}
 
 
-def main() -> None:
-    """Print the predictions, and write the table."""
+def table_of(work: Work) -> dict[str, dict[str, float]]:
+    """The row as it stands in the table of predictions."""
+    total = {gpu: sum(kernel.ms for kernel in kernels) for gpu, kernels in predictions(work).items()}
+    return {work.name: {gpu: float(f"{ms:.4g}") for gpu, ms in total.items()}}
+
+
+def main() -> int:
+    """Print all predictions, and what has been measured beside them; write or check the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="compare with the table in place of writing it")
+    check = parser.parse_args().check
     table: dict[str, dict[str, float]] = {}
-    for arch in sorted({gpu.arch for gpu in GPUS.values()}):
-        for row, by_gpu in predictions(arch).items():
-            for gpu, kernels in by_gpu.items():
-                total = sum(kernel.ms for kernel in kernels)
-                table.setdefault(row, {})[gpu] = float(f"{total:.4g}")
-                print(f"{gpu}  {row}: {total:.3f} ms")
-                print("\n".join(f"    {kernel}" for kernel in kernels), flush=True)
+    for work in (work for arch in sorted({gpu.arch for gpu in GPUS.values()}) for work in works(arch)):
+        for row, by_gpu in table_of(work).items():
+            table.setdefault(row, {}).update(by_gpu)
+        for gpu, kernels in predictions(work).items():
+            print(f"{work.name}, {gpu}: {table[work.name][gpu]} ms")
+            print("\n".join(f"    {kernel.line()}" for kernel in kernels), flush=True)
+    if check:
+        problems = departures(table, committed())
+        print("\n".join(problems) or "no prediction departs from bench/predictions.json")
+        return len(problems)
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    gpu, found = ratios(RESULTS.read_text(encoding="utf-8"), list(CAPTIONS), table)
+    print(*(f"{row}: measured on {gpu}, {ratio:.1f} times the prediction" for row, ratio in found.items()), sep="\n")
+    print(summary(gpu, found))
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Only what the compilers of this project emit is understood: branches with a fixe
 import re
 from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M)
@@ -94,7 +95,7 @@ def functions(sass: str) -> Iterator[tuple[str, str, list[Instruction]]]:
 def blocks_of(code: list[Instruction]) -> list[Block]:
     """Basic blocks, in the order of their addresses."""
     starts = {code[0].address}
-    for before, here in zip(code, code[1:], strict=False):
+    for before, here in pairwise(code):
         if before.target is not None:
             starts |= {before.target, here.address}
         elif before.ends:
@@ -121,7 +122,7 @@ def region_of(blocks: list[Block]) -> Region:
     for i in reached:
         for j in blocks[i].after:
             before[j].append(i)
-    dominators = {i: reached for i in reached} | {0: {0}}
+    dominators = dict.fromkeys(reached, reached) | {0: {0}}
     changed = True
     while changed:
         changed = False
