@@ -25,9 +25,9 @@ class GPU:
     memory: float
 
     def tensor_clocks(self, flops: float, kind: str) -> float:
-        """Clocks that the tensor cores of one multiprocessor take; a TF32 product takes twice as long as a bfloat16 one."""
+        """Clocks that the tensor cores of one multiprocessor take: for TF32 twice as many as for bfloat16."""
         each = self.tensor * 1e3 / (self.clock * self.multiprocessors)
-        return flops / each * (2 if kind == "tf32" else 1)
+        return flops / each * {"bf16": 1, "tf32": 2, "fp32": 0}[kind]
 
 
 # Clocks are the boost clocks at which the published fp32 peaks hold (cores x 2 x clock).
@@ -42,88 +42,50 @@ GPUS = {
     "B200": GPU(100, 148, 1.965, 2250, 8.0),
 }
 
-# Results in a clock and multiprocessor.
-FP32 = {80: 64, 90: 128, 100: 128}  # add, multiply, multiply-add
-FP64 = {80: 32, 90: 64, 100: 64}
-INTEGER_MULTIPLY = 64  # IMAD, which compilers also move registers with, by half of the fp32 pipe
-ALU = 64  # integer addition, logic, shifts, comparisons, selections, moves
-MINIMUM = {80: 64, 90: 64, 100: 128}  # of fp32
-SPECIAL = 16  # exponentials, reciprocals, and conversions to and from 64 bits
-SHUFFLE = 32
+ARCHITECTURES = (80, 90, 100)
 SCHEDULERS = 4  # each issues one warp instruction in a clock
-SHARED = 128  # bytes of shared memory or of the L1 cache
+SHARED = 128  # bytes of shared memory or of the L1 cache in a clock
+LANES = 32
 
-_FMA = {"FFMA", "FADD", "FMUL", "FFMA32I", "FADD32I", "FMUL32I", "HFMA2", "HADD2", "HMUL2"}
-_TWO = {"FFMA2", "FADD2", "FMUL2"}  # both halves of 64 bits
-_ALU = {
-    *("IADD3", "IADD", "VIADD", "LOP3", "LOP", "SHF", "SHL", "SHR", "LEA", "ISETP", "IMNMX", "VIMNMX", "IABS", "SEL"),
-    *(
-        "FSEL",
-        "FSETP",
-        "FSET",
-        "FCHK",
-        "MOV",
-        "PRMT",
-        "SGXT",
-        "BMSK",
-        "PLOP3",
-        "P2R",
-        "R2P",
-        "F2FP",
-        "I2FP",
-        "VIADDMNMX",
-    ),
-}
-_MEMORY = {
-    "LDS",
-    "STS",
-    "LDG",
-    "STG",
-    "LDL",
-    "STL",
-    "LD",
-    "ST",
-    "LDSM",
-    "STSM",
-    "LDGSTS",
-    "ATOMS",
-    "ATOMG",
-    "RED",
-    "REDG",
-}
-_FP64 = {"DFMA", "DADD", "DMUL", "DSETP", "DMNMX"}
-_SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO"}
+# Pipe, results in a clock on each architecture, and opcodes. Multiplication of integers, which compilers also move
+# registers by, has half of the fp32 pipe; FFMA2 gives two results a lane.
+RATES: tuple[tuple[str, tuple[int, int, int], frozenset[str]], ...] = (
+    ("fma", (64, 128, 128), frozenset({"FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2"})),
+    ("fma", (32, 64, 64), frozenset({"FFMA2", "FADD2", "FMUL2"})),
+    ("fma", (64, 64, 64), frozenset({"IMAD"})),
+    ("alu", (64, 64, 64), frozenset({
+        "IADD3", "IADD", "VIADD", "LEA", "LOP3", "SHF", "SGXT", "PRMT", "BMSK", "IABS", "IMNMX", "VIMNMX", "ISETP", "SEL",
+        "VIADDMNMX", "FSETP", "FSEL", "FCHK", "MOV", "PLOP3", "P2R", "R2P", "F2FP", "I2FP",
+    })),
+    ("alu", (64, 64, 128), frozenset({"FMNMX", "FMNMX3"})),
+    ("mufu", (16, 16, 16), frozenset({"MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO"})),
+    ("fp64", (32, 64, 64), frozenset({"DFMA", "DADD", "DMUL", "DSETP", "DMNMX"})),
+    ("lsu", (32, 32, 32), frozenset({"SHFL"})),
+)  # fmt: skip
+LOADS = frozenset({
+    "LDS", "STS", "LDG", "STG", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "ATOMS", "ATOMG", "RED", "REDG", "HGMMA",
+})  # fmt: skip
 
 
 def pipe_clocks(instruction: Instruction, arch: int) -> tuple[str, float] | None:
     """The pipe of an instruction and its clocks; None for what only takes an issue slot."""
-    name = instruction.name
-    if name in _FMA:
-        return "fma", 32 / FP32[arch]
-    if name in _TWO:
-        return "fma", 64 / FP32[arch]
-    if name == "IMAD":
-        return "fma", 32 / INTEGER_MULTIPLY
-    if name in ("FMNMX", "FMNMX3"):
-        return "alu", 32 / MINIMUM[arch]
-    if name in _ALU:
-        return "alu", 32 / ALU
-    if name in _SPECIAL:
-        return "mufu", 32 / SPECIAL
-    if name in _FP64:
-        return "fp64", 32 / FP64[arch]
-    if name == "SHFL":
-        return "lsu", 32 / SHUFFLE
-    if name in _MEMORY or name == "HGMMA":
-        return "lsu", max(1.0, 32 * bytes_of(instruction) / SHARED)
+    if instruction.name in LOADS:
+        return "lsu", max(1.0, LANES * bytes_of(instruction) / SHARED)
+    for pipe, results, opcodes in RATES:
+        if instruction.name in opcodes:
+            return pipe, LANES / results[ARCHITECTURES.index(arch)]
     return None
 
 
 def bytes_of(instruction: Instruction) -> float:
-    """Bytes of shared memory or of the L1 cache that one lane reads or writes."""
-    if instruction.name == "HGMMA":  # the right factor, and the left one where that is no register: 32 bytes a row
-        rows = _shape(instruction)[1] + (0 if re.match(r"R\d+, R\d+, gdesc", instruction.operands) else 64)
-        return 32 * rows / 128
+    """Bytes that one lane reads or writes, of shared memory or by the L1 cache, if no two lanes want the same bank.
+
+    HGMMA reads its right factor, and its left one where that is no register, 32 bytes of every row or column; what
+    UTCHMMA reads is not counted.
+    """
+    if instruction.name == "HGMMA":
+        in_registers = re.match(r"R\d+, R\d+, gdesc", instruction.operands)
+        return 32 * (_shape(instruction)[1] + (0 if in_registers else 64)) / (4 * LANES)
     if matrices := re.search(r"\.MT?88(?:\.(\d))?", instruction.opcode):
         return 4.0 * int(matrices[1] or 1)
     width = re.search(r"\.(64|128)\b", instruction.opcode)
@@ -131,9 +93,9 @@ def bytes_of(instruction: Instruction) -> float:
 
 
 def product_flops(instruction: Instruction) -> float:
-    """FLOPs of one warp's share of a product in fp32 or on tensor cores, but for UTCHMMA, which does not tell its shape."""
+    """FLOPs of a warp's share of a product, in fp32 or on tensor cores; 0 for UTCHMMA, which does not tell its shape."""
     if instruction.name in ("FFMA", "FFMA2"):
-        return 128.0 if instruction.name == "FFMA2" else 64.0
+        return 2.0 * LANES * (2 if instruction.name == "FFMA2" else 1)
     if instruction.name in ("HMMA", "HGMMA"):
         return 2.0 * math.prod(_shape(instruction)) / (4 if instruction.name == "HGMMA" else 1)
     return 0.0

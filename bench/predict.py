@@ -15,11 +15,11 @@ from collections import Counter
 from dataclasses import dataclass
 from math import ceil, prod
 
-from support.gpu_resources import CUDA_LIBRARY, cuobjdump
+from support.gpu_resources import CUDA_LIBRARY, cuobjdump, sass
 
 from bench.gpu import CAPTIONS, RESULTS
 from bench.launches import CUDA_THREADS, Launch, Nest, Work, works
-from bench.pipes import GPU, GPUS, SCHEDULERS, pipe_clocks, product_flops
+from bench.pipes import ARCHITECTURES, GPU, GPUS, PIPES, SCHEDULERS, pipe_clocks, product_flops
 from bench.predictions import TABLE, committed, departures, ratios, summary
 from bench.sass import Block, Instruction, Region, blocks_of, functions, region_of, way_through
 
@@ -29,7 +29,7 @@ LEEWAY = 0.5  # of its work: compilers leave out products that nobody reads, and
 
 @dataclass(frozen=True)
 class Count:
-    """What one program executes: warp instructions, and FLOPs on tensor cores."""
+    """What one program executes: warp instructions, and FLOPs by those that multiply its factors."""
 
     instructions: Counter[Instruction]
     flops: float
@@ -67,7 +67,7 @@ def count(launch: Launch) -> Count:
         for block in passed:
             for instruction in blocks[block].instructions:
                 found[instruction] += times * warps
-                flops += times * _tensor_flops(instruction, launch, warps)
+                flops += times * _flops(instruction, launch, warps)
         for loop in inner:
             add(loop, runs.get(loop.head, times))
 
@@ -81,7 +81,7 @@ def machine_code(launch: Launch) -> tuple[list[Instruction], int]:
         [code] = [code for name, code in _library(launch.arch) if f"{launch.name}Iff" in name]
         return code, CUDA_THREADS // 32
     cubin, _ = launch.compiler(launch.variant)
-    [(_, _, code)] = functions(cuobjdump(cubin, "-sass"))
+    [(_, _, code)] = functions(sass(cubin))
     threads = struct.unpack_from("<3I", cubin, cubin.index(REQUIRED_THREADS) + len(REQUIRED_THREADS))
     return code, prod(threads) // 32
 
@@ -100,20 +100,19 @@ def _runs(
     def work(region: Region) -> float:
         code = (x for i in region.own for x in blocks[i].instructions)
         if nest.products:
-            return sum(map(functools.partial(_product_flops, launch=launch, warps=warps), code))
+            return sum(_flops(x, launch, warps) for x in code)
         return sum(32 * warps for x in code if x.opcode.startswith(nest.opcode))
 
     once = sum(2 * prod(shape) for shape in nest.products) or nest.lanes
     chains = [chain for chain in _chains(whole, []) if work(chain[-1]) >= LEEWAY * once]
-    chains = [chain for chain in chains if not any(chain[-1] in other[:-1] for other in chains)]
     if known:
         inside = [chain for chain in chains if len(chain) > 1 and known.get(chain[-2].head) == nest.runs[-2]]
         chains = inside or chains
     deepest = max(map(len, chains), default=0)
-    chains = [chain for chain in chains if len(chain) == deepest]
-    if len(chains) != 1:
-        raise ValueError(f"{launch.name} on sm_{launch.arch} has {len(chains)} loops that do the work of one")
-    [chain] = chains
+    innermost = [chain for chain in chains if len(chain) == deepest]
+    if len(innermost) != 1:
+        raise ValueError(f"{launch.name} on sm_{launch.arch} has {len(innermost)} innermost loops for one kind of work")
+    [chain] = innermost
     times = nest.runs[-1] / max(1, round(work(chain[-1]) / once))
     found = {chain[-1].head: times}
     left = [n for n in nest.runs if n < times]
@@ -128,17 +127,11 @@ def _chains(region: Region, outer: list[Region]) -> list[list[Region]]:
     return [here, *(chain for loop in region.inner for chain in _chains(loop, here))]
 
 
-def _product_flops(instruction: Instruction, launch: Launch, warps: int) -> float:
-    """What all warps of a program multiply by an instruction of a launch's own arithmetic."""
-    if launch.kind != "fp32":
-        return _tensor_flops(instruction, launch, warps)
-    return product_flops(instruction) * warps if instruction.name.startswith("FFMA") else 0.0
-
-
-def _tensor_flops(instruction: Instruction, launch: Launch, warps: int) -> float:
-    if instruction.name in ("HMMA", "HGMMA"):
-        return product_flops(instruction) * warps
-    if instruction.name == "UTCHMMA":  # one warp starts it; its shape is that of the tile, 32 bytes of each row deep
+def _flops(instruction: Instruction, launch: Launch, warps: int) -> float:
+    """What a program multiplies by an instruction, where it is one of the launch's own arithmetic."""
+    if launch.kind == "fp32" or instruction.name in ("HMMA", "HGMMA"):
+        return warps * product_flops(instruction)
+    if instruction.name == "UTCHMMA":  # one warp starts it; it is as large as the tile, and 32 bytes deep
         shapes = [shape for nest in launch.nests for shape in nest.products]
         depth = 16 if launch.kind == "bf16" else 8
         started = sum(ceil(m / 128) * ceil(n / 256) * ceil(k / depth) for m, n, k in shapes)
@@ -171,8 +164,7 @@ class Prediction:
 
 def predict(launch: Launch, counted: Count, gpu: GPU) -> Prediction:
     """The time of a launch on a GPU."""
-    clocks = dict.fromkeys(("tensor", "fma", "alu", "mufu", "fp64", "lsu", "issue"), 0.0)
-    clocks["tensor"] = gpu.tensor_clocks(counted.flops, launch.kind)
+    clocks = dict.fromkeys(PIPES, 0.0) | {"tensor": gpu.tensor_clocks(counted.flops, launch.kind)}
     for instruction, times in counted.instructions.items():
         clocks["issue"] += times / SCHEDULERS
         if cost := pipe_clocks(instruction, gpu.arch):
@@ -200,7 +192,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the table in place of writing it")
     check = parser.parse_args().check
     table: dict[str, dict[str, float]] = {}
-    for work in (work for arch in sorted({gpu.arch for gpu in GPUS.values()}) for work in works(arch)):
+    for work in (work for arch in ARCHITECTURES for work in works(arch)):
         for row, by_gpu in table_of(work).items():
             table.setdefault(row, {}).update(by_gpu)
         for gpu, kernels in predictions(work).items():
