@@ -1,13 +1,13 @@
 """`make predict`: the time that every kernel should take on each GPU, counted in its machine code.
 
-The instructions of a program are summed over the loops that they lie in, pipe by pipe. A kernel takes as long as the
-busiest pipe of the multiprocessor with the most programs, or as its bytes from memory. That is a lower bound: no warp
-ever waits, for a result, at a barrier or for a bank of shared memory.
+The instructions of a program are summed over the loops that they lie in, pipe by pipe, and by the programs of the
+multiprocessor with the most. A kernel takes at least as long as the busiest pipe, or as its bytes from memory: no warp
+ever waits in that, for a result, at a barrier or for a bank of shared memory. Where few programs are resident and
+barriers part what they do, pipes take turns: the sum of all is the second prediction.
 """
 
 import argparse
 import functools
-import json
 import re
 import struct
 import sys
@@ -20,7 +20,7 @@ from support.gpu_resources import CUDA_LIBRARY, cuobjdump, sass
 from bench.gpu import CAPTIONS, RESULTS
 from bench.launches import CUDA_THREADS, Launch, Nest, Work, works
 from bench.pipes import ARCHITECTURES, GPU, GPUS, PIPES, SCHEDULERS, pipe_clocks, product_flops
-from bench.predictions import TABLE, committed, departures, ratios, summary
+from bench.predictions import committed, departures, ratios, summary, write
 from bench.sass import Block, Instruction, Region, blocks_of, functions, region_of, way_through
 
 REQUIRED_THREADS = b"\x04\x10\x0c\x00"  # before the attribute REQNTID of a cubin
@@ -153,13 +153,18 @@ class Prediction:
 
     @property
     def ms(self) -> float:
-        """The predicted time."""
+        """The time of the binding pipe."""
         return self.pipes[self.binding]
+
+    @property
+    def in_turn(self) -> float:
+        """The time of all pipes that execute, one after another; at least that of the binding one."""
+        return max(self.ms, sum(self.pipes[pipe] for pipe in PIPES if pipe != "issue"))
 
     def line(self) -> str:
         """Name, time and binding pipe, and what each pipe takes of that time."""
         shares = "  ".join(f"{pipe} {time / self.ms:4.0%}" for pipe, time in self.pipes.items())
-        return f"{self.name:28} {self.ms:8.3f} ms  {self.binding:7} {shares}"
+        return f"{self.name:28} {self.ms:8.3f} to {self.in_turn:8.3f} ms  {self.binding:7} {shares}"
 
 
 def predict(launch: Launch, counted: Count, gpu: GPU) -> Prediction:
@@ -180,10 +185,13 @@ def predictions(work: Work) -> dict[str, list[Prediction]]:
     return {name: [predict(launch, count(launch), gpu) for launch in work.launches] for name, gpu in gpus.items()}
 
 
-def table_of(work: Work) -> dict[str, dict[str, float]]:
+def table_of(work: Work) -> dict[str, dict[str, list[float]]]:
     """The row as it stands in the table of predictions."""
-    total = {gpu: sum(kernel.ms for kernel in kernels) for gpu, kernels in predictions(work).items()}
-    return {work.name: {gpu: float(f"{ms:.4g}") for gpu, ms in total.items()}}
+    row = {}
+    for gpu, kernels in predictions(work).items():
+        times = sum(kernel.ms for kernel in kernels), sum(kernel.in_turn for kernel in kernels)
+        row[gpu] = [float(f"{ms:.4g}") for ms in times]
+    return {work.name: row}
 
 
 def main() -> int:
@@ -191,20 +199,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the table in place of writing it")
     check = parser.parse_args().check
-    table: dict[str, dict[str, float]] = {}
+    table: dict[str, dict[str, list[float]]] = {}
     for work in (work for arch in ARCHITECTURES for work in works(arch)):
         for row, by_gpu in table_of(work).items():
             table.setdefault(row, {}).update(by_gpu)
         for gpu, kernels in predictions(work).items():
-            print(f"{work.name}, {gpu}: {table[work.name][gpu]} ms")
+            low, high = table[work.name][gpu]
+            print(f"{work.name}, {gpu}: {low} to {high} ms")
             print("\n".join(f"    {kernel.line()}" for kernel in kernels), flush=True)
     if check:
         problems = departures(table, committed())
         print("\n".join(problems) or "no prediction departs from bench/predictions.json")
         return len(problems)
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    write(table)
     gpu, found = ratios(RESULTS.read_text(encoding="utf-8"), list(CAPTIONS), table)
-    print(*(f"{row}: measured on {gpu}, {ratio:.1f} times the prediction" for row, ratio in found.items()), sep="\n")
+    for row, (low, high) in found.items():
+        print(f"{row}: measured on {gpu}, {low:.1f} and {high:.1f} times the predictions")
     print(summary(gpu, found))
     return 0
 

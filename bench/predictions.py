@@ -1,18 +1,20 @@
-"""The committed predictions (bench/predictions.json, in ms, by row and GPU), and what they are compared with.
+"""The committed predictions (bench/predictions.json), and what they are compared with.
 
-`make predict` writes the table; the rows are those of `bench.gpu`, each named "section: form".
+`make predict` writes the table: by row of `bench.gpu`, named "section: form", and by GPU, two times in ms. The first is
+that of a kernel's busiest pipe, as if all others worked beside it; the second is that of its pipes in turn, as if none did.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-Table = Mapping[str, Mapping[str, float]]
+Table = Mapping[str, Mapping[str, Sequence[float]]]
 
 FOLDER = Path(__file__).parent
 TABLE = FOLDER / "predictions.json"
+TIMES = ("by the busiest pipe", "by all pipes in turn")
 ALLOWED = 0.1  # of a prediction, that it may be away from the table
 
 
@@ -22,24 +24,32 @@ def committed() -> Table:
     return table
 
 
+def write(table: Table) -> None:
+    """Replaces the table, a line for each row."""
+    lines = [f" {json.dumps(row)}: {json.dumps(by_gpu)}" for row, by_gpu in table.items()]
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
 def departures(now: Table, table: Table) -> list[str]:
     """In words, the predictions that are worse or better than those of a table, or that it does not have."""
     found = []
     for row, by_gpu in now.items():
-        for gpu, ms in by_gpu.items():
+        for gpu, times in by_gpu.items():
             before = table.get(row, {}).get(gpu)
             if before is None:
                 found.append(f"{row} on {gpu} is not in bench/predictions.json")
-            elif abs(ms - before) > ALLOWED * before:
-                word = "slower" if ms > before else "faster"
-                found.append(f"{row} on {gpu} is predicted to be {word}: {ms:.4g} ms, before {before:.4g} ms")
+                continue
+            for what, ms, old in zip(TIMES, times, before, strict=True):
+                if abs(ms - old) > ALLOWED * old:
+                    change = "slower" if ms > old else "faster"
+                    found.append(f"{row} on {gpu} is predicted to be {change} {what}: {ms:.4g} ms, before {old:.4g} ms")
     return [f"{text}. `make predict` accepts it: it writes the table anew." for text in found]
 
 
 def beside(row: dict[str, str], section: str, device: str) -> dict[str, str]:
-    """A row of `bench.gpu` with the prediction for its device after the measured time."""
+    """A row of `bench.gpu` with the predictions for its device after the measured time."""
     by_gpu = committed().get(f"{section}: {row['form']}", {})
-    predicted = next((f"{ms:.2f}" for gpu, ms in by_gpu.items() if gpu in device), "")
+    predicted = next((f"{low:.2f} to {high:.2f}" for gpu, (low, high) in by_gpu.items() if gpu in device), "")
     columns = list(row.items())
     return dict([*columns[:2], ("predicted ms", predicted), *columns[2:]])
 
@@ -58,20 +68,21 @@ def measured(results: str, sections: list[str]) -> Iterator[tuple[str, float]]:
             current = next(section)
 
 
-def ratios(results: str, sections: list[str], table: Table) -> tuple[str, dict[str, float]]:
-    """The GPU that RESULTS.md was measured on, and by row how many times the prediction the measured time is."""
+def ratios(results: str, sections: list[str], table: Table) -> tuple[str, dict[str, tuple[float, ...]]]:
+    """The GPU that RESULTS.md was measured on, and by row how many times both predictions the measured time is."""
     device = re.search(r"## GPU\n\n(?:NVIDIA )?(\w+)", results)
     gpu = device[1] if device else ""
-    found = {row: ms / table[row][gpu] for row, ms in measured(results, sections) if gpu in table.get(row, {})}
-    return gpu, found
+    rows = [(row, ms) for row, ms in measured(results, sections) if gpu in table.get(row, {})]
+    return gpu, {row: tuple(ms / predicted for predicted in table[row][gpu]) for row, ms in rows}
 
 
-def summary(gpu: str, found: Mapping[str, float]) -> str:
+def summary(gpu: str, found: Mapping[str, Sequence[float]]) -> str:
     """One sentence on how far the predictions are off."""
     if not found:
         return "No prediction has been measured."
-    low, *_, high = sorted(found.values())
-    return (
-        f"On {gpu} the {len(found)} measured times are {low:.1f} to {high:.1f} times those predicted, "
-        f"{median(found.values()):.1f} times in the median."
-    )
+    parts = []
+    for what, values in zip(TIMES, zip(*found.values(), strict=True), strict=True):
+        parts.append(
+            f"{min(values):.1f} to {max(values):.1f} times those predicted {what} ({median(values):.1f} in the median)"
+        )
+    return f"On {gpu} the {len(found)} measured times are {' and '.join(parts)}."

@@ -8,6 +8,7 @@ import argparse
 import ast
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,12 +84,13 @@ for sm_80, sm_90a and sm_100, check them for register spills, and run them in an
 CPU.
 
 `make predict` counts in the machine code of every kernel what each pipe of a multiprocessor has to do (tensor cores,
-multiply-adds, integers and comparisons, exponentials, shared memory, issue slots), at the shapes of `make gpu`. The
-busiest pipe, or the bytes from memory, give the times on A100, H100, H200 and B200 that stand in
-[bench/predictions.json](../bench/predictions.json); a test fails where a change moves one by more than a tenth. They
-bound a kernel from below, predicted and not measured: in them no warp waits, and no other kernel of a call is counted.
-Nearest are products in fp32, which loads from shared memory bind and not multiply-adds; farthest is `joint_nll`, whose
-programs wait for what they have just stored.
+multiply-adds, integers and comparisons, exponentials, shared memory, issue slots), at the shapes of `make gpu`.
+[bench/predictions.json](../bench/predictions.json) has two times for A100, H100, H200 and B200: of the busiest pipe, which
+is a lower bound, and of all pipes in turn, as where barriers part what a program does. A test fails where a change moves
+one by more than a tenth. They are predicted, not measured: no warp waits in them, and of a call only its largest kernels
+are counted. Nearest are products in fp32, which loads from shared memory bind and not multiply-adds; farthest is
+`joint_nll`, whose programs wait for what they have just stored.
+
 """
 
 
@@ -220,7 +222,8 @@ def page(benches: Sequence[Bench]) -> str:
 
 def distance() -> str:
     """How far the predictions are from what RESULTS.md has of a GPU."""
-    return summary(*ratios(RESULTS.read_text(encoding="utf-8"), list(CAPTIONS), committed()))
+    words = summary(*ratios(RESULTS.read_text(encoding="utf-8"), list(CAPTIONS), committed()))
+    return textwrap.fill(words, 120)
 
 
 def _goals(benches: Sequence[Bench]) -> str:
