@@ -78,8 +78,9 @@ def pipe_clocks(instruction: Instruction, arch: int) -> tuple[str, float] | None
 
 
 def bytes_of(instruction: Instruction) -> float:
-    """Bytes that one lane reads or writes, of shared memory or by the L1 cache, if no two lanes want the same bank.
+    """Bytes that one lane reads or writes, of shared memory or by the L1 cache.
 
+    Every lane counts: neither banks that two of them want are told by the code, nor addresses that they share.
     HGMMA reads its right factor, and its left one where that is no register, 32 bytes of every row or column; what
     UTCHMMA reads is not counted.
     """
