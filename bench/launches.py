@@ -21,7 +21,7 @@ from support.gpu_resources import (
 
 from bench.gpu import BEST, LONG, ROW_BEST, H, L, P, S, T, V, d, r
 from bench.pipes import GPUS
-from pyfastcircuits.kernels.configs import arithmetic, choose
+from pyfastcircuits.kernels.configs import Config, arithmetic, choose
 from pyfastcircuits.kernels.factored_topk import segment_width
 
 PRECISIONS = ("bf16", "tf32", "ieee")
@@ -87,8 +87,7 @@ def works(arch: int) -> Iterator[Work]:
 
 
 def _swept(op: str, precision: str, arch: int) -> Launch:
-    kind = arithmetic("float32", precision)
-    config = choose(op, {"P": P, "T": T, "V": V, "r": r, "G": 1}, kind, arch)
+    config, kind = _chosen(op, {"P": P, "T": T, "V": V, "r": r, "G": 1}, precision, arch)
     block = config.blocks
     rows, tiles = block["BLOCK_P"] * block["BLOCK_T"], config.count(V, "BLOCK_V") / config.splits
     programs = config.count(P, "BLOCK_P") * config.count(T, "BLOCK_T") * config.splits
@@ -99,8 +98,7 @@ def _swept(op: str, precision: str, arch: int) -> Launch:
 
 
 def _tokens(precision: str, arch: int) -> Launch:
-    kind = arithmetic("float32", precision)
-    config = choose("sweep_nll", {"P": P, "T": T, "V": V, "r": r, "G": 1}, kind, arch)
+    config, kind = _chosen("sweep_nll", {"P": P, "T": T, "V": V, "r": r, "G": 1}, precision, arch)
     block = config.blocks
     nest = _product((1,), block["BLOCK_P"] * block["BLOCK_T"], block["BLOCK_T"], r, block["BLOCK_K"])
     programs = config.count(P, "BLOCK_P") * config.count(T, "BLOCK_T")
@@ -110,10 +108,9 @@ def _tokens(precision: str, arch: int) -> Launch:
 
 
 def _joint(precision: str, rank: int, arch: int) -> Launch:
-    kind, pairs = arithmetic("float32", precision), H * (H - 1) // 2
-    config = choose("joint_nll", {"T": T, "V": V, "r": rank}, kind, arch)
+    config, kind = _chosen("joint_nll", {"T": T, "V": V, "r": rank}, precision, arch)
     rows, columns = config.blocks["BLOCK_T"], config.blocks["BLOCK_V"]
-    tiles = config.count(V, "BLOCK_V") / config.splits
+    tiles, pairs = config.count(V, "BLOCK_V") / config.splits, H * (H - 1) // 2
     nests = (
         _product((tiles, tiles * H), rows, columns, rank, config.blocks["BLOCK_K"]),
         Nest((tiles, tiles * H, tiles * pairs), opcode="MUFU.EX2", lanes=rows * columns),
@@ -125,8 +122,8 @@ def _joint(precision: str, rank: int, arch: int) -> Launch:
 
 
 def _pairs(precision: str, arch: int) -> Launch:
-    kind, heads = arithmetic("float32", precision), (L - 1) * H
-    config = choose("pair_norms", {"N": heads, "M": heads, "r": r, "d": d, "s": r}, kind, arch)
+    heads = (L - 1) * H
+    config, kind = _chosen("pair_norms", {"N": heads, "M": heads, "r": r, "d": d, "s": r}, precision, arch)
     block = config.blocks
     rows, columns = block["BLOCK_N"] * block["BLOCK_R"], block["BLOCK_M"] * block["BLOCK_S"]
     parts = _ceil(r, block["BLOCK_R"]) * _ceil(r, block["BLOCK_S"])
@@ -140,21 +137,20 @@ def _pairs(precision: str, arch: int) -> Launch:
 def _entries(arch: int) -> Iterator[Work]:
     wide, narrow = segment_width(V * V, BEST), segment_width(V, ROW_BEST)
     best, row = f"best {BEST}", f"best {ROW_BEST} of each row"
+    screen, segments, entries = (f"factored_topk_{name}" for name in ("screen", "segments", "entries"))
 
     def pass_over(name: str, segment: int, arrays: int, bounded: bool = False, skips: bool = False) -> Launch:
         """A pass that reads or writes so many arrays of a number for each segment."""
-        kind = "bf16" if name == "factored_topk_screen" else "fp32"
         op = "diagonal_ranks" if name == "diagonal_ranks" else "factored_topk"
-        config = choose(op, {"N": V, "M": V, "r": r}, kind, arch)
+        precision = "bf16" if name == screen else "ieee"
+        config, kind = _chosen(op, {"N": V, "M": V, "r": r}, precision, arch)
         m, n, k = (config.blocks[f"BLOCK_{x}"] for x in "MNK")
         nest = _product((config.count(V, "BLOCK_N") / config.splits,), m, n, r, k)
         memory = 2 * _bytes(kind) * V * r + 4 * arrays * V * _ceil(V, segment)
-        precision = "bf16" if kind == "bf16" else "ieee"
         variant = ProductVariant(name, "float32", precision, r, segment, bounded, arch)
         programs = config.count(V, "BLOCK_M") * config.splits
         return Launch(name, arch, kind, programs, (nest,), memory, variant, compile_product, skips=skips)
 
-    screen, segments, entries = (f"factored_topk_{name}" for name in ("screen", "segments", "entries"))
     few = pass_over(entries, wide, 1, skips=True)  # tiles that hold one of the best of all
     most = pass_over(entries, narrow, 1)  # tiles that hold one of the best of some row
     bounded = (pass_over(screen, wide, 2), pass_over(segments, wide, 2, bounded=True, skips=True), few)
@@ -170,8 +166,7 @@ def _entries(arch: int) -> Iterator[Work]:
 
 
 def _attention(precision: str, arch: int) -> Launch:
-    kind = arithmetic("float32", precision)
-    config = choose("frozen_attention", {"r": r, "C": S * r}, kind, arch)
+    config, kind = _chosen("frozen_attention", {"r": r, "C": S * r}, precision, arch)
     m, n, c, k = (config.blocks[f"BLOCK_{x}"] for x in "MNCK")
     tiles = (_ceil(LONG, m) + 1) / 2 * m / n  # of a program with as many sources as they have on average
     scores = _product((1, tiles), m, n, r, k)
@@ -184,8 +179,7 @@ def _attention(precision: str, arch: int) -> Launch:
 
 
 def _attention_lse(precision: str, arch: int) -> Launch:
-    kind = arithmetic("float32", precision)
-    config = choose("frozen_attention", {"r": r, "C": S * r}, kind, arch)
+    config, kind = _chosen("frozen_attention", {"r": r, "C": S * r}, precision, arch)
     m, n, k = (config.blocks[f"BLOCK_{x}"] for x in "MNK")
     nest = _product(((_ceil(LONG, m) + 1) / 2 * m / n,), m, n, r, k)
     variant = AttentionVariant("attention_lse", "float32", precision, r, False, arch)
@@ -222,6 +216,12 @@ def _cuda_nests(tiles: float) -> tuple[Nest, ...]:
         Nest((tiles, steps), ((CUDA_TILE, CUDA_TILE, CUDA_DEPTH),)),
         Nest((tiles, steps, steps * staged), opcode="STS", lanes=2 * CUDA_THREADS),
     )
+
+
+def _chosen(op: str, shape: dict[str, int], precision: str, arch: int) -> tuple[Config, str]:
+    """The launch of an op on fp32 tensors, and its arithmetic."""
+    kind = arithmetic("float32", precision)
+    return choose(op, shape, kind, arch), kind
 
 
 def _product(outer: tuple[float, ...], m: int, n: int, depth: int, step: int) -> Nest:
