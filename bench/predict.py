@@ -44,11 +44,7 @@ class Count:
 
 @functools.lru_cache
 def count(launch: Launch) -> Count:
-    """Counts the instructions of a launch on the way through its loops.
-
-    Raises:
-        ValueError: loops that are not those that the launch describes.
-    """
+    """Counts the instructions of a launch on the way through its loops."""
     code, warps = machine_code(launch)
     blocks = blocks_of(code)
     whole = region_of(blocks)
@@ -95,7 +91,11 @@ def _library(arch: int) -> list[tuple[str, list[Instruction]]]:
 def _runs(
     launch: Launch, nest: Nest, blocks: list[Block], whole: Region, warps: int, known: dict[int, float]
 ) -> dict[int, float]:
-    """How often the loops around some work run, each by its first block; those of earlier nests are known."""
+    """How often the loops around some work run, each by its first block; those of earlier nests are known.
+
+    Raises:
+        ValueError: no loop with as much work.
+    """
 
     def work(region: Region) -> float:
         code = (x for i in region.own for x in blocks[i].instructions)
@@ -108,11 +108,12 @@ def _runs(
     if known:
         inside = [chain for chain in chains if len(chain) > 1 and known.get(chain[-2].head) == nest.runs[-2]]
         chains = inside or chains
-    deepest = max(map(len, chains), default=0)
-    innermost = [chain for chain in chains if len(chain) == deepest]
-    if len(innermost) != 1:
-        raise ValueError(f"{launch.name} on sm_{launch.arch} has {len(innermost)} innermost loops for one kind of work")
-    [chain] = innermost
+    if not chains:
+        raise ValueError(f"{launch.name} on sm_{launch.arch} has no loop that does the work of one run")
+    # The innermost; of several forms that are chosen between at run time, the longest.
+    chain = max(
+        chains, key=lambda chain: (len(chain), [sum(len(blocks[i].instructions) for i in x.blocks) for x in chain])
+    )
     times = nest.runs[-1] / max(1, round(work(chain[-1]) / once))
     found = {chain[-1].head: times}
     left = [n for n in nest.runs if n < times]
