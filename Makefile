@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral lint format sanitize arm arm-build gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral predict predict-check lint format sanitize arm arm-build gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -82,6 +82,14 @@ bench: build
 # The CPU kernels of this tree against those of an older revision: instructions and paired times.
 neutral: build
 	$(BIN)/python -m bench.neutral --base $(BASE)
+
+# The time of every GPU kernel on A100, H100, H200 and B200, counted in its machine code: print it and keep it in
+# bench/predictions.json, or compare it with what is kept there, as `make test` does for most.
+predict: build
+	PYTHONPATH=tests $(BIN)/python -m bench.predict
+
+predict-check: build
+	PYTHONPATH=tests $(BIN)/python -m bench.predict --check
 
 lint: build
 	$(BIN)/ruff check .

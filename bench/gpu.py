@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.predictions import beside
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "RESULTS.md"
 HEADING = "## GPU\n"
@@ -380,9 +382,10 @@ def main() -> int:
 
 
 def run_section(name: str) -> None:
-    """In a section's own process: run it and leave its rows, as many as there are, for main."""
+    """In a section's own process: run it and leave its rows, beside their predictions, as many as there are, for main."""
     rows: list[Row] = []
-    for row in SECTIONS[name][0]() or ():
+    for found in SECTIONS[name][0]() or ():
+        row = beside(found, name, torch.cuda.get_device_name())
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
         Path(os.environ["FC_TABLE"]).write_text(json.dumps(rows))

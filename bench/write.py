@@ -8,11 +8,14 @@ import argparse
 import ast
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import CAPTIONS, RESULTS
+from bench.predictions import committed, ratios, summary
 from bench.record import REPORTS, ROOT
 
 BEGIN = "<!-- bench:begin (`make bench` writes what is between these two comments) -->"
@@ -79,6 +82,15 @@ GPU = """\
 not all of ours are the better ones. Other GPUs are not yet measured. Where there is no GPU, the tests compile the kernels
 for sm_80, sm_90a and sm_100, check them for register spills, and run them in an interpreter or thread by thread on the
 CPU.
+
+`make predict` counts in the machine code of every kernel what each pipe of a multiprocessor has to do (tensor cores,
+multiply-adds, integers and comparisons, exponentials, shared memory, issue slots), at the shapes of `make gpu`.
+[bench/predictions.json](../bench/predictions.json) has two times for A100, H100, H200 and B200: of the busiest pipe, which
+is a lower bound, and of all pipes in turn, as where barriers part what a program does. A test fails where a change moves
+one by more than a tenth. They are predicted, not measured: no warp waits in them, and of a call only its largest kernels
+are counted. Nearest are products in fp32, which loads from shared memory bind and not multiply-adds; farthest is
+`joint_nll`, whose programs wait for what they have just stored.
+
 """
 
 
@@ -205,7 +217,13 @@ def page(benches: Sequence[Bench]) -> str:
         out += [f"- {_capital(problem)}." for problem in bench.problems] + [""] * bool(bench.problems)
         if bench.rows:
             out.append(_table(bench.rows))
-    return "\n".join([*out, GPU]).rstrip() + "\n"
+    return "\n".join([*out, GPU + distance()]).rstrip() + "\n"
+
+
+def distance() -> str:
+    """How far the predictions are from what RESULTS.md has of a GPU."""
+    words = summary(*ratios(RESULTS.read_text(encoding="utf-8"), list(CAPTIONS), committed()))
+    return textwrap.fill(words, 120)
 
 
 def _goals(benches: Sequence[Bench]) -> str:

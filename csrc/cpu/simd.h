@@ -33,7 +33,7 @@ inline constexpr int kVectorBytes = 16;
 inline constexpr int kRows = 3;
 #endif
 // Whether registers are left beside the accumulators, for what consumes one tile while the next is multiplied.
-#if defined(__AVX512F__) || defined(__ARM_NEON)
+#if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr bool kSpareRegisters = true;
 #else
 inline constexpr bool kSpareRegisters = false;

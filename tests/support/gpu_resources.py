@@ -3,6 +3,7 @@
 `python tests/support/gpu_resources.py` prints the table.
 """
 
+import functools
 import re
 import shutil
 import subprocess
@@ -311,16 +312,21 @@ def resources(file: Path | bytes) -> list[tuple[str, str, Resources]]:
     return found
 
 
+@functools.lru_cache(maxsize=4)
+def sass(cubin: bytes) -> str:
+    """Its machine code as text, which takes as long to make as the cubin."""
+    return cuobjdump(cubin, "-sass")
+
+
 def opcodes(cubin: bytes) -> dict[str, int]:
     """How often each instruction of interest stands in the machine code."""
-    sass = cuobjdump(cubin, "-sass")
-    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in OPCODES}
+    counts = {name: len(re.findall(rf"\b{name}\b", sass(cubin))) for name in OPCODES}
     return {name: count for name, count in counts.items() if count}
 
 
 def tensor_instructions(cubin: bytes) -> set[str]:
     """The kinds of tensor-core instructions in the machine code, with the shapes of what they multiply."""
-    return set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|DMMA)\b\S*", cuobjdump(cubin, "-sass")))
+    return set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|DMMA)\b\S*", sass(cubin)))
 
 
 def main() -> None:
