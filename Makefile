@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral lint format sanitize gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions lint format sanitize gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -82,6 +82,10 @@ bench: build
 # The CPU kernels of this tree against those of an older revision: instructions and paired times.
 neutral: build
 	$(BIN)/python -m bench.neutral --base $(BASE)
+
+# The instructions of each CPU op against bench/instructions.json; it needs valgrind.
+instructions: build
+	$(BIN)/python -m bench.instructions --check
 
 lint: build
 	$(BIN)/ruff check .
