@@ -59,7 +59,8 @@ def assembly() -> dict[str, str]:
 
 def loops(text: str) -> list[list[str]]:
     """The instructions of each loop that has no other jump, the last one being its own."""
-    found, label, body = [], "", []
+    found: list[list[str]] = []
+    label, body = "", list[str]()
     for line in text.splitlines():
         if match := re.match(r"(\.L\w+):", line):
             label, body = match[1], []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TIER = "avx2"  # valgrind knows no AVX-512
-CALLS = 5  # that are timed together
+CALLS = 20  # that are timed together
 
 
 class Call(NamedTuple):
@@ -28,7 +28,7 @@ class Call(NamedTuple):
 def calls() -> dict[str, Call]:
     """A call of each op, by names that trees have in common.
 
-    They take milliseconds, and a thousand times as long under callgrind, which emulates multiply-adds lane by lane.
+    They take about a millisecond, and a thousand times as long under callgrind, which emulates multiply-adds lane by lane.
     """
     import torch
 
