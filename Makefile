@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral predict predict-check lint format sanitize arm arm-build gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -77,7 +77,11 @@ bench: build
 	$(BIN)/pip install -q "transformer-lens==$(FIRST)"
 	rm -rf build/bench
 	@failed=0; for file in bench/test_bench_*.py; do $(BIN)/pytest $$file -W default || failed=1; done; \
-	$(BIN)/python -m bench.write || failed=1; exit $$failed
+	$(BIN)/python -m bench.mca || failed=1; $(BIN)/python -m bench.write || failed=1; exit $$failed
+
+# An estimate by llvm-mca of the multiply loop of every tier that is built here.
+mca: build
+	$(BIN)/python -m bench.mca
 
 # The CPU kernels of this tree against those of an older revision: instructions and paired times.
 neutral: build
@@ -90,6 +94,10 @@ predict: build
 
 predict-check: build
 	PYTHONPATH=tests $(BIN)/python -m bench.predict --check
+
+# The instructions of each CPU op against bench/instructions.json; it needs valgrind.
+instructions: build
+	$(BIN)/python -m bench.instructions --check
 
 lint: build
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench import mca
 from bench.gpu import CAPTIONS, RESULTS
 from bench.predictions import committed, ratios, summary
 from bench.record import REPORTS, ROOT
@@ -72,6 +73,16 @@ medians over the rounds. Times differ between machines and from day to day: comp
 
 A limit is what the machine itself can do: loops that stay in registers measure its rates of multiply-adds (FMA) and of
 exponentials in the same run. A goal is a bound that this project sets itself; some goals differ by CPU tier.
+"""
+
+ESTIMATE = """\
+## Estimate of the multiply loop
+
+`make mca` compiles the loop that every CPU op spends most of its time in as each tier does, and asks llvm-mca how many
+multiply-adds a cycle it makes on cores that are not at hand. It is an estimate, not a measurement: all data are in the
+L1 cache, and LLVM's models are not the cores. Those of `apple-m1` and `apple-m2` are of an older core of Apple's, with
+three vector pipes in place of four; those of `icelake-server` and `sapphirerapids` have one pipe for 512-bit
+multiply-adds where those servers have two. The peak is the model's.
 """
 
 GPU = """\
@@ -201,8 +212,8 @@ def _machines(benches: Sequence[Bench]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def page(benches: Sequence[Bench]) -> str:
-    """The text of docs/performance.md."""
+def page(benches: Sequence[Bench], estimate: str = "Not estimated: run `make mca`.\n") -> str:
+    """The text of docs/performance.md, with the table of `bench.mca`."""
     machines = _machines(benches)
     out = [INTRODUCTION, "## Machine\n"]
     if not machines:
@@ -217,7 +228,7 @@ def page(benches: Sequence[Bench]) -> str:
         out += [f"- {_capital(problem)}." for problem in bench.problems] + [""] * bool(bench.problems)
         if bench.rows:
             out.append(_table(bench.rows))
-    return "\n".join([*out, GPU + distance()]).rstrip() + "\n"
+    return "\n".join([*out, ESTIMATE, estimate, GPU + distance()]).rstrip() + "\n"
 
 
 def distance() -> str:
@@ -276,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     given = parser.parse_args(arguments)
     benches = collect(given.reports)
-    (given.root / "docs" / "performance.md").write_text(page(benches), encoding="utf-8")
+    estimate = [file.read_text(encoding="utf-8") for file in given.reports.glob(mca.PAGE)]
+    (given.root / "docs" / "performance.md").write_text(page(benches, *estimate), encoding="utf-8")
     readme = given.root / "README.md"
     readme.write_text(with_block(readme.read_text(encoding="utf-8"), headline_block(benches)), encoding="utf-8")
     wrong = [f"{bench.name}: {text}" for bench in benches for text in (*bench.problems, *bench.missed)]
