@@ -79,8 +79,8 @@ bench: build
 	@failed=0; for file in bench/test_bench_*.py; do $(BIN)/pytest $$file -W default || failed=1; done; \
 	$(BIN)/python -m bench.mca || failed=1; $(BIN)/python -m bench.write || failed=1; exit $$failed
 
-# An estimate by llvm-mca of the multiply loop of every tier that is built here.
-mca: build
+# An estimate by llvm-mca of the multiply loop of every tier, those of 64-bit Arm too.
+mca: build arm-build
 	$(BIN)/python -m bench.mca
 
 # The CPU kernels of this tree against those of an older revision: instructions and paired times.

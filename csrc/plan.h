@@ -19,12 +19,17 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Even blocks: the fewest that are no longer than `longest`.
 inline int64_t even_block(int64_t size, int64_t longest) { return ceil_div(size, ceil_div(size, longest)); }
 
-// The packed left rows of a task, `depth_bytes` each, fill the L2 cache, and enough of them share a position's clean
-// logits and a group's basis; blocks shrink until every thread has two tasks.
+// What a task keeps of a row beside its packed entries, and its share of a position's clean run: bytes.
+inline constexpr int64_t kStateBytes = 160;
+
+// The packed left rows of a task, `depth_bytes` each, and their state fill half the L2 cache: the other half is for
+// what passes by, and for a neighbour on a shared one. Enough of them share a position's clean logits and a group's
+// basis; blocks shrink until every thread has two tasks.
 inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads, int64_t l2_bytes) {
   if (pairs == 0 || positions == 0) return {1, 1, 0};
-  const int64_t rows = std::clamp<int64_t>(l2_bytes / std::max<int64_t>(depth_bytes, 1), 64, 4096);
-  TilePlan plan{0, even_block(positions, std::min<int64_t>(128, rows)), 0};
+  const int64_t rows = std::clamp<int64_t>(l2_bytes / 2 / (depth_bytes + kStateBytes), 64, 4096);
+  const int64_t sharing = std::min<int64_t>(pairs, 16);  // ablations for which a position's clean run is worth making
+  TilePlan plan{0, even_block(positions, std::clamp<int64_t>(rows / sharing, 16, 128)), 0};
   plan.pair_block = even_block(pairs, std::max<int64_t>(1, rows / plan.position_block));
   const auto tasks = [&] { return ceil_div(pairs, plan.pair_block) * ceil_div(positions, plan.position_block); };
   while (tasks() < 2 * threads && plan.position_block > 16) plan.position_block = ceil_div(plan.position_block, 2);
@@ -38,7 +43,7 @@ inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes
 // two tasks where there are as many ablations.
 inline TilePlan plan_pairs(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads, int64_t l2_bytes) {
   if (pairs == 0 || positions == 0) return {1, 1, 0};
-  const int64_t longest = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(positions * depth_bytes, 1));
+  const int64_t longest = std::max<int64_t>(1, l2_bytes / 2 / (positions * (depth_bytes + kStateBytes)));
   const int64_t block = even_block(pairs, std::min(longest, ceil_div(pairs, 2 * threads)));
   return {block, positions, ceil_div(pairs, block)};
 }

@@ -181,11 +181,11 @@ FC_TIERS(JointTask, joint_nll, Arithmetic)
 
 namespace {
 
-// All singles are in every task; packed, with their products with a stripe, they fill the L2 cache. Shorter tasks would
-// pack every basis more often, which costs more than what spills into the L3 cache.
+// All singles are in every task; packed, with their products with a stripe, they fill half the L2 cache. Shorter tasks
+// would pack every basis more often, which costs more than what spills into the L3 cache.
 TilePlan plan_joint(int64_t singles, int64_t positions, int64_t row_bytes, int64_t threads) {
   if (positions == 0) return {1, 1, 0};
-  const int64_t longest = std::clamp<int64_t>(caches().l2 / std::max<int64_t>(row_bytes * singles, 1), 1, 64);
+  const int64_t longest = std::clamp<int64_t>(caches().l2 / 2 / std::max<int64_t>(row_bytes * singles, 1), 1, 64);
   TilePlan plan{std::max<int64_t>(singles, 1), even_block(positions, longest), 0};
   while (ceil_div(positions, plan.position_block) < 2 * threads && plan.position_block > 8)
     plan.position_block = ceil_div(plan.position_block, 2);
