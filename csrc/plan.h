@@ -24,16 +24,18 @@ inline constexpr int64_t kStateBytes = 160;
 
 // The packed left rows of a task, `depth_bytes` each, and their state fill half the L2 cache: the other half is for
 // what passes by, and for a neighbour on a shared one. Enough of them share a position's clean logits and a group's
-// basis; blocks shrink until every thread has two tasks.
-inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads, int64_t l2_bytes) {
+// basis; blocks shrink until every thread has two tasks, of so many parts of the vocabulary each.
+inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads, int64_t l2_bytes,
+                           int64_t parts = 1) {
   if (pairs == 0 || positions == 0) return {1, 1, 0};
   const int64_t rows = std::clamp<int64_t>(l2_bytes / 2 / (depth_bytes + kStateBytes), 64, 4096);
   const int64_t sharing = std::min<int64_t>(pairs, 16);  // ablations for which a position's clean run is worth making
   TilePlan plan{0, even_block(positions, std::clamp<int64_t>(rows / sharing, 16, 128)), 0};
   plan.pair_block = even_block(pairs, std::max<int64_t>(1, rows / plan.position_block));
   const auto tasks = [&] { return ceil_div(pairs, plan.pair_block) * ceil_div(positions, plan.position_block); };
-  while (tasks() < 2 * threads && plan.position_block > 16) plan.position_block = ceil_div(plan.position_block, 2);
-  while (tasks() < 2 * threads && plan.pair_block > 8) plan.pair_block = ceil_div(plan.pair_block, 2);
+  while (tasks() * parts < 2 * threads && plan.position_block > 16)
+    plan.position_block = ceil_div(plan.position_block, 2);
+  while (tasks() * parts < 2 * threads && plan.pair_block > 8) plan.pair_block = ceil_div(plan.pair_block, 2);
   plan.tasks = tasks();
   return plan;
 }

@@ -7,18 +7,40 @@
 // there the rounding of one product could be as large as the effect.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "sweep.h"
 
 namespace fc::cpu {
 
+struct EffectTotals {  // of one (ablation, position) over parts of the vocabulary
+  double gain = 0, log_total = -std::numeric_limits<double>::infinity(), mean = 0;
+};
+
 struct EffectArguments {
   SweepInputs inputs;
-  const int64_t* tokens;                     // [T,K]; outside [0, V): absent from this slice of the vocabulary
-  const double* clean_lse;                   // [T]
-  double cap;                                // logits x become cap * tanh(x / cap); 0: they do not
-  double *gain, *log_total, *picked, *mean;  // [P,T], [P,T], [P,T,K] of zeros, [P,T] or null
-  int64_t tokens_per_position;               // K
+  const int64_t* tokens;        // [T,K]; outside [0, V): absent from this slice of the vocabulary
+  const double* clean_lse;      // [T]
+  double cap;                   // logits x become cap * tanh(x / cap); 0: they do not
+  bool with_mean;               // whether that is asked for
+  EffectTotals* totals;         // [parts,P,T]
+  double* picked;               // [P,T,K] of zeros
+  int64_t tokens_per_position;  // K
 };
+
+// log(exp(a) + exp(b)); NaN where either is.
+static inline double added(double a, double b) {
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  if (!(low > -std::numeric_limits<double>::infinity())) return low == low ? high : low;
+  return high + std::log1p(std::exp(low - high));
+}
+
+static inline void add_part(EffectTotals& totals, const EffectTotals& part) {
+  totals.gain += part.gain;
+  totals.log_total = added(totals.log_total, part.log_total);
+  totals.mean += part.mean;
+}
 
 }  // namespace fc::cpu
 
@@ -317,10 +339,8 @@ struct Effects : Epilogue {
     lanes = EffectLanes<T>{};
   }
 
-  void write(const EffectSums& sums, int64_t out) const {
-    s.log_total[out] = added(std::log(sums.total), logarithm(sums.exact));
-    s.gain[out] = s.log_total[out] == s.log_total[out] ? sums.gain : s.log_total[out];
-    if (s.mean != nullptr) s.mean[out] = sums.mean;
+  static EffectTotals totals_of(const EffectSums& sums) {
+    return {sums.gain, added(std::log(sums.total), logarithm(sums.exact)), sums.mean};
   }
 };
 
@@ -330,13 +350,16 @@ struct Effects : Epilogue {
 
 namespace fc::cpu {
 
-// The tensors that EffectArguments point to. P: of the results.
+// The tensors that EffectArguments point to, and the totals that results are made of. P: of the results.
 struct EffectTensors {
   OwnedInputs inputs;
   Tensor tokens, clean_lse, gain, log_total, picked, mean;
+  int64_t count, parts;
+  bool with_mean;
+  std::vector<EffectTotals> totals;  // [parts,P,T]
 
   EffectTensors(OwnedInputs inputs, const Tensor& like, int64_t P, const Tensor& tokens_given,
-                const Tensor& clean_lse_given, bool with_mean)
+                const Tensor& clean_lse_given, bool with_mean, int64_t parts = 1)
       : inputs(std::move(inputs)),
         tokens(torch::stable::contiguous(tokens_given)),
         clean_lse(contiguous_as(clean_lse_given, ScalarType::Double)),
@@ -344,23 +367,32 @@ struct EffectTensors {
         log_total(torch::stable::new_empty(like, {P, like.size(0)}, ScalarType::Double)),
         picked(torch::stable::new_zeros(like, {P, like.size(0), tokens.size(1)}, ScalarType::Double)),
         mean(torch::stable::new_empty(like, {with_mean ? P : 0, like.size(0)}, ScalarType::Double)),
-        with_mean(with_mean) {}
+        count(P * like.size(0)),
+        parts(parts),
+        with_mean(with_mean),
+        totals(static_cast<size_t>(count * parts)) {}
 
-  EffectArguments arguments(std::optional<double> cap) const {
+  EffectArguments arguments(std::optional<double> cap) {
     return {.inputs = inputs.view,
             .tokens = data_of<const int64_t>(tokens),
             .clean_lse = data_of<const double>(clean_lse),
             .cap = cap.value_or(0),
-            .gain = data_of<double>(gain),
-            .log_total = data_of<double>(log_total),
+            .with_mean = with_mean,
+            .totals = totals.data(),
             .picked = data_of<double>(picked),
-            .mean = with_mean ? data_of<double>(mean) : nullptr,
             .tokens_per_position = tokens.size(1)};
   }
-  std::tuple<Tensor, Tensor, Tensor, Tensor> results() const { return {gain, log_total, picked, mean}; }
 
- private:
-  bool with_mean;
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results() {
+    for (int64_t i = 0; i < count; ++i) {
+      EffectTotals& all = totals[static_cast<size_t>(i)];
+      for (int64_t part = 1; part < parts; ++part) add_part(all, totals[static_cast<size_t>(part * count + i)]);
+      data_of<double>(log_total)[i] = all.log_total;
+      data_of<double>(gain)[i] = all.log_total == all.log_total ? all.gain : all.log_total;
+      if (with_mean) data_of<double>(mean)[i] = all.mean;
+    }
+    return {gain, log_total, picked, mean};
+  }
 };
 
 }  // namespace fc::cpu

@@ -75,13 +75,6 @@ static inline double logarithm(const ExpSum<T>& row) {
   return static_cast<double>(row.reference) + std::log(row.total);
 }
 
-// log(exp(a) + exp(b)); NaN where either is.
-static inline double added(double a, double b) {
-  const double high = a > b ? a : b, low = a > b ? b : a;
-  if (!(low > -std::numeric_limits<double>::infinity())) return low == low ? high : low;
-  return high + std::log1p(std::exp(low - high));
-}
-
 template <class T>
 static inline Vec<T> capped(Vec<T> x, double cap) {
   return static_cast<T>(cap) * hyperbolic_tangent<T>(x / static_cast<T>(cap));

@@ -68,7 +68,7 @@ struct Joint : Effects<Scheme, Source> {
   void stripe_done(int64_t first, int64_t columns) {
     for (int64_t t = 0; t < sweep.window; ++t) {
       look_for_interrupt();
-      if (s.cap == 0 && s.mean == nullptr)
+      if (s.cap == 0 && !s.with_mean)
         add_pairs<true>(t, first, columns);
       else
         add_pairs<false>(t, first, columns);
@@ -162,8 +162,8 @@ struct Joint : Effects<Scheme, Source> {
     sweep.run(*this);
     for (int64_t t = 0; t < sweep.window; ++t)
       for (int64_t p = 0; p < s.pairs; ++p)
-        this->write(sums.data[t * s.pairs + p],
-                    s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t);
+        s.totals[s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t] =
+            Base::totals_of(sums.data[t * s.pairs + p]);
   }
 };
 
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint_nll(const Tensor& base, const T
   const int64_t S = sizes["P"], P = sizes["N"], r = sizes["r"];
   const JointTask task = pick(pick_joint_nll, "base", base, precision);
 
-  const EffectTensors tensors(inputs_of(base, delta, basis, group), base, P, tokens, clean_lse, mean);
+  EffectTensors tensors(inputs_of(base, delta, basis, group), base, P, tokens, clean_lse, mean);
   const Tensor pairs_c = torch::stable::contiguous(pairs);
   const auto* given = data_of<const int64_t>(pairs_c);
   check_indices("pairs", given, 2 * P, S, 2);

@@ -17,9 +17,14 @@ struct SweepInputs {     // tensors of one type
   int64_t pairs, positions, vocabulary, rank, depth;  // P, T, V, r, and d (r without outer)
 };
 
-struct Block {                                                 // of the rows: what one task sweeps
-  int64_t first_pair, end_pair, first_position, end_position;  // pairs index `order`
+struct Block {                                                 // what one task sweeps
+  int64_t first_pair, end_pair, first_position, end_position;  // rows; pairs index `order`
+  int64_t part = 0, parts = 1;                                 // of the vocabulary: which, and of how many
 };
+
+// Stripes in a part of the vocabulary. Sums of parts are joined in order, so that no result depends on which tasks they
+// were made by.
+inline constexpr int64_t kStripesAPart = 64;
 
 }  // namespace fc::cpu
 
@@ -277,8 +282,9 @@ struct Sweep {
   void run(Op& op) {
     pack_deltas(op);
     pack_outers();
-    const int64_t width = kPanelsAStripe * kW;
-    for (int64_t first = 0; first < s.vocabulary; first += width) {
+    const int64_t width = kPanelsAStripe * kW, part = kStripesAPart * width;
+    const int64_t end = block.parts == 1 ? s.vocabulary : smaller((block.part + 1) * part, s.vocabulary);
+    for (int64_t first = block.part * part; first < end; first += width) {
       look_for_interrupt();
       const int64_t columns = smaller(width, s.vocabulary - first);
       pack_base(op, first, columns);
@@ -320,14 +326,17 @@ inline OwnedInputs inputs_of(const Tensor& base, const Tensor& delta, const Tens
   return out;
 }
 
-// task(arguments, block) for all blocks of a plan, on all threads.
+// task(arguments, block) for all blocks of a plan, and for each part of the vocabulary where there are several, on all
+// threads.
 template <class Arguments>
-void run_blocks(const Arguments& arguments, void (*task)(const Arguments&, const Block&), const TilePlan& plan) {
+void run_blocks(const Arguments& arguments, void (*task)(const Arguments&, const Block&), const TilePlan& plan,
+                int64_t parts = 1) {
   const SweepInputs& s = arguments.inputs;
   const int64_t across = plan.tasks > 0 ? ceil_div(s.positions, plan.position_block) : 1;
-  run_tasks(plan.tasks, [&](int64_t i) {
-    const int64_t p = i / across * plan.pair_block, t = i % across * plan.position_block;
-    task(arguments, {p, std::min(p + plan.pair_block, s.pairs), t, std::min(t + plan.position_block, s.positions)});
+  run_tasks(plan.tasks * parts, [&](int64_t i) {
+    const int64_t block = i / parts, p = block / across * plan.pair_block, t = block % across * plan.position_block;
+    task(arguments, {p, std::min(p + plan.pair_block, s.pairs), t, std::min(t + plan.position_block, s.positions),
+                     i % parts, parts});
   });
 }
 

@@ -74,7 +74,7 @@ struct SweepNll : Effects<Scheme, Source> {
       this->template add<decltype(mean)::value>(sums.data[index], small.data[index], lanes.data[index], reach,
                                                 row.position, tile.panel, tile.panels, seen);
     };
-    if (s.mean == nullptr)
+    if (!s.with_mean)
       into(std::false_type{});
     else
       into(std::true_type{});
@@ -130,11 +130,22 @@ struct SweepNll : Effects<Scheme, Source> {
 
   void stripe_done(int64_t, int64_t) {
     this->cell_count = 0;
-    if (++stripes % kStripesAFlush == 0) flush();
+    ++stripes;
+    if (stripes % kStripesAFlush == 0) flush();
+    if (stripes % kStripesAPart == 0) end_part();
   }
 
   void flush() {
     for (int64_t i = 0; i < sums.count; ++i) Base::flush(sums.data[i], small.data[i], lanes.data[i]);
+  }
+
+  void end_part() {
+    for (int64_t i = 0; i < sums.count; ++i) {
+      if (rows.data[i].out < 0) continue;
+      add_part(s.totals[sweep.block.part * s.inputs.pairs * s.inputs.positions + rows.data[i].out],
+               Base::totals_of(sums.data[i]));
+      sums.data[i] = {};
+    }
   }
 
   static SweepTask kernels() {
@@ -144,8 +155,7 @@ struct SweepNll : Effects<Scheme, Source> {
   void run() {
     sweep.run(*this);
     flush();
-    for (int64_t i = 0; i < sums.count; ++i)
-      if (rows.data[i].out >= 0) this->write(sums.data[i], rows.data[i].out);
+    end_part();
   }
 };
 
@@ -173,11 +183,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const T
   const int64_t P = sizes["P"], T = sizes["T"], depth_bytes = sizes["r"] * static_cast<int64_t>(base.element_size());
   const SweepTask task = pick(pick_sweep_nll, "base", base, precision);
 
-  const EffectTensors tensors(inputs_of(base, delta, basis, group, outer), base, P, tokens, clean_lse, mean);
+  const int64_t threads = torch::stable::get_num_threads();
+  // Work of few rows is shared out by parts of the vocabulary too: a basis is then packed once.
+  const int64_t stripe_bytes = kPanelsAStripe * panel_bytes(current_tier());
+  const int64_t stripe = stripe_bytes / (base.scalar_type() == ScalarType::Double ? 8 : 4);
+  const int64_t most = ceil_div(sizes["V"], kStripesAPart * stripe);
+  const TilePlan plan = outer.has_value() ? plan_pairs(P, T, depth_bytes, threads, caches().l2)
+                                          : plan_tiles(P, T, depth_bytes, threads, caches().l2, most);
+  const int64_t parts = !outer.has_value() && plan.tasks < 2 * threads ? std::max<int64_t>(most, 1) : 1;
+  EffectTensors tensors(inputs_of(base, delta, basis, group, outer), base, P, tokens, clean_lse, mean, parts);
   const std::optional<Tensor> scale_c = contiguous_as(scale, ScalarType::Double);
-  const SweepArguments arguments{tensors.arguments(cap), data_of<const double>(scale_c)};
-  const auto plan = outer.has_value() ? plan_pairs : plan_tiles;
-  run_blocks(arguments, task, plan(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2));
+  run_blocks(SweepArguments{tensors.arguments(cap), data_of<const double>(scale_c)}, task, plan, parts);
   return tensors.results();
 }
 
