@@ -71,7 +71,7 @@ BAD = {
     "against": (["--metric", "logit_difference"], "against is missing, but metric is 'logit_difference'"),
     "attention": (["--attention", "recomputed"], "attention is 'recomputed', but scope is 'path'"),
     "both": (["--text", "x"], "--text and --tokens: give one of them"),
-    "cuda": (["--backend", "cuda"], "backend='cuda' needs a CUDA device"),
+    "cuda": (["--backend", "cuda"], "backend='cuda': there is no CUDA C++ kernel of sweep_nll; take backend='triton'"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of factored_topk and diagonal_ranks, their own text, run on the CPU thread by thread."""
+"""The CUDA kernels of factored_topk, their own text, run on the CPU thread by thread."""
 
 import ctypes
 import shutil
@@ -120,25 +120,3 @@ def test_infinite_entries_are_ordinary_ones_and_nan_never_wins(library: ctypes.C
     if per_row:
         assert columns[-2:].tolist() == [7, 140]
         assert sorted(columns.tolist()) == list(range(150))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_diagonal_ranks(library: ctypes.CDLL, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    rows, width, rank = shape
-    for case in (whole_numbers, normal):
-        A, B, _ = case(rows, width, rank, dtype)
-        B[:, width // 2 :] = B[:, : width - width // 2].clone()  # equal columns, whose entries must be equal to the bit
-        columns = torch.randint(width, (rows,), generator=torch.Generator().manual_seed(rows))
-        ranks = torch.full((rows,), -7)
-        sizes = Sizes(rows, width, rank, splits=2)
-        library.diagonal_ranks(KINDS[dtype], ctypes.byref(sizes), *map(pointer, (A, B, columns, ranks)))
-        assert torch.equal(ranks, reference.diagonal_ranks(A, B, columns))
-
-
-def test_a_column_that_is_not_there_ranks_minus_one(library: ctypes.CDLL) -> None:
-    A, B, _ = whole_numbers(4, 9, 3)
-    columns, ranks = torch.tensor([0, 9, -1, 8]), torch.full((4,), -7)
-    library.diagonal_ranks(0, ctypes.byref(Sizes(4, 9, 3, splits=1)), *map(pointer, (A, B, columns, ranks)))
-    expected = reference.diagonal_ranks(A, B, columns.clamp(0, 8))
-    assert ranks.tolist() == [int(expected[0]), -1, -1, int(expected[3])]

@@ -1,4 +1,4 @@
-// What factored_topk and diagonal_ranks share on the torch side: the factors of A @ B, contiguous, and their tasks.
+// The torch side of a product: the factors of A @ B, contiguous, and their tasks.
 #pragma once
 
 #include "launch.h"

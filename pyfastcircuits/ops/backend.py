@@ -9,10 +9,9 @@ from pyfastcircuits.ops import library
 from pyfastcircuits.shapes import check_choice
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "reference"]
-Precision = Literal["ieee", "tf32", "bf16"]
+Precision = Literal["ieee", "tf32x3", "tf32", "bf16"]
 Screen = Literal["auto", "none", "bf16"]
 BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
-CUDA_OPS = ("sweep_nll", "factored_topk", "diagonal_ranks")  # those that have a CUDA C++ kernel
 
 
 def resolve_backend(backend: str, device: torch.device, op: str = "sweep_nll") -> str:
@@ -23,7 +22,7 @@ def resolve_backend(backend: str, device: torch.device, op: str = "sweep_nll") -
         RuntimeError: a backend that this op, build or machine lacks.
     """
     check_choice("backend", backend, BACKENDS)
-    if backend == "cuda" and op not in CUDA_OPS:
+    if backend == "cuda" and op != "factored_topk":
         raise RuntimeError(f"backend='cuda': there is no CUDA C++ kernel of {op}; take backend='triton'")
     if backend == "auto":
         backend = "triton" if device.type == "cuda" else "cpu"

@@ -1,7 +1,6 @@
-// The CUDA kernels of factored_topk and diagonal_ranks behind C functions, for tests/test_cuda_on_cpu.py.
+// The CUDA kernels of factored_topk behind a C function, for tests/test_cuda_on_cpu.py.
 #include "fibers.h"
 // The kernels are text like any other from here on.
-#include "../../csrc/cuda/diagonal_ranks.cuh"
 #include "../../csrc/cuda/factored_topk.cuh"
 #include "../../csrc/plan.h"
 
@@ -80,18 +79,6 @@ void topk(const Sizes& z, const void* A, const void* B, const void* shift, void*
   (z.per_row ? topk<T, Source, int> : topk<T, Source, int64_t>)(z, A, B, shift, static_cast<T*>(values), rows, columns);
 }
 
-template <class T, class Source>
-void ranks(const Sizes& z, const void* A, const void* B, const int64_t* asked, int64_t* out) {
-  constexpr int64_t size = Tile<T>::kSize;
-  Buffer<T> entries(z.rows);
-  const RankArguments s{.product = product(z, A, B, size),
-                        .asked = asked,
-                        .entries = entries.data.data(),
-                        .ranks = reinterpret_cast<unsigned long long*>(out)};
-  fibers::launch(ceil_div(z.rows, kThreads), kThreads, [&] { diagonal_entries<T, Source>(s); });
-  fibers::launch(s.product.row_blocks * z.splits, kThreads, [&] { diagonal_ranks_kernel<T, Source>(s); });
-}
-
 }  // namespace fc::cuda
 
 using namespace fc::cuda;
@@ -102,11 +89,4 @@ extern "C" void factored_topk(int kind, const Sizes* z, const void* A, const voi
   (kind == 0   ? topk<float, float>
    : kind == 1 ? topk<double, double>
                : topk<float, __nv_bfloat16>)(*z, A, B, shift, values, rows, columns);
-}
-
-extern "C" void diagonal_ranks(int kind, const Sizes* z, const void* A, const void* B, const int64_t* asked,
-                               int64_t* out) {
-  (kind == 0   ? ranks<float, float>
-   : kind == 1 ? ranks<double, double>
-               : ranks<float, __nv_bfloat16>)(*z, A, B, asked, out);
 }
