@@ -27,7 +27,6 @@ from pyfastcircuits.kernels.factored_topk import segment_width
 PRECISIONS = ("bf16", "tf32", "ieee")
 ARITHMETIC = r"MUFU\.EX2|FFMA2?|HMMA|HGMMA|UTCHMMA"
 CUDA_TILE, CUDA_DEPTH, CUDA_THREADS = 128, 16, 256  # Tile<float> of csrc/cuda/tile.cuh
-CUDA_BLOCKS = 1024  # kBlocksWanted of csrc/cuda/launch.h
 
 
 class Nest(NamedTuple):
@@ -75,8 +74,7 @@ class Work(NamedTuple):
 
 def works(arch: int) -> Iterator[Work]:
     """All rows that are predicted."""
-    yield from (Work("sweep", f"triton {x}", (_swept("sweep_nll", x, arch), _tokens(x, arch))) for x in PRECISIONS)
-    yield Work("sweep", "cuda ieee", (_cuda_sweep(arch),))
+    yield from (Work("sweep", f"triton {x}", (_swept("sweep_nll", x, arch),)) for x in PRECISIONS)
     yield from (Work("sweep", f"target_ranks: triton {x}", (_swept("target_ranks", x, arch),)) for x in PRECISIONS)
     for rank in (d, r):
         yield from (Work("joint", f"r={rank}: triton {x}", (_joint(x, rank, arch),)) for x in PRECISIONS)
@@ -95,16 +93,6 @@ def _swept(op: str, precision: str, arch: int) -> Launch:
     memory = 4 * T * V + _bytes(kind) * r * (P * T + V)
     variant = Variant(op, "float32", precision, r, False, arch)
     return Launch(op, arch, kind, programs, (nest,), memory, variant, compile_sweep)
-
-
-def _tokens(precision: str, arch: int) -> Launch:
-    config, kind = _chosen("sweep_nll", {"P": P, "T": T, "V": V, "r": r, "G": 1}, precision, arch)
-    block = config.blocks
-    nest = _product((1,), block["BLOCK_P"] * block["BLOCK_T"], block["BLOCK_T"], r, block["BLOCK_K"])
-    programs = config.count(P, "BLOCK_P") * config.count(T, "BLOCK_T")
-    variant = Variant("sweep_nll_tokens", "float32", precision, r, False, arch)
-    memory = _bytes(kind) * r * P * T
-    return Launch("sweep_nll_tokens", arch, kind, programs, (nest,), memory, variant, compile_sweep)
 
 
 def _joint(precision: str, rank: int, arch: int) -> Launch:
@@ -162,7 +150,6 @@ def _entries(arch: int) -> Iterator[Work]:
     yield Work("entries", f"{row}: triton, screen none", (pass_over(segments, narrow, 1), most))
     yield Work("entries", f"{row}: cuda, screen none", (_cuda_product("factored_topk_rows_kernel", arch),))
     yield Work("entries", "ranks: triton", (pass_over("diagonal_ranks", 128, 0),))
-    yield Work("entries", "ranks: cuda", (_cuda_product("diagonal_ranks_kernel", arch),))
 
 
 def _attention(precision: str, arch: int) -> Launch:
@@ -187,25 +174,9 @@ def _attention_lse(precision: str, arch: int) -> Launch:
     return Launch("attention_lse", arch, kind, programs, (nest,), memory, variant, compile_attention)
 
 
-def _cuda_sweep(arch: int) -> Launch:
-    row_blocks = P * _ceil(T, CUDA_TILE)
-    splits = _ceil(CUDA_BLOCKS, row_blocks)
-    tiles = _ceil(V, CUDA_TILE) / splits
-    # A thread's exponentials and clean logits of a tile, and a rescaling of each row's sum: means and caps are not asked.
-    each = CUDA_TILE * CUDA_TILE // CUDA_THREADS
-    most = 2 * each + CUDA_TILE // 16
-    memory = 4 * (T * V + r * (P * T + V))
-    marks = r"MUFU\.EX2|LDG"
-    nests = _cuda_nests(tiles)
-    return Launch("sweep_nll_kernel", arch, "fp32", row_blocks * splits, nests, memory, marks=marks, most=most)
-
-
 def _cuda_product(name: str, arch: int) -> Launch:
-    row_blocks, tiles = _ceil(V, CUDA_TILE), _ceil(V, CUDA_TILE)
-    programs = row_blocks * _ceil(CUDA_BLOCKS, row_blocks)
-    if name != "diagonal_ranks_kernel":  # as many as run at a time
-        programs = 2 * next(gpu.multiprocessors for gpu in GPUS.values() if gpu.arch == arch)
-    nests = _cuda_nests(row_blocks * tiles / programs)
+    programs = 2 * next(gpu.multiprocessors for gpu in GPUS.values() if gpu.arch == arch)  # as many as run at a time
+    nests = _cuda_nests(_ceil(V, CUDA_TILE) ** 2 / programs)
     return Launch(name, arch, "fp32", programs, nests, 8 * V * r)
 
 
@@ -220,7 +191,7 @@ def _cuda_nests(tiles: float) -> tuple[Nest, ...]:
 
 def _chosen(op: str, shape: dict[str, int], precision: str, arch: int) -> tuple[Config, str]:
     """The launch of an op on fp32 tensors, and its arithmetic."""
-    kind = arithmetic("float32", precision)
+    kind = arithmetic(op, "float32", precision)
     return choose(op, shape, kind, arch), kind
 
 

@@ -27,7 +27,7 @@ class GPU:
     def tensor_clocks(self, flops: float, kind: str) -> float:
         """Clocks that the tensor cores of one multiprocessor take: for TF32 twice as many as for bfloat16."""
         each = self.tensor * 1e3 / (self.clock * self.multiprocessors)
-        return flops / each * {"bf16": 1, "tf32": 2, "fp32": 0}[kind]
+        return flops / each * {"bf16": 1, "tf32": 2, "tf32x3": 6, "fp32": 0}[kind]
 
 
 # Clocks are the boost clocks at which the published fp32 peaks hold (cores x 2 x clock).

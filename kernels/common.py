@@ -17,8 +17,8 @@ def architecture(x: Tensor) -> int:
 
 
 def configure(op: str, sizes: dict[str, int], x: Tensor, precision: str = "ieee") -> tuple[Config, str]:
-    """The launch of `op` on tensors like x, and the arithmetic that multiplies: "fp64", "fp32", "tf32" or "bf16"."""
-    kind = arithmetic(str(x.dtype).removeprefix("torch."), precision)
+    """The launch of `op` on tensors like x, and what multiplies, as `arithmetic` names it."""
+    kind = arithmetic(op, str(x.dtype).removeprefix("torch."), precision)
     return choose(op, sizes, kind, architecture(x)), kind
 
 

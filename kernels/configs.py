@@ -9,8 +9,15 @@ from typing import Any
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 WAVES = 8  # blocks wanted for each multiprocessor, so that the last ones do not leave most of them idle
-ROWS = {"bf16": 128, "tf32": 128, "fp32": 64, "fp64": 32}  # of a tile, by arithmetic
-DEEPEST = {"bf16": 128, "tf32": 64, "fp32": 32, "fp64": 16}  # inner indices of a tile that holds all there are
+ROWS = {"bf16": 128, "tf32": 128, "tf32x3": 128, "fp32": 64, "fp64": 32}  # of a tile, by arithmetic
+DEEPEST = {
+    "bf16": 128,
+    "tf32": 64,
+    "tf32x3": 64,
+    "fp32": 32,
+    "fp64": 16,
+}  # inner indices of a tile that holds all there are
+CUDA_CORES = ("factored_topk", "diagonal_ranks")  # what they compare is multiplied as fp32 is everywhere else
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,11 @@ class Config:
         return _blocks(self.count(columns, block), self.splits)
 
 
-def arithmetic(dtype: str, precision: str) -> str:
-    """What multiplies: "fp64", "fp32", "tf32" or "bf16". Tensor cores multiply bfloat16 inputs exactly.
+def arithmetic(op: str, dtype: str, precision: str) -> str:
+    """What multiplies: "fp64", "fp32", "tf32x3", "tf32" or "bf16". Tensor cores multiply bfloat16 inputs exactly.
+
+    "tf32x3" splits each fp32 factor into two of TF32 and leaves out the product of the lesser ones: as right as fp32 to
+    a few of its roundings, on tensor cores.
 
     Raises:
         ValueError: a precision that float64 does not have.
@@ -46,7 +56,9 @@ def arithmetic(dtype: str, precision: str) -> str:
         raise ValueError(f"precision is {precision!r}, but float64 tensors have only 'ieee'")
     if dtype in ("bfloat16", "float64"):
         return {"bfloat16": "bf16", "float64": "fp64"}[dtype]
-    return "fp32" if precision == "ieee" else precision
+    if precision == "ieee":
+        return "fp32" if op in CUDA_CORES else "tf32x3"
+    return precision
 
 
 def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
@@ -54,6 +66,7 @@ def choose(op: str, shape: dict[str, int], dtype: str, arch: int) -> Config:
     `arch`, as 90."""
     ops = {
         "sweep_nll": _sweep_nll,
+        "logits_lse": _sweep_nll,
         "target_ranks": _sweep_nll,
         "joint_nll": _joint_nll,
         "pair_norms": _pair_norms,
@@ -69,14 +82,17 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     rows = ROWS[dtype]
     # Ablations of a block share a tile of clean logits: it has as many as a group holds, and at least 16 positions.
     block_p = min(rows // 16, _power_above(pairs // max(shape["G"], 1)))
-    block_t, block_v = rows // block_p, 64 if dtype in ("bf16", "fp32") else 32
+    block_t, block_v = rows // block_p, 64 if dtype == "bf16" and arch <= 90 else 32
     row_blocks = _blocks(pairs, block_p) * _blocks(positions, block_t)
     splits = _splits(row_blocks, _blocks(vocabulary, block_v), arch)
-    block_k = 16 if dtype == "fp32" else _depth(rank, dtype)
+    block_k = _depth(rank, dtype)
+    if dtype == "tf32x3" and (arch >= 100 or rank > DEEPEST[dtype]):
+        block_k = min(block_k, 32)  # both parts of the left factor are in registers there
     blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
-    # Four warps hold a tile, but not beside the left factor's when that is loaded anew at every step.
-    num_warps = 8 if rows > 64 and rank > DEEPEST[dtype] else 4
-    return Config(blocks, splits, num_warps, num_stages=3 if dtype in ("bf16", "fp32") else 2)
+    # Four warps hold a tile on sm_90, but not beside a left factor that is in two parts, or loaded anew at every step.
+    crowded = rows > 64 and (rank > DEEPEST[dtype] or arch != 90)
+    num_warps = 8 if dtype == "tf32x3" or crowded else 4
+    return Config(blocks, splits, num_warps, num_stages=3 if dtype == "bf16" else 2)
 
 
 def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
@@ -85,8 +101,10 @@ def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     # There are no more programs than can run at a time: each has a scratch, and all of those have to fit the L2 cache.
     wanted = _blocks(2 * MULTIPROCESSORS.get(arch, 132), _blocks(positions, block_t))
     splits = max(1, min(wanted, _blocks(vocabulary, block_v)))
-    blocks = {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": _depth(rank, dtype)}
-    return Config(blocks, splits, num_warps=4, num_stages=3 if dtype == "bf16" else 2)
+    block_k = min(_depth(rank, dtype), 32 if dtype == "tf32x3" else 128)
+    blocks = {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
+    num_warps = 8 if dtype == "fp64" else 4
+    return Config(blocks, splits, num_warps, num_stages=3 if dtype == "bf16" else 2)
 
 
 def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
@@ -94,7 +112,8 @@ def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:
     block_r, block_s = (_part(shape[rank], shape[heads], size) for heads, rank in ("Nr", "Ms"))
     blocks = {"BLOCK_N": size // block_r, "BLOCK_R": block_r, "BLOCK_M": size // block_s, "BLOCK_S": block_s}
     blocks["BLOCK_K"] = {"bf16": 64, "tf32": 32}.get(dtype, 16)
-    return Config(blocks, 1, _warps(size), num_stages=3 if size > 64 else 2)
+    deep = size > 64 and not (dtype == "tf32x3" and arch < 90)  # there pointers would take the last registers
+    return Config(blocks, 1, _warps(size), num_stages=3 if deep else 2)
 
 
 def _factored_topk(shape: dict[str, int], dtype: str, arch: int) -> Config:
@@ -125,11 +144,12 @@ def _frozen_attention(shape: dict[str, int], dtype: str, arch: int) -> Config:
     # Scores are made again for every block of columns, so that is as wide as registers hold.
     widest = 256 if dtype == "bf16" and arch >= 90 else ROWS[dtype]
     block_c = min(widest, _power_above(max(shape["C"], 16)))
-    block_n = 64 if dtype == "fp32" else 32
-    block_k = 16 if dtype == "fp32" else _depth(max(shape["r"], 16), dtype)
-    blocks = {"BLOCK_M": ROWS[dtype], "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": block_k}
-    tensor_cores = dtype in ("bf16", "tf32")
-    return Config(blocks, 1, num_warps=4 if dtype == "fp32" else 8, num_stages=3 if tensor_cores else 2)
+    block_m, block_k = ROWS[dtype], _depth(max(shape["r"], 16), dtype)
+    if dtype == "tf32x3":  # both parts of queries and weights are in registers
+        block_m, block_c = 64 if arch != 90 else block_m, min(block_c, 64 if arch >= 100 else 128)
+        block_k = min(block_k, 64 if arch >= 100 else 32)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_C": block_c, "BLOCK_K": block_k}
+    return Config(blocks, 1, num_warps=8, num_stages=3 if dtype in ("bf16", "tf32") else 2)
 
 
 def _warps(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Sums of exponentials of rows of logits (online softmax), and means under the clean run's probabilities.
+"""Sums of exponentials of rows of logits (online softmax), and soft caps.
 
 Exponentials are powers of 2: logits are multiplied by log2(e) first. Sums are relative to the largest logit so far, and
 what was summed before is rescaled when a larger one comes.
@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-MEAN_ELEMENTS = 1 << 22  # of a slice's fp64 copies
 
 
 @triton.jit
@@ -72,20 +71,6 @@ def capped(x, CAP: tl.constexpr):
         return CAP * tl.where(x == x, out, x)
 
 
-@triton.jit
-def expected(
-    logits,  # [M, N] capped
-    clean,  # [M, N] as given, without the cap
-    lse,  # [M] of the clean ones, capped
-    there,  # [1, N]
-    CAP: tl.constexpr,
-):
-    """What a tile adds to the means of logits - clean logits under the clean run's probabilities, [M]."""
-    clean = capped(clean.to(logits.dtype), CAP)
-    probability = tl.where(there, tl.exp2((clean - lse[:, None]) * LOG2E), 0.0)
-    return tl.sum(tl.where(probability > 0, probability * (logits - clean), 0.0), 1)
-
-
 def logsumexp(references: Tensor, totals: Tensor) -> Tensor:
     """Joins the sums of powers of 2 of all splits [S, ...], each relative to its reference, into a logsumexp in fp64.
 
@@ -94,24 +79,3 @@ def logsumexp(references: Tensor, totals: Tensor) -> Tensor:
     """
     log2e = torch.tensor(LOG2E.value, dtype=references.dtype, device="cpu").item()
     return ((references.double() + totals.double().log2()) / log2e).logsumexp(0)
-
-
-def clean_means(base: Tensor, basis: Tensor, clean_lse: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Means of the clean logits [T], and of every row of the basis [G, T, r], under the clean run's probabilities.
-
-    They are summed in fp64, so that no setting of torch's matrix products matters, and by slices of the vocabulary, so
-    that the fp64 copies stay small.
-    """
-    (groups, rank, _), (positions, vocabulary) = basis.shape, base.shape
-    mean_base = base.new_zeros(positions, dtype=torch.float64)
-    mean_basis = base.new_zeros(positions, groups * rank, dtype=torch.float64)
-    width = max(1, MEAN_ELEMENTS // (groups * rank + positions))
-    for first in range(0, vocabulary, width):
-        here = slice(first, min(first + width, vocabulary))
-        logits = base[:, here].double()
-        probability = (logits - clean_lse.double()[:, None]).exp()
-        seen = probability > 0
-        probability = torch.where(seen, probability, 0.0)
-        mean_base += torch.where(seen, probability * logits, 0.0).sum(-1)
-        mean_basis += probability @ basis[..., here].flatten(0, 1).double().T
-    return mean_base.to(work), mean_basis.view(positions, groups, rank).transpose(0, 1).to(work).contiguous()

@@ -191,7 +191,7 @@ def frozen_attention_triton(
     transposed: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """torch.ops.pyfastcircuits.frozen_attention by Triton: the same arguments and results, precision "tf32" as well.
+    """torch.ops.pyfastcircuits.frozen_attention by Triton: the same arguments and results, and all precisions.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, a precision that the dtype does not have, or a
@@ -220,7 +220,7 @@ def frozen_attention_triton(
     # In the factors' own type: a narrower one would have fp64 products laid out as their instruction cannot have them.
     pre, post, mask = (None if x is None else x.to(out.dtype).contiguous() for x in (pre, post, mask))
     window = positions if window is None else min(window, positions)
-    constants = {"DEPTH": q.shape[3], "SCALE": scale, "CAP": softcap, "PRECISION": precision}
+    constants = {"DEPTH": q.shape[3], "SCALE": scale, "CAP": softcap, "PRECISION": kind}
     options = constants | config.options | OPTIONS
     columns = options.pop("BLOCK_C")
     blocks = config.count(positions, "BLOCK_M") * batches

@@ -1,9 +1,9 @@
 """joint_nll on the tile core: a tile of the vocabulary is multiplied for all single ablations, then added up by pairs.
 
 Which single ablations a pair adds is known at run time alone, and registers cannot be chosen then: a program stores its
-products in a scratch of its own, which is small enough for the caches, and reads them back for every pair. The running
-maximum and sum of each pair's online softmax lie beside it, in two copies: tiles read one and write the other, in turn,
-so that no thread can see what another has already written.
+products in a scratch of its own, which is small enough for the caches, and reads them back for every pair. The sums of
+each pair lie beside it, in two copies: tiles read one and write the other, in turn, so that no thread can see what
+another has already written.
 """
 
 import torch
@@ -12,12 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastcircuits.kernels.common import configure, laid_out, rounded
-from pyfastcircuits.kernels.exp_sums import LOG2E, capped, clean_means, expected, logsumexp, online_sum
-from pyfastcircuits.kernels.sweep import existing
-from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of, work_type
+from pyfastcircuits.kernels.effects import (
+    SMALL,
+    bounds_of,
+    log_probability,
+    probability,
+    saturation,
+    sums_of,
+    under_cap,
+)
+from pyfastcircuits.kernels.exact import Rows, effects, nothing
+from pyfastcircuits.kernels.sweep import clean_tile, existing
+from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
 from pyfastcircuits.shapes import check_shapes, joint_nll_outputs, register_outputs, work_dtype
 
-CHANGES_WARPS = 2  # times as many where changes are summed too: the registers of fewer would spill
+CAPPED_WARPS = 8  # the registers of fewer would spill
 
 
 @triton.jit
@@ -25,23 +34,23 @@ def joint_nll_kernel(
     base,  # [T, V]
     delta,  # [S, T, r]
     basis,  # [G, r, stride]
-    tokens,  # [T, K]
     group,  # [S]
     starts,  # [S + 1]: where each single's pairs, of which it is the first, start and end
-    first,  # [P], sorted
-    second,  # [P]
-    clean_lse,  # [T], or None for no changes
+    second,  # [P], sorted by the first
+    clean_lse,  # [T]
+    bar,  # [T]: the least of the clean logits that are summed in fp64
+    bounds,  # [P, T]
     products,  # [programs, S, BLOCK_T, BLOCK_V] scratch
-    highest,  # [2, splits, P, T] partial; the first copy is the result
+    gains,  # [2, splits, P, T] partial; the first copy is the result
     totals,  # [2, splits, P, T] partial
-    changes,  # [2, splits, P, T] partial
-    picked,  # [P, T, K] zeros
+    raised,  # [2, splits, P, T] partial
+    sizes,  # [2, splits, P, T] partial
+    means,  # [2, splits, P, T] partial, or None
     singles,
     pairs,
     positions,
     vocabulary,
     groups,
-    choices,
     stride,
     splits,
     tiles_a_split,
@@ -52,64 +61,60 @@ def joint_nll_kernel(
     PRECISION: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Sums of exponentials of all pairs at one block of positions over one split of the vocabulary."""
-    T: tl.constexpr = work_type(base.dtype.element_ty)
+    """Sums of all pairs at one block of positions over one split of the vocabulary."""
     TILE: tl.constexpr = BLOCK_T * BLOCK_V
     split = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = row < positions
     t = tl.minimum(row, positions - 1).to(tl.int64)
     products += tl.program_id(0).to(tl.int64) * singles * TILE
-    row = tl.arange(0, BLOCK_T) * BLOCK_V
-    cell = row[:, None] + tl.arange(0, BLOCK_V)[None, :]
-    if clean_lse is not None:
-        clean_lse = tl.load(clean_lse + t).to(T)
+    cell = (tl.arange(0, BLOCK_T) * BLOCK_V)[:, None] + tl.arange(0, BLOCK_V)[None, :]
+    lse = tl.load(clean_lse + t)
+    bar = tl.load(bar + t)
     begin, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
     for tile in range(begin, end):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        there = (columns < vocabulary)[None, :]
         for single in range(singles):
-            home, poison = existing(tl.load(group + single), groups)
+            home, _poison = existing(tl.load(group + single), groups)
             rows = delta + (single * positions + t) * RANK
             left = load_left(rows, 0, RANK, BLOCK_K)
             start = basis + home * RANK * stride
             product = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
-            tl.store(products + single * TILE + cell, product + poison.to(T))
+            tl.store(products + single * TILE + cell, product)
         tl.debug_barrier()
 
-        clean = tl.load(base + t[:, None] * vocabulary + columns[None, :], there, float("-inf")).to(T)
+        clean = clean_tile(base + t * vocabulary, columns, vocabulary)
+        p = probability(log_probability(clean, lse, CAP), clean, bar)
+        if CAP is not None:
+            bent, slope = saturation(clean, CAP)
         # The last tile writes the first copy.
         old = (end - tile) % 2 * splits + split
         new = (end - tile - 1) % 2 * splits + split
         for single in range(singles):
-            begun = clean + tl.load(products + single * TILE + cell)
+            begun = tl.load(products + single * TILE + cell)
             # Both ends are loaded: Triton 3.6 drops a scalar that this loop would carry from one single to the next.
-            for p in range(tl.load(starts + single), tl.load(starts + single + 1)):
-                logits = begun + tl.load(products + tl.load(second + p) * TILE + cell)
-                logits = tl.where(there, capped(logits, CAP), float("-inf"))
-                source = (old.to(tl.int64) * pairs + p) * positions + t
-                target = (new.to(tl.int64) * pairs + p) * positions + t
-                before = tl.load(highest + source, inside & (tile > begin), float("-inf"))
-                total = tl.load(totals + source, inside & (tile > begin), 0.0)
-                tallest, total = online_sum(before, total, logits)
-                tl.store(highest + target, tallest, inside)
-                tl.store(totals + target, total, inside)
-                if clean_lse is not None:
-                    change = tl.load(changes + source, inside & (tile > begin), 0.0)
-                    change += expected(logits, clean, clean_lse, there, CAP)
-                    tl.store(changes + target, change, inside)
-
-        for k in range(choices):
-            token = tl.load(tokens + t * choices + k)
-            offset = token - tile * BLOCK_V
-            here = inside & (offset >= 0) & (offset < BLOCK_V) & (token < vocabulary)
-            if tl.max(here.to(tl.int32)) > 0:
-                start = tl.load(base + t * vocabulary + token, here, 0.0).to(T)
-                for p in range(pairs):
-                    one = tl.load(products + tl.load(first + p) * TILE + row + offset, here, 0.0)
-                    other = tl.load(products + tl.load(second + p) * TILE + row + offset, here, 0.0)
-                    logit = capped(start + one + other, CAP).to(tl.float64)
-                    tl.store(picked + (p * positions + t) * choices + k, logit, here)
+            for pair in range(tl.load(starts + single), tl.load(starts + single + 1)):
+                x = begun + tl.load(products + tl.load(second + pair) * TILE + cell)
+                if CAP is not None:
+                    x = under_cap(x, bent, slope, CAP)
+                source = (old.to(tl.int64) * pairs + pair) * positions + t
+                target = (new.to(tl.int64) * pairs + pair) * positions + t
+                begun_before = inside & (tile > begin)
+                if tl.max(tl.load(bounds + pair * positions + t)) > SMALL:
+                    gain, total, more, size = sums_of(p, x, True, 1)
+                    total = tl.sum(total, 1) + tl.load(totals + source, begun_before, 0.0)
+                    more = tl.sum(more, 1) + tl.load(raised + source, begun_before, 0.0)
+                    size = tl.sum(size, 1) + tl.load(sizes + source, begun_before, 0.0)
+                    tl.store(totals + target, total, inside)
+                    tl.store(raised + target, more, inside)
+                    tl.store(sizes + target, size, inside)
+                else:
+                    gain, _total, _more, _size = sums_of(p, x, False, 1)
+                gain = tl.sum(gain, 1) + tl.load(gains + source, begun_before, 0.0)
+                tl.store(gains + target, gain, inside)
+                if means is not None:
+                    mean = tl.sum(p * x, 1) + tl.load(means + source, begun_before, 0.0)
+                    tl.store(means + target, mean, inside)
         tl.debug_barrier()
 
 
@@ -121,11 +126,12 @@ def joint_nll_triton(
     tokens: Tensor,  # [T, K]
     group: Tensor,  # [S]
     pairs: Tensor,  # [P, 2]
-    clean_lse: Tensor | None,  # [T]
+    clean_lse: Tensor,  # [T]
+    mean: bool,
     precision: str,
     cap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.ops.pyfastcircuits.joint_nll by Triton: the same arguments and results, and precision "tf32" as well.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """torch.ops.pyfastcircuits.joint_nll by Triton: the same arguments and results, and all precisions.
 
     A pair of an ablation outside [0, S), or with a group outside [0, G), gives NaN: CUDA tensors are not read to check
     this.
@@ -145,57 +151,41 @@ def joint_nll_triton(
     if len(pairs) > 0 and 0 in (sizes["S"], sizes["G"]):
         shapes = f"delta {list(delta.shape)} holds no ablation or basis {list(basis.shape)} no group"
         raise ValueError(f"pairs has shape {list(pairs.shape)}, but {shapes}")
-    lse, picked, change = joint_nll_outputs(base, delta, basis, tokens, group, pairs, clean_lse)
-    if lse.numel() == 0:
-        return lse, picked, change
+    if 0 in (sizes["P"], *base.shape):
+        return nothing(joint_nll_outputs(base, delta, basis, tokens, group, pairs, clean_lse, mean))
     config, kind = configure("joint_nll", sizes, base, precision)
     work, singles, positions = work_dtype(base), len(delta), len(base)
     chosen = pairs.clamp(0, singles - 1)
     order = chosen[:, 0].argsort(stable=True)
     first, second = chosen[order].T.contiguous()
     starts = torch.searchsorted(first, torch.arange(singles + 1, device=base.device))
+    base, group, clean_lse = base.contiguous(), group.contiguous(), clean_lse.double().contiguous()
     delta, basis = rounded(delta, kind), laid_out(basis, kind)
-    shape = (2, config.splits, len(pairs), positions)
-    highest, totals = base.new_full(shape, -torch.inf, dtype=work), base.new_zeros(shape, dtype=work)
-    changes, moved = None, None
-    if clean_lse is not None and cap:
-        clean_lse, changes = clean_lse.contiguous(), torch.zeros_like(totals)
-    elif clean_lse is not None:
-        moved, clean_lse = _singles_change(base, delta, basis, group, clean_lse, work), None
+    of_singles = bounds_of(delta, basis, group, work)
+    bounds = of_singles[first] + of_singles[second]
     programs = config.count(positions, "BLOCK_T") * config.splits
-    products = base.new_empty(programs, singles, config.blocks["BLOCK_T"] * config.blocks["BLOCK_V"], dtype=work)
-    sorted_picked = torch.zeros_like(picked)
-    tensors = base.contiguous(), delta, basis, tokens.contiguous(), group.contiguous(), starts, first, second
-    results = clean_lse, products, highest, totals, changes, sorted_picked
-    counts = singles, len(pairs), *base.shape, len(basis), tokens.shape[1], basis.shape[2], config.splits
-    options = config.options | {"num_warps": config.num_warps * (1 if changes is None else CHANGES_WARPS)}
-    constants = {"RANK": sizes["r"], "PRECISION": precision, "CAP": cap}
+    tile = config.blocks["BLOCK_T"] * config.blocks["BLOCK_V"]
+    counts = singles, len(pairs), *base.shape, len(basis), basis.shape[2], config.splits
+    constants = {"RANK": sizes["r"], "PRECISION": kind, "CAP": cap}
+    options = config.options | {"num_warps": CAPPED_WARPS if cap else config.num_warps}
+
+    def summed(bar: Tensor) -> tuple[Tensor, ...]:
+        products = base.new_empty(programs, singles, tile, dtype=work)
+        sums = base.new_zeros(5 if mean and cap else 4, 2, config.splits, *bounds.shape, dtype=work).unbind()
+        joint_nll_kernel[(programs,)](
+            base, delta, basis, group, starts, second, clean_lse, bar, bounds, products, *sums,
+            *[None] * (5 - len(sums)), *counts, config.tiles(base.shape[1], "BLOCK_V"), **constants, **options,
+        )  # fmt: skip
+        return tuple(each[0] for each in sums)
+
     with torch.cuda.device_of(base):
-        tiles = config.tiles(base.shape[1], "BLOCK_V")
-        joint_nll_kernel[(programs,)](*tensors, *results, *counts, tiles, **constants, **options)
-        tallest = highest[0]
-        references = torch.where(tallest.isfinite(), tallest * LOG2E.value, 0.0)
-        poison = torch.where((pairs == chosen).all(-1), 0.0, torch.nan).double()[:, None]
-        lse[order] = logsumexp(references, totals[0])
-        picked[order] = sorted_picked
-        if moved is not None:
-            change = moved[chosen].sum(1) + poison
-        elif changes is not None:
-            change[order] = changes[0].sum(0, dtype=torch.float64)
-            change += poison
-        lse += poison
-        picked += poison[..., None]
-    return lse, picked, change
-
-
-def _singles_change(
-    base: Tensor, delta: Tensor, basis: Tensor, group: Tensor, clean_lse: Tensor, work: torch.dtype
-) -> Tensor:
-    """Expected changes [S, T] of the single ablations under the clean run: without a cap a pair's is their sum."""
-    _, mean_basis = clean_means(base, basis, clean_lse, work)
-    home = group.clamp(0, len(basis) - 1)
-    moved = (delta.to(work) * mean_basis[home]).sum(-1, dtype=torch.float64)
-    return torch.where((group == home)[:, None], moved, torch.nan)
+        here = (group >= 0) & (group < len(basis))
+        there = (pairs[order] == chosen[order]).all(-1) & here[first] & here[second]
+        rows = Rows(base, delta, basis, group, first, second, None, clean_lse)
+        found = effects(rows, bounds, tokens, there, mean, cap, summed)
+        back = order.argsort()
+        gain, log_total, picked, means = (x[back] if len(x) else x for x in found)
+        return gain, log_total, picked, means
 
 
 register_outputs("joint_nll_triton", joint_nll_outputs)

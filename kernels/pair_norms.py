@@ -78,7 +78,7 @@ def pair_norms_triton(
     before: Tensor | None,  # [M]
     precision: str,
 ) -> Tensor:
-    """torch.ops.pyfastcircuits.pair_norms by Triton, multiplied out; precision "tf32" as well.
+    """torch.ops.pyfastcircuits.pair_norms by Triton, multiplied out, in all precisions.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, or a precision that the dtype does not have.
@@ -92,7 +92,7 @@ def pair_norms_triton(
     left, right = (laid_out(x, kind) for x in (left, right.mT))
     before = None if before is None else before.contiguous()
     grid = (config.count(len(left), "BLOCK_N") * config.count(len(right), "BLOCK_M"),)
-    constants = {"RANK": sizes["r"], "DEPTH": left.shape[2], "WIDTH": sizes["s"], "PRECISION": precision}
+    constants = {"RANK": sizes["r"], "DEPTH": left.shape[2], "WIDTH": sizes["s"], "PRECISION": kind}
     with torch.cuda.device_of(left):
         pair_norms_kernel[grid](left, right, before, squares, len(left), len(right), **constants, **config.options)
         return squares.sqrt_()

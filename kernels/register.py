@@ -6,10 +6,11 @@ from pyfastcircuits.kernels import (  # noqa: F401
     factored_topk,
     frozen_attention,
     joint_nll,
+    logits_lse,
     pair_norms,
     sweep_nll,
     target_ranks,
 )
 
-for op in ("sweep_nll", "joint_nll", "factored_topk"):
+for op in ("sweep_nll", "joint_nll", "logits_lse", "factored_topk"):
     register_no_gradient(f"pyfastcircuits::{op}_triton", op)

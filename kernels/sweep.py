@@ -1,4 +1,4 @@
-"""The ablated logits base[t] + delta[p, t] @ basis[group[p]], a tile at a time: what sweep_nll and target_ranks share.
+"""The ablated logits base[t] + delta[p, t] @ basis[group[p]], a tile at a time: what sweeps share.
 
 A block's rows are BLOCK_P ablations x BLOCK_T positions: ablations at the same position share a row of clean logits,
 those of one group a tile of the basis. Ablations are sorted by group, and a block walks over the vocabulary once for
@@ -17,7 +17,9 @@ from torch import Tensor
 from pyfastcircuits.kernels.common import configure, laid_out, rounded
 from pyfastcircuits.kernels.configs import Config
 from pyfastcircuits.kernels.exp_sums import capped
-from pyfastcircuits.kernels.tile import multiply
+from pyfastcircuits.kernels.tile import multiply, work_type
+
+OPTIONS = {"maxnreg": 255}  # left to itself, ptxas would rather spill than have few warps
 
 
 @triton.jit
@@ -69,9 +71,23 @@ def next_group(home, after, groups):
 
 
 @triton.jit
+def clean_tile(clean_rows, columns, end):
+    """Clean logits [BLOCK_T, N] in the type of sums, without the cap; -inf in columns from `end` on."""
+    clean = tl.load(clean_rows[:, None] + columns[None, :], (columns < end)[None, :], float("-inf"))
+    return clean.to(work_type(clean.dtype))
+
+
+@triton.jit
+def spread(x, P: tl.constexpr):
+    """What positions [BLOCK_T, N] share, for all ablations of the block [P * BLOCK_T, N], by shared memory."""
+    T: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[None, :, :], (P, T, N)), (P * T, N))
+
+
+@triton.jit
 def logits_of(
     clean_rows,  # [BLOCK_T] pointers
-    scale,  # [M] or None
     left,
     rows,
     start,
@@ -82,28 +98,21 @@ def logits_of(
     PRECISION: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """The ablated logits [M, N] and the clean ones as they are given; -inf in columns from `end` on."""
+    """The ablated logits [M, N]; -inf in columns from `end` on."""
     # Loaded before the product, while which it comes, and added after: a sum that starts from a large logit would round
-    # at every step. Each position is loaded once, and goes to all ablations of the block by shared memory.
-    clean = tl.load(clean_rows[:, None] + columns[None, :], (columns < end)[None, :], float("-inf"))
-    T: tl.constexpr = clean_rows.shape[0]
-    P: tl.constexpr = rows.shape[0] // T
-    N: tl.constexpr = columns.shape[0]
-    clean = tl.reshape(tl.broadcast_to(clean[None, :, :], (P, T, N)), (P * T, N))
-    product = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
-    logits = product + clean
-    if scale is not None:
-        logits = tl.where((columns < end)[None, :], logits * scale[:, None], float("-inf"))
+    # at every step.
+    clean = spread(clean_tile(clean_rows, columns, end), rows.shape[0] // clean_rows.shape[0])
+    logits = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION) + clean
     if CAP is not None:
         logits = tl.where((columns < end)[None, :], capped(logits, CAP), float("-inf"))
-    return logits, clean
+    return logits
 
 
 def prepared(
     op: str, sizes: dict[str, int], base: Tensor, delta: Tensor, basis: Tensor, group: Tensor, precision: str
-) -> tuple[Config, tuple[Tensor, ...], tuple[int, ...], int]:
-    """How `op` is launched; base, delta, basis, the order of ablations by group, and group, as kernels read them; the
-    sizes P, T, V, G and the basis' row stride; and the number of blocks of rows.
+) -> tuple[Config, str, tuple[Tensor, ...], tuple[int, ...], int]:
+    """How `op` is launched; what multiplies; base, delta, basis, the order of ablations by group, and group, as kernels
+    read them; the sizes P, T, V, G and the basis' row stride; and the number of blocks of rows.
 
     Raises:
         ValueError: no group at all, or a precision that float64 does not have.
@@ -114,4 +123,4 @@ def prepared(
     basis = laid_out(basis, kind)
     tensors = base.contiguous(), rounded(delta, kind), basis, group.argsort(stable=True), group.contiguous()
     row_blocks = config.count(len(delta), "BLOCK_P") * config.count(len(base), "BLOCK_T")
-    return config, tensors, (len(delta), *base.shape, len(basis), basis.shape[2]), row_blocks
+    return config, kind, tensors, (len(delta), *base.shape, len(basis), basis.shape[2]), row_blocks

@@ -1,8 +1,8 @@
-"""sweep_nll on the tile core: the epilogue keeps the running maximum and sum of an online softmax for every row.
+"""sweep_nll on the tile core: the epilogue sums what each ablation changes of the clean run's probabilities.
 
-Each split of the vocabulary leaves partial sums, which are joined in order. The expected change of the logits needs no
-pass over them: it is linear in the basis, whose mean under the clean run's probabilities serves all of a group. Under a
-soft cap it is not, and the epilogue sums it too.
+Each split of the vocabulary leaves partial sums, which are joined in order. The clean probabilities are made once for
+all ablations of a block: an exponential for each position and token, of which a block has BLOCK_P times fewer than
+products. `effects` has the forms, and `exact` what is left to fp64.
 """
 
 import torch
@@ -10,14 +10,86 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.exp_sums import clean_means, expected, logsumexp, online_sum, reference
-from pyfastcircuits.kernels.sweep import block_and_split, clean_rows, logits_of, next_group, prepared, rows_of
-from pyfastcircuits.kernels.tile import load_left, tiles_of, work_type
+from pyfastcircuits.kernels.effects import (
+    SMALL,
+    bounds_of,
+    lanes,
+    log_probability,
+    probability,
+    saturation,
+    stretchable,
+    stretched,
+    sums_of,
+    under_cap,
+)
+from pyfastcircuits.kernels.exact import Rows, effects, nothing
+from pyfastcircuits.kernels.sweep import (
+    OPTIONS,
+    block_and_split,
+    clean_rows,
+    clean_tile,
+    next_group,
+    prepared,
+    rows_of,
+    spread,
+)
+from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of, work_type
 from pyfastcircuits.shapes import check_sweep, register_outputs, sweep_nll_outputs, work_dtype
 
-# Left to itself, ptxas would rather spill than have few warps.
-TOKENS_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
-WIDE_OPTIONS = {"num_warps": 8, "maxnreg": 255}  # with scales or changes
+LANES = tl.constexpr(8)  # partial sums of a row: a thread shares none of them while it walks over tiles
+WIDE_OPTIONS = OPTIONS | {"num_warps": 8}  # with scales or a cap
+
+
+@triton.jit
+def _walk(
+    base,  # [BLOCK_T] pointers
+    scale,  # [M] or None
+    less_1,  # [M]: the scale less 1
+    lse,  # [BLOCK_T]
+    bar,  # [BLOCK_T]
+    left,
+    rows,
+    start,
+    stride,
+    vocabulary,
+    first,
+    end,
+    RANK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
+    FAR: tl.constexpr,
+    MEANS: tl.constexpr,
+):
+    """What `sums_of` gives and, with MEANS, p * change, summed over tiles of the vocabulary; [M] each."""
+    T: tl.constexpr = work_type(left.dtype)
+    M: tl.constexpr = rows.shape[0]
+    P: tl.constexpr = M // base.shape[0]
+    gain = tl.zeros([M, LANES], T)
+    total = tl.zeros([M, LANES], T)
+    raised = tl.zeros([M, LANES], T)
+    size = tl.zeros([M, LANES], T)
+    mean = tl.zeros([M, LANES], T)
+    for tile in range(first, end):
+        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        clean = clean_tile(base, columns, vocabulary)
+        log_p = log_probability(clean, lse, CAP)
+        p = spread(probability(log_p, clean, bar), P)
+        x = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
+        if scale is not None:
+            x = x * scale[:, None] + spread(stretchable(log_p, clean, CAP), P) * less_1[:, None]
+        if CAP is not None:
+            bent, slope = saturation(clean, CAP)
+            x = under_cap(x, spread(bent, P), spread(slope, P), CAP)
+        sums = sums_of(p, x, FAR, LANES)
+        gain += sums[0]
+        if FAR:
+            total += sums[1]
+            raised += sums[2]
+            size += sums[3]
+        if MEANS:
+            mean += lanes(p * x, LANES)
+    return tl.sum(gain, 1), tl.sum(total, 1), tl.sum(raised, 1), tl.sum(size, 1), tl.sum(mean, 1)
 
 
 @triton.jit
@@ -28,10 +100,14 @@ def sweep_nll_kernel(
     order,  # [P] ablations sorted by group
     group,  # [P]
     scale,  # [P, T] or None
-    clean_lse,  # [T], or None for no changes
-    references,  # [S, P, T] partial
+    clean_lse,  # [T]
+    bar,  # [T]: the least of the clean logits that are summed in fp64
+    bounds,  # [P, T]
+    gains,  # [S, P, T] partial
     totals,  # [S, P, T] partial
-    changes,  # [S, P, T] partial
+    raised,  # [S, P, T] partial
+    sizes,  # [S, P, T] partial
+    means,  # [S, P, T] partial, or None
     pairs,
     positions,
     vocabulary,
@@ -47,104 +123,46 @@ def sweep_nll_kernel(
     PRECISION: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Sums of exponentials of one block of rows over one split of the vocabulary."""
+    """The sums of one block of rows over one split of the vocabulary."""
     T: tl.constexpr = work_type(base.dtype.element_ty)
     block, split = block_and_split(pairs, splits, BLOCK_P)
-    out, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
+    out, _t, home, _poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
+    place = tl.minimum(block // tl.cdiv(pairs, BLOCK_P) * BLOCK_T + tl.arange(0, BLOCK_T), positions - 1)
+    lse = tl.load(clean_lse + place)
+    bar = tl.load(bar + place)
     rows = delta + out * RANK
     left = load_left(rows, 0, RANK, BLOCK_K)
+    less_1 = None
     if scale is not None:
-        scale = tl.load(scale + out).to(T)
-    if clean_lse is not None:
-        clean_lse = tl.load(clean_lse + t).to(T)
+        stretch = tl.load(scale + out).to(tl.float64)
+        less_1 = (stretch - 1).to(T)
+        scale = stretch.to(T)
+    far = tl.max(tl.load(bounds + out)) > SMALL
     first, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
+    MEANS: tl.constexpr = means is not None
     g = next_group(home, -1, groups)
     while g < groups:
         start = basis + g * RANK * stride
-        highest = tl.full([BLOCK_P * BLOCK_T], float("-inf"), T)
-        total = tl.zeros([BLOCK_P * BLOCK_T], T)
-        change = tl.zeros([BLOCK_P * BLOCK_T], T)
-        for tile in range(first, end):
-            columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            logits, clean = logits_of(base, scale, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, CAP)
-            if clean_lse is not None:
-                change += expected(logits, clean, clean_lse, (columns < vocabulary)[None, :], CAP)
-            highest, total = online_sum(highest, total, logits)
         here = inside & (home == g)
-        place = split.to(tl.int64) * pairs * positions + out
-        tl.store(references + place, reference(highest) + poison.to(T), here)
-        tl.store(totals + place, total, here)
-        if clean_lse is not None:
-            tl.store(changes + place, change + poison.to(T), here)
+        where = split.to(tl.int64) * pairs * positions + out
+        if far:
+            gain, total, more, size, mean = _walk(
+                base, scale, less_1, lse, bar, left, rows, start, stride, vocabulary, first, end,
+                RANK, BLOCK_V, PRECISION, CAP, True, MEANS,
+            )  # fmt: skip
+        else:
+            gain, total, more, size, mean = _walk(
+                base, scale, less_1, lse, bar, left, rows, start, stride, vocabulary, first, end,
+                RANK, BLOCK_V, PRECISION, CAP, False, MEANS,
+            )  # fmt: skip
+        tl.store(gains + where, gain, here)
+        tl.store(totals + where, total, here)
+        tl.store(raised + where, more, here)
+        tl.store(sizes + where, size, here)
+        if MEANS:
+            tl.store(means + where, mean, here)
         g = next_group(home, g, groups)
-
-
-@triton.jit
-def sweep_nll_tokens_kernel(
-    base,  # [T, V]
-    delta,  # [P, T, r]
-    basis,  # [G, r, stride]
-    order,  # [P] ablations sorted by group
-    group,  # [P]
-    scale,  # [P, T] or None
-    tokens,  # [T, K]
-    mean_base,  # [T] or None
-    mean_basis,  # [G, T, r] or None
-    picked,  # [P, T, K]
-    change,  # [P, T] or empty
-    pairs,
-    positions,
-    vocabulary,
-    groups,
-    stride,
-    choices,
-    RANK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CAP: tl.constexpr,
-):
-    """Logits of the tokens, and the expected change, of one block of rows.
-
-    The tokens of the block's positions are a tile like those of the sweep, multiplied in the same order: equal logits
-    stay equal. The sweep does not do this itself, for its registers are full.
-    """
-    T: tl.constexpr = work_type(base.dtype.element_ty)
-    block = tl.program_id(0)
-    out, t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
-    base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
-    rows = delta + out * RANK
-    left = load_left(rows, 0, RANK, BLOCK_K)
-    if scale is not None:
-        scale = tl.load(scale + out).to(T)
-
-    lane = tl.arange(0, BLOCK_T)
-    own = lane[None, :] == (tl.arange(0, BLOCK_P * BLOCK_T) % BLOCK_T)[:, None]
-    place = tl.minimum(block // tl.cdiv(pairs, BLOCK_P) * BLOCK_T + lane, positions - 1).to(tl.int64)
-    g = next_group(home, -1, groups)
-    while g < groups:
-        here = inside & (home == g)
-        start = basis + g * RANK * stride
-        for k in range(choices):
-            token = tl.load(tokens + place * choices + k)
-            there = (token >= 0) & (token < vocabulary)
-            columns = tl.where(there, token, vocabulary)
-            logits, _ = logits_of(base, scale, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, CAP)
-            value = tl.sum(tl.where(own & there[None, :], logits, 0.0), 1)
-            tl.store(picked + out * choices + k, value.to(tl.float64) + poison, here)
-        g = next_group(home, g, groups)
-
-    if mean_basis is not None:
-        means = mean_basis + (home.to(tl.int64) * positions + t) * RANK
-        moved = tl.zeros([BLOCK_P * BLOCK_T], T)
-        for first in range(0, RANK, 16):
-            step = load_left(rows, first, RANK, 16).to(T)
-            moved += tl.sum(step * load_left(means, first, RANK, 16), 1)
-        if scale is not None:
-            moved = scale * moved + (scale - 1) * tl.load(mean_base + t)
-        tl.store(change + out, moved.to(tl.float64) + poison, inside)
 
 
 @torch.library.custom_op("pyfastcircuits::sweep_nll_triton", mutates_args=())
@@ -155,11 +173,12 @@ def sweep_nll_triton(
     tokens: Tensor,  # [T, K]
     group: Tensor,  # [P]
     scale: Tensor | None,  # [P, T]
-    clean_lse: Tensor | None,  # [T]
+    clean_lse: Tensor,  # [T]
+    mean: bool,
     precision: str,
     cap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.ops.pyfastcircuits.sweep_nll by Triton: the same arguments and results, and precision "tf32" as well.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """torch.ops.pyfastcircuits.sweep_nll by Triton: the same arguments and results, and all precisions.
 
     A group outside [0, G) gives NaN: CUDA tensors are not read to check this.
 
@@ -168,33 +187,31 @@ def sweep_nll_triton(
     """
     others = {"tokens": (tokens, "T K", int), "scale": (scale, "P T", float), "clean_lse": (clean_lse, "T", float)}
     sizes = check_sweep(base, delta, basis, group, **others)
-    lse, picked, change = sweep_nll_outputs(base, delta, basis, tokens, group, scale, clean_lse)
-    if lse.numel() == 0:
-        return lse, picked, change
-    config, tensors, counts, row_blocks = prepared("sweep_nll", sizes, base, delta, basis, group, precision)
-    references, totals = base.new_empty(2, config.splits, *lse.shape, dtype=work_dtype(base))
-    summed, means = None, (None, None)
-    if clean_lse is not None and cap:
-        clean_lse, summed = clean_lse.contiguous(), torch.empty_like(totals)
-    elif clean_lse is not None:
-        means, clean_lse = clean_means(base, tensors[2], clean_lse, totals.dtype), None
-    tensors = *tensors, None if scale is None else scale.contiguous()
+    if 0 in (sizes["P"], *base.shape):
+        return nothing(sweep_nll_outputs(base, delta, basis, tokens, group, scale, clean_lse, mean))
+    config, kind, tensors, counts, row_blocks = prepared("sweep_nll", sizes, base, delta, basis, group, precision)
+    base, delta, basis, order, group = tensors
+    work, clean_lse = work_dtype(base), clean_lse.double().contiguous()
+    bounds = bounds_of(delta, basis, group, work)
+    if scale is not None:
+        scale = scale.contiguous()
+        bounds = stretched(bounds, scale, base, clean_lse, cap).to(work)
+    constants = {"RANK": sizes["r"], "PRECISION": kind, "CAP": cap}
     tiles = config.tiles(base.shape[1], "BLOCK_V")
-    constants = {"RANK": sizes["r"], "PRECISION": precision, "CAP": cap}
-    options = config.options | (WIDE_OPTIONS if scale is not None or summed is not None else {})
-    with torch.cuda.device_of(base):
+    options = config.options | (OPTIONS if scale is None and cap is None else WIDE_OPTIONS)
+
+    def summed(bar: Tensor) -> tuple[Tensor, ...]:
+        sums = base.new_empty(5 if mean and cap else 4, config.splits, *bounds.shape, dtype=work).unbind()
         sweep_nll_kernel[(row_blocks * config.splits,)](
-            *tensors, clean_lse, references, totals, summed, *counts, config.splits, tiles, **constants, **options
-        )
-        options = config.options | TOKENS_OPTIONS
-        del options["BLOCK_V"]
-        sweep_nll_tokens_kernel[(row_blocks,)](
-            *tensors, tokens.contiguous(), *means, picked, change, *counts, tokens.shape[1], **constants, **options
-        )
-        lse = logsumexp(references, totals)
-        if summed is not None:
-            change = summed.sum(0, dtype=torch.float64)
-    return lse, picked, change
+            base, delta, basis, order, group, scale, clean_lse, bar, bounds, *sums, *[None] * (5 - len(sums)),
+            *counts, config.splits, tiles, **constants, **options,
+        )  # fmt: skip
+        return sums
+
+    with torch.cuda.device_of(base):
+        rows = Rows(base, delta, basis, group, None, None, scale, clean_lse)
+        there = (group >= 0) & (group < len(basis))
+        return effects(rows, bounds, tokens, there, mean, cap, summed)
 
 
 register_outputs("sweep_nll_triton", sweep_nll_outputs)

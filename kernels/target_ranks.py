@@ -49,9 +49,7 @@ def target_ranks_kernel(
         count = tl.zeros([BLOCK_P * BLOCK_T], tl.int32)
         for tile in range(first, end):
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            logits, _clean = logits_of(
-                base, None, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, None
-            )
+            logits = logits_of(base, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, None)
             others = (columns < vocabulary)[None, :] & (columns[None, :] != token[:, None])
             count += tl.sum(((logits > bar[:, None]) & others).to(tl.int32), 1)
         # Integers add up to the same in any order.
@@ -69,7 +67,7 @@ def target_ranks_triton(
     thresholds: Tensor,  # [P, T]
     precision: str,
 ) -> Tensor:
-    """torch.ops.pyfastcircuits.target_ranks by Triton: the same arguments and result, and precision "tf32" as well.
+    """torch.ops.pyfastcircuits.target_ranks by Triton: the same arguments and result, and all precisions.
 
     A group outside [0, G) gives -1: CUDA tensors are not read to check this.
 
@@ -81,7 +79,7 @@ def target_ranks_triton(
     ranks = target_ranks_outputs(base, delta).zero_()
     if ranks.numel() == 0:
         return ranks
-    config, tensors, counts, row_blocks = prepared("target_ranks", sizes, base, delta, basis, group, precision)
+    config, kind, tensors, counts, row_blocks = prepared("target_ranks", sizes, base, delta, basis, group, precision)
     # The largest number not above each threshold: a logit exceeds the one just where it exceeds the other.
     bars = thresholds.to(work_dtype(base))
     bars = torch.where(bars.double() > thresholds, bars.nextafter(torch.full_like(bars, -torch.inf)), bars)
@@ -89,7 +87,7 @@ def target_ranks_triton(
     tiles = config.tiles(base.shape[1], "BLOCK_V")
     with torch.cuda.device_of(base):
         target_ranks_kernel[(row_blocks * config.splits,)](
-            *tensors, *counts, config.splits, tiles, RANK=sizes["r"], PRECISION=precision, **config.options
+            *tensors, *counts, config.splits, tiles, RANK=sizes["r"], PRECISION=kind, **config.options
         )
         return torch.where(((group < 0) | (group >= len(basis)))[:, None], -1, ranks)
 

@@ -20,6 +20,12 @@ def work_type(element):
     return tl.float64 if element == tl.float64 else tl.float32
 
 
+@triton.constexpr_function
+def input_precision(kind):
+    """How tl.dot multiplies fp32 operands, by the name that `configs.arithmetic` has for it; others it does not ask."""
+    return kind if kind in ("tf32", "tf32x3") else "ieee"
+
+
 @triton.jit
 def tiles_of(split, tiles_a_split, columns, BLOCK: tl.constexpr):
     """The first tile of columns of a split, and the end of its tiles."""
@@ -80,15 +86,14 @@ def dot(
     total,  # [M, N]
     PRECISION: tl.constexpr,
 ):
-    """total + left @ right: "ieee" in the operands' own arithmetic, "tf32", or "bf16" (operands rounded to it)."""
+    """total + left @ right, by the arithmetic that configs.arithmetic names."""
     if PRECISION == "bf16":
         left = left.to(tl.bfloat16)
         right = right.to(tl.bfloat16)
     if INTERPRETED and left.dtype == tl.bfloat16:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    kind: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
-    return tl.dot(left, right, total, input_precision=kind, out_dtype=total.dtype)
+    return tl.dot(left, right, total, input_precision=input_precision(PRECISION), out_dtype=total.dtype)
 
 
 @triton.jit

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from support.sweep_cases import make, partial
 from support.topk_cases import whole_numbers
 
 import pyfastcircuits
+from pyfastcircuits import ops
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 from support.gpu_resources import (
     ARCHITECTURES,
     CUDA_LIBRARY,
+    EXACT,
+    PRODUCTS,
     AttentionVariant,
     PairVariant,
     ProductVariant,
@@ -79,6 +81,7 @@ def test_triton_products(variant: ProductVariant) -> None:
     ("compiled", "variant"),
     [
         *((compile_sweep, v) for v in variants() if v.arch == MAIN and v.precision == "tf32"),
+        *((compile_sweep, v) for v in variants() if v.arch == MAIN and v.kernel in EXACT and v.dtype == "float32"),
         *((compile_pairs, v) for v in pair_variants() if v.arch == MAIN and v.precision == "tf32"),
         *((compile_product, v) for v in product_variants() if v.arch == MAIN and v.dtype == "float32"),
         *((compile_attention, v) for v in attention_variants() if v.arch == MAIN and v.precision == "tf32"),
@@ -102,8 +105,10 @@ def check(variant: Any, cubin: bytes, shared: int) -> None:
     assert used.stack == used.local == 0, f"{variant} spills: {used}"
     instructions = opcodes(cubin)
     tensor_cores = instructions.keys() & TENSOR_CORES.values()
-    exact = variant.precision == "ieee" and variant.dtype != "bfloat16"
-    assert tensor_cores == (set() if exact else {TENSOR_CORES[variant.arch]})
+    kernel = getattr(variant, "kernel", "pair_norms")
+    fp32 = kernel in PRODUCTS and variant.precision == "ieee" and variant.dtype == "float32"
+    cores_of_cuda = fp32 or kernel in EXACT or variant.dtype == "float64"
+    assert tensor_cores == (set() if cores_of_cuda else {TENSOR_CORES[variant.arch]})
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +134,9 @@ def test_cuda_library_holds_every_architecture() -> None:
 @pytest.mark.usefixtures("cuda_library")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device() -> None:
-    sweep = make(P=2, T=3, V=20, r=4)
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(RuntimeError, match="no CUDA device"):
-        torch.ops.pyfastcircuits.sweep_nll.default.redispatch(key, *sweep, "ieee")
-    with pytest.raises(RuntimeError, match="backend='cuda' needs a CUDA device"):
-        partial(sweep, backend="cuda")
     A, B, shift = whole_numbers(4, 6, 3)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         torch.ops.pyfastcircuits.factored_topk.default.redispatch(key, A, B, 2, True, False, shift, "auto")
-    with pytest.raises(RuntimeError, match="no CUDA device"):
-        torch.ops.pyfastcircuits.diagonal_ranks.default.redispatch(key, A, B, torch.arange(4))
+    with pytest.raises(RuntimeError, match="backend='cuda' needs a CUDA device"):
+        ops.factored_topk(A, B, 2, backend="cuda")

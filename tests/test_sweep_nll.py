@@ -335,7 +335,11 @@ BAD = {
     "dtype": (lambda a: a | {"delta": a["delta"].double()}, TypeError, "delta has dtype torch.float64, but base has"),
     "half": (lambda a: a | {"base": a["base"].half()}, TypeError, "base has dtype torch.float16, expected one of"),
     "backend": (lambda a: a | {"backend": "tpu"}, ValueError, "backend is 'tpu', expected one of auto"),
-    "cuda": (lambda a: a | {"backend": "cuda"}, RuntimeError, "backend='cuda' needs a CUDA device"),
+    "cuda": (
+        lambda a: a | {"backend": "cuda"},
+        RuntimeError,
+        r"there is no CUDA C\+\+ kernel of sweep_nll; take backend",
+    ),
     "triton": (lambda a: a | {"backend": "triton"}, RuntimeError, "backend='triton' needs"),
     "precision": (lambda a: a | {"precision": "fp8"}, ValueError, "precision is 'fp8', expected one of ieee"),
     "tf32 on the CPU": (lambda a: a | {"precision": "tf32"}, RuntimeError, "precision is 'tf32', expected 'ieee' or"),

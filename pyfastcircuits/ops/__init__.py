@@ -16,8 +16,10 @@
 vocabulary and give what the slices' results are merged from. `factored_pair_norms` takes factors that are products.
 
 `backend` is "auto" (the CPU kernels for CPU tensors, Triton for CUDA tensors), "cpu", "triton", "cuda" or "reference".
-A backend that is not there raises; nothing falls back. `precision` is "ieee" (the inputs' own arithmetic; bfloat16
-inputs accumulate in fp32), "tf32" (Triton) or "bf16" (factors rounded to bfloat16, fp32 accumulation).
+A backend that is not there raises; nothing falls back. `precision` is "ieee" (as right as the inputs' own arithmetic;
+bfloat16 inputs accumulate in fp32), "tf32x3" (fp32 as three products of its TF32 parts, on tensor cores: what Triton
+makes of "ieee" too, in all ops but `factored_topk` and `diagonal_ranks`), "tf32" (Triton) or "bf16" (factors rounded to
+bfloat16, fp32 accumulation).
 """
 
 from pyfastcircuits.ops.backend import Backend, Precision, Screen, resolve_backend

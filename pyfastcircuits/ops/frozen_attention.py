@@ -49,7 +49,8 @@ def frozen_attention(
         softcap: scores become softcap * tanh(scores / softcap).
         mask: [B, T], True for positions that may be a source. A destination that sees no source gets zeros; what
             values, pre and k hold where it is False does not matter.
-        precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds q, k, values and patterns to 2^-8 relative.
+        precision: "ieee", "tf32x3", "tf32" or "bf16"; see the module. "bf16" rounds q, k, values and patterns to
+            2^-8 relative.
         backend: see the module.
 
     Returns:

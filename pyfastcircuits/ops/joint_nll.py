@@ -106,7 +106,7 @@ def joint_nll(
         cap: logits x become cap * tanh(x / cap) (a soft cap); `base` is given without it.
         kl: also return KL(clean || ablated) [P, T] in nats.
         effect: return the rise of the loss over the clean run's, instead of the loss, which rounds it away.
-        precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds each product's factors to 2^-8 relative.
+        precision: "ieee", "tf32x3", "tf32" or "bf16", which rounds products' factors to 2^-8 relative; see the module.
         backend: see the module; no "cuda".
 
     Returns:
@@ -126,6 +126,7 @@ def joint_nll(
     shapes.check_shapes(base=(base, "T V"), pairs=(pairs, "P 2", int))
     if base.device.type == "cpu":
         pairs = shapes.in_range("pairs", pairs, len(delta))
+    resolve_backend(backend, base.device, "joint_nll")  # an error names this op, not the one that it calls first
     clean_lse = clean_logsumexp(base, cap=cap, backend=backend)
     sums = joint_partial(
         base, delta, centered(basis, cap), tokens, pairs.long(), clean_lse,

@@ -32,8 +32,8 @@ def logits_lse(
         basis: [G, r, V].
         group: [P] integers below G.
         cap: logits x become cap * tanh(x / cap) (a soft cap).
-        precision: "ieee", "tf32" or "bf16"; see the module.
-        backend: see the module.
+        precision: "ieee", "tf32x3", "tf32" or "bf16"; see the module.
+        backend: see the module; no "cuda".
 
     Returns:
         [P, T] in nats, fp64, whose error is that of a few roundings of the largest logit. Slices of the vocabulary

@@ -41,8 +41,8 @@ def pair_norms(
         left: [N, r, d]; float32, float64 or bfloat16, as is right.
         right: [M, d, s].
         before: [M] integers: only pairs with i < before[j] are computed, the others are 0. None computes all.
-        precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds the factors to 2^-8 relative, which leaves
-            norms of generic products right to about 1e-3 relative.
+        precision: "ieee", "tf32x3", "tf32" or "bf16"; see the module. "bf16" rounds factors to 2^-8 relative, which
+            leaves norms of generic products right to about 1e-3 relative.
         route: "products" multiplies the factors out; "gram" takes the inner product of left[i].T @ left[i] with
             right[j] @ right[j].T, less work where d + 1 < 2 r s and there are many pairs ("ieee" and the CPU kernels
             only). "auto" takes the cheaper one. Norms that are so much smaller than the factors allow that the Gram

@@ -175,8 +175,8 @@ def sweep_nll(
         logit_difference: two [T] tensors of tokens; also return logit(first) - logit(second) [P, T].
         effect: return what the ablations change, the rise of the loss and of the logit difference over the clean
             run's, instead of the losses and differences themselves, which round it away.
-        precision: "ieee", "tf32" or "bf16"; see the module. "bf16" rounds each product's factors to 2^-8 relative.
-        backend: see the module.
+        precision: "ieee", "tf32x3", "tf32" or "bf16", which rounds products' factors to 2^-8 relative; see the module.
+        backend: see the module; no "cuda".
 
     Returns:
         nll [P, T] in nats, in base's dtype (fp32 for bfloat16); with `kl` or `logit_difference`, a tuple of nll and
@@ -191,7 +191,7 @@ def sweep_nll(
     Source: the loss of "term importance" ablations in "A Mathematical Framework for Transformer Circuits"
     (Elhage et al. 2021), section "Two-Layer Attention-Only Transformers", computed from the path's rank-r term.
     """
-    resolve_backend(backend, base.device)
+    resolve_backend(backend, base.device)  # an error names this op, not the one that it calls first
     chosen = {"targets": targets}
     chosen |= {f"logit_difference[{i}]": tokens for i, tokens in enumerate(logit_difference or ())}
     group, tokens = checked_sweep(base, delta, basis, group, chosen, scale)

@@ -66,7 +66,7 @@ def target_ranks(
         basis: [G, r, V].
         targets: [T] integer tokens.
         group: [P] integers below G, which basis each ablation writes through; None where G is 1.
-        precision: "ieee", "tf32" or "bf16"; see the module. With "bf16" the target's factors are rounded too.
+        precision: "ieee", "tf32x3", "tf32" or "bf16"; see the module. With "bf16" the target's factors are rounded too.
         backend: see the module; no "cuda".
 
     Returns:

@@ -30,7 +30,11 @@ WITH_METHODS = (
     fc.SkipTrigrams, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1, fc.LayerMarginals,
 )  # fmt: skip
 TYPES = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str, "List[Tensor]": list}
-STRINGS = {"precision": ("ieee", "bf16", "tf32"), "screen": ("auto", "none", "bf16"), "kind": ("fma", "bf16", "exp")}
+STRINGS = {
+    "precision": ("ieee", "bf16", "tf32", "tf32x3"),
+    "screen": ("auto", "none", "bf16"),
+    "kind": ("fma", "bf16", "exp"),
+}
 OPTION_NAMES = {*inspect.signature(fc.CircuitWeights).parameters, *inspect.signature(fc.trace).parameters}
 
 

@@ -20,6 +20,7 @@ import pyfastcircuits
 from pyfastcircuits.kernels.common import ALIGNMENT
 from pyfastcircuits.kernels.configs import arithmetic, choose
 from pyfastcircuits.kernels.diagonal_ranks import diagonal_ranks_kernel
+from pyfastcircuits.kernels.exact import FULL_OPTIONS, TOKENS_OPTIONS, full_kernel, tokens_kernel
 from pyfastcircuits.kernels.factored_topk import (
     factored_topk_entries_kernel,
     factored_topk_screen_kernel,
@@ -27,9 +28,11 @@ from pyfastcircuits.kernels.factored_topk import (
 )
 from pyfastcircuits.kernels.frozen_attention import LSE_OPTIONS, attention_lse_kernel, frozen_attention_kernel
 from pyfastcircuits.kernels.frozen_attention import OPTIONS as ATTENTION_OPTIONS
-from pyfastcircuits.kernels.joint_nll import CHANGES_WARPS, joint_nll_kernel
+from pyfastcircuits.kernels.joint_nll import CAPPED_WARPS, joint_nll_kernel
+from pyfastcircuits.kernels.logits_lse import logits_lse_kernel
 from pyfastcircuits.kernels.pair_norms import pair_norms_kernel
-from pyfastcircuits.kernels.sweep_nll import TOKENS_OPTIONS, WIDE_OPTIONS, sweep_nll_kernel, sweep_nll_tokens_kernel
+from pyfastcircuits.kernels.sweep import OPTIONS as SWEEP_OPTIONS
+from pyfastcircuits.kernels.sweep_nll import WIDE_OPTIONS, sweep_nll_kernel
 from pyfastcircuits.kernels.target_ranks import target_ranks_kernel
 
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # shared memory a block may have
@@ -37,11 +40,16 @@ CUDA_LIBRARY = Path(pyfastcircuits.__file__).parent / "_cuda.so"
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16"}
 KERNELS = {
     "sweep_nll": sweep_nll_kernel,
-    "sweep_nll_tokens": sweep_nll_tokens_kernel,
     "sweep_nll_capped": sweep_nll_kernel,
     "joint_nll": joint_nll_kernel,
     "joint_nll_capped": joint_nll_kernel,
+    "logits_lse": logits_lse_kernel,
+    "logits_lse_capped": logits_lse_kernel,
     "target_ranks": target_ranks_kernel,
+    "tokens": tokens_kernel,
+    "tokens_of_pairs_capped": tokens_kernel,
+    "full": full_kernel,
+    "full_of_pairs_capped": full_kernel,
 }
 PRODUCTS = {
     "factored_topk_screen": factored_topk_screen_kernel,
@@ -54,17 +62,18 @@ ATTENTION_KERNELS = {
     "frozen_attention": frozen_attention_kernel,
     "frozen_attention_transposed": frozen_attention_kernel,
 }
+EXACT = ("tokens", "tokens_of_pairs_capped", "full", "full_of_pairs_capped")  # in fp64, whatever the precision
 OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "FFMA", "FFMA2", "LDGSTS")
 
 
 class Variant(NamedTuple):
-    """One specialisation of a kernel of sweep_nll, joint_nll or target_ranks."""
+    """One specialisation of a kernel of sweep_nll, joint_nll, logits_lse or target_ranks."""
 
     kernel: str
     dtype: str
     precision: str
     rank: int
-    whole: bool  # with scale and the clean means, where the kernel has them
+    whole: bool  # with a scale, where the kernel has one
     arch: int
 
 
@@ -114,25 +123,32 @@ class Resources(NamedTuple):
 def variants() -> Iterator[Variant]:
     """What is compiled ahead: each arithmetic on each architecture, and the ranks past one tile on one.
 
-    Of the later kernels, which share most of their text with the first two, less; of those with a soft cap what takes
-    the most registers.
+    Of the later kernels less; of those with a soft cap what takes the most registers, and of those in fp64 no
+    precision.
     """
     kinds = [("float32", precision) for precision in ("ieee", "tf32", "bf16")]
     every = [*kinds, ("float64", "ieee"), ("bfloat16", "ieee")]
-    for kernel in ("sweep_nll", "sweep_nll_tokens"):
-        for arch in ARCHITECTURES:
-            for dtype, precision in every:
-                yield Variant(kernel, dtype, precision, 64, True, arch)
-        for dtype, precision in kinds:
-            yield Variant(kernel, dtype, precision, 512, False, 90)
-    for kernel in ("joint_nll", "target_ranks"):
+    for arch in ARCHITECTURES:
+        for dtype, precision in every:
+            yield Variant("sweep_nll", dtype, precision, 64, False, arch)
+            yield Variant("sweep_nll", dtype, precision, 64, True, arch)
+    for dtype, precision in kinds:
+        yield Variant("sweep_nll", dtype, precision, 512, False, 90)
+    for kernel in ("joint_nll", "logits_lse", "target_ranks"):
         for dtype, precision in every:
             yield Variant(kernel, dtype, precision, 64, True, 90)
-        yield Variant(kernel, "float32", "ieee", 64, True, 100)
-        yield Variant(kernel, "float32", "tf32", 512, False, 90)
-    for kernel in ("sweep_nll_capped", "joint_nll_capped"):
+        for arch in (80, 100):
+            yield Variant(kernel, "float32", "ieee", 64, True, arch)
+        for dtype, precision in kinds[:2]:
+            yield Variant(kernel, dtype, precision, 512, False, 90)
+    for kernel in ("sweep_nll_capped", "joint_nll_capped", "logits_lse_capped"):
         for dtype, precision in (kinds[0], every[3]):
             yield Variant(kernel, dtype, precision, 64, True, 90)
+    for kernel in EXACT:
+        for dtype in POINTERS:
+            yield Variant(kernel, dtype, "ieee", 64, True, 90)
+        for arch in (80, 100):
+            yield Variant(kernel, "float32", "ieee", 64, True, arch)
 
 
 def pair_variants() -> Iterator[PairVariant]:
@@ -162,8 +178,8 @@ def product_variants() -> Iterator[ProductVariant]:
 def compile_product(variant: ProductVariant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small's vocabulary."""
     name, dtype, precision, rank, segment, whole, arch = variant
-    kind = arithmetic(dtype, precision)
     op = "diagonal_ranks" if name == "diagonal_ranks" else "factored_topk"
+    kind = arithmetic(op, dtype, precision)
     config = choose(op, {"N": 50257, "M": 50257, "r": rank}, kind, arch)
     factor, work = "*bf16" if kind == "bf16" else POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = {"A": factor, "B": factor, "slots": "*i32", "asked": "*i64", "ranks": "*i64"}
@@ -193,13 +209,13 @@ def attention_variants() -> Iterator[AttentionVariant]:
 def compile_attention(variant: AttentionVariant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for 12 heads and 7 streams."""
     name, dtype, precision, rank, whole, arch = variant
-    kind = arithmetic("float32" if dtype == "bfloat16" else dtype, precision)
+    kind = arithmetic("frozen_attention", "float32" if dtype == "bfloat16" else dtype, precision)
     config = choose("frozen_attention", {"r": rank, "C": 7 * rank}, kind, arch)
     factor, work = "*bf16" if kind == "bf16" else POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
     types = dict.fromkeys(("q", "k", "to", "sources", "values"), factor)
     types |= dict.fromkeys(("high", "low", "before", "after", "mask", "out", "highest", "totals"), work)
     constants = {"DEPTH": rank, "WIDTH": rank, "SCALE": 0.125, "CAP": 50.0 if whole else None}
-    constants |= {"TRANSPOSED": name.endswith("transposed"), "PRECISION": precision, **config.blocks}
+    constants |= {"TRANSPOSED": name.endswith("transposed"), "PRECISION": kind, **config.blocks}
     if not whole:
         constants |= dict.fromkeys(("before", "after", "mask"))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -210,11 +226,11 @@ def compile_attention(variant: AttentionVariant, ones: bool = False) -> tuple[by
 def compile_pairs(variant: PairVariant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for 144 heads."""
     dtype, precision, rank, depth, bounded, arch = variant
-    kind = arithmetic(dtype, precision)
+    kind = arithmetic("pair_norms", dtype, precision)
     config = choose("pair_norms", {"N": 144, "M": 144, "r": rank, "d": depth, "s": rank}, kind, arch)
     factor = "*bf16" if kind == "bf16" else POINTERS[dtype]
     types = {"left": factor, "right": factor, "squares": "*fp64" if dtype == "float64" else "*fp32", "before": "*i64"}
-    constants = {"RANK": rank, "DEPTH": depth, "WIDTH": rank, "PRECISION": precision, **config.blocks}
+    constants = {"RANK": rank, "DEPTH": depth, "WIDTH": rank, "PRECISION": kind, **config.blocks}
     if not bounded:
         constants["before"] = None
     # The launcher finds both counts divisible, as the pointers are.
@@ -226,26 +242,34 @@ def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
     """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small."""
     name, dtype, precision, rank, whole, arch = variant
     kernel = KERNELS[name]
-    op = {"sweep_nll_tokens": "sweep_nll"}.get(name, name.removesuffix("_capped"))
-    kind = arithmetic(dtype, precision)
+    op = "sweep_nll" if name in EXACT else name.removesuffix("_capped")
+    kind = arithmetic(op, dtype, precision)
     config = choose(op, {"P": 72, "S": 12, "T": 1024, "V": 50257, "r": rank, "G": 1}, kind, arch)
     element, work = POINTERS[dtype], "*fp64" if dtype == "float64" else "*fp32"
     factor = "*bf16" if kind == "bf16" else element
     types = {"base": element, "delta": factor, "basis": factor}
-    types |= dict.fromkeys(("mean_base", "mean_basis", "references", "totals", "changes"), work)
-    types |= dict.fromkeys(("products", "highest", "thresholds"), work)
-    types |= dict.fromkeys(("scale", "clean_lse", "picked", "change"), "*fp64")
+    types |= dict.fromkeys(
+        ("references", "gains", "totals", "raised", "sizes", "means", "bounds", "products", "thresholds"), work
+    )
+    types |= dict.fromkeys(("scale", "clean_lse", "picked", "probabilities", "mean_base", "mean_basis"), "*fp64")
     types |= dict.fromkeys(("tokens", "order", "group", "starts", "first", "second", "ranks"), "*i64")
+    types |= {"bar": element}
     limited = name.endswith("_capped")
-    constants = {"RANK": rank, "PRECISION": precision, "CAP": 50.0 if limited else None, **config.blocks}
-    if not limited:
-        constants |= dict.fromkeys(("clean_lse", "changes"))
+    constants = {"RANK": rank, "PRECISION": kind, "CAP": 50.0 if limited else None, **config.blocks}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if name in EXACT:
+        types |= dict.fromkeys(("gains", "totals", "means", "gain", "log_total", "mean"), "*fp64")
+        constants |= dict.fromkeys(("mean_base", "mean_basis", "scale") if limited else ("first", "second"))
+        options = dict(TOKENS_OPTIONS if name.startswith("tokens") else FULL_OPTIONS)
+        constants |= {"LIMIT": 40.0} | {block: options.pop(block) for block in list(options) if block.isupper()}
+    elif not limited:
+        constants |= {"means": None}
     if not whole:
-        constants |= dict.fromkeys(("scale", "mean_base", "mean_basis"))
-    warps = config.num_warps * (CHANGES_WARPS if name == "joint_nll_capped" else 1)
-    options = {"num_warps": warps, "num_stages": config.num_stages}
-    if op == "sweep_nll":
-        options |= TOKENS_OPTIONS if name == "sweep_nll_tokens" else WIDE_OPTIONS if whole else {}
+        constants |= {"scale": None}
+    if kernel in (sweep_nll_kernel, logits_lse_kernel):
+        options |= WIDE_OPTIONS if kernel is sweep_nll_kernel and whole else SWEEP_OPTIONS
+    if name == "joint_nll_capped":
+        options["num_warps"] = CAPPED_WARPS
     return _compiled(kernel, types, constants, {"stride"}, options, arch, ones)
 
 
@@ -334,7 +358,7 @@ def main() -> None:
     print(f"{'kernel':58} {'arch':6} {'registers':>9} {'shared':>7} {'stack':>5}  instructions")
     for v in variants():
         cubin, shared = compile_sweep(v)
-        name = f"triton {v.kernel} {v.dtype} {v.precision} r={v.rank}{' scale clean_lse' if v.whole else ''}"
+        name = f"triton {v.kernel} {v.dtype} {v.precision} r={v.rank}{' scale' if v.whole else ''}"
         [(_, _, used)] = resources(cubin)
         print(f"{name:58} sm_{v.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True)
     for pair in pair_variants():
