@@ -52,6 +52,7 @@ def calls() -> dict[str, Call]:
     transposed = (q, k, values, lse, None, None, None, r**-0.5, None, None, True, "ieee")
     return {
         "sweep_nll": Call(lambda: ops.sweep_nll(*sweep, group=group), P * T * V, "logit"),
+        "logits_lse": Call(lambda: ops.logits_lse(*sweep[:3], group=group), P * T * V, "logit"),
         "joint_nll": Call(lambda: ops.joint_nll(*sweep, pairs, group=group), len(pairs) * T * V, "logit"),
         "target_ranks": Call(lambda: ops.target_ranks(*sweep, group=group), P * T * V, "logit"),
         "pair_norms": Call(lambda: ops.pair_norms(left, right, route="products"), N * M, "pair"),

@@ -174,15 +174,15 @@ def measure(
     first, *others = how.metrics
     count, found = len(labels), {}
     if how.learns:
-        found[first.name] = _Found(*learned_losses(trace, interventions, how, count))
+        losses, clean = learned_losses(trace, interventions, how, count)
+        found[first.name] = _Found(losses, clean, losses - clean)
         how = replace(how, metrics=tuple(others), progress=None)
     if how.metrics:
         found |= _measured(trace, interventions, how, count)
     values = {name: x.values.unflatten(0, shape or (count,)) for name, x in found.items()}
     extra = {metric.name: values[metric.name] for metric in others}
-    of_first = found[first.name]
-    rise = None if of_first.rise is None else of_first.rise.unflatten(0, shape or (count,))
-    return Result(labels, values[first.name], of_first.clean, first.name, extra, setup, first.harm, rise)
+    rise = found[first.name].rise.unflatten(0, shape or (count,))
+    return Result(labels, values[first.name], found[first.name].clean, first.name, extra, setup, first.harm, rise)
 
 
 class _Found(NamedTuple):
@@ -190,7 +190,7 @@ class _Found(NamedTuple):
 
     values: Tensor
     clean: Tensor
-    rise: Tensor | None = None
+    rise: Tensor
 
 
 @torch.no_grad()

@@ -27,9 +27,9 @@ from pyfastcircuits.ops.diagonal_ranks import diagonal_ranks
 from pyfastcircuits.ops.factored_topk import TopEntries, factored_topk
 from pyfastcircuits.ops.frozen_attention import attention_lse, frozen_attention
 from pyfastcircuits.ops.joint_nll import joint_nll, joint_partial
-from pyfastcircuits.ops.logits_lse import clean_logsumexp, logits_lse
+from pyfastcircuits.ops.logits_lse import logits_lse
 from pyfastcircuits.ops.pair_norms import FactoredPairNorms, Route, factored_pair_norms, pair_norms
-from pyfastcircuits.ops.sweep_nll import SweepPartial, clean_logits, longest, sweep_nll, sweep_partial
+from pyfastcircuits.ops.sweep_nll import SweepPartial, sweep_nll, sweep_partial
 from pyfastcircuits.ops.target_ranks import rank_partial, target_ranks
 from pyfastcircuits.shapes import check_range
 
@@ -43,8 +43,6 @@ __all__ = [
     "TopEntries",
     "attention_lse",
     "check_range",
-    "clean_logits",
-    "clean_logsumexp",
     "diagonal_ranks",
     "factored_pair_norms",
     "factored_topk",
@@ -52,7 +50,6 @@ __all__ = [
     "joint_nll",
     "joint_partial",
     "logits_lse",
-    "longest",
     "pair_norms",
     "rank_partial",
     "resolve_backend",

@@ -19,6 +19,7 @@ register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
 
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
 SCRATCH = 22 << 20  # bytes of bases that are multiplied out at a time, and of the copies a product makes of factors
+BLOCK = 1 << 20  # entries of a basis whose columns are measured at a time
 COLUMNS = 384  # of the vocabulary, at least, and in multiples: whole tiles of every kernel
 SURE_GAINS = -0.5, 1e15  # between which log1p(gain) is the better of two forms
 
@@ -226,8 +227,10 @@ def centered(basis: Tensor, cap: float | None) -> Tensor:
     """
     if cap is not None or torch.compiler.is_compiling() or basis.numel() == 0:
         return basis
-    less = basis - basis.mean(-1, keepdim=True)
-    return less if 2 * longest(less) <= longest(basis) else basis
+    mean = basis.mean(-1, keepdim=True)
+    blocks = basis.split(max(1, BLOCK // basis[..., 0].numel()), -1)
+    most, rest = (max(longest(block - less) for block in blocks) for less in (torch.zeros_like(mean), mean))
+    return basis - mean if 2 * rest <= most else basis
 
 
 def longest(columns: Tensor) -> float:

@@ -16,17 +16,10 @@ from torch.autograd.function import once_differentiable
 from pyfastcircuits.model.norms import final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.modes import in_plain_modes
-from pyfastcircuits.ops import (
-    Backend,
-    Precision,
-    SweepPartial,
-    clean_logits,
-    clean_logsumexp,
-    joint_partial,
-    longest,
-    sweep_partial,
-)
+from pyfastcircuits.ops import Backend, Precision, SweepPartial, joint_partial, sweep_partial
 from pyfastcircuits.ops.library import stripe_columns
+from pyfastcircuits.ops.logits_lse import clean_logsumexp
+from pyfastcircuits.ops.sweep_nll import clean_logits, longest
 from pyfastcircuits.run import memory
 
 Columns = slice | Tensor  # of the vocabulary
@@ -57,9 +50,10 @@ class Unembedding:
         """
         if self.cap is not None:
             return None
-        W_U = self.weights.W_U
-        center = W_U.mean(-1, keepdim=True, dtype=torch.float64).to(self.dtype)
-        blocks = self.slices(1, multiplied=False)
+        blocks = self.slices(4 * self.weights.d_model, multiplied=False)
+        total = sum(self.columns(some).sum(-1, keepdim=True) for some in blocks)
+        assert isinstance(total, Tensor)
+        center = total / self.weights.d_vocab_out
         most, rest = (
             max(longest(self.columns(some) - less) for some in blocks) for less in (torch.zeros_like(center), center)
         )

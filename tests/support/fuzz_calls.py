@@ -38,6 +38,9 @@ STRINGS = {
 OPTION_NAMES = {*inspect.signature(fc.CircuitWeights).parameters, *inspect.signature(fc.trace).parameters}
 
 
+OF_ROWS = ("of_clean", "rise")  # of a metric: what they ask of rows is ours to make
+
+
 class Entry(NamedTuple):
     """Something to call: a function, an op, a class, or a method or property of an instance."""
 
@@ -154,7 +157,7 @@ class Call:
         entry, bare = self.entry, self.entry.name.rpartition(".")[2]
         bound = entry.owner is not None and bare != entry.owner.__name__ and bare != "from_model"
         self.instance = [instance(entry.owner, self.world)] if bound else []
-        hostiles = choices.pick(0, 0, 1, 1, 2) if self.arguments and bare != "measure" else 0  # whose rows we make
+        hostiles = choices.pick(0, 0, 1, 1, 2) if self.arguments and bare not in OF_ROWS else 0  # whose rows we make
         for _ in range(hostiles):
             name = choices.pick(*self.arguments)
             if name == "seconds":  # it would last as long
@@ -215,9 +218,13 @@ class Call:
             and not issubclass(entry.owner, fc.NLL.__base__)
         ):
             return getattr(instance(entry.owner, world), p.name)
-        if p.name == "rows" and entry.name.endswith("measure"):
-            numbers = world.normal(2, 3, dtype=torch.float64)
-            return SimpleNamespace(nll=numbers, divergence=numbers, rank=numbers, token_logits=(numbers, numbers))
+        if p.name == "rows" and entry.name.endswith(OF_ROWS):
+            one, several = world.normal(3, dtype=torch.float64), world.normal(2, 3, dtype=torch.float64)
+            clean = SimpleNamespace(nll=one, rank=one, token_logits=(one, one))
+            changed = SimpleNamespace(
+                clean=clean, nll_rise=several, divergence=several, rank=several, token_changes=(several, several)
+            )
+            return clean if entry.name.endswith("of_clean") else changed
         return world.fitting("path_to" if entry.name.endswith("save") else p.name, p.annotation)
 
     def __str__(self) -> str:
