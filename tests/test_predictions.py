@@ -152,4 +152,5 @@ def test_predictions_stand_beside_measurements() -> None:
     assert predictions.beside(row, "whole", "NVIDIA H200")["predicted ms"] == ""
     gpu, ratios = predictions.ratios(RESULTS.read_text(), list(CAPTIONS), predictions.committed())
     assert gpu in GPUS
-    assert {"sweep: triton bf16", "entries: ranks: triton", "attention: triton ieee"} <= ratios.keys()
+    assert {"pairs: triton bf16", "entries: ranks: triton", "attention: triton tf32"} <= ratios.keys()
+    assert "sweep: triton bf16" not in ratios  # its kernel is another now
