@@ -31,6 +31,9 @@ inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes
   const int64_t rows = std::clamp<int64_t>(l2_bytes / 2 / (depth_bytes + kStateBytes), 64, 4096);
   const int64_t sharing = std::min<int64_t>(pairs, 16);  // ablations for which a position's clean run is worth making
   TilePlan plan{0, even_block(positions, std::clamp<int64_t>(rows / sharing, 16, 128)), 0};
+  // As many blocks for every thread.
+  const int64_t blocks = ceil_div(ceil_div(positions, plan.position_block), threads) * threads;
+  if (positions >= 16 * blocks) plan.position_block = ceil_div(positions, blocks);
   plan.pair_block = even_block(pairs, std::max<int64_t>(1, rows / plan.position_block));
   const auto tasks = [&] { return ceil_div(pairs, plan.pair_block) * ceil_div(positions, plan.position_block); };
   while (tasks() * parts < 2 * threads && plan.position_block > 16)
