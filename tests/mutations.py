@@ -64,8 +64,8 @@ MUTATIONS = {
     # A token of little probability that an ablation raises is summed with the others.
     "tokens that are raised": Mutation(
         "csrc/cpu/*.h",
-        r"kRaised = 0\.25",
-        "kRaised = 1e30",
+        r"kRaised = 16;",
+        "kRaised = 1e30;",
         "tests/test_effects.py",
     ),
     # The first products of deep sums are left out.

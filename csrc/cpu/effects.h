@@ -53,9 +53,9 @@ namespace fc::cpu::FC_TIER {
 inline constexpr double kProbable = 1.0 / 16;  // from where on a token is computed in fp64
 inline constexpr int64_t kMostProbable = 16;   // how many such tokens a position has at most
 
-// A change may raise a token of little probability p to one of much: to p * exp(d). Its rounding is then far more than
-// p * |d|, and it is computed in fp64 too, from where on p * exp(d)^2 exceeds this.
-inline constexpr double kRaised = 0.25;
+// Where an ablation raises tokens of little probability, the changed distribution expects far larger changes than the
+// clean one does, and their rounding counts for more. From so many times as large on, a row is made anew in fp64.
+inline constexpr double kRaised = 16;
 
 // Stripes that a row's lanes add up before they join its fp64 sums: 16 stripes of 4 panels of 3 vectors are 192 addends
 // a lane, whose rounding stays below that of the products.
@@ -65,12 +65,13 @@ struct EffectSums {      // of one (ablation, position)
   double gain = 0;       // p * (exp(d) - 1)
   double mean = 0;       // p * d
   double total = 0;      // p * exp(d) of the small and direct forms
+  double raised = 0;     // p * (exp(d) - kRaised) * |d| of the direct form, and less of what is computed in fp64
   ExpSum<double> exact;  // p * exp(d) of all that is computed in fp64
 };
 
 template <class T>
 struct EffectLanes {  // of the rarer forms, what has not joined them
-  Vec<T> direct, total, mean;
+  Vec<T> direct, total, mean, raised;
 };
 
 struct Stretch {  // what a recomputed final norm multiplies the logits by, and that less 1
@@ -208,6 +209,7 @@ struct Effects : Epilogue {
     const double log_p = log_probability(cell.position, logit), p = std::exp(log_p);
     sums.gain += p * std::expm1(d);
     sums.mean += p * d;
+    sums.raised -= p * kRaised * std::fabs(d);
     add_one(sums.exact, log_p + d);
   }
 
@@ -225,7 +227,6 @@ struct Effects : Epilogue {
 
   // Adds a row of a tile whose changes are at most `reach`. An Op has
   //   changes(x, panel): the row's changes in a panel of the tile;
-  //   exact(panel, columns): adds those columns in fp64, a bit for each;
   //   full(panel): adds all of a panel in fp64.
   template <bool kMean, class Op>
   [[gnu::always_inline]] void add(EffectSums& sums, Vec<T>& small, EffectLanes<T>& lanes, T reach, int64_t t,
@@ -251,60 +252,32 @@ struct Effects : Epilogue {
         op.changes(x, panel);
         for (int j = 0; j < kVectors; ++j) {
           const Growth<T> grown = growth<T>(x[j]);
-          const Vec<T> now = load(p + j * kL) * grown.whole;
-          more += load(p + j * kL) * grown.less_1;
-          all += now;
-          raised += now * grown.whole;
-          if (kMean) mean += load(p + j * kL) * x[j];
+          const Vec<T> before = load(p + j * kL), after = before * grown.whole, distance = at_least(x[j], -x[j]);
+          more += before * grown.less_1;
+          all += after;
+          raised += (after - T(kRaised) * before) * distance;
+          if (kMean) mean += before * x[j];
         }
       }
-      if (mask_above<false>(raised, broadcast<T>(T(kRaised))) != 0) [[unlikely]]
-        return add_raised(lanes, p - panels * next, panels, op);
       lanes.direct += more;
       lanes.total += all;
+      lanes.raised += raised;
     } else {
       for (int64_t panel = 0; panel < panels; ++panel) op.full(panel);
     }
     if (kMean) lanes.mean += mean;
   }
 
-  // The same of a row in the direct form, some of whose tokens are raised too much and computed in fp64.
-  template <class Op>
-  [[gnu::noinline]] void add_raised(EffectLanes<T>& lanes, const T* p, int64_t panels, const Op& op) const {
-    for (int64_t panel = 0; panel < panels; ++panel, p += sweep.window * kW) {
-      Vec<T> x[kVectors];
-      op.changes(x, panel);
-      T raised[kW], kept[kW];
-      for (int j = 0; j < kVectors; ++j) {
-        const Vec<T> whole = growth<T>(x[j]).whole;
-        store(raised + j * kL, load(p + j * kL) * whole * whole);
-      }
-      uint64_t columns = 0;
-      for (int64_t j = 0; j < kW; ++j) {
-        const bool apart = raised[j] > T(kRaised / 4);
-        columns |= static_cast<uint64_t>(apart) << j;
-        kept[j] = apart ? T(0) : p[j];
-      }
-      if (columns != 0) op.exact(panel, columns);
-      for (int j = 0; j < kVectors; ++j) {
-        const Growth<T> grown = growth<T>(x[j]);
-        lanes.direct += load(kept + j * kL) * grown.less_1;
-        lanes.total += load(kept + j * kL) * grown.whole;
-        lanes.mean += load(kept + j * kL) * x[j];
-      }
-    }
-  }
-
   // The full form: products in fp64. `first`: the panel's first token.
-  void add_full(EffectSums& sums, double (&products)[kW], const Stretch& stretch, int64_t clean_row, int64_t first,
-                int64_t here) const {
+  // `hidden`: a bit for each column that is not to be added.
+  void add_full(EffectSums& sums, double (&products)[kW], const Stretch& stretch, int64_t t, int64_t first,
+                int64_t here, uint64_t hidden) const {
     constexpr double infinity = std::numeric_limits<double>::infinity();
     constexpr int64_t chunk = kColumns<double>;
-    const int64_t t = clean_row % sweep.window;
     double log_p[kW], scratch[chunk];
     for (int64_t j = 0; j < kW; ++j) {
       log_p[j] = -infinity;
-      if (j >= here || (probable.data[clean_row] >> j & 1) != 0) {
+      if (j >= here || (hidden >> j & 1) != 0) {
         products[j] = 0;
         continue;
       }
@@ -330,11 +303,37 @@ struct Effects : Epilogue {
     sums.mean += sum<double>(mean);
   }
 
+  // The sums of a row over the tokens begin..end, made anew in fp64. product(out, first, here): its products.
+  template <class Product>
+  [[gnu::noinline]] void make_anew(EffectSums& sums, const Stretch& stretch, int64_t t, int64_t begin, int64_t end,
+                                   Product product) const {
+    sums = {};
+    for (int64_t first = begin; first < end; first += kW) {
+      double products[kW] = {};
+      const int64_t here = smaller(kW, end - first);
+      product(products, first, here);
+      add_full(sums, products, stretch, t, first, here, 0);
+    }
+  }
+
+  // Adds the products in fp64 of a row of factors with some columns of a matrix as it was given.
+  template <class Factor>
+  static void multiply_given(double (&out)[kW], const Factor& factor, int64_t depth, const Source* columns,
+                             const int64_t* strides, int64_t here) {
+    with_stride(strides[1], [&](auto stride) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const double by = factor(k);
+        for (int64_t j = 0; j < here; ++j) out[j] += by * widen(columns[k * strides[0] + j * stride]);
+      }
+    });
+  }
+
   static void flush(EffectSums& sums, Vec<T>& small, EffectLanes<T>& lanes) {
     const double less = sum<T>(small);
     sums.gain += less + static_cast<double>(sum<T>(lanes.direct));
     sums.total += less + static_cast<double>(sum<T>(lanes.total));
     sums.mean += sum<T>(lanes.mean);
+    sums.raised += sum<T>(lanes.raised);
     small = Vec<T>{};
     lanes = EffectLanes<T>{};
   }

@@ -121,38 +121,27 @@ struct Joint : Effects<Scheme, Source> {
         x[j] = load(one + panel * op.panel_size + j * kL) + load(other + panel * op.panel_size + j * kL);
       if (!kPlain) op.change(x, T(1), T(0), (first_panel + panel) * op.sweep.window + t);
     }
-    [[gnu::noinline]] void exact(int64_t panel, uint64_t wanted) const {
-      double products[kW];
-      both(products, panel);
-      for (int64_t j = 0; j < kW; ++j)
-        if ((wanted >> j & 1) != 0) op.settle(sum, {t, first_panel + panel, j}, -1, first, products[j]);
-    }
     [[gnu::noinline]] void full(int64_t panel) const {
-      double products[kW];
-      both(products, panel);
-      const int64_t at = (first_panel + panel) * kW;
-      op.add_full(sum, products, {}, (first_panel + panel) * op.sweep.window + t, first + at,
-                  smaller(kW, columns - at));
-    }
-
-    // The products of both ablations in fp64, from the tensors as they were given.
-    void both(double (&products)[kW], int64_t panel) const {
-      const SweepInputs& inputs = op.s.inputs;
+      double products[kW] = {};
       const int64_t at = (first_panel + panel) * kW, here = smaller(kW, columns - at);
-      for (double& x : products) x = 0;
-      for (const int64_t single : {pair.first, pair.second}) {
-        const auto* row =
-            inputs.delta.template at<Source>(single) + (op.sweep.block.first_position + t) * inputs.delta.stride[1];
-        const auto* basis =
-            inputs.basis.template at<Source>(inputs.group[single]) + (first + at) * inputs.basis.stride[2];
-        for (int64_t k = 0; k < inputs.rank; ++k) {
-          const double factor = widen(row[k * inputs.delta.stride[2]]);
-          for (int64_t j = 0; j < here; ++j)
-            products[j] += factor * widen(basis[k * inputs.basis.stride[1] + j * inputs.basis.stride[2]]);
-        }
-      }
+      op.multiply_pair(products, pair, t, first + at, here);
+      op.add_full(sum, products, {}, t, first + at, here,
+                  op.probable.data[(first_panel + panel) * op.sweep.window + t]);
     }
   };
+
+  // The products of both ablations in fp64, from the tensors as they were given.
+  void multiply_pair(double (&products)[kW], const Pair& pair, int64_t t, int64_t first, int64_t here) const {
+    const SweepInputs& inputs = s.inputs;
+    for (const int64_t single : {pair.first, pair.second}) {
+      const Source* z =
+          inputs.delta.template at<Source>(single) + (sweep.block.first_position + t) * inputs.delta.stride[1];
+      const Source* columns = inputs.basis.template at<Source>(inputs.group[single]) + first * inputs.basis.stride[2];
+      Base::multiply_given(
+          products, [&](int64_t k) { return static_cast<double>(widen(z[k * inputs.delta.stride[2]])); }, inputs.rank,
+          columns, inputs.basis.stride + 1, here);
+    }
+  }
 
   static JointTask kernels() {
     return [](const JointArguments& s, const Block& block) { Joint(s, block).run(); };
@@ -161,9 +150,14 @@ struct Joint : Effects<Scheme, Source> {
   void run() {
     sweep.run(*this);
     for (int64_t t = 0; t < sweep.window; ++t)
-      for (int64_t p = 0; p < s.pairs; ++p)
-        s.totals[s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t] =
-            Base::totals_of(sums.data[t * s.pairs + p]);
+      for (int64_t p = 0; p < s.pairs; ++p) {
+        EffectSums& sum = sums.data[t * s.pairs + p];
+        if (sum.raised > 0)
+          this->make_anew(sum, {}, t, 0, s.inputs.vocabulary, [&](double (&products)[kW], int64_t first, int64_t here) {
+            multiply_pair(products, s.sorted[p], t, first, here);
+          });
+        s.totals[s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t] = Base::totals_of(sum);
+      }
   }
 };
 

@@ -93,27 +93,39 @@ struct SweepNll : Effects<Scheme, Source> {
       for (int j = 0; j < kVectors; ++j) x[j] = load(products + j * kL);
       if (!kPlain) op.change(x, row.scale, row.less_1, (tile.panel + panel) * op.sweep.window + row.position);
     }
-    void exact(int64_t panel, uint64_t columns) const { op.exact(tile, row, index, panel, columns); }
     void full(int64_t panel) const { op.full(tile, row, index, panel); }
   };
-
-  [[gnu::noinline]] void exact(const SweepTile<T>& tile, const SweepRow<T>& row, int64_t index, int64_t panel,
-                               uint64_t columns) {
-    if (row.out < 0) return;
-    double products[kW];
-    multiply_row<Scheme>(products, left_row(index), panel_at(tile.panel + panel), sweep.depth);
-    for (int64_t j = 0; j < kW; ++j)
-      if ((columns >> j & 1) != 0)
-        this->settle(sums.data[index], {row.position, tile.panel + panel, j}, row.out, first, products[j],
-                     stretch(row.out));
-  }
 
   [[gnu::noinline]] void full(const SweepTile<T>& tile, const SweepRow<T>& row, int64_t index, int64_t panel) {
     if (row.out < 0) return;
     double products[kW];
     multiply_row<Scheme>(products, left_row(index), panel_at(tile.panel + panel), sweep.depth);
-    this->add_full(sums.data[index], products, stretch(row.out), (tile.panel + panel) * sweep.window + row.position,
-                   tile.first + panel * kW, tile.columns_of(panel, kW));
+    const int64_t clean_row = (tile.panel + panel) * sweep.window + row.position;
+    this->add_full(sums.data[index], products, stretch(row.out), row.position, tile.first + panel * kW,
+                   tile.columns_of(panel, kW), this->probable.data[clean_row]);
+  }
+
+  // Makes the sums of a row over the tokens begin..end anew.
+  [[gnu::noinline]] void make_anew(int64_t index, int64_t begin, int64_t end) {
+    const SweepInputs& inputs = s.inputs;
+    const int64_t out = rows.data[index].out, p = out / inputs.positions, t = out % inputs.positions;
+    const Source* z = inputs.delta.template at<Source>(p) + t * inputs.delta.stride[1];
+    const auto entry = [&](int64_t k) { return static_cast<double>(widen(z[k * inputs.delta.stride[2]])); };
+    const bool made = inputs.outer.data != nullptr;
+    Buffer<double> wide{made ? inputs.depth : 0};
+    for (int64_t i = 0; i < wide.count; ++i) {
+      wide.data[i] = 0;
+      const Source* outer = inputs.outer.template at<Source>(inputs.group[p]) + i * inputs.outer.stride[2];
+      for (int64_t k = 0; k < inputs.rank; ++k) wide.data[i] += entry(k) * widen(outer[k * inputs.outer.stride[1]]);
+    }
+    const Source* basis = inputs.basis.template at<Source>(made ? 0 : inputs.group[p]);
+    Base::make_anew(sums.data[index], stretch(out), rows.data[index].position, begin, end,
+                    [&](double (&products)[kW], int64_t first_token, int64_t here) {
+                      const Source* columns = basis + first_token * inputs.basis.stride[2];
+                      const auto factor = [&](int64_t k) { return made ? wide.data[k] : entry(k); };
+                      Base::multiply_given(products, factor, made ? inputs.depth : inputs.rank, columns,
+                                           inputs.basis.stride + 1, here);
+                    });
   }
 
   const typename Scheme::Left* left_row(int64_t index) const {
@@ -140,8 +152,10 @@ struct SweepNll : Effects<Scheme, Source> {
   }
 
   void end_part() {
+    const int64_t width = kStripesAPart * kPanelsAStripe * kW, begin = first / width * width;
     for (int64_t i = 0; i < sums.count; ++i) {
       if (rows.data[i].out < 0) continue;
+      if (sums.data[i].raised > 0) make_anew(i, begin, smaller(begin + width, s.inputs.vocabulary));
       add_part(s.totals[sweep.block.part * s.inputs.pairs * s.inputs.positions + rows.data[i].out],
                Base::totals_of(sums.data[i]));
       sums.data[i] = {};
