@@ -15,7 +15,7 @@
 namespace fc::cpu {
 
 struct EffectTotals {  // of one (ablation, position) over parts of the vocabulary
-  double gain = 0, log_total = -std::numeric_limits<double>::infinity(), mean = 0;
+  double gain = 0, log_total = -std::numeric_limits<double>::infinity(), mean = 0, near = 0, raised = 0;
 };
 
 struct EffectArguments {
@@ -25,6 +25,7 @@ struct EffectArguments {
   double cap;                   // logits x become cap * tanh(x / cap); 0: they do not
   bool with_mean;               // whether that is asked for
   EffectTotals* totals;         // [parts,P,T]
+  const uint8_t* anew;          // [P,T]: the rows that are made anew in fp64, and no others; or null
   double* picked;               // [P,T,K] of zeros
   int64_t tokens_per_position;  // K
 };
@@ -36,10 +37,19 @@ static inline double added(double a, double b) {
   return high + std::log1p(std::exp(low - high));
 }
 
+// Where an ablation raises tokens of little probability, the changed distribution expects far larger changes than the
+// clean one does, and their rounding counts for more. From so many times as large on, a row is made anew in fp64.
+inline constexpr double kRaised = 16;
+static inline bool is_raised(const EffectTotals& totals) {
+  return totals.raised > kRaised * totals.near * std::exp(totals.log_total);
+}
+
 static inline void add_part(EffectTotals& totals, const EffectTotals& part) {
   totals.gain += part.gain;
   totals.log_total = added(totals.log_total, part.log_total);
   totals.mean += part.mean;
+  totals.near += part.near;
+  totals.raised += part.raised;
 }
 
 }  // namespace fc::cpu
@@ -53,9 +63,8 @@ namespace fc::cpu::FC_TIER {
 inline constexpr double kProbable = 1.0 / 16;  // from where on a token is computed in fp64
 inline constexpr int64_t kMostProbable = 16;   // how many such tokens a position has at most
 
-// Where an ablation raises tokens of little probability, the changed distribution expects far larger changes than the
-// clean one does, and their rounding counts for more. From so many times as large on, a row is made anew in fp64.
-inline constexpr double kRaised = 16;
+inline constexpr double kFurthest = 80;    // how far a change may be in the direct form
+inline constexpr double kLowestLog = -86;  // the least logarithm of a probability that fp32 holds to all digits
 
 // Stripes that a row's lanes add up before they join its fp64 sums: 16 stripes of 4 panels of 3 vectors are 192 addends
 // a lane, whose rounding stays below that of the products.
@@ -65,13 +74,14 @@ struct EffectSums {      // of one (ablation, position)
   double gain = 0;       // p * (exp(d) - 1)
   double mean = 0;       // p * d
   double total = 0;      // p * exp(d) of the small and direct forms
-  double raised = 0;     // p * (exp(d) - kRaised) * |d| of the direct form, and less of what is computed in fp64
+  double near = 0;       // p * |d| of the direct form, and of what is computed in fp64
+  double raised = 0;     // p * exp(d) * |d| of the direct form
   ExpSum<double> exact;  // p * exp(d) of all that is computed in fp64
 };
 
 template <class T>
 struct EffectLanes {  // of the rarer forms, what has not joined them
-  Vec<T> direct, total, mean, raised;
+  Vec<T> direct, total, mean, near, raised;
 };
 
 struct Stretch {  // what a recomputed final norm multiplies the logits by, and that less 1
@@ -104,8 +114,8 @@ struct Effects : Epilogue {
   Buffer<uint64_t> probable{clean_rows};                  // a bit for each of those
   Buffer<Cell> cells{sweep.window * (kMostProbable + s.tokens_per_position)};  // of the stripe
   int64_t cell_count = 0;
-  // Past this bound products are made in fp64: probabilities below fp32's range could matter, or a cap bends too much.
-  const T direct = static_cast<T>(s.cap > 0 ? std::fmin(40, s.cap / 2) : 40);
+  // Past these bounds, by tile, products are made in fp64: fp32's range would end, or a cap bends too much.
+  Buffer<T> furthest{clean_rows / kTogether};
 
   Effects(const EffectArguments& s, const Block& block, bool stretched)
       : s(s), stretched(stretched), sweep{s.inputs, block} {}
@@ -118,13 +128,18 @@ struct Effects : Epilogue {
     const double lse = s.clean_lse[sweep.block.first_position + t];
     const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
     const int64_t of_tile = panel / kTogether * sweep.window + t;
-    if (panel % kTogether == 0) farthest.data[of_tile] = 0, mass.data[of_tile] = 0;
+    if (panel % kTogether == 0) {
+      farthest.data[of_tile] = 0, mass.data[of_tile] = 0;
+      furthest.data[of_tile] = static_cast<T>(s.cap > 0 ? std::fmin(kFurthest, s.cap / 2) : kFurthest);
+    }
     for (int64_t j = 0; stretched && j < kW; ++j) {
       const T from = j >= here || x[j] == -infinity ? T(0) : s.cap > 0 ? x[j] : x[j] - high - low;
       start.data[row * kW + j] = from;
       if (!(std::fabs(from) <= farthest.data[of_tile])) farthest.data[of_tile] = std::fabs(from);
     }
     Vec<T> p[kVectors];
+    T raw[kW];
+    uint64_t deep = 0;
     for (int j = 0; j < kVectors; ++j) {
       Vec<T> logit = load(x + j * kL);
       if (s.cap > 0) {
@@ -134,8 +149,15 @@ struct Effects : Epilogue {
         store(slope.data + row * kW + j * kL, T(4) * fall / ((fall + T(1)) * (fall + T(1))));
         logit = capped<T>(logit, s.cap);
       }
+      store(raw + j * kL, load(x + j * kL));
+      deep |= mask_above<false>(high - logit, broadcast<T>(T(-kLowestLog))) << j * kL;
       store(x + j * kL, exponential<T>(logit - high - low));
     }
+    // Probabilities that fp32 cannot hold may still be raised to some that count.
+    if (deep != 0)
+      for (int64_t j = 0; j < here; ++j)
+        if (raw[j] != -infinity && (deep >> j & 1) != 0)
+          furthest.data[of_tile] = std::fmin(furthest.data[of_tile], T(kFurthest / 2));
     for (int64_t j = here; j < kW; ++j) x[j] = 0;
     for (int j = 0; j < kVectors; ++j) p[j] = load(x + j * kL);
     probable.data[row] = 0;
@@ -209,7 +231,7 @@ struct Effects : Epilogue {
     const double log_p = log_probability(cell.position, logit), p = std::exp(log_p);
     sums.gain += p * std::expm1(d);
     sums.mean += p * d;
-    sums.raised -= p * kRaised * std::fabs(d);
+    sums.near += p * std::fabs(d);
     add_one(sums.exact, log_p + d);
   }
 
@@ -246,8 +268,8 @@ struct Effects : Epilogue {
       }
       small += (more[0] + more[1]) + more[2];
       sums.total += mass.data[first_panel / kTogether * sweep.window + t];
-    } else if (reach <= direct) {
-      Vec<T> more{}, all{}, raised{};
+    } else if (reach <= furthest.data[first_panel / kTogether * sweep.window + t]) {
+      Vec<T> more{}, all{}, near{}, raised{};
       for (int64_t panel = 0; panel < panels; ++panel, p += next) {
         op.changes(x, panel);
         for (int j = 0; j < kVectors; ++j) {
@@ -255,12 +277,14 @@ struct Effects : Epilogue {
           const Vec<T> before = load(p + j * kL), after = before * grown.whole, distance = at_least(x[j], -x[j]);
           more += before * grown.less_1;
           all += after;
-          raised += (after - T(kRaised) * before) * distance;
+          near += before * distance;
+          raised += after * distance;
           if (kMean) mean += before * x[j];
         }
       }
       lanes.direct += more;
       lanes.total += all;
+      lanes.near += near;
       lanes.raised += raised;
     } else {
       for (int64_t panel = 0; panel < panels; ++panel) op.full(panel);
@@ -333,13 +357,14 @@ struct Effects : Epilogue {
     sums.gain += less + static_cast<double>(sum<T>(lanes.direct));
     sums.total += less + static_cast<double>(sum<T>(lanes.total));
     sums.mean += sum<T>(lanes.mean);
+    sums.near += sum<T>(lanes.near);
     sums.raised += sum<T>(lanes.raised);
     small = Vec<T>{};
     lanes = EffectLanes<T>{};
   }
 
   static EffectTotals totals_of(const EffectSums& sums) {
-    return {sums.gain, added(std::log(sums.total), logarithm(sums.exact)), sums.mean};
+    return {sums.gain, added(std::log(sums.total), logarithm(sums.exact)), sums.mean, sums.near, sums.raised};
   }
 };
 
@@ -378,14 +403,27 @@ struct EffectTensors {
             .cap = cap.value_or(0),
             .with_mean = with_mean,
             .totals = totals.data(),
+            .anew = nullptr,
             .picked = data_of<double>(picked),
             .tokens_per_position = tokens.size(1)};
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> results() {
+  // Joins all parts, and tells which rows are to be made anew: none, if what it returns is empty.
+  std::vector<uint8_t> join_parts() {
+    std::vector<uint8_t> anew(static_cast<size_t>(count));
+    bool any = false;
     for (int64_t i = 0; i < count; ++i) {
       EffectTotals& all = totals[static_cast<size_t>(i)];
       for (int64_t part = 1; part < parts; ++part) add_part(all, totals[static_cast<size_t>(part * count + i)]);
+      any |= is_raised(all);
+      anew[static_cast<size_t>(i)] = is_raised(all);
+    }
+    return any ? anew : std::vector<uint8_t>{};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results() const {
+    for (int64_t i = 0; i < count; ++i) {
+      const EffectTotals& all = totals[static_cast<size_t>(i)];
       data_of<double>(log_total)[i] = all.log_total;
       data_of<double>(gain)[i] = all.log_total == all.log_total ? all.gain : all.log_total;
       if (with_mean) data_of<double>(mean)[i] = all.mean;

@@ -152,11 +152,13 @@ struct Joint : Effects<Scheme, Source> {
     for (int64_t t = 0; t < sweep.window; ++t)
       for (int64_t p = 0; p < s.pairs; ++p) {
         EffectSums& sum = sums.data[t * s.pairs + p];
-        if (sum.raised > 0)
-          this->make_anew(sum, {}, t, 0, s.inputs.vocabulary, [&](double (&products)[kW], int64_t first, int64_t here) {
-            multiply_pair(products, s.sorted[p], t, first, here);
-          });
-        s.totals[s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t] = Base::totals_of(sum);
+        EffectTotals& totals = s.totals[s.sorted[p].place * s.inputs.positions + sweep.block.first_position + t];
+        totals = Base::totals_of(sum);
+        if (!is_raised(totals)) continue;
+        this->make_anew(sum, {}, t, 0, s.inputs.vocabulary, [&](double (&products)[kW], int64_t first, int64_t here) {
+          multiply_pair(products, s.sorted[p], t, first, here);
+        });
+        totals = Base::totals_of(sum);
       }
   }
 };

@@ -105,8 +105,18 @@ struct SweepNll : Effects<Scheme, Source> {
                    tile.columns_of(panel, kW), this->probable.data[clean_row]);
   }
 
-  // Makes the sums of a row over the tokens begin..end anew.
-  [[gnu::noinline]] void make_anew(int64_t index, int64_t begin, int64_t end) {
+  void make_rows_anew() {
+    sweep.pack_deltas(*this);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t out = rows.data[i].out;
+      if (out < 0 || !s.anew[out]) continue;
+      look_for_interrupt();
+      make_anew(i);
+      s.totals[out] = Base::totals_of(sums.data[i]);
+    }
+  }
+
+  void make_anew(int64_t index) {
     const SweepInputs& inputs = s.inputs;
     const int64_t out = rows.data[index].out, p = out / inputs.positions, t = out % inputs.positions;
     const Source* z = inputs.delta.template at<Source>(p) + t * inputs.delta.stride[1];
@@ -119,7 +129,7 @@ struct SweepNll : Effects<Scheme, Source> {
       for (int64_t k = 0; k < inputs.rank; ++k) wide.data[i] += entry(k) * widen(outer[k * inputs.outer.stride[1]]);
     }
     const Source* basis = inputs.basis.template at<Source>(made ? 0 : inputs.group[p]);
-    Base::make_anew(sums.data[index], stretch(out), rows.data[index].position, begin, end,
+    Base::make_anew(sums.data[index], stretch(out), rows.data[index].position, 0, inputs.vocabulary,
                     [&](double (&products)[kW], int64_t first_token, int64_t here) {
                       const Source* columns = basis + first_token * inputs.basis.stride[2];
                       const auto factor = [&](int64_t k) { return made ? wide.data[k] : entry(k); };
@@ -152,10 +162,8 @@ struct SweepNll : Effects<Scheme, Source> {
   }
 
   void end_part() {
-    const int64_t width = kStripesAPart * kPanelsAStripe * kW, begin = first / width * width;
     for (int64_t i = 0; i < sums.count; ++i) {
       if (rows.data[i].out < 0) continue;
-      if (sums.data[i].raised > 0) make_anew(i, begin, smaller(begin + width, s.inputs.vocabulary));
       add_part(s.totals[sweep.block.part * s.inputs.pairs * s.inputs.positions + rows.data[i].out],
                Base::totals_of(sums.data[i]));
       sums.data[i] = {};
@@ -163,7 +171,13 @@ struct SweepNll : Effects<Scheme, Source> {
   }
 
   static SweepTask kernels() {
-    return [](const SweepArguments& s, const Block& block) { SweepNll(s, block).run(); };
+    return [](const SweepArguments& s, const Block& block) {
+      SweepNll op(s, block);
+      if (s.anew == nullptr)
+        op.run();
+      else
+        op.make_rows_anew();
+    };
   }
 
   void run() {
@@ -207,7 +221,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const T
   const int64_t parts = !outer.has_value() && plan.tasks < 2 * threads ? std::max<int64_t>(most, 1) : 1;
   EffectTensors tensors(inputs_of(base, delta, basis, group, outer), base, P, tokens, clean_lse, mean, parts);
   const std::optional<Tensor> scale_c = contiguous_as(scale, ScalarType::Double);
-  run_blocks(SweepArguments{tensors.arguments(cap), data_of<const double>(scale_c)}, task, plan, parts);
+  SweepArguments arguments{tensors.arguments(cap), data_of<const double>(scale_c)};
+  run_blocks(arguments, task, plan, parts);
+  const std::vector<uint8_t> anew = tensors.join_parts();
+  if (!anew.empty()) {
+    arguments.anew = anew.data();
+    run_blocks(arguments, task, plan);
+  }
   return tensors.results();
 }
 

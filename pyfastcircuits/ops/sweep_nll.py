@@ -19,6 +19,7 @@ register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
 
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
 SCRATCH = 22 << 20  # bytes of bases that are multiplied out at a time, and of the copies a product makes of factors
+SAMPLE = 512  # columns of a basis that tell whether they may share most of themselves
 BLOCK = 1 << 20  # entries of a basis whose columns are measured at a time
 COLUMNS = 384  # of the vocabulary, at least, and in multiples: whole tiles of every kernel
 SURE_GAINS = -0.5, 1e15  # between which log1p(gain) is the better of two forms
@@ -226,6 +227,9 @@ def centered(basis: Tensor, cap: float | None) -> Tensor:
     What is taken away moves all logits of a position alike, which no loss sees unless there is a cap.
     """
     if cap is not None or torch.compiler.is_compiling() or basis.numel() == 0:
+        return basis
+    few = basis[..., :: max(1, basis.shape[-1] // SAMPLE)]
+    if 2 * few.mean(-1).norm() ** 2 < few.norm() ** 2 / few.shape[-1]:  # far from most, of most columns
         return basis
     mean = basis.mean(-1, keepdim=True)
     blocks = basis.split(max(1, BLOCK // basis[..., 0].numel()), -1)
