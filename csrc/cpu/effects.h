@@ -38,10 +38,12 @@ static inline double added(double a, double b) {
 }
 
 // Where an ablation raises tokens of little probability, the changed distribution expects far larger changes than the
-// clean one does, and their rounding counts for more. From so many times as large on, a row is made anew in fp64.
+// clean one does, and their rounding counts for more. From so many times as large on, a row is made anew in fp64. Both
+// are expectations over the slice of the vocabulary at hand, whatever its share of all probability.
 inline constexpr double kRaised = 16;
 static inline bool is_raised(const EffectTotals& totals) {
-  return totals.raised > kRaised * totals.near * std::exp(totals.log_total);
+  const double total = std::exp(totals.log_total), mass = total - totals.gain;
+  return totals.raised * mass > kRaised * totals.near * total;
 }
 
 static inline void add_part(EffectTotals& totals, const EffectTotals& part) {
@@ -65,10 +67,6 @@ inline constexpr int64_t kMostProbable = 16;   // how many such tokens a positio
 
 inline constexpr double kFurthest = 80;    // how far a change may be in the direct form
 inline constexpr double kLowestLog = -86;  // the least logarithm of a probability that fp32 holds to all digits
-
-// Stripes that a row's lanes add up before they join its fp64 sums: 16 stripes of 4 panels of 3 vectors are 192 addends
-// a lane, whose rounding stays below that of the products.
-inline constexpr int64_t kStripesAFlush = 16;
 
 struct EffectSums {      // of one (ablation, position)
   double gain = 0;       // p * (exp(d) - 1)

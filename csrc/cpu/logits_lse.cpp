@@ -21,9 +21,6 @@ using LseTask = void (*)(const LseArguments&, const Block&);
 namespace fc::cpu::FC_TIER {
 namespace {
 
-// Stripes whose exponentials a row's lanes sum before they join its fp64 total.
-constexpr int64_t kStripesAFlush = 16;
-
 template <class T>
 struct LseRow {  // one (ablation, position)
   ExpSum<T> sum;

@@ -37,6 +37,10 @@ namespace fc::cpu::FC_TIER {
 inline constexpr int64_t kStepsAPass = 192;
 static_assert(kStepsAPass * kVectors * kVectorBytes <= (kVectorBytes == 64 ? 48 << 10 : kSmallestL1));
 
+// Stripes that a row's lanes add up before they join its fp64 sums: 16 stripes of 4 panels of 3 vectors are 192 addends
+// a lane, whose rounding stays below that of the products.
+inline constexpr int64_t kStripesAFlush = 16;
+
 // A tile of products, and where it lies: a block of rows by one or more panels, which follow each other.
 template <class T>
 struct SweepTile {
@@ -55,16 +59,14 @@ template <class Scheme>
 struct SweepGroup {
   const typename Scheme::Left* left;
   const typename Scheme::Right* panels;
-  int64_t depth;  // of both, in steps
-  int64_t basis;  // of the sweep's bases
-  int64_t first,
-      members;  // first row; how many ablations: at position t of the block they are rows first + t * members..
+  int64_t depth;    // of both, in steps
+  int64_t first;    // row of the group's first ablation at the block's first position
+  int64_t members;  // ablations, whose rows at position t of the block are first + t * members and the next
 };
 
 // What an op adds to the sweep. These it may leave as they are; besides, it has
 //   row(i, p, t, length): row i of the packed blocks is ablation p at position t, and its norm is at most `length`. p
-//   is
-//     -1 where the row only fills a block.
+//     is -1 where the row only fills a block.
 //   plain(columns): whether a stripe of so many columns asks for nothing special. consume<true> is for such stripes
 //     alone, and has no code for the rest.
 //   consume<kPlain>(tile, i): takes row i of a tile. It must be always_inline, as everything that Walk calls.
@@ -272,7 +274,7 @@ struct Sweep {
       for (int64_t panel = 0; panel < across; panel += kTogether)
         walk.panel(panel, done, done + mine, smaller(kTogether, across - panel));
       walk.finish();
-      op.group_done(SweepGroup<Scheme>{left.data, panels.data, depth, s.group[s.order[o]], done * kRows, end - o});
+      op.group_done(SweepGroup<Scheme>{left.data, panels.data, depth, done * kRows, end - o});
       done += mine;
     }
     op.stripe_done(first, columns);

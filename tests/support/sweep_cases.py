@@ -7,7 +7,6 @@ from torch import Tensor
 
 from pyfastcircuits import ops
 from pyfastcircuits.ops import SweepPartial, reference
-from support.accuracy import assert_as_accurate
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]  # gain, log_total [P, T], picked [P, T, K], mean [P, T]
 
@@ -120,19 +119,7 @@ def not_finite(device: str = "cpu") -> Sweep:
     return sweep._replace(clean_lse=sweep.base.double().logsumexp(-1))
 
 
-def eager(case: Sweep | Joint, cap: float | None = None) -> Statistics:
-    """What a user would write, in the inputs' dtype (bfloat16 accumulates in fp32)."""
-    return exact(case, cap, torch.promote_types(case.base.dtype, torch.float32))
-
-
 def exact(case: Sweep | Joint, cap: float | None = None, dtype: torch.dtype = torch.float64) -> Statistics:
     """The reference, in fp64."""
     form = reference.joint_nll if isinstance(case, Joint) else reference.sweep_nll
     return form(*case, cap, dtype=dtype)
-
-
-def assert_partials_as_accurate(ours: Statistics, theirs: Statistics, truth: Statistics, tiny: float) -> None:
-    """Each position for itself; a mean of changes of logits may be as wrong as the roundings of those logits are."""
-    for mine, other, right in zip(ours, theirs, truth, strict=True):
-        through = truth[0] if right is truth[2] and right.numel() else None
-        assert_as_accurate(mine, other, right, tiny, rows=[1], through=through)
