@@ -42,7 +42,8 @@ static inline double added(double a, double b) {
 // are expectations over the slice of the vocabulary at hand, whatever its share of all probability.
 inline constexpr double kRaised = 16;
 static inline bool is_raised(const EffectTotals& totals) {
-  const double total = std::exp(totals.log_total), mass = total - totals.gain;
+  const double total = std::exp(totals.log_total);
+  const double mass = std::fmax(total - totals.gain, 1e-5 * total);  // below that the difference has no digits
   return totals.raised * mass > kRaised * totals.near * total;
 }
 
