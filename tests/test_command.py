@@ -330,9 +330,9 @@ class TestOutput:
 
 PHASES = {
     "loading": "options.load_model = lambda *a: time.sleep(60)",
-    "in C": "cli.fc.sweep = lambda *a, **k: torch.linalg.svd(torch.randn(6000, 6000))",
-    "in an op": "cli.fc.sweep = lambda *a, **k: torch.ops.pyfastcircuits.cpu_rate('fma', 60.0)",
-    "reading": "cli.text.held_out_text = lambda: 'word ' * 20_000_000",
+    "in C": "fc.sweep = lambda *a, **k: torch.linalg.svd(torch.randn(6000, 6000))",
+    "in an op": "fc.sweep = lambda *a, **k: torch.ops.pyfastcircuits.cpu_rate('fma', 60.0)",
+    "reading": "text.held_out_text = lambda: 'word ' * 20_000_000",
     "the work": "",
 }
 
@@ -343,7 +343,8 @@ PHASES = {
 def test_ctrl_c_ends_within_a_second(phase, tmp_path):
     script = f"""
 import time, torch
-from pyfastcircuits.command import cli, options
+import pyfastcircuits as fc
+from pyfastcircuits.command import cli, options, text
 {PHASES[phase]}
 print("started", flush=True)
 cli.app(["sweep", "--out", {str(tmp_path)!r}])
