@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 import pyfastcircuits as fc
-from pyfastcircuits.adapters.files import model_files
+from pyfastcircuits.adapters.files import model_hash
 
 KEY = "made_by"  # in a Parquet file's schema metadata and among a PNG file's texts
 _ASKED = ("command_line", "model", "source")  # how a run was asked for: the same run may be asked for in other words
@@ -36,22 +36,11 @@ def made_by(
         "command_line": shlex.join(["pyfastcircuits", *sys.argv[1:]]),
         "version": fc.__version__,
         "model": model,
-        "model_sha256": _model_hash(model),
+        "model_sha256": model_hash(model),
         "source": source,
         "tokens_sha256": None if tokens is None else hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
         "options": dict(options),
     }
-
-
-def _model_hash(model: str) -> str:
-    whole = hashlib.sha256()
-    for file in model_files(model):
-        digest = hashlib.sha256()
-        with file.open("rb") as content:
-            while part := content.read(1 << 22):
-                digest.update(part)
-        whole.update(digest.digest())
-    return whole.hexdigest()
 
 
 def check_folder(folder: Path) -> None:

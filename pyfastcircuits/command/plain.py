@@ -3,17 +3,10 @@
 import math
 from collections.abc import Sequence
 
+from pyfastcircuits.adapters.texts import quoted as quoted
+from pyfastcircuits.adapters.texts import visible as visible
+
 UNITS = {"nats": 1.0, "millinats": 1e3, "micronats": 1e6}
-
-
-def visible(text: object) -> str:
-    """The text on one line: what is not printable is escaped as in Python's strings, such as "\\n" and "\\x1b"."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def quoted(piece: str) -> str:
-    """A token's text as Python writes it, long indentation as "' ' * 15"."""
-    return f"' ' * {len(piece)}" if len(piece) > 4 and set(piece) == {" "} else repr(piece)
 
 
 def significant(value: float, digits: int = 3, *, signed: bool = False) -> str:
