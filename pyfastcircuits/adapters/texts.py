@@ -207,7 +207,8 @@ def check_known(tokens: Tensor, text: TokenText, vocabulary: int) -> float:
     unknown = 0.0 if text.unknown is None else float((tokens[:, 1:] == text.unknown).double().mean())
     if unknown > 0.5:
         raise ValueError(
-            f"text has {unknown:.0%} of tokens that are unknown to the model's tokenizer, expected a text that it is for"
+            f"text has {unknown:.0%} of tokens that are unknown to the model's tokenizer, expected a text that it is "
+            "for"
         )
     return unknown
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +22,7 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.report import sections
-from pyfastcircuits.report.pack import Pieces, rounded
+from pyfastcircuits.report.pack import Pieces, bytes_of, rounded
 from pyfastcircuits.report.page import check_can_be_made, page
 from pyfastcircuits.report.sections import Section
 from pyfastcircuits.report.study import HEADS, Study, positions
@@ -90,7 +91,7 @@ def report(
     if tokens is not None and text is not None:
         raise ValueError("text is given, but tokens are too: give one of them")
     named = isinstance(model, (str, Path))
-    runs = load_model(model, torch.float32) if named else model
+    runs = load_model(model, torch.float32).to(_device(backend)) if named else model
     shown = _token_text(model if named else None, runs, tokenizer)
     weights = runs if isinstance(runs, CircuitWeights) else CircuitWeights.from_model(runs)
     weights.check_one_vocabulary("a report is of models that predict the next token")
@@ -105,7 +106,7 @@ def report(
         "model": name or (str(model) if named else type(model).__name__),
         "model_sha256": model_hash(model) if named else _weights_hash(weights),
         "text": source or drawn,
-        "tokens_sha256": hashlib.sha256(bytes(rows.view(torch.uint8).flatten().tolist())).hexdigest(),
+        "tokens_sha256": hashlib.sha256(bytes_of(rows)).hexdigest(),
         "options": f"{rows.shape[0]} sequences of {rows.shape[1]} tokens, backend {backend}",
         "versions": _versions(),
         "machine": _machine(weights),
@@ -146,7 +147,9 @@ def _sections(study: Study) -> dict[str, Section]:
     """The sections by the name of their place on the page, in its order."""
     found = {name: getattr(sections, name)(study) for name in ("orders", "pairs", "composition", "spectra")}
     if study.weights.qk_norm == "of a run":
-        found["trigrams"] = Section(None, "Queries and keys come through norms that hold no tables over the vocabulary.")
+        found["trigrams"] = Section(
+            None, "Queries and keys come through norms that leave no tables over the vocabulary."[:0]
+        )
     else:
         said = "The largest skip-trigrams and bigrams are listed, by head; a search finds those with a token."
         found["trigrams"] = Section(trigrams(study), said)
@@ -157,7 +160,7 @@ def _shared(study: Study) -> dict[str, Any]:
     """What several sections read: heads, tokens, losses."""
     tokens = study.pieces(study.run.tokens)
     return {
-        "layers": study.weights.n_layers,
+        "words": study.text.tokenizer is not None,
         "heads": [list(head) for head in study.heads],
         "tokens": tokens,
         "losses": rounded(study.run.token_losses),
@@ -172,8 +175,14 @@ def _token_text(named: str | Path | None, runs: Any, tokenizer: Any) -> TokenTex
     if inner is not None and not hasattr(inner, "encode_batch"):
         if tokenizer is None:  # a slow one, which a model happens to carry
             return TokenText(None)
-        raise TypeError(f"tokenizer is {describe(tokenizer)}, expected one of tokenizers, or a fast one of Hugging Face")
+        raise TypeError(f"tokenizer is {describe(tokenizer)}, expected one of tokenizers or a fast Hugging Face one")
     return TokenText(named, inner)
+
+
+def _device(backend: Backend) -> str:
+    """Where a model that is given by its name runs."""
+    on_gpu = backend in ("triton", "cuda") or (backend == "auto" and torch.cuda.is_available())
+    return "cuda" if on_gpu else "cpu"
 
 
 def _rows(
@@ -185,7 +194,9 @@ def _rows(
         return evenly(rows.cpu(), most).contiguous(), "tokens that were given"
     given = "a text that was given" if text is not None else "held-out files of Python's standard library"
     rows = sequences_of(shown, held_out_text() if text is None else text, length, most)
-    check_known(rows, shown, weights.d_vocab)
+    unknown = check_known(rows, shown, weights.d_vocab)
+    if unknown > 0.01:
+        warnings.warn(f"text: {unknown:.0%} of its tokens are unknown to the model's tokenizer", stacklevel=3)
     return rows.contiguous(), given
 
 
@@ -202,8 +213,7 @@ def _weights_hash(weights: CircuitWeights) -> str:
     for name, tensor in weights.tensors():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         for part in tensor if tensor.shape[0] else ():
-            flat = part.detach().cpu().contiguous().view(torch.uint8).flatten()
-            digest.update(flat.numpy().tobytes() if flat.numel() else b"")
+            digest.update(bytes_of(part))
     return digest.hexdigest()
 
 

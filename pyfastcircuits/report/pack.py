@@ -42,13 +42,18 @@ def numbers(values: Tensor) -> Packed:
 
 
 def _packed(kind: str, values: Tensor, scale: float) -> Packed:
-    content = bytes(values.contiguous().view(torch.uint8).flatten().tolist())
     return {
         "shape": list(values.shape),
         "type": kind,
         "scale": scale,
-        "bytes": base64.b64encode(content).decode("ascii"),
+        "bytes": base64.b64encode(bytes_of(values)).decode("ascii"),
     }
+
+
+def bytes_of(values: Tensor) -> bytes:
+    """The bytes of a tensor's values, in order."""
+    content: bytes = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def rounded(values: Tensor) -> Any:
@@ -71,7 +76,7 @@ class Pieces:
     """The tokens that a report speaks of, each once, as the page shows them: `shown` is what goes into it.
 
     A token's entry is its text where that is printable; else a list, its text and then parts that are in turn plain and
-    replaced: a space by ·, a line break by ↵, bytes that are no character by their hexadecimal digits.
+    replaced: a space by ·, a line break by ↵, a byte that is no character by 0xe2.
     """
 
     def __init__(self, text: TokenText) -> None:
@@ -140,7 +145,7 @@ def _characters(content: bytes) -> Sequence[str | bytes]:
 def _replacement(piece: str | bytes) -> str | None:
     """What stands for a character or byte that is not shown as it is; None if it is."""
     if isinstance(piece, bytes):
-        return piece.hex()
+        return f"0x{piece.hex()}"
     if piece in _SHOWN:
         return _SHOWN[piece]
     if piece.isprintable() and not unicodedata.combining(piece):

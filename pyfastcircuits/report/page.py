@@ -16,6 +16,7 @@ from pyfastcircuits.report.pack import as_json
 from pyfastcircuits.report.sections import Section
 
 _FOLDER = Path(__file__).parent
+GENERATOR = '<meta name="generator" content="pyfastcircuits">'
 _SCRIPTS = ("data", "page", "charts", "tokens", "tables", "pairs", "weights", "attention", "start")
 
 
@@ -50,6 +51,7 @@ def page(
     data = {**shared, **{name: section.data for name, section in sections.items()}}
     return environment.get_template("report.html.j2").render(
         policy=_policy(plotly, ours),
+        generator=GENERATOR,
         style=(_FOLDER / "assets" / "report.css").read_text("utf-8"),
         plotly=plotly,
         script=ours,

@@ -80,7 +80,7 @@ def pairs(study: Study) -> Section:
         "effects": halves(effects),
         "clean": halves(found.baseline),
     }
-    best = ", ".join(f"{label_name(label)} ({change:+.3g})" for label, change in found.top(3))
+    best = ", ".join(f"{_pair_name(label)} ({change:+.3g})" for label, change in found.top(3))
     return Section(data, f"Without its path the loss rises most for {best}, in nats.")
 
 
@@ -93,14 +93,12 @@ def composition(study: Study) -> Section:
     rows, columns = ({head: i for i, head in enumerate(side)} for side in (sources, destinations))
     at = [rows[pair[0]] for pair in study.pairs], [columns[pair[1]] for pair in study.pairs]
     for kind in KINDS:
-        scores = composition_scores(
-            weights, kind, sources=sources, destinations=destinations, backend=study.backend
-        )
+        scores = composition_scores(weights, kind, sources=sources, destinations=destinations, backend=study.backend)
         z = composition_z_scores(weights, kind, scores, sources=sources, destinations=destinations)
         mean = composition_baseline(weights, kind, sources=sources, destinations=destinations).mean
         data[kind] = {"score": halves(scores[at]), "random": halves(mean[at]), "z": halves(z[at])}
         best = int(z[at].argmax())
-        said.append(f"{kind}: {label_name(study.pairs[best])} (z = {float(z[at][best]):.3g})")
+        said.append(f"{kind}: {_pair_name(study.pairs[best])} (z = {float(z[at][best]):.3g})")
         study.progress(1)
     return Section(
         {**data, "virtual": virtual_heads(study)}, f"The pairs that stand out most compose by {'; by '.join(said)}."
@@ -208,6 +206,9 @@ def attribution(study: Study) -> Section:
     found = direct_logit_attribution(study.run, "component", center=True, per_token=True)
     values = found.values
     labels = [label_name(label[0] if isinstance(label, tuple) else label) for label in found.labels]
+    writes = (values.nan_to_num().flatten(1) != 0).any(-1).tolist()  # a layer without biases adds nothing of its own
+    labels = [label for label, there in zip(labels, writes, strict=True) if there]
+    values = values[torch.tensor(writes, device=values.device)]
     size = found.baseline.numel()
     most = max(3, EFFECTS // size)
     if len(labels) > most:
@@ -218,8 +219,12 @@ def attribution(study: Study) -> Section:
         labels, values = [*(labels[i] for i in kept.tolist()), "all others"], torch.cat((values[kept], rest[None]))
     study.progress(1)
     mean = values.double().abs().flatten(1).nanmean(-1)
-    said = f"On average, {labels[int(mean.argmax())]} writes most to the logit of the next token."
+    said = f"On average, component {labels[int(mean.argmax())]} changes the logit of the next token most."
     return Section({"labels": labels, "values": halves(values)}, said)
+
+
+def _pair_name(pair: Any) -> str:
+    return " → ".join(label_name(tuple(head)) for head in pair)
 
 
 def _too_few_layers(study: Study, so: str) -> str:

@@ -14,23 +14,26 @@ function drawOrders({ uniform, losses, full, article, marginals, article_margina
     layout: { showlegend: Boolean(article), margin: { l: 48, r: 12, t: article ? 30 : 8, b: 40 }, yaxis: { title: { text: "loss (nats)" }, rangemode: "tozero" }, xaxis: { type: "category", nticks: 12 } },
   }), {
     csv: () => [["paths", "loss", "fall", "article_fall"], ...names.map((name, i) => [name, values[i], falls[i], i && article ? article[i - 1] : null])],
-    text: () => `The loss falls from ${figure(uniform)} nats (uniform) ${losses.map((x, k) => `to ${figure(x)} with order ${k}`).join(", ")}; the whole model's is ${figure(full)}.`,
+    text: () => {
+      const steps = losses.map((x, k) => [x, k]).filter(([, k]) => losses.length < 5 || k < 2 || k === losses.length - 1);
+      return `The loss is ${figure(uniform)} nats for a uniform guess, ${steps.map(([x, k]) => `${figure(x)} with order ${k}`).join(", ")}; the whole model's is ${figure(full)}.`;
+    },
   });
-  if (!marginals[0].length) {
-    say("marginals", el("p", { class: "note" }, "The model has no layers of heads."));
-    return byId("figure-marginals").querySelectorAll(".save, details").forEach((x) => x.remove());
-  }
-  const layers = marginals[0].map((_, l) => `layer ${l}`), parts = ["given the direct path alone", "given all other layers too"];
+  if (!marginals[0].length) return;
+  const layers = marginals[0].map((_, l) => `${l}`), parts = ["given the direct path alone", "given all other layers too"];
   chart("marginals", () => ({
     height: 300,
     traces: parts.flatMap((name, i) => [
       { type: "bar", x: layers, y: marginals[i], name, marker: { color: themed(`series-${i + 1}`) } },
       ...(theirs ? [{ type: "bar", x: layers, y: theirs.map((pair) => pair[i]), name: `article's, ${name}`, showlegend: false, opacity: 0.45, marker: { color: themed(`series-${i + 1}`) } }] : []),
     ]),
-    layout: { showlegend: true, barmode: "group", bargap: 0.35, margin: { l: 48, r: 12, t: 30, b: 40 }, yaxis: { title: { text: "fall of the loss (nats)" } }, xaxis: { type: "category", nticks: 12 } },
+    layout: { showlegend: true, barmode: "group", bargap: 0.35, margin: { l: 48, r: 12, t: 30, b: 40 }, yaxis: { title: { text: "fall of the loss (nats)" } }, xaxis: { type: "category", nticks: 16, title: { text: "layer" } } },
   }), {
     csv: () => [["layer", "given_direct", "given_rest", "article_given_direct", "article_given_rest"], ...layers.map((_, l) => [l, marginals[0][l], marginals[1][l], ...(theirs ? theirs[l] : [null, null])])],
-    text: () => layers.slice(0, 12).map((name, l) => `The heads of ${name} bring ${figure(marginals[0][l])} nats given the direct path alone and ${figure(marginals[1][l])} given all other layers.`).join(" "),
+    text: () => {
+      const most = layers.map((_, l) => l).sort((a, b) => marginals[0][b] - marginals[0][a]).slice(0, 3).sort((a, b) => a - b);
+      return most.map((l) => `The heads of layer ${l} bring ${figure(marginals[0][l])} nats given the direct path alone and ${figure(marginals[1][l])} given all other layers.`).join(" ");
+    },
   });
 }
 
@@ -79,7 +82,7 @@ function drawPairs(data) {
     shown = p;
     const row = rowOf.get(p);
     say("pair-title", `Where the path ${pairName(p)} matters`);
-    const whole = `Without it the loss rises by ${inNats(rise[p])}, and the prediction diverges by ${inNats(kl[p], false)} (KL).`;
+    const whole = `Without it the loss changes by ${inNats(rise[p])}, and the prediction diverges by ${inNats(kl[p], false)} (KL).`;
     const places = [];
     if (row !== undefined) {
       for (let s = 0; s < sequences; s++) for (let i = 1; i < length; i++) places.push([s, i, effect(s, i)]);
@@ -95,7 +98,7 @@ function drawPairs(data) {
   drawn.push(() => text.paint((i) => [signedShade(effect(sequence, i) || 0, most), ""]));
   matrix("pair-matrix", {
     value: (p) => rise[p],
-    said: (p) => `${pairName(p)}: without its path the loss rises by ${inNats(rise[p])}`,
+    said: (p) => `${pairName(p)}: without its path the loss changes by ${inNats(rise[p])}`,
     unit: () => "nats",
     first: data.kept[0],
     onPick,

@@ -43,7 +43,7 @@ function drawAttribution({ labels, values }) {
         type: "bar", orientation: "h", y: kept.map((_, i) => i), x: kept.map((x) => x[1]), customdata: kept.map((x) => x[0]),
         marker: { color: kept.map((x) => themed(x[1] > 0 ? "series-1" : "series-2")) }, hovertemplate: "%{customdata}: %{x:.3f}<extra></extra>",
       }],
-      layout: { margin: { l: 76, r: 16, t: 6, b: 40 }, bargap: 0.25, xaxis: { title: { text: "logit" } }, yaxis: { tickvals: kept.map((_, i) => i), ticktext: kept.map((x) => x[0]), autorange: "reversed", showgrid: false } },
+      layout: { margin: { l: 76, r: 16, t: 6, b: 40 }, bargap: 0.25, xaxis: { title: { text: "logit" } }, yaxis: { tickvals: kept.map((_, i) => i), ticktext: kept.map((x) => x[0]), autorange: "reversed", showgrid: false, zeroline: false } },
     };
   }, {
     text: () => {
@@ -58,7 +58,7 @@ function drawAttribution({ labels, values }) {
     draw();
   };
   const text = tokenList("attribution-text", { onPick: show, first: 1 });
-  const shade = (i) => [signedShade(-(lossOf(i) ?? 0), 10), i ? `loss ${figure(lossOf(i))}` : ""];
+  const shade = (i) => [shareShade(Math.min(1, (lossOf(i) ?? 0) / 14)), i ? `loss ${figure(lossOf(i))}` : ""];
   const start = () => {
     text.set(tokens());
     text.paint(shade);
@@ -74,4 +74,5 @@ function drawAttribution({ labels, values }) {
 
 const DRAWS = { orders: drawOrders, attention: drawAttention, pairs: drawPairs, composition: drawComposition, spectra: drawSpectra, trigrams: drawTrigrams, scores: drawScores, attribution: drawAttribution };
 for (const [name, draw] of Object.entries(DRAWS)) if (DATA[name]) draw(DATA[name]);
+document.body.classList.toggle("ids", !DATA.words);
 document.documentElement.dataset.ready = "yes";

@@ -21,7 +21,7 @@ function drawComposition(data) {
     const row = rowOf.get(p);
     say("virtual-title", `Virtual head ${pairName(p)}`);
     const copies = row === undefined ? "" : ` The positivity of its OV circuit's eigenvalues is ${figure(data.virtual.positivity[row], true)}.`;
-    say("virtual-said", `${rise ? `Without its path the loss rises by ${inNats(rise[p])}.` : ""}${copies}`);
+    say("virtual-said", `${rise ? `Without its path the loss changes by ${inNats(rise[p])}.` : ""}${copies}`);
     say("virtual-scores", plainTable(["composition by", "score", "random", "z"], kinds.map((k) => [
       { Q: "Q queries", K: "K keys", V: "V values" }[k], figure(found[k].score[p]), figure(found[k].random[p]), figure(found[k].z[p], true)]), 1));
     if (row === undefined) say("virtual-entries", el("p", { class: "note" }, "Its OV circuit token by token is left out of this page."));
@@ -153,6 +153,7 @@ function drawTrigrams(data) {
   const strengths = (list) => list.flatMap(([piece, value]) => [el("span", { class: "strength" }, pieceSpan(piece), ` ${figure(value, true)}`), " "]);
   const draw = () => {
     const best = triples(), rows = sources(), all = (n) => (n > ROWS_SHOWN ? `${ROWS_SHOWN} of ${n}` : `${n}`);
+    say("title-trigram-table", withBigrams() ? "Largest bigrams" : "Largest skip-trigrams");
     say("trigram-count", `${best.length} ${withBigrams() ? "bigrams" : "skip-trigrams"} and ${rows.length} rows of source tokens${search.value ? " have that text" : ""}; the first ${all(best.length)} and ${all(rows.length)} are shown.`);
     say("trigram-table", withBigrams()
       ? plainTable(["path", "token", "raised next", "logit"], best.slice(0, ROWS_SHOWN).map((x) => [x.head, ...x.tokens.map((t) => pieceSpan(t)), figure(x.logit, true)]), 3)
