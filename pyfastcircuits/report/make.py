@@ -90,6 +90,9 @@ def report(
             raise ValueError(f"{argument} is {value}, expected at least {least}")
     if tokens is not None and text is not None:
         raise ValueError("text is given, but tokens are too: give one of them")
+    file = Path(out)
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"out is {describe(str(out))}, expected a file in a folder that there is")
     named = isinstance(model, (str, Path))
     runs = load_model(model, torch.float32).to(_device(backend)) if named else model
     shown = _token_text(model if named else None, runs, tokenizer)
@@ -114,15 +117,21 @@ def report(
         "seconds": f"{time.perf_counter() - begun:.1f}",
     }
     content = page(_shared(study), found, facts, study.cuts)
-    file = Path(out)
+    _write(file, content)
+    advance(1)
+    return file
+
+
+def _write(file: Path, content: str) -> None:
+    """Write a file whole or not at all."""
     partial = file.with_name(f"{file.name}.partial")
     try:
         partial.write_text(content, encoding="utf-8")
         partial.replace(file)
+    except OSError as error:
+        raise OSError(f"out is {describe(str(file))}: it cannot be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)
-    advance(1)
-    return file
 
 
 def report_steps(weights: CircuitWeights) -> dict[str, int]:
@@ -147,9 +156,7 @@ def _sections(study: Study) -> dict[str, Section]:
     """The sections by the name of their place on the page, in its order."""
     found = {name: getattr(sections, name)(study) for name in ("orders", "pairs", "composition", "spectra")}
     if study.weights.qk_norm == "of a run":
-        found["trigrams"] = Section(
-            None, "Queries and keys come through norms that leave no tables over the vocabulary."[:0]
-        )
+        found["trigrams"] = Section(None, "Queries and keys come through norms that these weights do not hold.")
     else:
         said = "The largest skip-trigrams and bigrams are listed, by head; a search finds those with a token."
         found["trigrams"] = Section(trigrams(study), said)

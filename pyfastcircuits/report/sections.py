@@ -207,8 +207,9 @@ def attribution(study: Study) -> Section:
     values = found.values
     labels = [label_name(label[0] if isinstance(label, tuple) else label) for label in found.labels]
     writes = (values.nan_to_num().flatten(1) != 0).any(-1).tolist()  # a layer without biases adds nothing of its own
-    labels = [label for label, there in zip(labels, writes, strict=True) if there]
-    values = values[torch.tensor(writes, device=values.device)]
+    if any(writes):
+        labels = [label for label, there in zip(labels, writes, strict=True) if there]
+        values = values[torch.tensor(writes, device=values.device)]
     size = found.baseline.numel()
     most = max(3, EFFECTS // size)
     if len(labels) > most:

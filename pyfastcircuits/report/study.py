@@ -1,4 +1,4 @@
-"""What a report is about: one run of a model over a text, one over random tokens that repeat, and which heads are shown.
+"""What a report is about: a run over a text, one over random tokens that repeat, and which heads are shown.
 
 A page has room for so much. What does not fit is left out by the same rules for every model, and `Study.cuts` says it
 in sentences that the page shows.
