@@ -206,12 +206,11 @@ def attribution(study: Study) -> Section:
     found = direct_logit_attribution(study.run, "component", center=True, per_token=True)
     values = found.values
     labels = [label_name(label[0] if isinstance(label, tuple) else label) for label in found.labels]
-    writes = (values.nan_to_num().flatten(1) != 0).any(-1).tolist()  # a layer without biases adds nothing of its own
-    if any(writes):
-        labels = [label for label, there in zip(labels, writes, strict=True) if there]
-        values = values[torch.tensor(writes, device=values.device)]
-    size = found.baseline.numel()
-    most = max(3, EFFECTS // size)
+    size = values.nan_to_num().abs().flatten(1).amax(-1)
+    writes = size > 1e-5 * size.max()  # a layer without biases adds nothing of its own, but for rounding
+    if writes.any():
+        labels, values = [labels[i] for i in writes.nonzero()[:, 0].tolist()], values[writes]
+    most = max(3, EFFECTS // found.baseline.numel())
     if len(labels) > most:
         study.cuts.append(f"Direct logit attribution shows the {most} of {len(labels)} components that write most.")
         mean = values.double().abs().flatten(1).nanmean(-1)

@@ -39,7 +39,9 @@ def virtual_heads(study: Study) -> dict[str, Any]:
         values, written, _ = _virtual(study, study.pairs[i])
         circuit = FactoredMatrix(tokens @ values, through_final_gain(weights, written) @ unembed)
         scores.append(positivity(torch.linalg.eigvals(circuit.B @ circuit.A)))
-        best = top_entries(circuit, min(ENTRIES, circuit.ldim * circuit.rdim), normalize="center", backend=study.backend)
+        best = top_entries(
+            circuit, min(ENTRIES, circuit.ldim * circuit.rdim), normalize="center", backend=study.backend
+        )
         found.append(_entries(study, best))
     study.progress(1)
     return {"kept": kept, "positivity": rounded(torch.stack(scores)), "entries": found}
