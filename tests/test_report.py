@@ -317,7 +317,7 @@ class TestNumbers:
         raw = [entry if isinstance(entry, str) else entry[0] for entry in page.data["pieces"]]
         words = HOSTILE + [f"a{i}" for i in range(len(HOSTILE), 97)]
         head = page.data["heads"].index([1, 2])
-        plain = fc.skip_trigrams(weights, (1, 2), k=60).top(60)
+        plain = fc.skip_trigrams(weights, (1, 2), k=40).top(40)
         found = page.data["trigrams"]["heads"][head]["best"]
         assert [[raw[i] for i in row[:3]] for row in found] == [[words[t] for t in x[:3]] for x in plain]
         assert [row[4] for row in found] == pytest.approx([x.logit for x in plain], rel=1e-5)

@@ -16,7 +16,7 @@ from pyfastcircuits.report.pack import halves, numbers, rounded
 from pyfastcircuits.report.study import Study
 from pyfastcircuits.run.nodes import Head
 
-TRIPLES = 60  # of each head
+TRIPLES = 40  # of each head
 BESIDE = 4  # destinations and outputs of a source token
 ROWS = 10_000  # of heads and source tokens
 VIRTUAL = 96  # pairs whose virtual head is described token by token

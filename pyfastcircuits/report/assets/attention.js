@@ -139,7 +139,7 @@ function mostAttended(entries, q) {
 function lookingText(found, h, q, tokens) {
   const entries = found.entries(h);
   const order = Array.from({ length: q + 1 }, (_, k) => k).sort((a, b) => entries(q, b) - entries(q, a));
-  const parts = order.slice(0, 3).flatMap((k, i) => [i ? ", " : "", pieceSpan(tokens[k]), ` ${figure(entries(q, k))} (position ${k})`]);
+  const parts = order.slice(0, 3).filter((k, i) => !i || entries(q, k) >= 0.01).flatMap((k, i) => [i ? ", " : "", pieceSpan(tokens[k]), ` ${figure(entries(q, k))} (position ${k})`]);
   return ["From ", pieceSpan(tokens[q]), ` (position ${q}) head ${HEADS[found.heads[h]]} looks at `, ...parts, "."];
 }
 

@@ -131,10 +131,18 @@ function matrix(id, { value, said, unit, csv, onPick, first }) {
   });
   holder.addEventListener("focus", () => ((focused = holder.matches(":focus-visible")), mark()));
   holder.addEventListener("blur", () => ((focused = false), mark()));
-  holder.on("plotly_hover", (event) => tell(event.points[0].y, event.points[0].x));
-  holder.on("plotly_unhover", () => tell(row, column));
-  holder.on("plotly_click", (event) => {
-    [row, column] = [event.points[0].y, event.points[0].x];
+  // The cell under the pointer, by its place: Plotly hears of none of this (report.css), and a finger scrolls the page.
+  const under = (event) => {
+    const box = holder.querySelector(".nsewdrag").getBoundingClientRect();
+    const i = Math.floor(((event.clientY - box.top) / box.height) * sources.length);
+    const j = Math.floor(((event.clientX - box.left) / box.width) * destinations.length);
+    return i >= 0 && i < sources.length && j >= 0 && j < destinations.length ? [i, j] : null;
+  };
+  holder.addEventListener("pointermove", (event) => tell(...(under(event) ?? [row, column])));
+  holder.addEventListener("pointerleave", () => tell(row, column));
+  holder.addEventListener("click", (event) => {
+    if (!under(event)) return;
+    [row, column] = under(event);
     pick();
   });
   onPick(picked);
