@@ -9,34 +9,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from support.command import refused, run
+from support.hostile import HOSTILE, NAME, hostile_tokenizer
 from support.random_models import random_tokens, random_weights
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 import pyfastcircuits as fc
 from pyfastcircuits.adapters.texts import TokenText
 from pyfastcircuits.report import make, sections, study
 from pyfastcircuits.report.pack import Pieces, as_json, halves, numbers, rounded, shares
-
-HOSTILE = [
-    "</script><script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "'\"><svg onload=alert(1)>",
-    "<!--",
-    "javascript:alert(1)",
-    "=1+1",
-    "\u2028\u2029",
-    "\u202eback",
-    "{{ 7*7 }}",
-    "&lt;b&gt;",
-]
-NAME = "\"><script>alert('name')</script>"
-
-
-def hostile_tokenizer(size=97):
-    words = HOSTILE + [f"a{i}" for i in range(len(HOSTILE), size)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a96"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("|", "removed")
-    return tokenizer
 
 
 class Page(HTMLParser):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.hostile import HOSTILE, NAME, hostile_tokenizer
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
@@ -202,6 +203,7 @@ class TestComposition:
         page.click("#choice-form label:has-text('z-score')")
 
     def test_the_virtual_pattern_is_the_product(self, page):
+        page.select_option("#attention-sequence", index=0)
         found = page.evaluate("(() => { const x = virtualPattern(6, 12); return [x.size, ...x]; })()")
         size, values = found[0], torch.tensor(found[1:]).view(found[0], found[0])
         text = page.evaluate("DATA.tokens[0].map((t) => rawPiece(t))")
@@ -308,6 +310,7 @@ class TestAttention:
         assert "(position 63)" in opened.text("#attention-said")
 
     def test_value_weighted(self, page):
+        page.select_option("#attention-sequence", index=0)
         row = "(() => { const f = viewer.entries(3); return Array.from({ length: 64 }, (_, k) => f(63, k)); })()"
         plain = torch.tensor(page.evaluate(row))
         page.click("#choice-weighted label:has-text('value-weighted')")
@@ -423,8 +426,6 @@ def test_looks(browser, induction, width, scheme):
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_hostile_tokens_names_and_texts_stay_text(browser, layers, tmp_path):
-    from test_report import HOSTILE, NAME, hostile_tokenizer
-
     tokens = torch.cat((torch.arange(12).expand(2, -1), random_tokens(2, 8)), 1)
     given = {"tokenizer": hostile_tokenizer(), "name": NAME, "source": HOSTILE[1]}
     file = fc.report(random_weights(layers), tokens, out=tmp_path / "'\"<b>&#.html", **given)

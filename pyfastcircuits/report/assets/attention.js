@@ -167,7 +167,10 @@ function drawAttention(data) {
   const found = patternsOf(data.text), plain = patternsOf(data.text);
   viewer = Object.assign(found, { plain });
   const select = fill("attention-sequence", sequenceNames(data.text.tokens.length));
-  let head = bestHead(data), destination = found.size - 1;
+  let head = bestHead(data), destination;
+  [found.sequence, destination] = farthestLook(found, head, data.text.tokens.length);
+  plain.sequence = found.sequence;
+  select.value = String(found.sequence);
   const tokens = () => data.text.tokens[found.sequence];
 
   const grid = byId("attention-heads");
@@ -246,6 +249,19 @@ function drawAttention(data) {
 // The head to begin with: the one that looks most at what followed before, if there is such a run.
 function bestHead({ text, repeated }) {
   return repeated ? text.heads.indexOf(repeated.heads[0]) : 0;
+}
+
+// Where to begin: the sequence in which a head looks most at tokens far behind, and the destination that does so most.
+function farthestLook(found, head, sequences) {
+  let best = [0, found.size - 1], most = -1;
+  for (let s = 0; s < sequences; s++) {
+    found.sequence = s;
+    const entries = found.entries(head), shares = Array.from({ length: found.size }, () => 0);
+    for (let q = 0; q < found.size; q++) for (let k = 1; k < q - 4; k++) shares[q] = Math.max(shares[q], entries(q, k));
+    const sum = shares.reduce((a, b) => a + b, 0);
+    if (sum > most) [best, most] = [[s, shares.indexOf(Math.max(...shares))], sum];
+  }
+  return best;
 }
 
 function drawInduction(data) {
