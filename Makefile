@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build gpu clean
+.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build arm-check gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -120,6 +120,9 @@ sanitize: build
 # Compiled for 64-bit Arm on another machine, and the op tests run there on every tier, in qemu: for once a week.
 arm: | $(BIN)/pyfastcircuits
 	PATH="$(abspath $(BIN)):$$PATH" .ci/arm test
+
+arm-check: | $(BIN)/pyfastcircuits
+	PATH="$(abspath $(BIN)):$$PATH" .ci/arm check
 
 arm-build: | $(BIN)/pyfastcircuits
 	PATH="$(abspath $(BIN)):$$PATH" .ci/arm build

@@ -32,6 +32,7 @@ class CMakeBuild(build_ext):
             "PyFC_VERSION": version[1] if version else "",
             "PyFC_TORCH": Path(torch.origin).parent,
             "PyFC_SANITIZE": sanitize,
+            "PyFC_CUDA_ARCHITECTURES": os.environ.get("PYFASTCIRCUITS_CUDA_ARCHITECTURES", ""),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }

@@ -27,13 +27,14 @@ def test_build_facts():
     assert facts["best_cpu_tier"] == facts["cpu_tiers"][-1]
     assert facts["cpu_tier"] in facts["cpu_tiers"]
     if shutil.which("nvcc"):
-        assert facts["cuda_architectures"] == "sm_80 sm_90a sm_100"
+        assert facts["cuda_architectures"].split()[0] == "sm_80"
         assert library._CUDA_LIBRARY.exists()
 
 
-def test_ci_has_nvcc():
+def test_ci_builds_for_every_architecture():
     if os.environ.get("CI") == "true":
         assert shutil.which("nvcc"), "CI must compile and link every .cu: nvcc is missing"
+        assert fc.build_info()["cuda_architectures"] == "sm_80 sm_90a sm_100"
 
 
 def test_import_is_light():
