@@ -85,6 +85,19 @@ def test_a_build_without_torch_says_what_to_run(tmp_path):
     assert time.perf_counter() - start < 10
 
 
+def test_a_build_without_a_compiler_says_what_to_install(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": str(tmp_path), "CXX": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "apt-get install g++" in result.stderr
+
+
 @pytest.mark.parametrize(("pairs", "positions", "depth", "threads"), [(0, 9, 4, 2), (1, 1, 0, 64), (144, 511, 256, 2)])
 def test_plans_cover_the_work(pairs, positions, depth, threads):
     pair_block, position_block, tasks = library.host.plan_tiles(pairs, positions, depth, threads)
