@@ -58,8 +58,7 @@ def composition(
         written = {table: write.composition_columns(found, eigenvalues)}
         paths = write.write_tables(out, written, made)
         bar.advance()
-        label = f"{kind}-composition, standard deviations from a random rotation"
-        paths.append(write.heatmap(found, out / f"{table}.png", f"{model}: {kind}-composition", label, made))
+        paths.append(write.picture(found.plot(title=f"{model}: {kind}-composition"), out / f"{table}.png", made))
         bar.advance()
     report.found({"copying": copying.tolist()})
     end(report, made, written, paths)

@@ -111,8 +111,7 @@ def sweep(
         if count:
             report.show(show.effect_table(found.result, examples, shown))
             title = f"{model}: {scope} ablation, {mode}, attention {attention}"
-            label = f"change of the {show.metric_name(found.result.metric)}"
-            paths.append(write.heatmap(found.result, out / files[-1], title, label, made))
+            paths.append(write.picture(found.result.plot(title=title), out / files[-1], made))
             bar.advance()
             report.line(f"{count / found.seconds:.1f} {kind}/s of {len(tokens) * (tokens.shape[1] - 1)} tokens each")
     marginals = {name: x.tolist() for name, x in found.marginals._asdict().items()}
