@@ -8,9 +8,22 @@ import typer
 
 import pyfastcircuits as fc
 from pyfastcircuits.command import options, show, text, write
-from pyfastcircuits.command.app import command, end
+from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.made import check_files, check_folder, made_by
-from pyfastcircuits.command.options import Backend, Dtype, Force, Model, ModelOption, Precision
+from pyfastcircuits.command.options import (
+    HOW,
+    READS,
+    Backend,
+    Dtype,
+    Force,
+    Model,
+    ModelOption,
+    Out,
+    Precision,
+    TextFile,
+    TokensFile,
+    Top,
+)
 from pyfastcircuits.command.report import Report
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
@@ -19,37 +32,62 @@ from pyfastcircuits.experiments.sweep import SweepScope, count_steps
 
 PATTERNS = 4 << 30  # bytes of attention patterns that a sweep of a text keeps, unless --sequences says otherwise
 LENGTH = 512
+SCOPES = (
+    "what is taken out. Of a pair of heads: the one path through both (path), all that the first writes through the "
+    "second (direct), every path with that step (edge), or both heads (joint); one head; a layer's heads"
+)
+MODES = "what stands in its place: nothing (zero), its mean over the text, or what it was in another sequence"
+PATTERNS_BEHIND = "attention patterns behind what is taken out: as they were, as the article has it, or computed again"
 SEQUENCES = "of a text 256, or as many as have 4 GiB of attention patterns; all of --tokens"
 
 
-@command
+@command(task=RUNS, example="pyfastcircuits sweep induction-2l --top 5")
 def sweep(
     report: Report,
     name: Model = None,
     option: ModelOption = None,
-    text_file: Annotated[Path | None, typer.Option("--text", help="a text to run over, in UTF-8")] = None,
-    tokens_file: Annotated[Path | None, typer.Option("--tokens", help="token ids: .npy, or text, a row a line")] = None,
-    scope: Annotated[SweepScope, typer.Option(help="pairs of heads by what is taken out; heads; layers")] = "path",
-    mode: Annotated[Mode, typer.Option(help="what is written instead")] = "zero",
-    attention: Annotated[Attention, typer.Option(help="patterns behind what is taken out")] = "frozen",
-    metric: Annotated[MetricName, typer.Option(help="what is measured, besides kl")] = "nll",
-    against: Annotated[str | None, typer.Option(help="the token that a logit difference is against")] = None,
-    top: Annotated[int, typer.Option(min=0, help="ablations to show")] = 10,
-    out: Annotated[Path, typer.Option(help="folder of sweep.parquet, orders.parquet and pairs.png")] = Path("out"),
+    text_file: TextFile = None,
+    tokens_file: TokensFile = None,
+    scope: Annotated[SweepScope, typer.Option(help=SCOPES)] = "path",
+    mode: Annotated[Mode, typer.Option(help=MODES)] = "zero",
+    attention: Annotated[Attention, typer.Option(help=PATTERNS_BEHIND)] = "frozen",
+    metric: Annotated[
+        MetricName, typer.Option(help="what is measured at each token, beside KL(clean || ablated)")
+    ] = "nll",
+    against: Annotated[
+        str | None, typer.Option(help="of --metric logit_difference: the token that the next one is compared with")
+    ] = None,
+    top: Top = 10,
+    out: Out = Path("out"),
     force: Force = False,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="at most so many, evenly spaced", show_default=SEQUENCES)
+        int | None,
+        typer.Option(
+            min=1, help="at most so many sequences, evenly spaced", show_default=SEQUENCES, rich_help_panel=READS
+        ),
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(min=2, help="tokens a sequence, at most", show_default=f"of a text {LENGTH}; all of --tokens"),
+        typer.Option(
+            min=2,
+            help="at most so many tokens in a sequence",
+            show_default=f"of a text {LENGTH}; all of --tokens",
+            rich_help_panel=READS,
+        ),
     ] = None,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
-    low_memory: Annotated[bool, typer.Option("--low-memory", help="never hold the clean logits")] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="never hold logits of all tokens at once", rich_help_panel=HOW)
+    ] = False,
 ) -> None:
-    """Term importance order by order, and the ablation of every pair of heads, every head or every layer."""
+    """Run a text, and take out the path through every pair of heads, every head or every layer: what gets worse?
+
+    First comes the article's term importance: the loss with all paths up to each order, and what each layer's heads
+    add. Then every ablation, ranked, each with the token that it hits hardest. It writes orders.parquet, sweep.parquet,
+    and pairs.png, heads.png or layers.png.
+    """
     if text_file and tokens_file:
         raise ValueError("--text and --tokens: give one of them")
     model, device = options.named(name, option), options.device_of(backend, precision, dtype)
@@ -111,8 +149,7 @@ def sweep(
         if count:
             report.show(show.effect_table(found.result, examples, shown))
             title = f"{model}: {scope} ablation, {mode}, attention {attention}"
-            label = f"change of the {show.metric_name(found.result.metric)}"
-            paths.append(write.heatmap(found.result, out / files[-1], title, label, made))
+            paths.append(write.picture(found.result.plot(title=title), out / files[-1], made))
             bar.advance()
             report.line(f"{count / found.seconds:.1f} {kind}/s of {len(tokens) * (tokens.shape[1] - 1)} tokens each")
     marginals = {name: x.tolist() for name, x in found.marginals._asdict().items()}
