@@ -48,11 +48,15 @@ class PointOutputs:
 
 
 class Point(NamedTuple):
-    """What one experiment replaces: a point of a layer, of one of its heads, everywhere or at one position."""
+    """What one experiment replaces: a point of a layer, of one of its heads, everywhere or at one position.
+
+    Of a pattern, also one entry: the attention from a position to a source.
+    """
 
     layer: int
     head: int | None
     position: int | None
+    source: int | None = None
 
 
 class Patched:
@@ -111,8 +115,10 @@ class Patched:
         else:
             qkv = list(part.forward.qkv(layer, part.normed(part.streams[layer], layer)[None]))
             if self.what == "pattern":
-                v = qkv[2][0].repeat_interleave(weights.n_heads // qkv[2].shape[2], 1)
-                change = -gone[:, :, position:] @ v.transpose(0, 1)
+                v = qkv[2][0].repeat_interleave(weights.n_heads // qkv[2].shape[2], 1).transpose(0, 1)
+                if self.points[members[0]].source is not None:
+                    return self._added_by_entries(layer, members, gone[:, :, position], v, z.shape[2])
+                change = -gone[:, :, position:] @ v
             else:
                 at = "qkv".index(self.what)
                 qkv[at] = qkv[at] - gone.transpose(0, 1)
@@ -124,6 +130,16 @@ class Patched:
             heads = slice(first, first + group)
             added.append(torch.einsum("hbtr,hrd->btd", change[heads], weights.W_O[layer][heads].to(z.dtype)))
         return torch.stack(added)
+
+    def _added_by_entries(self, layer: int, members: Sequence[int], gone: Tensor, v: Tensor, length: int) -> Tensor:
+        """Likewise, of one entry each of a row [H, B, T] of the patterns."""
+        out = v.new_zeros(len(members), v.shape[1], length, self.part.weights.d_model)
+        for i, member in enumerate(members):
+            _, head, _, source = self.points[member]
+            assert head is not None
+            change = -gone[head, :, source, None] * v[head, :, source]
+            out[i, :, 0] = change @ self.part.weights.W_O[layer, head].to(v.dtype)
+        return out
 
 
 def patches(
