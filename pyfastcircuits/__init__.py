@@ -74,7 +74,6 @@ from pyfastcircuits.experiments.patching import (
     edge_attribution,
     path_patching,
 )
-from pyfastcircuits.experiments.sweep import Sweep, sweep
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
@@ -83,6 +82,7 @@ from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
+from pyfastcircuits.sweeps.sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,9 +13,9 @@ from torch import Tensor
 from pyfastcircuits import CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
 from pyfastcircuits.command.plain import in_nats, percent, significant
 from pyfastcircuits.command.text import TokenText
-from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import TopEntries
 from pyfastcircuits.result import label_name
+from pyfastcircuits.sweeps.sweep import Example
 
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)

@@ -15,7 +15,8 @@ from pyfastcircuits.command.report import Report
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
-from pyfastcircuits.experiments.sweep import SweepScope, count_steps
+from pyfastcircuits.sweeps.sweep import count_steps
+from pyfastcircuits.sweeps.work import SweepScope
 
 PATTERNS = 4 << 30  # bytes of attention patterns that a sweep of a text keeps, unless --sequences says otherwise
 LENGTH = 512

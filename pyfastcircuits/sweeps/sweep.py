@@ -3,15 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import comb
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.arguments import public
-from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import metric_spec
 from pyfastcircuits.experiments.options import Attention, MeasureOptions, Unpack, measured, measurement
@@ -19,8 +17,7 @@ from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, o
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.trace import FrozenTrace
-
-SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
+from pyfastcircuits.sweeps.work import SweepScope, ablate, experiments
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,9 @@ class Sweep:
             progress: called with the number of ablations finished since the last call.
         """
         labels = [label for label, _ in self.result.top(n)]
-        options: MeasureOptions = {**self.options, "per_token": True, "kl": False, "progress": progress}
-        result = _ablate(self.trace, self.scope, self.mode, self.attention, options, labels)
+        options: MeasureOptions = {**self.options, "per_token": True, "kl": False}
+        options |= {"per_sequence": False, "progress": progress}
+        result = ablate(self.trace, self.scope, self.mode, self.attention, options, labels)
         targets = measurement(self.trace, options, self.attention).asked.targets
         harm = -result.delta if result.harm == "fall" else result.delta
         out = []
@@ -120,29 +118,11 @@ def sweep(
     orders = order_losses(run, targets=metric.targets, **asked)
     marginals = layer_marginals(run, targets=metric.targets, **asked)
     start = time.perf_counter()
-    result = _ablate(run, scope, mode, attention, {"kl": True, **options}, None)
+    result = ablate(run, scope, mode, attention, {"kl": True, **options}, None)
     if run.tokens.device.type == "cuda":
         torch.cuda.synchronize(run.tokens.device)
     seconds = time.perf_counter() - start
     return Sweep(run, orders, marginals, result, seconds, scope, mode, attention, options)
-
-
-def _ablate(
-    run: FrozenTrace,
-    scope: SweepScope,
-    mode: Mode,
-    attention: Attention,
-    options: MeasureOptions,
-    labels: Any,
-) -> Result:
-    """Ablate everything of a scope, or only what some labels of its result say."""
-    if scope == "layer" and labels is None:
-        return layer_ablation(run, mode, attention, **options)
-    if scope == "layer":
-        labels = [[(layer, head) for head in range(run.weights.n_heads)] for layer in labels]
-    if scope == "head" or scope == "layer":
-        return head_ablation(run, mode, attention, heads=labels, **options)
-    return pair_ablation(run, scope, mode, attention, pairs=labels, **options)
 
 
 def count_steps(weights: CircuitWeights, scope: SweepScope) -> dict[str, int]:
@@ -150,7 +130,4 @@ def count_steps(weights: CircuitWeights, scope: SweepScope) -> dict[str, int]:
 
     Ablations are of layers, of heads, of all pairs of heads or of those in two layers.
     """
-    layers, heads = weights.n_layers, weights.n_heads
-    across = comb(layers, 2) * heads**2
-    count = {"layer": layers, "head": layers * heads, "joint": comb(layers * heads, 2)}.get(scope, across)
-    return {"clean run": 1, "orders": 3 * layers + 3, "ablations": count}
+    return {"clean run": 1, "orders": 3 * weights.n_layers + 3, "ablations": len(experiments(weights, scope))}
