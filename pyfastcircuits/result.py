@@ -120,9 +120,8 @@ class Result:
         kept = flat[self.metric].isfinite().flatten() if self.baseline.dim() else torch.ones(count, dtype=torch.bool)
         rows = torch.arange(count).repeat_interleave(places)[kept].tolist()
         pairs = self.setup.keys() & {"scope", "kind"}
-        columns = {
-            name: pa.array([values[i] for i in rows]) for name, values in _columns(self.labels, bool(pairs)).items()
-        }
+        named = label_columns(self.labels, bool(pairs))
+        columns = {name: pa.array([values[i] for i in rows]) for name, values in named.items()}
         if self.baseline.dim():
             at = torch.arange(places).repeat(count)[kept]
             for name, index in zip(_PLACES, torch.unravel_index(at, self.baseline.shape), strict=False):
@@ -156,7 +155,7 @@ def _width(label: Label) -> int | None:
     return None
 
 
-def _columns(labels: Sequence[Label], pairs: bool) -> dict[str, list[Any]]:
+def label_columns(labels: Sequence[Label], pairs: bool) -> dict[str, list[Any]]:
     """Columns that name the labels; `pairs`: an empty table is one of pairs."""
     widths = {_width(label) for label in labels} or {2 if pairs else 1}
     names = {1: ("layer", "head"), 2: ("source_layer", "source_head", "dest_layer", "dest_head")}

@@ -7,6 +7,7 @@ import torch
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
+from pyfastcircuits.sweeps.corpus import Given
 from pyfastcircuits.sweeps.moments import Moments
 from pyfastcircuits.sweeps.work import Cut, ablate, experiments, work
 
@@ -33,7 +34,7 @@ def test_chunks_add_up_to_the_whole_run(case, cut):
     scope, *more = case.split()
     mode = next((x for x in more if x in ("mean", "resample")), "zero")
     attention = "recomputed" if "recomputed" in more else "frozen"
-    made = work(WEIGHTS, WEIGHTS, scope, mode, attention, {}, TOKENS)
+    made = work(WEIGHTS, WEIGHTS, scope, mode, attention, {}, Given(TOKENS))
     assert sorted(map(str, made.labels)) == sorted(map(str, experiments(WEIGHTS, scope)))
     run = fc.trace(WEIGHTS, TOKENS)
     whole = ablate(run, scope, mode, attention, {"per_token": True, "kl": True}, made.labels)
@@ -49,7 +50,7 @@ def test_chunks_add_up_to_the_whole_run(case, cut):
 
 
 def test_sums_do_not_depend_on_the_cut_where_values_do_not():
-    made = work(WEIGHTS, WEIGHTS, "path", "zero", "frozen", {}, TOKENS)
+    made = work(WEIGHTS, WEIGHTS, "path", "zero", "frozen", {}, Given(TOKENS))
     (found,) = findings(made, Cut(5, 1000))
     whole, parts = Moments.of(made), Moments.of(made)
     whole.add(found)
@@ -71,7 +72,7 @@ def test_sequences_of_different_lengths_count_by_their_positions():
     where = torch.zeros(5, 11, dtype=torch.bool)
     for i, last in enumerate((1, 4, 9, 0, 10)):
         where[i, :last] = True
-    made = work(WEIGHTS, WEIGHTS, "head", "zero", "frozen", {"positions": where}, TOKENS)
+    made = work(WEIGHTS, WEIGHTS, "head", "zero", "frozen", {"positions": where}, Given(TOKENS))
     total, run = gathered(made, Cut(2, 5)), fc.trace(WEIGHTS, TOKENS)
     torch.testing.assert_close(total.mean("nll"), fc.head_ablation(run, positions=where).delta.flatten())
     values = fc.head_ablation(run, positions=where, per_token=True).delta.flatten(0, 1)
@@ -86,7 +87,7 @@ def test_sequences_of_different_lengths_count_by_their_positions():
 def test_tokens_asked_about_are_cut_too():
     targets, against = TOKENS.flip(1), torch.tensor([1, 2, 3, 4, 5])
     options = {"metric": "logit_difference", "targets": targets, "against": against, "positions": [2, -1]}
-    made = work(WEIGHTS, WEIGHTS, "layer", "zero", "frozen", options, TOKENS)
+    made = work(WEIGHTS, WEIGHTS, "layer", "zero", "frozen", options, Given(TOKENS))
     expected = fc.layer_ablation(fc.trace(WEIGHTS, TOKENS), kl=True, **options)
     total = gathered(made, Cut(2, 2))
     torch.testing.assert_close(total.mean("logit_difference"), expected.delta)
@@ -95,7 +96,7 @@ def test_tokens_asked_about_are_cut_too():
 
 
 def test_one_sequence_has_no_standard_error():
-    made = work(WEIGHTS, WEIGHTS, "layer", "zero", "frozen", {}, TOKENS[:1])
+    made = work(WEIGHTS, WEIGHTS, "layer", "zero", "frozen", {}, Given(TOKENS[:1]))
     assert gathered(made, Cut(2, 2), TOKENS[:1]).standard_error("nll").isnan().all()
 
 
@@ -115,11 +116,11 @@ def test_chunks_cover_everything_once():
 
 def test_chunks_take_seconds():
     """All experiments of some sequences; where those of one take long, so many that the clean logits are a fiftieth."""
-    small = work(WEIGHTS, WEIGHTS, "path", "zero", "frozen", {}, TOKENS)
+    small = work(WEIGHTS, WEIGHTS, "path", "zero", "frozen", {}, Given(TOKENS))
     assert small.cut(512).experiments == 48
     assert small.cut(512).sequences > small.cut(1024).sequences > 1
     wide = random_weights(4, 16, 16, 256, 16, 60_000, biases=False, dtype=torch.float32)
-    large = work(wide, wide, "path", "zero", "frozen", {}, TOKENS)
+    large = work(wide, wide, "path", "zero", "frozen", {}, Given(TOKENS))
     assert large.cut(128) == Cut(1, 1536)
     cut = large.cut(2048)
     assert cut.sequences == 1
@@ -127,7 +128,7 @@ def test_chunks_take_seconds():
 
 
 def test_an_error_says_in_which_sequences():
-    made = work(WEIGHTS, WEIGHTS, "layer", "zero", "frozen", {}, TOKENS)
+    made = work(WEIGHTS, WEIGHTS, "layer", "zero", "frozen", {}, Given(TOKENS))
     with pytest.raises(IndexError, match=r"tokens\[0, 0\] is 97, .* \(of sequences 7 to 8\)"):
         made.trace(torch.full((2, 5), 97), 7)
 

@@ -18,18 +18,19 @@ from pyfastcircuits.adapters.tracing import trace
 from pyfastcircuits.experiments.ablation import all_pairs, head_ablation, layer_ablation, pair_ablation
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricSpec, metric_spec
-from pyfastcircuits.experiments.options import Attention, measurement
+from pyfastcircuits.experiments.options import DEFAULTS, Attention, measurement
 from pyfastcircuits.experiments.orders import layer_marginals, order_losses
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import slices
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
+from pyfastcircuits.sweeps.corpus import Sequences
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 WORK = {"cpu": 2e11, "cuda": 2e13}  # multiply-adds of a chunk: some seconds
 PATTERNS = 1 << 29  # bytes of attention patterns of the sequences of a chunk, at least one sequence's
-REFERENCE = 64  # sequences, the first ones, over which mean ablation takes its means
+FIRST = 64  # sequences, those at the beginning, over which mean ablation takes its means
 _WIDE = 50  # how many times more work a chunk's experiments are than the clean logits, which each chunk makes anew
 
 
@@ -99,7 +100,7 @@ class Work:
         scope, mode, attention: as in `sweep`.
         metric: what is measured, beside KL.
         options: the other measurement options.
-        reference: the run that means are taken over.
+        first: the clean run of the first sequences, over which means are taken.
     """
 
     model: Any
@@ -109,7 +110,7 @@ class Work:
     attention: Attention
     metric: MetricSpec
     options: Mapping[str, Any]
-    reference: FrozenTrace | None
+    first: FrozenTrace
 
     @cached_property
     def labels(self) -> list[Label]:
@@ -134,7 +135,7 @@ class Work:
         rerun = 6 * weights.n_layers * weights.d_model**2 * (self.attention == "recomputed")  # half the layers
         each = length * (weights.d_vocab_out * width + rerun)
         whole = total * each + others * length * weights.d_vocab_out * weights.d_model
-        patterns = weights.n_layers * weights.n_heads * length**2 * weights.compute_dtype.itemsize
+        patterns = _pattern_bytes(weights, length)
         most = WORK[weights.device.type if weights.device.type in WORK else "cuda"]
         if whole <= 4 * most:
             return Cut(max(1, int(min(most // max(whole, 1), PATTERNS // max(patterns, 1)))), max(1, total))
@@ -142,11 +143,8 @@ class Work:
         return Cut(1, min(total, max(least, int(most // each))))
 
     def trace(self, tokens: Tensor, start: int = 0) -> FrozenTrace:
-        """The clean run of sequences that begin with number `start`; that number is in the error of a bad one."""
-        try:
-            return trace(self.model, tokens, weights=self.weights)
-        except (ValueError, IndexError) as error:
-            raise type(error)(f"{error} (of sequences {start} to {start + len(tokens) - 1})") from error
+        """The clean run of sequences that begin with number `start`; errors name them."""
+        return _trace(self.model, self.weights, tokens, start)
 
     def run(
         self,
@@ -167,12 +165,12 @@ class Work:
         first = chunk.experiments.start == 0
         steps = total + first * (3 * self.weights.n_layers + 3)
         options = {**self.options, "metric": self.metric_of(chunk.sequences), "per_sequence": True, "kl": True}
-        options |= self._positions_of(chunk.sequences)
+        options |= self.positions_of(chunk.sequences)
         if progress is not None:
             options["progress"] = lambda done: progress(done / steps)
         found = ablate(
             run, self.scope, self.mode, self.attention, options, self.labels[chunk.experiments],
-            reference=before if self.mode == "resample" else self.reference,
+            reference={"zero": None, "mean": self.first, "resample": before}[self.mode],
         )  # fmt: skip
         where = measurement(run, options, self.attention).asked.where
         effects = {found.metric: found.delta, **found.extra}
@@ -201,7 +199,8 @@ class Work:
         held = {x.name: getattr(self.metric, x.name) for x in fields(self.metric)}
         return replace(self.metric, **{name: _cut(tokens, sequences) for name, tokens in held.items()})
 
-    def _positions_of(self, sequences: slice) -> dict[str, Any]:
+    def positions_of(self, sequences: slice) -> dict[str, Any]:
+        """The positions measured in some of the sequences, where each has its own."""
         positions = self.options.get("positions")
         if isinstance(positions, Tensor) and positions.dim() == 2:
             return {"positions": positions[sequences]}
@@ -215,18 +214,21 @@ def work(
     mode: Mode,
     attention: Attention,
     options: Mapping[str, Any],
-    first: Tensor,
+    source: Sequences,
 ) -> Work:
-    """The work of a sweep, whose first sequences are `first`: means are taken over REFERENCE of them.
+    """The work of a sweep.
 
     Raises:
-        ValueError, TypeError: an unknown metric; `against` missing or too much.
+        ValueError, TypeError: an unknown metric; `against` missing or too much; no sequence; as trace.
     """
     metric = metric_spec(options.get("metric", "nll"), options.get("targets"), options.get("against"))
     left_out = ("metric", "targets", "against", "progress", "kl", "per_token", "per_sequence")
-    others = {name: value for name, value in options.items() if name not in left_out}
-    made = Work(model, weights, scope, mode, attention, metric, others, None)
-    return replace(made, reference=made.trace(first[:REFERENCE])) if mode == "mean" else made
+    others = {name: value for name, value in {**DEFAULTS, **options}.items() if name not in left_out}
+    most = PATTERNS // max(1, _pattern_bytes(weights, source.length))
+    first = source.read(0, max(2, min(FIRST, most))).to(weights.device)
+    if not len(first):
+        raise ValueError(f"tokens is {source!r}, which has no sequence")
+    return Work(model, weights, scope, mode, attention, metric, others, _trace(model, weights, first, 0))
 
 
 def experiments(weights: CircuitWeights, scope: SweepScope) -> list[Label]:
@@ -255,6 +257,18 @@ def ablate(
     if scope == "head" or scope == "layer":
         return head_ablation(run, mode, attention, heads=labels, reference=reference, **options)
     return pair_ablation(run, scope, mode, attention, pairs=labels, reference=reference, **options)
+
+
+def _trace(model: Any, weights: CircuitWeights, tokens: Tensor, start: int) -> FrozenTrace:
+    try:
+        return trace(model, tokens, weights=weights)
+    except (ValueError, IndexError) as error:
+        raise type(error)(f"{error} (of sequences {start} to {start + len(tokens) - 1})") from error
+
+
+def _pattern_bytes(weights: CircuitWeights, length: int) -> int:
+    """The size of one sequence's attention patterns."""
+    return weights.n_layers * weights.n_heads * length**2 * weights.compute_dtype.itemsize
 
 
 def _reversed(pair: Any) -> tuple[Any, ...]:
