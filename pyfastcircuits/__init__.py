@@ -7,7 +7,7 @@ The names by what they are for, in the order in which an analysis goes:
 | a model's weights | CircuitWeights, load_weights; process_weights, center, fold_norm, fold_value_biases |
 | one frozen run | trace -> FrozenTrace |
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
-| ablation | sweep -> Sweep; head_, layer_, pair_, path_, composition_ablation -> Result |
+| ablation | sweep -> Sweep, over a corpus -> Corpus too; head_, layer_, pair_, path_, composition_ablation -> Result |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
 | metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
@@ -78,7 +78,6 @@ from pyfastcircuits.experiments.patching import (
     edge_attribution,
     path_patching,
 )
-from pyfastcircuits.experiments.sweep import Sweep, sweep
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
@@ -87,6 +86,8 @@ from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
+from pyfastcircuits.sweeps.corpus import Corpus, corpus
+from pyfastcircuits.sweeps.sweep import Sweep, sweep
 
 if TYPE_CHECKING:
     from pyfastcircuits import plot as plot
@@ -99,6 +100,7 @@ __all__ = [
     "ComponentScores",
     "CompositionBaseline",
     "CopyingAccuracy",
+    "Corpus",
     "DiagonalStatistics",
     "FactoredMatrix",
     "FrozenTrace",
@@ -130,6 +132,7 @@ __all__ = [
     "composition_z_scores",
     "copying_accuracy",
     "copying_scores",
+    "corpus",
     "count_paths",
     "diagonal_ranks",
     "diagonal_statistics",

@@ -17,9 +17,9 @@ import pyfastcircuits as fc
 from pyfastcircuits.command.guard import Failed
 from pyfastcircuits.command.made import KEY
 from pyfastcircuits.command.text import TokenText
-from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.result import label_name
+from pyfastcircuits.sweeps.sweep import Example
 
 HEAD_TABLES = {
     "ov": ("layer", "head", "rank", "source", "output", "logit"),

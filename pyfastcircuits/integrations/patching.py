@@ -110,7 +110,8 @@ class _Cached:
             theirs = theirs.transpose(0, 1)
         elif theirs.dim() == 4:  # [B, T, H, r]
             theirs = theirs.permute(2, 0, 1, 3)
-        return own - theirs
+        lost: Tensor = own - theirs
+        return lost
 
 
 def _values(

@@ -13,8 +13,8 @@ from pyfastcircuits.drawing.marks import curve
 from pyfastcircuits.drawing.marks import scatter as points
 from pyfastcircuits.drawing.matrix import Side, matrix, tiles
 from pyfastcircuits.experiments.orders import LayerMarginals
-from pyfastcircuits.experiments.sweep import Sweep
 from pyfastcircuits.result import Result, label_name
+from pyfastcircuits.sweeps.sweep import Sweep
 
 
 @public
