@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.adapters.files import model_folder
+from pyfastcircuits.adapters.tokenizer import read_tokenizer, start_token
 
-START = "[START]"
 _FILES_AT_ONCE = 64  # encoded in one call, which Ctrl-C waits for
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -43,17 +42,7 @@ class TokenText:
 
     def __init__(self, name_or_path: str | Path | None, tokenizer: Any = None) -> None:
         """The tokenizer is that in a model's folder, or one of the tokenizers library that is given; None: none."""
-        self.tokenizer = tokenizer
-        if name_or_path is None or tokenizer is not None:
-            return
-        file = model_folder(name_or_path) / "tokenizer.json"
-        if file.exists():
-            from tokenizers import Tokenizer
-
-            try:
-                self.tokenizer = Tokenizer.from_file(str(file))
-            except Exception as error:  # tokenizers raises bare Exceptions
-                raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
+        self.tokenizer = read_tokenizer(name_or_path) if tokenizer is None and name_or_path is not None else tokenizer
 
     def __call__(self, ids: list[int]) -> str:
         """The tokens as one string, in which what is not printable is escaped."""
@@ -125,10 +114,7 @@ class TokenText:
     @property
     def start(self) -> int | None:
         """The token that every sequence begins with: its own start token or [START]; None without both."""
-        if self.tokenizer is None:
-            return None
-        put_in_front: list[int] = self.tokenizer.encode("").ids
-        return put_in_front[0] if put_in_front else self.tokenizer.token_to_id(START)
+        return None if self.tokenizer is None else start_token(self.tokenizer)
 
 
 def stdlib_files(held_out: bool) -> list[Path]:

@@ -10,17 +10,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 import pyfastcircuits as fc
-from pyfastcircuits.adapters.files import model_hash
+from pyfastcircuits.adapters.files import model_files
 
 KEY = "made_by"  # in a Parquet file's schema metadata and among a PNG file's texts
 _ASKED = ("command_line", "model", "source")  # how a run was asked for: the same run may be asked for in other words
 
 
 def made_by(
-    command: str, model: str, options: Mapping[str, Any], tokens: Tensor | None = None, source: str | None = None
+    command: str, model: str, options: Mapping[str, Any], tokens: str | None = None, source: str | None = None
 ) -> dict[str, Any]:
     """What makes the files of a run.
 
@@ -28,7 +27,7 @@ def made_by(
         command: the name of the command.
         model: by its name or path; the hash is of its files.
         options: all that change the results.
-        tokens: what the model runs over, [B, T].
+        tokens: the hash of what the model runs over.
         source: where the tokens come from.
     """
     return {
@@ -36,11 +35,22 @@ def made_by(
         "command_line": shlex.join(["pyfastcircuits", *sys.argv[1:]]),
         "version": fc.__version__,
         "model": model,
-        "model_sha256": model_hash(model),
+        "model_sha256": _model_hash(model),
         "source": source,
-        "tokens_sha256": None if tokens is None else hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
+        "tokens_sha256": tokens,
         "options": dict(options),
     }
+
+
+def _model_hash(model: str) -> str:
+    whole = hashlib.sha256()
+    for file in model_files(model):
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            while part := content.read(1 << 22):
+                digest.update(part)
+        whole.update(digest.digest())
+    return whole.hexdigest()
 
 
 def check_folder(folder: Path) -> None:

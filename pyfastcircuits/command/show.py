@@ -14,9 +14,9 @@ from pyfastcircuits import CopyingAccuracy, Result, SkipTrigrams, Sweep, positiv
 from pyfastcircuits.command.plain import in_nats, percent, significant
 from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.experiments.orders import ARTICLE_MARGINALS, ARTICLE_ORDERS
-from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import TopEntries
 from pyfastcircuits.result import label_name
+from pyfastcircuits.sweeps.sweep import Example
 
 METRIC_NAMES = {"nll": "loss", "kl": "divergence", "top1": "top-1 accuracy"}  # of the others, their own in words
 HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
@@ -52,8 +52,8 @@ def metric_name(metric: str) -> str:
 def order_steps(sweep: Sweep) -> dict[str, list[Any]]:
     """The steps of the term importance analysis: the paths there are by then, the loss, and its fall, in nats."""
     orders = [f"order <= {k}" for k in range(1, len(sweep.orders))]
-    losses = [math.log(sweep.trace.weights.d_vocab_out), *sweep.orders.tolist(), float(sweep.trace.loss)]
-    rounding = 4 * torch.finfo(sweep.orders.dtype).eps
+    losses = [math.log(sweep.trace.weights.d_vocab_out), *sweep.orders.tolist(), float(sweep.loss)]
+    rounding = 4 * torch.finfo(sweep.trace.weights.compute_dtype).eps
     falls = [before - after for before, after in pairwise(losses)]
     return {
         "paths": ["uniform", "order 0 (direct path)", *orders, "full model"],
