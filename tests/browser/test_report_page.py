@@ -198,7 +198,7 @@ class TestComposition:
         assert [re.search("([QKV])-composition", text)[1] for text in seen] == ["K", "Q"]
         z = page.evaluate("document.querySelector('#composition-matrix').data[0].z[6][4]")
         raw, rest = [], []
-        for label, into in (("score", raw), ("score less its random mean", rest)):
+        for label, into in (("score", raw), ("score − random", rest)):
             page.locator("#choice-form label").get_by_text(label, exact=True).click()
             into.append(page.evaluate("document.querySelector('#composition-matrix').data[0].z[6][4]"))
         weights = fc.load_weights("induction-2l")
