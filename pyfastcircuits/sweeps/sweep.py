@@ -73,6 +73,25 @@ class Sweep:
     settled: bool | None = None
 
     @public
+    def plot(self) -> Any:
+        """Draw what each ablation changes, as `result.plot`; fc.plot.orders draws the losses by order.
+
+        Raises:
+            ValueError: the model has nothing to ablate; ImportError: matplotlib is missing.
+        """
+        if not self.result.labels:
+            raise ValueError("result is empty: the model has nothing to ablate")
+        return self.result.plot()
+
+    def _repr_html_(self) -> str:
+        """The losses by order and what stands out among the ablations, as tables with a picture."""
+        from pyfastcircuits.drawing.notebook import card
+
+        rows = [(f"at most {k}", f"{loss:.4g}") for k, loss in enumerate(self.orders.tolist())]
+        orders = card("Loss with all paths up to an order", ("order", "loss (nats)"), rows, None)
+        return orders + (self.result._repr_html_() if self.result.labels else "")
+
+    @public
     @torch.no_grad()
     def examples(self, n: int, *, context: int = 12, progress: Callable[[float], None] | None = None) -> list[Example]:
         """For each of the n ablations that matter most, the token asked about whose metric it harms most.
