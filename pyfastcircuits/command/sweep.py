@@ -38,13 +38,14 @@ from pyfastcircuits.sweeps.store import StoreError
 from pyfastcircuits.sweeps.work import SweepScope, experiments
 
 SEQUENCES, LENGTH = 256, 512
+SHORT = 1 << 16  # tokens of a vocabulary whose ids a .bin holds in two bytes
 SCOPES = (
     "what is taken out. Of a pair of heads: the one path through both (path), all that the first writes through the "
     "second (direct), every path with that step (edge), or both heads (joint); one head; a layer's heads"
 )
 MODES = "what stands in its place: nothing (zero), its mean over the text, or what it was in another sequence"
 PATTERNS_BEHIND = "attention patterns behind what is taken out: as they were, as the article has it, or computed again"
-SHORT = 1 << 16  # tokens of a vocabulary whose ids a .bin holds in two bytes
+CORPUS = "a corpus of any size in their place: text, .jsonl, .parquet, .npy, .bin, a folder of one kind or a data set"
 
 
 @command(task=RUNS, example="pyfastcircuits sweep induction-2l --top 5")
@@ -54,17 +55,10 @@ def sweep(
     option: ModelOption = None,
     text_file: TextFile = None,
     tokens_file: TokensFile = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option(
-            help="a corpus of any size: text, .jsonl, .parquet, .npy, .bin, or a folder", rich_help_panel=READS
-        ),
-    ] = None,
+    corpus: Annotated[Path | None, typer.Option(help=CORPUS, rich_help_panel=READS)] = None,
     column: Annotated[
         str | None,
-        typer.Option(
-            help="of --corpus: texts or tokens", show_default="input_ids, tokens or text", rich_help_panel=READS
-        ),
+        typer.Option(help="the column of --corpus", show_default="input_ids, tokens or text", rich_help_panel=READS),
     ] = None,
     scope: Annotated[SweepScope, typer.Option(help=SCOPES)] = "path",
     mode: Annotated[Mode, typer.Option(help=MODES)] = "zero",
@@ -79,18 +73,18 @@ def sweep(
     out: Out = Path("out"),
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="go on with the sweep that --out holds, if it does", rich_help_panel=GIVES),
+        typer.Option("--resume", help="go on with the sweep that --out holds, if there is one", rich_help_panel=GIVES),
     ] = False,
     force: Force = False,
     settle: Annotated[
-        int | None, typer.Option(min=1, help="end when so many that matter most, and their order, are known")
+        int | None, typer.Option(min=1, help="end as soon as so many that matter most, and their order, are known")
     ] = None,
     confidence: Annotated[float, typer.Option(help="with which --settle knows them")] = 0.95,
     sequences: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="at most so many sequences: of --text and --tokens evenly spaced, of --corpus the first",
+            help="at most so many sequences: evenly spaced ones, of --corpus the first",
             show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
             rich_help_panel=READS,
         ),
@@ -114,8 +108,8 @@ def sweep(
     """Run a text, and take out the path through every pair of heads, every head or every layer: what gets worse?
 
     First comes the article's term importance: the loss with all paths up to each order, and what each layer's heads
-    add. Then every ablation, ranked, each with the token that it hits hardest. It writes effects/ and manifest.json,
-    which --resume goes on from, orders.parquet, sweep.parquet, and pairs.png, heads.png or layers.png.
+    add. Then every ablation, ranked, each with the token that it hits hardest. It writes orders.parquet, sweep.parquet,
+    and pairs.png, heads.png or layers.png; and as it runs, what it finds on each sequence (effects/, manifest.json).
     """
     sources = {"--text": text_file, "--tokens": tokens_file, "--corpus": corpus}
     given = [option for option, file in sources.items() if file]
