@@ -74,7 +74,11 @@ def test_calls_in_tables_run(name):
 
 COMMANDS = {line for page in PAGES for line in code(page) if line.startswith("pyfastcircuits ")}
 CHECKS = {line for line in COMMANDS if line.endswith(" --check")}  # of which tests/test_cli.py has what is found
-LESS = {"sweep": "--sequences 2 --length 16 --out out", "heads": "--batches 1 --out out"}  # for a smaller job
+LESS = {
+    "sweep": "--sequences 2 --length 16 --out out",
+    "heads": "--batches 1 --out out",
+    "report": "--sequences 1 --length 16",
+}  # for a smaller job
 
 
 def test_there_are_commands_on_the_pages():
