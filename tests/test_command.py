@@ -139,6 +139,20 @@ class TestProgress:
         assert phases == ["loading", "run", "orders", "orders", "ablations"]
         assert "done" in bar._console.file.getvalue()
 
+    def test_the_rate_is_shown_and_an_end_may_be_unknown(self):
+        bar = report.Bar(Console(file=io.StringIO(), force_terminal=True, width=120), shown=True)
+        with bar:
+            bar.plan({"sequences": float("inf")})
+            for _ in range(4):
+                time.sleep(0.01)
+                bar.advance(5)
+            assert (bar._task.total, bar._task.description) == (None, "sequences")
+            assert 100 < bar._task.speed < 500
+            bar.plan({"writing": 2})
+            assert (bar._task.total, bar._task.completed, bar._task.description) == (2, 0, "writing")
+            bar.advance(2)
+        assert "/s" in bar._console.file.getvalue()
+
     def test_lines_without_a_terminal(self, tmp_path, monkeypatch):
         monkeypatch.setattr(report, "SECONDS", 0.05)
         result = CliRunner().invoke(app, ["sweep", "--sequences", "40", "--out", str(tmp_path / ("deep" * 40))])
