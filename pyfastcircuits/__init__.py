@@ -20,6 +20,7 @@ The names by what they are for, in the order in which an analysis goes:
 | composition of two heads | composition_scores, composition_baseline, composition_z_scores, component_scores, |
 | | virtual_weights, virtual_head, subspaces |
 | figures | plot, imported when it is first used; `.plot()` of each finding |
+| one page with all of this | report writes it as HTML |
 | the kernels beneath | ops; build_info says what this build and machine can do |
 """
 
@@ -83,6 +84,7 @@ from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
+from pyfastcircuits.report.make import report
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
@@ -164,6 +166,7 @@ __all__ = [
     "qk_positivity",
     "qk_tables",
     "qk_terms",
+    "report",
     "skip_trigrams",
     "subspaces",
     "sweep",

@@ -20,10 +20,11 @@ from support.random_models import random_tokens, random_weights
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters import texts
+from pyfastcircuits.adapters.texts import quoted, visible
 from pyfastcircuits.command import report
-from pyfastcircuits.command import text as texts
 from pyfastcircuits.command.cli import app
-from pyfastcircuits.command.plain import in_nats, quoted, significant, visible
+from pyfastcircuits.command.plain import in_nats, significant
 
 
 @pytest.fixture
@@ -352,7 +353,7 @@ PHASES = {
     "loading": "options.load_model = lambda *a: time.sleep(60)",
     "in C": "fc.sweep = lambda *a, **k: torch.linalg.svd(torch.randn(6000, 6000))",
     "in an op": "fc.sweep = lambda *a, **k: torch.ops.pyfastcircuits.cpu_rate('fma', 60.0)",
-    "reading": "text.held_out_text = lambda: 'word ' * 20_000_000",
+    "reading": "texts.held_out_text = lambda: 'word ' * 20_000_000",
     "the work": "",
 }
 
@@ -364,7 +365,8 @@ def test_ctrl_c_ends_within_a_second(phase, tmp_path):
     script = f"""
 import time, torch
 import pyfastcircuits as fc
-from pyfastcircuits.command import cli, options, text
+from pyfastcircuits.adapters import texts
+from pyfastcircuits.command import cli, options
 {PHASES[phase]}
 print("started", flush=True)
 cli.app(["sweep", "--out", {str(tmp_path)!r}])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.adapters.texts import no_token
 from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.tables import Indices, checked_indices, top_per_row
 from pyfastcircuits.circuits.vocabulary import ov_circuit, qk_tables
@@ -150,11 +151,6 @@ class SkipTrigrams:
     def _shown(self, token: int) -> str:
         text = str(token) if self.text is None else self.text([token])
         return repr(text) if text else no_token(token)
-
-
-def no_token(token: int) -> str:
-    """What is shown of an id for which a tokenizer has no token, as in a vocabulary that is padded."""
-    return f"<id {token}>"
 
 
 @public

@@ -41,7 +41,8 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
         for name, hint in _COMMON.items()
     ]
-    options = {x.name: _option(x) for x in own} | {"name_or_path": "MODEL", "tokens": "--tokens"}
+    options = {x.name: _option(x) for x in own}
+    options |= {"name_or_path": "MODEL", "tokens": "--tokens", "text": "--text"}
 
     @wraps(function)
     def command(*, as_json: bool, quiet: bool, **given: Any) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import typer
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters import texts
 from pyfastcircuits.command import options, show, text, write
 from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.guard import Failed
@@ -119,7 +120,7 @@ def sweep(
     check_folder(out)
     with report.bar as bar:
         run, weights = options.model_of(model, dtype, device)
-        shown = text.TokenText(model)
+        shown = texts.TokenText(model)
         size = min(length or LENGTH, _positions(run, weights) or LENGTH)
         source: Sequences
         if corpus:
@@ -128,11 +129,11 @@ def sweep(
             source = fc.corpus(corpus, size, tokenizer=tokenizer, column=column, dtype=width, sequences=sequences)
         elif tokens_file:
             tokens = text.read_tokens(tokens_file, weights.d_vocab)[:, :length]
-            source = Given(text.evenly(tokens, sequences or len(tokens)))
+            source = Given(texts.evenly(tokens, sequences or len(tokens)))
         else:
-            content = text.read_text(text_file) if text_file else text.held_out_text()
-            source = Given(text.sequences_of(shown, content, size, sequences or SEQUENCES))
-            unknown = text.check_known(source.tokens, shown, weights.d_vocab)
+            content = text.read_text(text_file) if text_file else texts.held_out_text()
+            source = Given(texts.sequences_of(shown, content, size, sequences or SEQUENCES))
+            unknown = texts.check_known(source.tokens, shown, weights.d_vocab)
             if unknown > 0.01:
                 report.warn(f"--text: {unknown:.0%} of its tokens are unknown to the model's tokenizer")
         against_token = None if against is None else options.token_of("--against", against, shown, weights)

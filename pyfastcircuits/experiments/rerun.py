@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyfastcircuits.experiments.ablation_value import AblationValue
 from pyfastcircuits.model.norms import normalized
+from pyfastcircuits.run import memory
 from pyfastcircuits.run.forward import layer_after
 from pyfastcircuits.run.losses import slices
 from pyfastcircuits.run.nodes import MLP, Bias, Embedding, Head, Node, grouped
@@ -104,11 +105,30 @@ def again(part: FrozenTrace, layer: int, position: int, stream: Tensor) -> Tenso
 
 def mixed_again(part: FrozenTrace, layer: int, position: int, stream: Tensor) -> Tensor:
     """z [n, B, H, T - position, r] of a layer that reads a stream that is the clean one in front of a position."""
+    forward, count = part.forward, len(stream)
+    if position and not forward.places_alike:
+        before = part.streams[layer][:, :position].expand(count, -1, -1, -1)
+        stream, position, skipped = torch.cat((before, stream), 2), 0, position
+    else:
+        skipped = position
+    made = forward.qkv(layer, normalized(stream, part.weights))
     if position:
-        before = part.streams[layer][:, :position].expand(len(stream), -1, -1, -1)
-        stream = torch.cat((before, stream), 2)
-    qkv = part.forward.qkv(layer, normalized(stream, part.weights))
-    return part.forward.apply(layer, *qkv)[..., position:, :]
+        in_front = [x[..., :position, :].expand(count, *x.shape[1:3], -1, -1) for x in clean_qkv(part, layer)]
+        q, k, v = (torch.cat(both, 3) for both in zip(in_front, made, strict=True))
+    else:
+        q, k, v = made
+    return forward.apply(layer, q, k, v)[..., skipped:, :]
+
+
+def clean_qkv(part: FrozenTrace, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [1, B, H or Hkv, T, r] of a layer in the clean run; a part keeps a few."""
+    kept = part.clean_qkv.get(layer)
+    if kept is None:
+        kept = part.forward.qkv(layer, part.normed(part.streams[layer], layer)[None])
+        floats = sum(x.numel() for x in kept) * part.weights.n_layers
+        if 2 * floats * part.final.itemsize <= memory.clean_logits_bytes(part.final.device):
+            part.clean_qkv[layer] = kept
+    return kept
 
 
 def clean_z(part: FrozenTrace, layer: int, position: int = 0) -> Tensor:

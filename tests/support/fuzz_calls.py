@@ -165,7 +165,7 @@ class Call:
         hostiles = choices.pick(0, 0, 1, 1, 2) if self.arguments and bare not in OF_ROWS else 0  # whose rows we make
         for _ in range(hostiles):
             name = choices.pick(*self.arguments)
-            if name == "seconds":  # it would last as long
+            if name in ("seconds", "out"):  # it would last as long, or write there
                 continue
             self.arguments[name] = hostile(choices, self.arguments[name])
             self.valid, self.replaced = False, [*self.replaced, name]
