@@ -36,9 +36,11 @@ from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
 from pyfastcircuits.sweeps.corpus import Given, Sequences, TokenType
 from pyfastcircuits.sweeps.store import StoreError
-from pyfastcircuits.sweeps.work import SweepScope, experiments
+from pyfastcircuits.sweeps.work import SweepScope, experiments, pattern_bytes
 
-SEQUENCES, LENGTH = 256, 512
+LENGTH = 512
+PATTERNS = 4 << 30  # bytes of attention patterns of a text's sequences: fewer of a large model, whose sweep takes long
+SEQUENCES = "of a text 256, or as many as have 4 GiB of attention patterns; all of --tokens and --corpus"
 SHORT = 1 << 16  # tokens of a vocabulary whose ids a .bin holds in two bytes
 SCOPES = (
     "what is taken out. Of a pair of heads: the one path through both (path), all that the first writes through the "
@@ -86,7 +88,7 @@ def sweep(
         typer.Option(
             min=1,
             help="at most so many sequences: evenly spaced ones, of --corpus the first",
-            show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
+            show_default=SEQUENCES,
             rich_help_panel=READS,
         ),
     ] = None,
