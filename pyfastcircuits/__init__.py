@@ -7,6 +7,7 @@ The names by what they are for, in the order in which an analysis goes:
 | a model's weights | CircuitWeights, load_weights; process_weights, center, fold_norm, fold_value_biases |
 | one frozen run | trace -> FrozenTrace |
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
+| before a sweep | plan -> Plan |
 | ablation | sweep -> Sweep; head_, layer_, pair_, path_, composition_ablation -> Result |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
@@ -83,6 +84,7 @@ from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
+from pyfastcircuits.sweeps.plan import Plan, plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "LayerMarginals",
     "LogitDifference",
     "OVTables",
+    "Plan",
     "Probability",
     "QKTables",
     "QKTerms",
@@ -147,6 +150,7 @@ __all__ = [
     "path_ablation",
     "path_logits",
     "path_patching",
+    "plan",
     "positivity",
     "process_weights",
     "project",
