@@ -8,7 +8,7 @@ The names by what they are for, in the order in which an analysis goes:
 | one frozen run | trace -> FrozenTrace |
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
 | before a sweep | plan -> Plan |
-| ablation | sweep -> Sweep; head_, layer_, pair_, path_, composition_ablation -> Result |
+| ablation | sweep -> Sweep, over a corpus -> Corpus too; head_, layer_, pair_, path_, composition_ablation -> Result |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
 | metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
@@ -75,7 +75,6 @@ from pyfastcircuits.experiments.patching import (
     edge_attribution,
     path_patching,
 )
-from pyfastcircuits.experiments.sweep import Sweep, sweep
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
@@ -84,7 +83,9 @@ from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
+from pyfastcircuits.sweeps.corpus import Corpus, corpus
 from pyfastcircuits.sweeps.plan import Plan, plan
+from pyfastcircuits.sweeps.sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "ComponentScores",
     "CompositionBaseline",
     "CopyingAccuracy",
+    "Corpus",
     "DiagonalStatistics",
     "FactoredMatrix",
     "FrozenTrace",
@@ -126,6 +128,7 @@ __all__ = [
     "composition_z_scores",
     "copying_accuracy",
     "copying_scores",
+    "corpus",
     "count_paths",
     "diagonal_ranks",
     "diagonal_statistics",

@@ -22,9 +22,11 @@ class Result:
         labels: the thing that each value belongs to, in the order of the flattened values: ((layer, head),) for a head,
             ((layer, head), (layer, head)) for a pair or path, a frozenset of those for several that go together, the
             number of a layer, the name of a node.
-        values: [*shape], one entry for each label; with `per_token` followed by [B, T'] positions, NaN where nothing is
-            measured. Nats for "nll" and "kl"; logits, probabilities, ranks from 0.
-        baseline: the same quantity of the run that nothing was done to, a scalar (with `per_token`, [B, T']).
+        values: [*shape], one entry for each label; followed by [B, T'] positions with `per_token`, or
+            by [B] with `per_sequence`, NaN where nothing is measured. Nats for "nll" and "kl"; logits, probabilities,
+            ranks from 0.
+        baseline: the same quantity of the run that nothing was done to, a scalar ([B, T'] or [B] where they
+            are told apart).
         metric: the name of the quantity in `values`.
         extra: other quantities measured along the way, each shaped like `values`; `result.kl` is `result.extra["kl"]`.
         setup: how the experiments were made: scope, mode, attention, ...; strings, or numbers that stay numbers.
@@ -96,7 +98,7 @@ class Result:
 
     @public
     def table(self) -> Any:
-        """A pyarrow.Table with a row for each label (and, with `per_token`, each position measured); `.to_pandas()`.
+        """A pyarrow.Table with a row for each label (and each position or sequence that is told apart); `.to_pandas()`.
 
         Columns: layer, head; or source_layer, source_head, dest_layer, dest_head; or label, in words; then sequence and
         position where there are such (for attention scores, source_position too); then every quantity measured, and
@@ -118,9 +120,8 @@ class Result:
         kept = flat[self.metric].isfinite().flatten() if self.baseline.dim() else torch.ones(count, dtype=torch.bool)
         rows = torch.arange(count).repeat_interleave(places)[kept].tolist()
         pairs = self.setup.keys() & {"scope", "kind"}
-        columns = {
-            name: pa.array([values[i] for i in rows]) for name, values in _columns(self.labels, bool(pairs)).items()
-        }
+        named = label_columns(self.labels, bool(pairs))
+        columns = {name: pa.array([values[i] for i in rows]) for name, values in named.items()}
         if self.baseline.dim():
             at = torch.arange(places).repeat(count)[kept]
             for name, index in zip(_PLACES, torch.unravel_index(at, self.baseline.shape), strict=False):
@@ -154,7 +155,7 @@ def _width(label: Label) -> int | None:
     return None
 
 
-def _columns(labels: Sequence[Label], pairs: bool) -> dict[str, list[Any]]:
+def label_columns(labels: Sequence[Label], pairs: bool) -> dict[str, list[Any]]:
     """Columns that name the labels; `pairs`: an empty table is one of pairs."""
     widths = {_width(label) for label in labels} or {2 if pairs else 1}
     names = {1: ("layer", "head"), 2: ("source_layer", "source_head", "dest_layer", "dest_head")}

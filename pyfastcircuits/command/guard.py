@@ -41,12 +41,12 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     def command(*, as_json: bool, quiet: bool, **given: Any) -> None:
         report = Report(as_json=as_json, quiet=quiet)
         try:
-            with _ended_by_ctrl_c(), warnings.catch_warnings():
+            with _ended_by_ctrl_c(report), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *where, **more: report.warn(str(message))
                 function(report, **given)
                 report.end()
         except KeyboardInterrupt:
-            report.error("interrupted")
+            report.error(_interrupted(report))
             raise typer.Exit(INTERRUPTED) from None
         except Failed as error:
             report.error(f"error: {error}")
@@ -67,8 +67,12 @@ def _named(message: str, options: dict[str, str]) -> str:
     return re.sub(r"^\w+(?= is | has |=|\[)", lambda found: options.get(found[0], found[0]), message)
 
 
+def _interrupted(report: Report) -> str:
+    return f"interrupted; this goes on from there: {report.going_on}" if report.going_on else "interrupted"
+
+
 @contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
+def _ended_by_ctrl_c(report: Report) -> Iterator[None]:
     """End the process soon after Ctrl-C even where a library keeps Python from raising KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -81,7 +85,7 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         for byte in iter(lambda: os.read(reader, 1), b""):
             if byte[0] == signal.SIGINT and not ended.wait(_GRACE):
                 shown = b"\x1b[?25h" if os.isatty(2) else b""  # the cursor, which the bar hides
-                os.write(2, shown + b"interrupted\n")
+                os.write(2, shown + f"{_interrupted(report)}\n".encode())
                 os._exit(INTERRUPTED)
         os.close(reader)
 

@@ -13,11 +13,9 @@ from pyfastcircuits.command.plain import amount, duration, size
 from pyfastcircuits.command.report import Report
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention
-from pyfastcircuits.experiments.sweep import SweepScope
 from pyfastcircuits.sweeps.architectures import ARCHITECTURES
 from pyfastcircuits.sweeps.plan import Plan, Shares
-
-
+from pyfastcircuits.sweeps.work import SweepScope
 
 
 @command

@@ -13,9 +13,9 @@ from torch import Tensor
 from pyfastcircuits import CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
 from pyfastcircuits.command.plain import in_nats, percent, significant
 from pyfastcircuits.command.text import TokenText
-from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import TopEntries
 from pyfastcircuits.result import label_name
+from pyfastcircuits.sweeps.sweep import Example
 
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)
@@ -54,8 +54,8 @@ def metric_name(metric: str) -> str:
 def order_steps(sweep: Sweep) -> dict[str, list[Any]]:
     """The steps of the term importance analysis: the paths there are by then, the loss, and its fall, in nats."""
     orders = [f"order <= {k}" for k in range(1, len(sweep.orders))]
-    losses = [math.log(sweep.trace.weights.d_vocab_out), *sweep.orders.tolist(), float(sweep.trace.loss)]
-    rounding = 4 * torch.finfo(sweep.orders.dtype).eps
+    losses = [math.log(sweep.trace.weights.d_vocab_out), *sweep.orders.tolist(), float(sweep.loss)]
+    rounding = 4 * torch.finfo(sweep.trace.weights.compute_dtype).eps
     falls = [before - after for before, after in pairwise(losses)]
     return {
         "paths": ["uniform", "order 0 (direct path)", *orders, "full model"],

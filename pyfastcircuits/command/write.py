@@ -21,9 +21,9 @@ from pyfastcircuits.command.made import KEY
 from pyfastcircuits.command.plain import visible
 from pyfastcircuits.command.show import of_pairs
 from pyfastcircuits.command.text import TokenText
-from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.result import label_name
+from pyfastcircuits.sweeps.sweep import Example
 
 HEAD_TABLES = {
     "ov": ("layer", "head", "rank", "source", "output", "logit"),

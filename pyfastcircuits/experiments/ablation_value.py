@@ -39,7 +39,7 @@ class AblationValue:
             if count < 2:
                 raise ValueError("mode is 'resample', but the run has one sequence: give a reference")
             self.order = torch.arange(count, device=trace.tokens.device).roll(1)
-        self._means: dict[Outputs, Tensor] = {}
+        self._means = self.reference.means if over == "all" else {}  # those over all are small: any ablation finds them
         self._resampled: tuple[slice | Tensor, FrozenTrace] | None = None  # the last part asked about, and its source
 
     def value(self, outputs: Outputs, part: FrozenTrace) -> Tensor | float:

@@ -262,6 +262,12 @@ class Asked:
         out[..., self.where] = values
         return out[..., : self.width]
 
+    def sequence_means(self, values: Tensor) -> Tensor:
+        """[..., N] -> [..., B], the mean over each sequence's positions; NaN where none is measured."""
+        out = values.new_zeros((*values.shape[:-1], *self.where.shape))
+        out[..., self.where] = values
+        return out.sum(-1) / self.where.sum(-1)
+
 
 def asked(
     trace: FrozenTrace,

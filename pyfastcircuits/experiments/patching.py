@@ -179,10 +179,10 @@ def edge_attribution(
         raise ValueError(f"exact is {exact}, expected a number of pairs")
     into, source, options = _directed(clean, corrupted, direction, options)
     how = measurement(into, options, "recomputed")
-    if not all(metric.has_gradient for metric in how.metrics) or how.per_token:
+    if not all(metric.has_gradient for metric in how.metrics) or how.apart:
         raise ValueError(
-            f"metric is {how.metrics[0].name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}: expected the "
-            "mean of a metric with a gradient, nll, logit_difference or probability"
+            f"metric is {how.metrics[0].name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}, per_sequence "
+            f"{how.per_sequence}: expected the mean of a metric with a gradient, nll, logit_difference or probability"
         )
     weights = into.weights
     pairs = enumerate_paths(weights.n_layers, weights.n_heads, 2)
@@ -228,7 +228,8 @@ def _with_runs(
 ) -> Result:
     """The result with what either run measures by itself in its setup."""
     setup = dict(found.setup) | {"direction": direction}
-    plain: MeasureOptions = {**_about(clean, options), "per_token": False, "kl": False, "progress": None}
+    plain: MeasureOptions = {**_about(clean, options), "per_token": False, "per_sequence": False, "kl": False}
+    plain["progress"] = None
     for name, run in (("clean", clean), ("corrupted", corrupted)):
         setup[name] = float(measure(run, [], measurement(run, plain, "recomputed"), []).baseline)
     return replace(found, setup=setup)

@@ -1,1 +1,1 @@
-"""Sweeps at scale: what one costs before it runs, and how processes share it."""
+"""Sweeps over whole corpora: cut into chunks, stored as they go, resumed, stopped when the ranking is settled."""

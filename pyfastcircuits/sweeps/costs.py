@@ -11,9 +11,8 @@ from math import ceil
 from pyfastcircuits.experiments import cuts
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention
-from pyfastcircuits.experiments.sweep import SweepScope
-from pyfastcircuits.run import memory
 from pyfastcircuits.sweeps.architectures import Architecture
+from pyfastcircuits.sweeps.work import SweepScope
 
 FLOAT = 4  # bytes: weights may be narrower, all else is computed in fp32
 EFFECT = 8  # multiply-adds on a changed logit beside its product: a polynomial of degree 6, and two sums

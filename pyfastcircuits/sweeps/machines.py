@@ -237,7 +237,11 @@ def measured_rates(precision: Precision = "ieee", clock: Callable[[], float] = t
     def of_width(r: int) -> tuple[Any, Any]:
         return sizes * normal(experiments, positions, r), normal(1, r, columns) * 1.6 / r**0.5
 
-    options: dict[str, Any] = {"group": torch.zeros(experiments, dtype=torch.long), "mean": True, "precision": precision}
+    options: dict[str, Any] = {
+        "group": torch.zeros(experiments, dtype=torch.long),
+        "mean": True,
+        "precision": precision,
+    }
     scale, times = 1 + 0.1 * normal(experiments, positions).double().tanh(), []
     for r, more in ((24, {}), (192, {}), (24, {"scale": scale})):
         delta, basis = of_width(r)

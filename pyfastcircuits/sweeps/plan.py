@@ -8,7 +8,6 @@ from typing import Literal
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention
-from pyfastcircuits.experiments.sweep import SweepScope
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Precision
 from pyfastcircuits.sweeps import machines
@@ -16,6 +15,7 @@ from pyfastcircuits.sweeps.architectures import ARCHITECTURES, Architecture
 from pyfastcircuits.sweeps.costs import Task, Work
 from pyfastcircuits.sweeps.footprint import footprint
 from pyfastcircuits.sweeps.machines import Machine
+from pyfastcircuits.sweeps.work import SweepScope
 
 Split = Literal["none", "sequences", "experiments", "vocabulary"]
 MERGED = 32  # bytes of the sums of one experiment at one position, which processes with parts of the vocabulary join
