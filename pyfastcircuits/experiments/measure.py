@@ -9,6 +9,7 @@ run.memory's size, whatever the number of experiments.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.losses import CleanLogits, LogitBasis, Unembedding, basis_group, changed_partial, slices
+from pyfastcircuits.run.processes import vocabulary_shared
 from pyfastcircuits.run.trace import FrozenTrace
 
 
@@ -151,7 +153,7 @@ class _ChangedRows:
                 self.clean.clean(part), self.delta, bases, tokens - part.start, own,
                 group=basis_group(self.delta, bases), precision=how.precision, backend=how.backend,
             )  # fmt: skip
-        return total
+        return self.clean.unembedding.processes.summed(total)
 
     def _products(self, tokens: Tensor) -> Tensor:
         """The entries of delta @ basis at one token [N] of each row, fp64 [P, N]."""
@@ -324,6 +326,7 @@ def _sequences_at_once(trace: FrozenTrace, interventions: Sequence[Intervention]
     widths = [
         max(i.extra_floats_per_position, weights.d_value if i.write_heads else weights.d_model) for i in interventions
     ]
-    clean = 0 if how.low_memory else size * weights.d_vocab_out
+    shared = ceil(weights.d_vocab_out / vocabulary_shared().size)
+    clean = 0 if how.low_memory else size * shared
     bounds = memory.block_bytes(weights.device), memory.clean_logits_bytes(weights.device)
     return cuts.sequences_at_once(trace.tokens.shape[1], size * max(widths, default=1), clean, *bounds)

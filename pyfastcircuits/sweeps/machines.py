@@ -231,7 +231,7 @@ def measured_rates(precision: Precision = "ieee", clock: Callable[[], float] = t
     base, tokens = 3 * normal(positions, columns), torch.zeros(positions, 1, dtype=torch.long)
     lse = clean_logsumexp(base)
     logits = time_of(lambda: clean_logsumexp(base)) / base.numel()
-    # Half of the changes are small, as those of most heads, and half as large as those of a trained model's strong ones.
+    # Half of the changes are small, as those of most heads; the others as large as of a trained model's strong ones.
     sizes = torch.where(torch.arange(experiments) % 2 > 0, 1.0, 0.01)[:, None, None]
 
     def of_width(r: int) -> tuple[Any, Any]:

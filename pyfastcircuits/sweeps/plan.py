@@ -15,9 +15,8 @@ from pyfastcircuits.sweeps.architectures import ARCHITECTURES, Architecture
 from pyfastcircuits.sweeps.costs import Task, Work
 from pyfastcircuits.sweeps.footprint import footprint
 from pyfastcircuits.sweeps.machines import Machine
-from pyfastcircuits.sweeps.work import SweepScope
+from pyfastcircuits.sweeps.work import Split, SweepScope
 
-Split = Literal["none", "sequences", "experiments", "vocabulary"]
 MERGED = 32  # bytes of the sums of one experiment at one position, which processes with parts of the vocabulary join
 DTYPES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -80,7 +79,7 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of a process: two for each multiply-add of a product, and those on changed logits."""
+        """Floating-point operations of a process, of products and on changed logits; two for each multiply-add."""
         return sum(work.flops for work in self.chosen.steps.values())
 
     @property
@@ -174,13 +173,11 @@ def _shares(whole: Task, split: Split, processes: int, there: Machine, weight_by
     part = whole
     if split == "sequences":
         part = replace(whole, sequences=ceil(whole.sequences / processes))
-        if whole.mode != "zero":
-            why_not = f"mode is {whole.mode!r}, whose values are taken over all sequences"
-        elif whole.sequences < processes:
+        if whole.sequences < processes:
             why_not = f"there are {whole.sequences} sequences for {processes} processes"
     elif split == "experiments":
         share = ceil(whole.experiments / processes) / max(whole.experiments, 1)
-        part = replace(whole, share=share, orders=ceil(whole.sequences / processes) / whole.sequences)
+        part = replace(whole, share=share)
         if whole.experiments < processes:
             why_not = f"there are {whole.experiments} experiments for {processes} processes"
     elif split == "vocabulary":

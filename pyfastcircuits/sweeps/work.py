@@ -28,6 +28,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Sequences
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
+Split = Literal["none", "sequences", "experiments", "vocabulary"]
 WORK = {"cpu": 2e11, "cuda": 2e13}  # multiply-adds of a chunk: some seconds
 PATTERNS = 1 << 29  # bytes of attention patterns of the sequences of a chunk, at least one sequence's
 FIRST = 64  # sequences, those at the beginning, over which mean ablation takes its means
@@ -54,6 +55,14 @@ class Cut:
 
     sequences: int
     experiments: int
+
+    def for_processes(self, split: Split, size: int, sequences: int | None, experiments: int) -> "Cut":
+        """Chunks no larger than these, of which as many processes have as many each."""
+        if split == "sequences" and sequences is not None:
+            return Cut(_even(sequences, self.sequences, size), self.experiments)
+        if split == "experiments":
+            return Cut(self.sequences, _even(experiments, self.experiments, size))
+        return self
 
     def chunks(self, sequences: int | None, experiments: int) -> Iterator[Chunk]:
         """The chunks of a sweep in their order: sequence by sequence, all experiments of some before the next.
@@ -269,6 +278,12 @@ def _trace(model: Any, weights: CircuitWeights, tokens: Tensor, start: int) -> F
 def _pattern_bytes(weights: CircuitWeights, length: int) -> int:
     """The size of one sequence's attention patterns."""
     return weights.n_layers * weights.n_heads * length**2 * weights.compute_dtype.itemsize
+
+
+def _even(total: int, most: int, size: int) -> int:
+    """The size of equal parts of a total, none larger than `most`, in rounds of `size` parts."""
+    rounds = max(1, ceil(total / (most * size)))
+    return max(1, ceil(total / (rounds * size)))
 
 
 def _reversed(pair: Any) -> tuple[Any, ...]:
