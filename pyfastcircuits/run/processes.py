@@ -1,6 +1,6 @@
 """The processes that share a computation, under torchrun or in any process group of `torch.distributed`.
 
-What each has found is joined in the order of ranks, in one collective, so that no digit depends on who was first.
+Logsumexps are joined in the order of ranks, in one collective, so that no digit depends on who was first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,9 +47,10 @@ class Processes:
         return [tuple(x.view(like.shape) for x, like in zip(row.split(sizes), tensors, strict=True)) for row in rows]
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
-        first, *others = (x for (x,) in self.gathered(tensor))
-        return sum(others, first)
+        """The sum over all processes: one all-reduce, in place. It is exact where all but one have zeros."""
+        if self.group is not None:
+            torch.distributed.all_reduce(tensor, group=self.group)
+        return tensor
 
     def told(self, found: Any) -> list[Any]:
         """What every process tells, anything that can be pickled, in the order of ranks."""

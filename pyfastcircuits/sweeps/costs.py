@@ -122,7 +122,7 @@ class _Layers:
         """One head's values of a stream, and their mixture."""
         a = self.a
         mixed = self.pattern / a.heads * a.d_head
-        return Work(products=self.positions * a.d_model * a.d_head, patterns=mixed, moved=5 * self.stream, calls=12)
+        return Work(products=self.positions * a.d_model * a.d_head, patterns=mixed, moved=4 * self.z, calls=12)
 
     @property
     def mixed(self) -> Work:
@@ -169,10 +169,10 @@ def _clean_run(task: Task) -> Work:
 
 
 def _orders(task: Task) -> Work:
-    """See experiments.orders: one graded pass, each layer's heads alone, and 3 L + 3 losses."""
+    """See experiments.orders: one graded pass, each layer's heads alone, and 3 L + 3 losses beside the clean one."""
     a, layers = task.architecture, _Layers(task, task.sequences)
     attended = layers.attended * (a.layers * (a.layers + 1) // 2 + a.layers)
-    return _plain(attended + _losses(task, task.sequences * (task.length - 1)) * (3 * a.layers + 3))
+    return _plain(attended + _losses(task, task.sequences * (task.length - 1)) * (3 * a.layers + 4))
 
 
 def _losses(task: Task, rows: int) -> Work:
@@ -208,7 +208,8 @@ class _Part:
         clean = 1 if self.task.low_memory else 2  # low memory makes them again at every use
         work = Work(products=logits * a.d_model, logits=logits, moved=FLOAT * logits * (clean - 1), calls=60)
         if self.task.scope == "path":
-            work += self._prefix(a.layers // 2) * min(self._kept, (a.layers - 1) * a.heads)
+            heads = min(self._kept, (a.layers - 1) * a.heads)
+            work += self.layers.read_by_one * (heads * self._ways) + self._read * ceil(heads / a.heads)
         else:  # see FrozenTrace.streams and z
             work += (self.layers.attended + self.layers.mixed) * a.layers
         return sum((group * (count * self.task.share) for count, group in self._groups()), work)
@@ -244,23 +245,25 @@ class _Part:
                 products=self.layers.positions * a.d_head**2, patterns=self.layers.pattern / a.heads * a.d_head
             )
             gone = gone * self._ways
-            work += gone * sources + self._sources(layer, sources)
+            work += gone * sources + self._sources(sources)
         if recomputed or not narrow:
             wide = (6 * recomputed + 3) * FLOAT * self.rows * a.d_model
             work += Work(products=self.rows * a.d_head * a.d_model, moved=wide, calls=20) * sources
         scaled = sources * self.rows * self.task.columns * (recomputed and narrow)
         return work + self._measured(sources, blocks, depth) + Work(scaled_changes=scaled)
 
-    def _sources(self, layer: int, sources: int) -> Work:
+    def _sources(self, sources: int) -> Work:
         """What the sources of one destination have mixed."""
         if self.task.scope != "path":  # z of a layer's heads, less the value that takes its place, for each source
             return Work(moved=2 * self.a.heads * self.layers.z, calls=8) * sources
-        return self._prefix(layer // 2) * max(0, sources - self._kept)
+        again = max(0, sources - self._kept)
+        return (self.layers.read_by_one * again + self._read * ceil(again / self.a.heads)) * self._ways
 
-    def _prefix(self, layer: int) -> Work:
-        """What a head of a layer has mixed of everything that is no head."""
-        stream = self.layers.stream * (layer if self.a.d_mlp else 1)
-        return (self.layers.read_by_one + Work(moved=3 * stream, calls=10 + layer)) * self._ways
+    @property
+    def _read(self) -> Work:
+        """What a layer reads of everything that is no head: what the layers before it write."""
+        layers = self.a.layers // 2
+        return Work(moved=(3 * layers * (self.a.d_mlp > 0) + 8) * self.layers.stream, calls=10 + layers)
 
     @property
     def _kept(self) -> int:

@@ -19,7 +19,7 @@ def footprint(task: Task, weight_bytes: int) -> dict[str, int]:
     held = {
         "weights": weight_bytes * a.parameters,
         "clean run": a.layers * pattern + streams * stream + FLOAT * positions * (a.layers + 1),
-        "results": LABEL * int(task.experiments * task.share),
+        "results": LABEL * task.experiments,
     }
     running = {"clean logits": 0, "scratch": 2 * pattern + 4 * FLOAT * positions * a.heads * a.d_head + 4 * stream}
     return held | max(running, _measuring(task), key=lambda x: sum(x.values()))

@@ -16,7 +16,7 @@ from pyfastcircuits.ops.backend import GPU_SHARE
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.ops.logits_lse import clean_logsumexp
 from pyfastcircuits.ops.onednn import OneDnnMatmul
-from pyfastcircuits.run import memory
+from pyfastcircuits.run import memory as bounds
 from pyfastcircuits.run.patterns import apply_pattern, softmax_pattern
 from pyfastcircuits.sweeps.costs import EFFECT, FLOAT, PAIR, SHARED, Work
 
@@ -45,15 +45,16 @@ class Machine:
     rates: Work
     memory: int
     link: float
-    block: int = memory.BLOCK_BYTES
-    clean_block: int = memory.CLEAN_LOGITS_BYTES
+    block: int = bounds.BLOCK_BYTES
+    clean_block: int = bounds.CLEAN_LOGITS_BYTES
     cores: int | None = None
     threads: int = 1
 
     def seconds(self, work: Work, processes: int = 1) -> float:
         """The time of work that each of some processes has to do."""
         crowded = 1.0 if self.cores is None else max(1.0, processes * self.threads / self.cores)
-        return crowded * sum(getattr(work, x.name) * getattr(self.rates, x.name) for x in fields(Work))
+        total: float = sum(getattr(work, x.name) * getattr(self.rates, x.name) for x in fields(Work))
+        return crowded * total
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class _Sheet:
             logits=1 / self.exponentials + FLOAT * byte, scores=1 / self.exponentials + 5 * FLOAT * byte,
             moved=byte, calls=LAUNCH,
         )  # fmt: skip
-        share = max(memory.BLOCKS * memory.BLOCK_BYTES, self.memory // GPU_SHARE)
-        clean = max(memory.CLEAN_LOGITS_BYTES, self.memory // GPU_SHARE)
-        return Machine(name, SHEET, rates, self.memory, self.link, share // memory.BLOCKS, clean)
+        share = max(bounds.BLOCKS * bounds.BLOCK_BYTES, self.memory // GPU_SHARE)
+        clean = max(bounds.CLEAN_LOGITS_BYTES, self.memory // GPU_SHARE)
+        return Machine(name, SHEET, rates, self.memory, self.link, share // bounds.BLOCKS, clean)
 
 
 _HOPPER_TIMES: dict[str, dict[Precision, float]] = {

@@ -12,10 +12,10 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Precision
 from pyfastcircuits.sweeps import machines
 from pyfastcircuits.sweeps.architectures import ARCHITECTURES, Architecture
-from pyfastcircuits.sweeps.costs import Task, Work
+from pyfastcircuits.sweeps.costs import FLOAT, Task, Work
 from pyfastcircuits.sweeps.footprint import footprint
 from pyfastcircuits.sweeps.machines import Machine
-from pyfastcircuits.sweeps.work import Split, SweepScope
+from pyfastcircuits.sweeps.work import FIRST, PATTERNS, WORK, Cut, Split, SweepScope
 
 MERGED = 32  # bytes of the sums of one experiment at one position, which processes with parts of the vocabulary join
 DTYPES = {"float32": 4, "bfloat16": 2, "float64": 8}
@@ -118,6 +118,7 @@ def plan(
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     precision: Precision = "ieee",
     low_memory: bool = False,
+    chunks: bool = True,
 ) -> Plan:
     """FLOPs, bytes, memory and time of `fc.sweep`, before anything runs.
 
@@ -134,6 +135,8 @@ def plan(
         processes: that share the sweep: each has a GPU of its own, or its part of a CPU's cores.
         split: by what they share it; "auto" is the fastest that fits.
         dtype: of the weights.
+        chunks: whether the sweep goes in chunks, as with `out` or a corpus, and always where processes share it; else
+            all sequences are run at once.
 
     Raises:
         ValueError: no such model, machine or option; a number that is too small; a split that cannot be.
@@ -152,7 +155,8 @@ def plan(
         share=1.0, columns=sizes.vocabulary, orders=1.0, block=there.block, clean_block=there.clean_block,
     )  # fmt: skip
     ways: tuple[Split, ...] = ("sequences", "experiments", "vocabulary") if processes > 1 else ("none",)
-    found = [_shares(whole, way, processes, there, DTYPES[dtype]) for way in ways]
+    in_chunks = chunks or processes > 1
+    found = [_shares(whole, way, processes, there, DTYPES[dtype], in_chunks) for way in ways]
     if split != "auto":
         found.sort(key=lambda x: x.split != split)
         if found[0].split == split and found[0].why_not:
@@ -162,29 +166,46 @@ def plan(
         found.sort(key=lambda x: (bool(x.why_not), x.peak > fits, x.total_seconds))
     options = {
         "scope": scope, "mode": mode, "attention": attention, "sequences": sequences, "length": length,
-        "dtype": dtype, "precision": precision, "low_memory": low_memory,
+        "dtype": dtype, "precision": precision, "low_memory": low_memory, "chunks": in_chunks,
     }  # fmt: skip
     return Plan(sizes, there, whole.experiments, processes, options, tuple(found))
 
 
-def _shares(whole: Task, split: Split, processes: int, there: Machine, weight_bytes: int) -> Shares:
+def _shares(whole: Task, split: Split, processes: int, there: Machine, weight_bytes: int, chunks: bool) -> Shares:
     """What each process does: its part of the sequences, of the experiments, or of the vocabulary."""
-    sent, why_not = 16.0 * whole.experiments * (processes > 1), ""
-    part = whole
-    if split == "sequences":
-        part = replace(whole, sequences=ceil(whole.sequences / processes))
-        if whole.sequences < processes:
-            why_not = f"there are {whole.sequences} sequences for {processes} processes"
-    elif split == "experiments":
-        share = ceil(whole.experiments / processes) / max(whole.experiments, 1)
-        part = replace(whole, share=share)
-        if whole.experiments < processes:
-            why_not = f"there are {whole.experiments} experiments for {processes} processes"
-    elif split == "vocabulary":
-        part = replace(whole, columns=ceil(whole.columns / processes))
-        cells = whole.experiments * whole.sequences * (whole.length - 1)
-        sent += float(MERGED) * cells * (processes - 1)
-    steps = part.steps
+    sent = 16.0 * whole.experiments * whole.sequences * (processes > 1)  # effects on each sequence, told to all
+    task = replace(whole, columns=ceil(whole.columns / processes)) if split == "vocabulary" else whole
+    if split == "vocabulary":
+        sent = float(MERGED) * whole.experiments * whole.sequences * (whole.length - 1) * (processes - 1)
+    if not chunks:
+        steps, part = task.steps, task
+    else:
+        steps, part = _in_chunks(task, split, processes, there)
     seconds = {name: there.seconds(work, processes) for name, work in steps.items()}
     merging = {"merging": sent / there.link} if processes > 1 else {}
+    pieces = {"sequences": whole.sequences, "experiments": whole.experiments, "vocabulary": whole.columns}.get(split, 1)
+    why_not = f"there are {pieces} {split} for {processes} processes" if split != "none" and pieces < processes else ""
     return Shares(split, steps, seconds | merging, footprint(part, weight_bytes), sent, why_not)
+
+
+def _in_chunks(task: Task, split: Split, processes: int, there: Machine) -> tuple[dict[str, Work], Task]:
+    """The work of the process that runs most chunks, and a chunk as a task."""
+    a, total = task.architecture, max(task.experiments, 1)
+    patterns = FLOAT * a.layers * a.heads * task.length**2
+    sizes = a.layers, a.d_model, a.d_head, a.vocabulary
+    most = WORK["cuda" if there.cores is None else "cpu"]
+    cut = Cut.of(sizes, task.scope, task.attention, total, task.length, patterns, most)
+    cut = cut.for_processes(split, processes, task.sequences, total)
+    blocks, pieces = ceil(task.sequences / cut.sequences), ceil(total / cut.experiments)
+    hands = processes if split in ("sequences", "experiments") else 1
+    mine = ceil(blocks * pieces / hands)
+    chunk = replace(task, sequences=min(cut.sequences, task.sequences), share=min(1.0, cut.experiments / total))
+    full = task.sequences * total / (blocks * cut.sequences * pieces * cut.experiments)  # the last chunks are smaller
+    first = replace(task, sequences=min(FIRST, task.sequences, max(1, PATTERNS // max(patterns, 1))))
+    of_chunk = chunk.steps
+    steps = {
+        "clean run": of_chunk["clean run"] * (full * min(mine, blocks)) + first.steps["clean run"],
+        "orders": of_chunk["orders"] * (full * (ceil(blocks / hands) if split == "sequences" else blocks)),
+        "ablations": of_chunk["ablations"] * (full * mine),
+    }
+    return steps, chunk

@@ -28,13 +28,14 @@ class Sharing:
         """The split that is asked for, or that which the plan for a machine of this kind chooses."""
         if processes is ALONE or split == "none":
             return Sharing("none", ALONE)
-        if split == "auto" and source.count is None:
+        if split == "auto" and not source.count:
             return Sharing("sequences", processes)
         if split == "auto":
             name = "H100" if work.weights.device.type == "cuda" else "laptop"
-            sizes = {"sequences": source.count, "length": source.length, "processes": processes.size}
-            options = {"low_memory": work.options["low_memory"], "machine": name}
-            found = plan(work.weights, work.scope, work.mode, work.attention, **sizes, **options)
+            found = plan(
+                work.weights, work.scope, work.mode, work.attention, sequences=source.count, length=source.length,
+                processes=processes.size, machine=name, low_memory=work.options["low_memory"],
+            )  # fmt: skip
             return Sharing(found.chosen.split, processes)
         return Sharing(split, processes)  # type: ignore[arg-type]
 

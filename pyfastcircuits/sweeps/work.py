@@ -56,6 +56,36 @@ class Cut:
     sequences: int
     experiments: int
 
+    @staticmethod
+    def of(
+        sizes: tuple[int, int, int, int],
+        scope: SweepScope,
+        attention: Attention,
+        experiments: int,
+        length: int,
+        patterns: int,
+        most: float,
+    ) -> "Cut":
+        """Chunks of at most so many multiply-adds.
+
+        Args:
+            sizes: of the model: n_layers, d_model, d_value and d_vocab_out.
+            scope, attention, experiments: of the sweep.
+            length: of a sequence.
+            patterns: bytes of a sequence's attention patterns.
+            most: multiply-adds.
+        """
+        layers, d, r, vocabulary = sizes
+        width = r if scope in ("path", "direct") and attention == "frozen" else d
+        others = 3 * layers + 5  # losses of rows of the residual stream, beside the experiments'
+        rerun = 6 * layers * d**2 * (attention == "recomputed")  # half the layers
+        each = length * (vocabulary * width + rerun)
+        whole = experiments * each + others * length * vocabulary * d
+        if whole <= 4 * most:
+            at_once = int(min(most // max(whole, 1), PATTERNS // max(patterns, 1)))
+            return Cut(max(1, at_once), max(1, experiments))
+        return Cut(1, min(experiments, max(ceil(_WIDE * d / width), int(most // each))))
+
     def for_processes(self, split: Split, size: int, sequences: int | None, experiments: int) -> "Cut":
         """Chunks no larger than these, of which as many processes have as many each."""
         if split == "sequences" and sequences is not None:
@@ -137,19 +167,11 @@ class Work:
 
         All experiments of some sequences are a chunk, unless those of one sequence take long already.
         """
-        weights, total = self.weights, len(self.labels)
-        narrow = self.scope in ("path", "direct") and self.attention == "frozen"
-        width = weights.d_value if narrow else weights.d_model
-        others = 3 * weights.n_layers + 5  # losses of rows of the residual stream, beside the experiments'
-        rerun = 6 * weights.n_layers * weights.d_model**2 * (self.attention == "recomputed")  # half the layers
-        each = length * (weights.d_vocab_out * width + rerun)
-        whole = total * each + others * length * weights.d_vocab_out * weights.d_model
-        patterns = _pattern_bytes(weights, length)
+        weights = self.weights
+        sizes = weights.n_layers, weights.d_model, weights.d_value, weights.d_vocab_out
         most = WORK[weights.device.type if weights.device.type in WORK else "cuda"]
-        if whole <= 4 * most:
-            return Cut(max(1, int(min(most // max(whole, 1), PATTERNS // max(patterns, 1)))), max(1, total))
-        least = ceil(_WIDE * weights.d_model / width)
-        return Cut(1, min(total, max(least, int(most // each))))
+        patterns = _pattern_bytes(weights, length)
+        return Cut.of(sizes, self.scope, self.attention, len(self.labels), length, patterns, most)
 
     def trace(self, tokens: Tensor, start: int = 0) -> FrozenTrace:
         """The clean run of sequences that begin with number `start`; errors name them."""

@@ -1,0 +1,79 @@
+"""What the processes of tests/test_distributed.py run, under torchrun: everything shared against one process alone."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import pyfastcircuits as fc
+from support.random_models import random_tokens, random_weights
+
+WEIGHTS = random_weights(3, norm="rmsnorm")
+TOKENS = random_tokens(5, 11)
+SWEEPS = {
+    "path": {},
+    "direct recomputed": {"scope": "direct", "attention": "recomputed"},
+    "joint mean": {"scope": "joint", "mode": "mean"},
+    "head resample": {"scope": "head", "mode": "resample"},
+    "rank": {"scope": "layer", "metric": "rank"},
+}
+
+
+def apart(found: fc.Sweep, alone: fc.Sweep) -> float:
+    """The largest difference of any number of two sweeps."""
+    pairs = [(found.result.delta, alone.result.delta), (found.result.kl, alone.result.kl)]
+    pairs += [(found.orders, alone.orders), (found.loss, alone.loss), *zip(found.marginals, alone.marginals, strict=True)]
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+
+
+def everything(folder: Path) -> dict[str, float | bool | str]:
+    """By what was compared: the largest difference from one process alone."""
+    splits = ("sequences", "experiments", "vocabulary")
+    found: dict[str, float | bool | str] = {}
+    for name, options in SWEEPS.items():
+        alone = fc.sweep(WEIGHTS, TOKENS, split="none", **options)
+        for split in splits:
+            found[f"{name} by {split}"] = apart(fc.sweep(WEIGHTS, TOKENS, split=split, **options), alone)
+    kinds = ["Q", "K", "V"]
+    one = [(2, 1), (1, 0)]
+    scores = fc.composition_scores(WEIGHTS, kinds), fc.composition_scores(WEIGHTS, "K", destinations=one)
+    for split in splits:  # stored, and read again by all
+        out = folder / split
+        stored = fc.sweep(WEIGHTS, TOKENS, out=out, split=split)
+        again = fc.sweep(WEIGHTS, TOKENS, out=out, resume=True, split=split)
+        found[f"stored by {split}"] = apart(again, stored)
+    try:
+        fc.sweep(WEIGHTS, TOKENS, out=folder / "vocabulary")
+    except ValueError as error:
+        found["refused"] = str(error)
+    settled = fc.sweep(WEIGHTS, random_tokens(40, 11), "layer", settle=1, confidence=0.5)
+    found["settled alike"] = len(set(map(str, _told((settled.sequences, settled.result.top(3)))))) == 1
+    found["composition alike"] = len(set(map(str, _told([x.tolist() for x in scores])))) == 1
+    dist.barrier()
+    size = dist.get_world_size()
+    dist.destroy_process_group()
+    whole = fc.composition_scores(WEIGHTS, kinds), fc.composition_scores(WEIGHTS, "K", destinations=one)
+    found["composition"] = max(float((a - b).abs().max()) for a, b in zip(scores, whole, strict=True))
+    found["size"] = size
+    return found
+
+
+def _told(mine: object) -> list[object]:
+    every: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = everything(folder)
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
