@@ -112,7 +112,9 @@ class Bar:
         """The phases that come now, each with its number of steps; of the last, infinity where nobody knows it."""
         self._phases = {name: steps for name, steps in phases.items() if steps}
         total = sum(phases.values())
-        self._progress.reset(self._task.id, start=False)
+        started = self._task.start_time
+        self._progress.reset(self._task.id)
+        self._task.start_time = started  # the time so far is that of the whole command
         self._task.total = total if math.isfinite(total) else None
         self._progress.update(self._task.id, description=self._phase())
 

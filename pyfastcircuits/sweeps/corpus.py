@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,16 +10,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from pyfastcircuits.adapters.tokenizer import read_tokenizer, start_token, tokenizer_file
+from pyfastcircuits.adapters.tokenizer import read_tokenizer, tokenizer_file
 from pyfastcircuits.arguments import describe, public
+from pyfastcircuits.sweeps.documents import Documents, Encoder, packed
 from pyfastcircuits.sweeps.identity import tokens_hash
 
 TokenType = Literal["uint16", "uint32"]
-COLUMNS = ("input_ids", "tokens", "text")  # that are looked for, in this order
-_PIECE = 1 << 20  # characters of a text that are tokenized at a time
-_TEXTS = 256  # documents that are tokenized at a time
 _BLOCKS, _BLOCK = 64, 1 << 16  # of each file, that its fingerprint is made of: the first, the last and evenly between
-_TABLES = {".parquet", ".jsonl", ".json", ".arrow"}
 
 
 class Sequences(Protocol):
@@ -161,7 +158,11 @@ def corpus(
     if sequences is not None and sequences < 1:
         raise ValueError(f"sequences is {sequences}, expected at least 1")
     path = Path(path)
-    files = _files(path)
+    try:
+        files = _files(path)
+    except OSError as error:
+        missing = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise missing(f"path is {describe(str(path))}: it cannot be read ({error.strerror})") from error
     how = {"length": length, "column": column, "dtype": dtype, "sequences": sequences}
     kind = files[0].suffix
     if kind in (".npy", ".bin"):
@@ -172,109 +173,20 @@ def corpus(
         return Corpus(path, length, count, _fingerprint(files, how), rows, None, sequences)
     encode = None
     if tokenizer is not None:
-        encode = _Encoder(read_tokenizer(tokenizer), tokenizer)
+        encode = Encoder(read_tokenizer(tokenizer), tokenizer)
         how["tokenizer"] = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
-    documents = _Documents(files, column, encode)
-    documents.check()
+    documents = Documents(files, column, encode)
 
     def stream() -> Iterator[Tensor]:
-        return _packed(documents, length, documents.lead)
+        return packed(documents, length, documents.lead)
 
     return Corpus(path, length, None, _fingerprint(files, how), None, stream, sequences)
 
 
-class _Encoder:
-    """A tokenizer, and the token that it puts in front."""
-
-    def __init__(self, tokenizer: Any, name: str | Path) -> None:
-        if tokenizer is None:
-            raise ValueError(f"tokenizer is {str(name)!r}, which has no tokenizer.json")
-        self.tokenizer, self.start = tokenizer, start_token(tokenizer)
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        try:
-            return [x.ids for x in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise ValueError(f"tokenizer does not know all of the text: {error}") from error
-
-
-class _Documents:
-    """The documents of files, as tokens."""
-
-    def __init__(self, files: list[Path], column: str | None, encode: _Encoder | None) -> None:
-        self.files, self.encode = files, encode
-        self.column = column
-        self.tables = files[0].suffix in _TABLES
-        self.texts = not self.tables
-
-    def check(self) -> None:
-        """Choose the column, and see that texts have a tokenizer, before any work."""
-        if self.tables:
-            first = next(_records(self.files[0]), None)
-            if first is None:
-                raise ValueError(f"path is {str(self.files[0])!r}, which has no rows")
-            there = [x for x in ((self.column,) if self.column else COLUMNS) if x in first]
-            if not there:
-                wanted = repr(self.column) if self.column else "one of " + ", ".join(COLUMNS)
-                raise ValueError(f"column is {self.column!r}, expected {wanted} of {', '.join(map(str, first))}")
-            self.column, self.texts = there[0], isinstance(first[there[0]], str)
-        if self.texts and self.encode is None:
-            raise ValueError(f"tokenizer is missing, but {self.files[0].name} holds texts")
-
-    @property
-    def lead(self) -> list[int]:
-        """The tokens in front of each sequence."""
-        return [self.encode.start] if self.texts and self.encode is not None and self.encode.start is not None else []
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Tokens of one document, or of a piece of one, after the other."""
-        if not self.tables:
-            for file in self.files:
-                yield self.lead
-                for piece in _pieces(file):
-                    yield from self._encoded([piece])
-            return
-        batch: list[str] = []
-        for file in self.files:
-            for number, record in enumerate(_records(file, self.column)):
-                value = record.get(str(self.column))
-                if self.texts and isinstance(value, str):
-                    batch.append(value)
-                elif not self.texts and isinstance(value, list):
-                    yield _ids(value, file, number)
-                else:
-                    expected = "a text" if self.texts else "a list of tokens"
-                    raise ValueError(
-                        f"{file}: row {number} has {describe(value)} in {self.column!r}, expected {expected}"
-                    )
-                if len(batch) == _TEXTS:
-                    yield from self._led(batch)
-                    batch = []
-        yield from self._led(batch)
-
-    def _led(self, texts: list[str]) -> Iterator[list[int]]:
-        for ids in self._encoded(texts):
-            yield self.lead + ids
-
-    def _encoded(self, texts: list[str]) -> list[list[int]]:
-        assert self.encode is not None
-        return self.encode(texts) if texts else []
-
-
-def _packed(documents: Iterable[list[int]], length: int, lead: list[int]) -> Iterator[Tensor]:
-    """Documents one after the other, cut into sequences, each behind `lead`."""
-    width, waiting = length - len(lead), list[int]()
-    for ids in documents:
-        waiting += ids
-        whole = len(waiting) // width
-        if whole:
-            rows = torch.tensor(waiting[: whole * width]).view(whole, width)
-            waiting = waiting[whole * width :]
-            yield torch.cat((torch.tensor(lead, dtype=torch.long).expand(whole, -1), rows), 1)
-
-
 def _files(path: Path) -> list[Path]:
     """The files of a corpus, all of one kind."""
+    if "\0" in str(path):
+        raise ValueError(f"path is {describe(str(path))}, expected the path of a file or folder")
     if not path.is_dir():
         with path.open("rb"):
             return [path]
@@ -292,63 +204,6 @@ def _files(path: Path) -> list[Path]:
             f"path is {str(path)!r}, which has files of {', '.join(kinds) or 'no kind'}, expected one kind"
         )
     return found
-
-
-def _pieces(file: Path) -> Iterator[str]:
-    """A text, some lines at a time."""
-    lines: list[str] = []
-    size = 0
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            while line := opened.readline(_PIECE):
-                lines.append(line)
-                size += len(line)
-                if size >= _PIECE:
-                    yield "".join(lines)
-                    lines, size = [], 0
-    except UnicodeDecodeError as error:
-        raise ValueError(f"path is {str(file)!r}, expected a text in UTF-8: {error.reason} at {error.start}") from error
-    if lines:
-        yield "".join(lines)
-
-
-def _records(file: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a table."""
-    if file.suffix in (".jsonl", ".json"):
-        with file.open(encoding="utf-8-sig") as opened:
-            for number, line in enumerate(opened, 1):
-                if line.strip():
-                    try:
-                        found = json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(f"{file}: line {number} is no JSON: {error}") from error
-                    if not isinstance(found, dict):
-                        raise ValueError(f"{file}: line {number} holds {describe(found)}, expected an object")
-                    yield found
-        return
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError("corpora of tables need pyarrow: pip install 'pyfastcircuits[cli]'") from error
-    columns = None if column is None else [column]
-    try:
-        if file.suffix == ".parquet":
-            for batch in pq.ParquetFile(file).iter_batches(_TEXTS, columns=columns):
-                yield from batch.to_pylist()
-        else:
-            with pa.memory_map(str(file)) as opened:
-                for batch in pa.ipc.open_stream(opened):
-                    yield from (batch if columns is None else batch.select(columns)).to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(f"path is {str(file)!r}, which is not readable: {error}") from error
-
-
-def _ids(values: list[Any], file: Path, number: int) -> list[int]:
-    wrong = next((x for x in values if type(x) is not int or x < 0), None)
-    if wrong is not None:
-        raise ValueError(f"{file}: row {number} holds {describe(wrong)}, expected tokens, integers from 0")
-    return values
 
 
 def _mapped(file: Path, length: int, dtype: TokenType) -> tuple[Callable[[int, int], Tensor], int]:

@@ -176,7 +176,7 @@ class _Block:
             return _Block(work, start, tokens[1:], tokens[:-1])
         other = tokens[1:2] if source.count is None else source.read(source.count - 1, source.count)
         if not len(other) or source.count == 1:
-            raise ValueError("mode is 'resample', but there is one sequence: give several")
+            raise ValueError("mode is 'resample', but the run has one sequence: give several")
         return _Block(work, 0, tokens, torch.cat((other.to(tokens), tokens[:-1])))
 
     def runs(self, sequences: slice) -> tuple[FrozenTrace, FrozenTrace | None]:

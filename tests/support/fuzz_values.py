@@ -152,7 +152,9 @@ class World:
             "source": lambda: self.source, "destination": lambda: self.destination, "head": self.head,
             "heads": lambda: pick(None, [self.source], [self.head(), [self.source, self.destination] if groups else self.head()]),
             "pairs": lambda: pick([self.pair()], None if NoneType in options else []), "paths": lambda: [(), self.pair(), (self.head(),)],
-            "path": self.pair, "sources": lambda: [self.source], "destinations": lambda: [self.destination],
+            "path": lambda: self.corpus() if Path in options else self.pair(), "column": lambda: pick(None, "tokens"),
+            "tokenizer": lambda: None, "out": lambda: pick(None, None, self.folder / "out"), "settle": lambda: pick(None, 1),
+            "sources": lambda: [self.source], "destinations": lambda: [self.destination],
             "targets": self.tokens_asked, "against": lambda: pick(0, self.integers(V, self.batch, T)),
             "positions": lambda: pick(None, 0, -1, [0, T - 1], torch.ones(T, dtype=torch.bool, device="cpu")),
             "metric": lambda: pick(*("nll", "kl", "logit_difference", "probability", "rank", "top1"),
@@ -192,6 +194,15 @@ class World:
             if get_origin(option) is not None and issubclass(get_origin(option), Callable):
                 return lambda *x: None
         return None
+
+    def corpus(self) -> Any:
+        """The path of tokens on disk."""
+        name = self.pick("c.npy", "c.jsonl")
+        if name == "c.npy":
+            np.save(self.folder / name, np.arange(60) % self.vocabulary)
+        else:
+            (self.folder / name).write_text('{"tokens": [0, 1, 2, 3, 2, 1, 0, 2]}\n' * 9)
+        return self.folder / name
 
     def saved(self) -> Any:
         """A path: of a bundled model, of what is no model, or of what was saved."""
