@@ -14,7 +14,11 @@ def rank() -> int:
 
 def restarted() -> bool:
     """Whether torchrun has started the processes again, because one of them had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _starts() > 0
+
+
+def _starts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
@@ -25,7 +29,13 @@ def group(device: str) -> Iterator[None]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    from torch.distributed.rendezvous import rendezvous
+
+    store, number, size = next(rendezvous("env://"))
+    # torchrun keeps its store when it starts processes again, and in it the addresses of those that have ended.
+    store = torch.distributed.PrefixStore(f"start {_starts()}", store)
+    kind = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(kind, store=store, rank=number, world_size=size)
     try:
         yield
     finally:

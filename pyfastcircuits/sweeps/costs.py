@@ -297,8 +297,9 @@ class _Part:
 
     def _removed(self, at: list[int], behind: int) -> Work:
         """A set of heads taken out, and all that follows from them."""
-        blocks = self._blocks(1, self.a.d_model)
-        return self._gone(at, behind) + self._measured(1, blocks, self.a.d_model)
+        at_once = cuts.experiments_at_once(self.rows, FLOAT * self.a.d_model, self.task.block)
+        share = 1 / min(at_once, max(self.task.experiments, 1))
+        return self._gone(at, behind) + self._measured(1, share, self.a.d_model)
 
     def _gone(self, at: list[int], behind: int) -> Work:
         """See edges.frozen_removal and rerun_removal."""
@@ -329,10 +330,10 @@ class _Part:
         """How many times experiments fill a block."""
         return ceil(experiments / cuts.experiments_at_once(self.rows, FLOAT * width, self.task.block))
 
-    def _measured(self, experiments: int, blocks: int, depth: int) -> Work:
+    def _measured(self, experiments: int, blocks: float, depth: int) -> Work:
         """Changes of the logits, made and consumed by the kernel."""
         logits = self.rows * self.task.columns
-        tasks = blocks * ceil(experiments / blocks / SHARED)
+        tasks = max(blocks, experiments / SHARED)
         again = blocks * logits * self.a.d_model * self.task.low_memory  # clean logits that are not held
         return Work(
             products=again,

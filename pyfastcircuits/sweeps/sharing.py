@@ -1,7 +1,7 @@
 """How processes share a sweep: by sequences, by experiments or by the vocabulary, as `plan` or the user has it."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from pyfastcircuits.run.processes import ALONE, Processes, sharing_the_vocabulary
@@ -58,7 +58,8 @@ class Sharing:
         """Chunks no larger than these, of which all processes have as many."""
         return cut.for_processes(self.split, self.processes.size, sequences, experiments)
 
-    def opened(self, store: Callable[[bool], Store]) -> Store:
+    @contextmanager
+    def opened(self, store: Callable[[bool], Store]) -> Iterator[Store]:
         """The store of all processes: the first one opens it, then the others join; all have the first one's error."""
         found: Store | None = None
         error: Exception | None = None
@@ -70,6 +71,7 @@ class Sharing:
         first, *_ = self.processes.told(error)
         if first is not None:
             raise first
-        found = found or store(False)
-        self.processes.told(None)  # nothing is written before all have looked
-        return found
+        with found or store(False) as joined:
+            self.processes.told(None)  # nothing is written before all have looked
+            yield joined
+        self.processes.told(None)  # nobody looks again before all have written

@@ -1,7 +1,7 @@
-"""What the processes of tests/test_distributed.py run, under torchrun: everything shared against one process alone."""
+"""What the processes of tests/test_distributed.py run: everything that they share, against one process alone."""
 
 import json
-import os
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -25,7 +25,11 @@ SWEEPS = {
 def apart(found: fc.Sweep, alone: fc.Sweep) -> float:
     """The largest difference of any number of two sweeps."""
     pairs = [(found.result.delta, alone.result.delta), (found.result.kl, alone.result.kl)]
-    pairs += [(found.orders, alone.orders), (found.loss, alone.loss), *zip(found.marginals, alone.marginals, strict=True)]
+    pairs += [
+        (found.orders, alone.orders),
+        (found.loss, alone.loss),
+        *zip(found.marginals, alone.marginals, strict=True),
+    ]
     return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
 
 
@@ -67,13 +71,26 @@ def _told(mine: object) -> list[object]:
     return every
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def _process(folder: Path, rank: int, size: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    (folder / f"{rank}.json").write_text(json.dumps(everything(folder)))
+
+
+def main(folder: Path, sizes: list[int]) -> None:
+    """Forks processes, so that each costs no start of an interpreter; one thread has run so far."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    found = everything(folder)
-    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+    context = multiprocessing.get_context("fork")
+    for size in sizes:
+        here = folder / str(size)
+        here.mkdir()
+        children = [context.Process(target=_process, args=(here, rank, size)) for rank in range(size)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        if any(child.exitcode for child in children):
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])
