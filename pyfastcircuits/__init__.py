@@ -20,8 +20,13 @@ The names by what they are for, in the order in which an analysis goes:
 | | effective_rank, diagonal_statistics |
 | composition of two heads | composition_scores, composition_baseline, composition_z_scores, component_scores, |
 | | virtual_weights, virtual_head, subspaces |
+| figures | plot, imported when it is first used; `.plot()` of each finding |
+| one page with all of this | report writes it as HTML |
 | the kernels beneath | ops; build_info says what this build and machine can do |
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pyfastcircuits import ops
 from pyfastcircuits.adapters.files import load_weights
@@ -80,12 +85,16 @@ from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
+from pyfastcircuits.report.make import report
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Corpus, corpus
 from pyfastcircuits.sweeps.plan import Plan, plan
 from pyfastcircuits.sweeps.sweep import Sweep, sweep
+
+if TYPE_CHECKING:
+    from pyfastcircuits import plot as plot
 
 __version__ = "0.1.0"
 __all__ = [
@@ -161,6 +170,7 @@ __all__ = [
     "qk_positivity",
     "qk_tables",
     "qk_terms",
+    "report",
     "skip_trigrams",
     "subspaces",
     "sweep",
@@ -171,3 +181,14 @@ __all__ = [
     "virtual_head",
     "virtual_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`plot`, which imports matplotlib: only when it is asked for."""
+    if name == "plot":
+        return import_module("pyfastcircuits.plot")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "plot"]

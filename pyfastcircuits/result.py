@@ -129,6 +129,80 @@ class Result:
         columns |= {name: pa.array(x.flatten()[kept].numpy()) for name, x in flat.items()}
         return pa.table(columns).replace_schema_metadata(names)
 
+    @public
+    def plot(
+        self,
+        quantity: str | None = None,
+        *,
+        title: str | None = None,
+        most: int = 30,
+        sequence: int = 0,
+        tokens: Sequence[str] | None = None,
+    ) -> Any:
+        """Draw the values by their labels: a matrix of pairs or heads, a curve over layers, or bars.
+
+        Pairs that do not exist are blank. With `per_token`, one sequence is drawn, position by position.
+
+        Args:
+            quantity: one of `measured`; None: the first, as `delta`, the change of the metric.
+            title: above the figure; None: the metric and the setup.
+            most: the most labels where they are bars or have positions: those that matter most.
+            sequence: which one, with `per_token`.
+            tokens: the texts of that sequence's tokens, to stand at its positions.
+
+        Returns:
+            A matplotlib Figure, which notebooks show; `.savefig("figure.pdf")` writes PNG, SVG or PDF.
+
+        Raises:
+            ValueError: the quantity was not measured; there are no labels; `most` is below 1; fewer tokens than
+                positions.
+            IndexError: no such sequence.
+            ImportError: matplotlib is missing.
+        """
+        from pyfastcircuits.drawing import labelled
+
+        name = {None: self.metric, "loss": "nll"}.get(quantity, quantity)
+        if name not in self.measured:
+            raise ValueError(f"quantity is {quantity!r}, expected one of {', '.join(self.measured)}")
+        if not self.labels or most < 1:
+            raise ValueError(
+                "labels is empty: there is nothing to draw" if most > 0 else f"most is {most}, expected > 0"
+            )
+        first = name == self.metric
+        values = (self.delta if first else self.extra[name]).detach().double().cpu()
+        values = values.reshape(len(self.labels), *self.baseline.shape)
+        change = first and (self.rise is not None or bool(self.baseline.detach().abs().nansum() > 0))
+        values, scale = labelled.in_unit(name, values.numpy(), change=change)
+        setup = ", ".join(f"{key} {value}" for key, value in self.setup.items())
+        own = scale.partition(" (")[0].capitalize() + (f": {setup}" if setup else "")
+        how: dict[str, Any] = {"title": own if title is None else title, "scale": scale}
+        how["rising"] = not change and not bool((values < 0).any())
+        if self.baseline.dim() == 0:
+
+            def best(n: int) -> list[Label]:
+                return [label for label, _ in self.top(n)]
+
+            return labelled.picture(self.labels, values, label_name, best, most=most, **how)
+        if not -len(self.baseline) <= sequence < len(self.baseline):
+            raise IndexError(f"sequence is {sequence}, expected 0 to {len(self.baseline) - 1}")
+        if self.baseline.dim() > 2:
+            return labelled.by_source(self.labels, values[:, sequence], label_name, **how)
+        if tokens is not None and len(tokens) < values.shape[-1]:
+            raise ValueError(f"tokens has {len(tokens)} texts, expected one for each of {values.shape[-1]} positions")
+        place = {label: i for i, label in enumerate(self.labels)}
+        chosen = sorted(place[label] for label, _ in self.top(most))
+        names = [label_name(self.labels[i]) for i in chosen]
+        texts = None if tokens is None else list(tokens)[: values.shape[-1]]
+        return labelled.by_position(names, values[chosen, sequence], texts, **how)
+
+    def _repr_html_(self) -> str:
+        """What stands out, as a table with a picture."""
+        from pyfastcircuits.drawing.notebook import card
+
+        rows = [(label_name(label), f"{delta:+.4g}") for label, delta in self.top(8)]
+        title = f"{repr(self).partition('; top:')[0]})"
+        return card(title, ("label", f"delta of {self.metric}"), rows, self.plot)
+
     def __repr__(self) -> str:
         """Metric, setup and what stands out."""
         how = ", ".join(f"{name}={value}" for name, value in self.setup.items())
@@ -138,13 +212,20 @@ class Result:
 
 
 def label_name(label: Label) -> str:
-    """A label in words: "1.4" for a head, "0.6 -> 1.4" for a path, "direct" for the path through no head."""
+    """A label in words: "1.4" for a head, "1.4 Q" for its queries, "mlp 2" for an MLP, "0.6 -> 1.4" for a path.
+
+    The path through no head is "direct"; what is done at one position is "1.4 @ 7".
+    """
     if isinstance(label, frozenset):
         return "{" + ", ".join(sorted(map(label_name, label))) + "}"
     if not isinstance(label, tuple):
         return str(label)
-    if len(label) == 2 and all(isinstance(x, int) for x in label):
-        return f"{label[0]}.{label[1]}"
+    if len(label) == 2 and isinstance(label[0], tuple) and label[1] in ("Q", "K", "V", "pattern"):
+        return f"{label_name(label[0])} {label[1]}"
+    if len(label) == 2 and isinstance(label[0], (tuple, frozenset)) and isinstance(label[1], int):
+        return f"{label_name(label[0])} @ {label[1]}"
+    if len(label) == 2 and isinstance(label[1], int) and isinstance(label[0], (int, str)):
+        return f"{label[0]}{' ' if isinstance(label[0], str) else '.'}{label[1]}"
     return " -> ".join(map(label_name, label)) if label else "direct"
 
 

@@ -371,7 +371,7 @@ def test_tables_of_bad_input(worded, tmp_path):
 def test_heads_writes_what_the_library_says(tmp_path, layers):
     weights, file = random_weights(layers, dtype=torch.float32), tmp_path / "m.safetensors"
     weights.save(file)
-    options = ["--length", 4, "--copies", 3, "--batch", 2, "--batches", 2, "--seed", 5, "--dtype", "float64"]
+    options = ["--copy-length", 4, "--copies", 3, "--batch", 2, "--batches", 2, "--seed", 5, "--dtype", "float64"]
     result = run("heads", file, *options, "--out", tmp_path / "out", "--top", 2)
     assert result.exit_code == 0, result.output
     weights = weights.to(torch.float64)
@@ -400,9 +400,9 @@ def test_heads_of_bad_input(model, tmp_path):
     random_weights(0, dtype=torch.float32).save(tmp_path / "none.safetensors")
     for arguments, message in (
         ([model], "length is 25, 4 copies and the token in front are 101, but W_pos has only 32"),
-        ([model, "--length", 1], "length is 1, expected at least 2"),
-        ([model, "--length", 4, "--batches", 0], "batches is 0, expected at least 1"),
-        ([tmp_path / "none.safetensors", "--length", 4], "has no heads"),
+        ([model, "--copy-length", 1], "--copy-length is 1, expected at least 2"),
+        ([model, "--copy-length", 4, "--batches", 0], "batches is 0, expected at least 1"),
+        ([tmp_path / "none.safetensors", "--copy-length", 4], "has no heads"),
         (["no-such-model"], "no-such-model"),
     ):
         result = run("heads", *arguments, "--out", tmp_path / "out")
@@ -413,9 +413,10 @@ def test_heads_of_bad_input(model, tmp_path):
 
 def test_check_of_the_bundled_models(monkeypatch):
     """The check itself, over the held-out text: a tenth of the work."""
-    from pyfastcircuits.command import check, text
+    from pyfastcircuits.adapters import texts
+    from pyfastcircuits.command import check
 
-    monkeypatch.setattr(check, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
+    monkeypatch.setattr(check, "corpus_tokens", lambda shown, held_out: texts.corpus_tokens(shown, True))
     monkeypatch.setattr(check, "SEEN", 60)
     monkeypatch.setattr(check, "TRIPLES", 20)
     result = run("tables", "bigram-0l", "--check")

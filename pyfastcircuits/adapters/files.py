@@ -5,6 +5,7 @@ without transformers, by what the configuration says, and stay memory-mapped: on
 read. Nothing is downloaded, and no pickle is opened, because loading one runs code.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ def load_weights(name_or_path: str | Path) -> CircuitWeights:
     """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
 
     A folder is one that CircuitWeights.save has written to, or one of a Hugging Face model, whose files stay
-    memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself.
+    memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself. Weights keep the dtype of
+    their file; float16, which no kernel computes in, becomes float32.
 
     Raises:
         FileNotFoundError: there is no such model, or a shard of it is missing.
@@ -51,6 +53,7 @@ def _weights_of(file: Path) -> CircuitWeights:
     opened = _open_safetensors(file)
     metadata = opened.metadata() or {}
     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    tensors = {name: x.float() if x.dtype == torch.float16 else x for name, x in tensors.items()}
     if METADATA not in metadata:
         raise ValueError(
             f"{file} holds no '{METADATA}' metadata: it was not written by CircuitWeights.save (a Hugging Face model "
@@ -116,6 +119,18 @@ def model_files(name_or_path: str | Path) -> list[Path]:
     with _naming(name_or_path):
         beside = (_folder(name_or_path) / name for name in (_CONFIG, "tokenizer.json"))
         return [*_files(name_or_path), *(file for file in beside if file.is_file())]
+
+
+def model_hash(name_or_path: str | Path) -> str:
+    """The SHA-256 of the SHA-256s of a model's files; errors as model_files."""
+    whole = hashlib.sha256()
+    for file in model_files(name_or_path):
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            while part := content.read(1 << 22):
+                digest.update(part)
+        whole.update(digest.digest())
+    return whole.hexdigest()
 
 
 def _files(name_or_path: str | Path) -> list[Path]:

@@ -114,10 +114,12 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
     if family.latent_norms:
         seen.value_scales = [layer.norms[-1][1].view(given.tokens.shape) for layer in own]
     parts_of_it = (model, weights, own, seen.streams[0].dtype, len(given.tokens), given.mask)
+    adds = family.adds_residual
     if family.interface == "products":
-        seen.forward = ProductsForward(*parts_of_it)
+        seen.forward = ProductsForward(*parts_of_it, adds_residual=adds)
     else:
-        seen.forward = HuggingFaceForward(*parts_of_it, body.config, family.interface, store == "qk")
+        way = (body.config, family.interface, store == "qk")
+        seen.forward = HuggingFaceForward(*parts_of_it, *way, adds_residual=adds)
     return seen
 
 
@@ -196,6 +198,11 @@ class HuggingFaceForward(ModelForward):
     config: Any  # that the attentions read
     interface: Interface
     tiled: bool  # the clean run worked on tiles and kept no patterns
+
+    @property
+    def places_alike(self) -> bool:
+        """See Forward."""
+        return self.weights.positional == "standard"
 
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""

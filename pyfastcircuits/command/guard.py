@@ -12,16 +12,22 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from pyfastcircuits.command import processes
 from pyfastcircuits.command.report import Report
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 EXIT_CODES = "Exit codes: 0 done; 1 a check failed, or files could not be written; 2 bad input; 130 interrupted."
+GIVES = "What it shows and writes"  # the group of such options in the help
 _GRACE = 0.4  # seconds in which Python may end by itself after Ctrl-C
 _COMMON = {
-    "as_json": Annotated[bool, typer.Option("--json", help="print the findings as JSON, and nothing else, to stdout")],
-    "quiet": Annotated[bool, typer.Option("--quiet", help="show no tables and no progress, only errors")],
+    "as_json": Annotated[
+        bool, typer.Option("--json", help="print the findings as JSON, and nothing else", rich_help_panel=GIVES)
+    ],
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", help="show no tables and no progress, only errors", rich_help_panel=GIVES)
+    ],
 }
 
 
@@ -36,7 +42,8 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
         for name, hint in _COMMON.items()
     ]
-    options = {x.name: f"--{x.name.replace('_', '-')}" for x in own} | {"name_or_path": "MODEL", "tokens": "--tokens"}
+    options = {x.name: _option(x) for x in own}
+    options |= {"name_or_path": "MODEL", "tokens": "--tokens", "text": "--text"}
 
     @wraps(function)
     def command(*, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -62,6 +69,14 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
     command.__annotations__ = {x.name: x.annotation for x in (*own, *common)}
     return command
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    """The option of a parameter: the one that it declares, or the one that typer makes of its name."""
+    given = (x for x in getattr(parameter.annotation, "__metadata__", ()) if isinstance(x, OptionInfo))
+    declared = (name for x in given for name in (x.default, *(x.param_decls or ())))  # typer's first is the default
+    long = (name for name in declared if isinstance(name, str) and name.startswith("--"))
+    return next(long, f"--{parameter.name.replace('_', '-')}")
 
 
 def _named(message: str, options: dict[str, str]) -> str:

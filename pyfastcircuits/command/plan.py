@@ -7,10 +7,11 @@ from rich.table import Table
 
 import pyfastcircuits as fc
 from pyfastcircuits.command import options
-from pyfastcircuits.command.app import command
-from pyfastcircuits.command.options import Dtype, Model, ModelOption, Precision
+from pyfastcircuits.command.app import RUNS, command
+from pyfastcircuits.command.options import HOW, READS, Dtype, Model, ModelOption, Precision
 from pyfastcircuits.command.plain import amount, duration, size
 from pyfastcircuits.command.report import Report
+from pyfastcircuits.command.sweep import MODES, PATTERNS_BEHIND, SCOPES
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention
 from pyfastcircuits.sweeps.architectures import ARCHITECTURES
@@ -18,16 +19,16 @@ from pyfastcircuits.sweeps.plan import Plan, Shares
 from pyfastcircuits.sweeps.work import SweepScope
 
 
-@command
+@command(task=RUNS, example="pyfastcircuits plan gpt2 --machine H100 --sequences 64")
 def plan(
     report: Report,
     name: Model = None,
     option: ModelOption = None,
-    scope: Annotated[SweepScope, typer.Option(help="pairs of heads by what is taken out; heads; layers")] = "path",
-    mode: Annotated[Mode, typer.Option(help="what is written instead")] = "zero",
-    attention: Annotated[Attention, typer.Option(help="patterns behind what is taken out")] = "frozen",
-    sequences: Annotated[int, typer.Option(min=1, help="how many")] = 256,
-    length: Annotated[int, typer.Option(min=2, help="tokens of each")] = 512,
+    scope: Annotated[SweepScope, typer.Option(help=SCOPES)] = "path",
+    mode: Annotated[Mode, typer.Option(help=MODES)] = "zero",
+    attention: Annotated[Attention, typer.Option(help=PATTERNS_BEHIND)] = "frozen",
+    sequences: Annotated[int, typer.Option(min=1, help="how many sequences", rich_help_panel=READS)] = 256,
+    length: Annotated[int, typer.Option(min=2, help="tokens of each", rich_help_panel=READS)] = 512,
     machine: Annotated[
         str, typer.Option(help="here: this CPU, measured once; A100, H100, H200, B200, laptop: from data sheets")
     ] = "here",
@@ -37,9 +38,11 @@ def plan(
     ] = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
-    low_memory: Annotated[bool, typer.Option("--low-memory", help="never hold the clean logits")] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="never hold logits of all tokens at once", rich_help_panel=HOW)
+    ] = False,
 ) -> None:
-    """What a sweep would take: operations, memory and time, here or on another machine; nothing is swept.
+    """What a sweep would take, before it runs: operations, memory and time, here or on another machine.
 
     MODEL may be gpt2 to gpt2-xl, pythia-70m to pythia-12b, llama-3-8b or llama-3-70b too: sizes are enough.
     """

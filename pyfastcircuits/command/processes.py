@@ -29,11 +29,12 @@ def group(device: str) -> Iterator[None]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, number, size = next(rendezvous("env://"))
     # torchrun keeps its store when it starts processes again, and in it the addresses of those that have ended.
-    store = torch.distributed.PrefixStore(f"start {_starts()}", store)
+    store = PrefixStore(f"start {_starts()}", store)
     kind = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(kind, store=store, rank=number, world_size=size)
     try:

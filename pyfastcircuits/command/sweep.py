@@ -10,11 +10,26 @@ import pyarrow as pa
 import typer
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters import texts
 from pyfastcircuits.command import options, processes, show, text, write
-from pyfastcircuits.command.app import command, end
+from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.guard import Failed
 from pyfastcircuits.command.made import check_files, check_folder, made_by
-from pyfastcircuits.command.options import Backend, Dtype, Force, Model, ModelOption, Precision
+from pyfastcircuits.command.options import (
+    GIVES,
+    HOW,
+    READS,
+    Backend,
+    Dtype,
+    Force,
+    Model,
+    ModelOption,
+    Out,
+    Precision,
+    TextFile,
+    TokensFile,
+    Top,
+)
 from pyfastcircuits.command.report import Report
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
@@ -25,60 +40,82 @@ from pyfastcircuits.sweeps.work import SweepScope, experiments
 
 SEQUENCES, LENGTH = 256, 512
 SHORT = 1 << 16  # tokens of a vocabulary whose ids a .bin holds in two bytes
+SCOPES = (
+    "what is taken out. Of a pair of heads: the one path through both (path), all that the first writes through the "
+    "second (direct), every path with that step (edge), or both heads (joint); one head; a layer's heads"
+)
+MODES = "what stands in its place: nothing (zero), its mean over the text, or what it was in another sequence"
+PATTERNS_BEHIND = "attention patterns behind what is taken out: as they were, as the article has it, or computed again"
+CORPUS = "a corpus of any size in their place: text, .jsonl, .parquet, .npy, .bin, a folder of one kind or a data set"
 
 
-@command
+@command(task=RUNS, example="pyfastcircuits sweep induction-2l --top 5")
 def sweep(
     report: Report,
     name: Model = None,
     option: ModelOption = None,
-    text_file: Annotated[Path | None, typer.Option("--text", help="a text to run over, in UTF-8")] = None,
-    tokens_file: Annotated[Path | None, typer.Option("--tokens", help="token ids: .npy, or text, a row a line")] = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option(help="a corpus of any size: text, .jsonl, .parquet, .npy, .bin, or a folder"),
-    ] = None,
+    text_file: TextFile = None,
+    tokens_file: TokensFile = None,
+    corpus: Annotated[Path | None, typer.Option(help=CORPUS, rich_help_panel=READS)] = None,
     column: Annotated[
         str | None,
-        typer.Option(help="of --corpus: texts or tokens", show_default="input_ids, tokens or text"),
+        typer.Option(help="the column of --corpus", show_default="input_ids, tokens or text", rich_help_panel=READS),
     ] = None,
-    scope: Annotated[SweepScope, typer.Option(help="pairs of heads by what is taken out; heads; layers")] = "path",
-    mode: Annotated[Mode, typer.Option(help="what is written instead")] = "zero",
-    attention: Annotated[Attention, typer.Option(help="patterns behind what is taken out")] = "frozen",
-    metric: Annotated[MetricName, typer.Option(help="what is measured, besides kl")] = "nll",
-    against: Annotated[str | None, typer.Option(help="the token that a logit difference is against")] = None,
-    top: Annotated[int, typer.Option(min=0, help="ablations to show")] = 10,
-    out: Annotated[
-        Path, typer.Option(help="folder of effects/, manifest.json, sweep.parquet, orders.parquet and pairs.png")
-    ] = Path("out"),
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep that --out holds, if it does")] = False,
+    scope: Annotated[SweepScope, typer.Option(help=SCOPES)] = "path",
+    mode: Annotated[Mode, typer.Option(help=MODES)] = "zero",
+    attention: Annotated[Attention, typer.Option(help=PATTERNS_BEHIND)] = "frozen",
+    metric: Annotated[
+        MetricName, typer.Option(help="what is measured at each token, beside KL(clean || ablated)")
+    ] = "nll",
+    against: Annotated[
+        str | None, typer.Option(help="of --metric logit_difference: the token that the next one is compared with")
+    ] = None,
+    top: Top = 10,
+    out: Out = Path("out"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on with the sweep that --out holds, if there is one", rich_help_panel=GIVES),
+    ] = False,
     force: Force = False,
     settle: Annotated[
-        int | None, typer.Option(min=1, help="end when so many that matter most, and their order, are known")
+        int | None, typer.Option(min=1, help="end as soon as so many that matter most, and their order, are known")
     ] = None,
     confidence: Annotated[float, typer.Option(help="with which --settle knows them")] = 0.95,
     sequences: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="at most so many: of --text and --tokens evenly spaced, of --corpus the first",
+            help="at most so many sequences: evenly spaced ones, of --corpus the first",
             show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
+            rich_help_panel=READS,
         ),
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(min=2, help="tokens a sequence, at most", show_default=f"{LENGTH}; all of --tokens"),
+        typer.Option(
+            min=2,
+            help="at most so many tokens in a sequence",
+            show_default=f"{LENGTH}; all of --tokens",
+            rich_help_panel=READS,
+        ),
     ] = None,
     split: Annotated[
         Literal["auto", "none", "sequences", "experiments", "vocabulary"],
-        typer.Option(help="by what processes that torchrun starts share the sweep"),
+        typer.Option(help="by what the processes of torchrun share the work", rich_help_panel=HOW),
     ] = "auto",
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
-    low_memory: Annotated[bool, typer.Option("--low-memory", help="never hold the clean logits")] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="never hold logits of all tokens at once", rich_help_panel=HOW)
+    ] = False,
 ) -> None:
-    """Term importance order by order, and the ablation of every pair of heads, every head or every layer."""
+    """Run a text, and take out the path through every pair of heads, every head or every layer: what gets worse?
+
+    First comes the article's term importance: the loss with all paths up to each order, and what each layer's heads
+    add. Then every ablation, ranked, each with the token that it hits hardest. It writes orders.parquet, sweep.parquet,
+    and pairs.png, heads.png or layers.png; and as it runs, what it finds on each sequence (effects/, manifest.json).
+    """
     sources = {"--text": text_file, "--tokens": tokens_file, "--corpus": corpus}
     given = [option for option, file in sources.items() if file]
     if len(given) > 1:
@@ -88,7 +125,7 @@ def sweep(
     resume = resume or processes.restarted()
     with processes.group(device), report.bar as bar:
         run, weights = options.model_of(model, dtype, device)
-        shown = text.TokenText(model)
+        shown = texts.TokenText(model)
         size = min(length or LENGTH, _positions(run, weights) or LENGTH)
         source: Sequences
         if corpus:
@@ -97,11 +134,11 @@ def sweep(
             source = fc.corpus(corpus, size, tokenizer=tokenizer, column=column, dtype=width, sequences=sequences)
         elif tokens_file:
             tokens = text.read_tokens(tokens_file, weights.d_vocab)[:, :length]
-            source = Given(text.evenly(tokens, sequences or len(tokens)))
+            source = Given(texts.evenly(tokens, sequences or len(tokens)))
         else:
-            content = text.read_text(text_file) if text_file else text.held_out_text()
-            source = Given(text.sequences_of(shown, content, size, sequences or SEQUENCES))
-            unknown = text.check_known(source.tokens, shown, weights.d_vocab)
+            content = text.read_text(text_file) if text_file else texts.held_out_text()
+            source = Given(texts.sequences_of(shown, content, size, sequences or SEQUENCES))
+            unknown = texts.check_known(source.tokens, shown, weights.d_vocab)
             if unknown > 0.01:
                 report.warn(f"--text: {unknown:.0%} of its tokens are unknown to the model's tokenizer")
         against_token = None if against is None else options.token_of("--against", against, shown, weights)
@@ -162,8 +199,7 @@ def sweep(
         if count:
             report.show(show.effect_table(found.result, examples, shown))
             title = f"{model}: {scope} ablation, {mode}, attention {attention}"
-            label = f"change of the {show.metric_name(found.result.metric)}"
-            paths.append(write.heatmap(found.result, out / files[-1], title, label, made))
+            paths.append(write.picture(found.result.plot(title=title), out / files[-1], made))
             bar.advance()
         if settle is not None:
             state = "is settled" if found.settled else "is not settled"

@@ -62,7 +62,7 @@ def _made_again(function: Any, *args: Any) -> Tensor:
 def _changed_losses(
     part: FrozenTrace, asked: Asked, how: Measurement, intervention: Intervention, members: Sequence[int]
 ) -> Tensor:
-    removal, W_O = asked.rows(intervention.removal(part, members)), intervention.W_O(part.weights, members)
+    removal, W_O = intervention.removal(part, members, asked.where), intervention.W_O(part.weights, members)
     left = asked.rows(_final(part)) - (removal if W_O is None else removal @ W_O)
     scale = norm_scale(left, part.weights) if how.final_norm == "recomputed" else None
     return asked_losses(part, asked, how, left, scale, not intervention.removes_unembed_bias)

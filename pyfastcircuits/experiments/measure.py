@@ -272,7 +272,7 @@ def _delta(
     W_O [1 or P, r, d] that is still to be multiplied in, if any.
     """
     weights, W_O = part.weights, intervention.W_O(part.weights, members)
-    removal = part.asked.rows(intervention.removal(part.trace, members))
+    removal = intervention.removal(part.trace, members, part.asked.where)
     if W_O is not None and not part.narrow(intervention):
         removal, W_O = _times(removal, W_O), None
     scale: Tensor | None = None

@@ -223,6 +223,11 @@ class FrozenTrace(FrozenModel):
         """The store of paths: what the values of the last layer asked about read of everything that is no head."""
         return {}
 
+    @derived
+    def clean_qkv(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """The store of rerun.clean_qkv."""
+        return {}
+
     @public
     def non_head_stream(self, layer: int) -> Tensor:
         """The sum of everything that is no attention head and is written before `layer` reads, [B, T, d].

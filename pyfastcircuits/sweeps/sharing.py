@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 from pyfastcircuits.run.processes import ALONE, Processes, sharing_the_vocabulary
 from pyfastcircuits.sweeps.corpus import Sequences
@@ -24,20 +25,18 @@ class Sharing:
     processes: Processes
 
     @staticmethod
-    def of(work: Work, source: Sequences, processes: Processes, split: str) -> "Sharing":
+    def of(work: Work, source: Sequences, processes: Processes, split: Split | Literal["auto"]) -> "Sharing":
         """The split that is asked for, or that which the plan for a machine of this kind chooses."""
         if processes is ALONE or split == "none":
             return Sharing("none", ALONE)
-        if split == "auto" and not source.count:
-            return Sharing("sequences", processes)
-        if split == "auto":
+        if split == "auto" and source.count:
             name = "H100" if work.weights.device.type == "cuda" else "laptop"
             found = plan(
                 work.weights, work.scope, work.mode, work.attention, sequences=source.count, length=source.length,
                 processes=processes.size, machine=name, low_memory=work.options["low_memory"],
             )  # fmt: skip
             return Sharing(found.chosen.split, processes)
-        return Sharing(split, processes)  # type: ignore[arg-type]
+        return Sharing("sequences" if split == "auto" else split, processes)
 
     @property
     def dealt(self) -> Processes:

@@ -29,7 +29,7 @@ from pyfastcircuits.sweeps.ranking import Ranking
 from pyfastcircuits.sweeps.running import Runner
 from pyfastcircuits.sweeps.sharing import Sharing
 from pyfastcircuits.sweeps.store import Store
-from pyfastcircuits.sweeps.work import SweepScope, Work, ablate, experiments, work
+from pyfastcircuits.sweeps.work import Split, SweepScope, Work, ablate, experiments, work
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,25 @@ class Sweep:
     options: MeasureOptions
     sequences: int
     settled: bool | None = None
+
+    @public
+    def plot(self) -> Any:
+        """Draw what each ablation changes, as `result.plot`; fc.plot.orders draws the losses by order.
+
+        Raises:
+            ValueError: the model has nothing to ablate; ImportError: matplotlib is missing.
+        """
+        if not self.result.labels:
+            raise ValueError("result is empty: the model has nothing to ablate")
+        return self.result.plot()
+
+    def _repr_html_(self) -> str:
+        """The losses by order and what stands out among the ablations, as tables with a picture."""
+        from pyfastcircuits.drawing.notebook import card
+
+        rows = [(f"at most {k}", f"{loss:.4g}") for k, loss in enumerate(self.orders.tolist())]
+        orders = card("Loss with all paths up to an order", ("order", "loss (nats)"), rows, None)
+        return orders + (self.result._repr_html_() if self.result.labels else "")
 
     @public
     @torch.no_grad()
@@ -196,7 +215,7 @@ def _in_chunks(
     out: Path | None,
     there: tuple[bool, bool],
     until: tuple[int | None, float],
-    shared: tuple[str, Processes],
+    shared: tuple[Split | Literal["auto"], Processes],
 ) -> Sweep:
     """See `sweep`."""
     scope, mode, attention = what

@@ -127,6 +127,16 @@ class World:
     def pair(self) -> Any:
         return (self.source, self.destination)
 
+    def finding(self, kinds: Sequence[Any]) -> Any:
+        """What a figure is drawn of."""
+        made = {
+            fc.SkipTrigrams: lambda: fc.skip_trigrams(self.weights, self.head(), k=1),
+            fc.LayerMarginals: lambda: fc.layer_marginals(self.trace),
+            fc.Sweep: lambda: fc.order_losses(self.trace),
+            fc.Result: lambda: self.pick(fc.head_ablation, fc.pair_ablation)(self.trace, kl=True),
+        }
+        return next(make for kind, make in made.items() if kind in kinds)()
+
     def operand(self, name: str) -> Tensor:
         """A tensor of an op."""
         shape, _, end = SHAPES[name].partition(" < ")
@@ -153,7 +163,7 @@ class World:
             "heads": lambda: pick(None, [self.source], [self.head(), [self.source, self.destination] if groups else self.head()]),
             "pairs": lambda: pick([self.pair()], None if NoneType in options else []), "paths": lambda: [(), self.pair(), (self.head(),)],
             "path": lambda: self.corpus() if Path in options else self.pair(), "column": lambda: pick(None, "tokens"),
-            "tokenizer": lambda: None, "out": lambda: pick(None, None, self.folder / "out"), "settle": lambda: pick(None, 1),
+            "tokenizer": lambda: None, "out": lambda: pick(None, None, self.folder / "out") if NoneType in options else self.folder / "report.html", "settle": lambda: pick(None, 1),
             "sources": lambda: [self.source], "destinations": lambda: [self.destination],
             "targets": self.tokens_asked, "against": lambda: pick(0, self.integers(V, self.batch, T)),
             "positions": lambda: pick(None, 0, -1, [0, T - 1], torch.ones(T, dtype=torch.bool, device="cpu")),
@@ -163,7 +173,8 @@ class World:
             "eigenvalues": lambda: self.normal(3, 4, dtype=torch.complex128), "layer": lambda: pick(0, 1),
             "gain": lambda: self.normal(self.layers, self.width), "final_gain": lambda: self.normal(self.width),
             "bias": lambda: self.normal(self.layers, self.width), "final_bias": lambda: self.normal(self.width),
-            "direction": lambda: self.normal(self.width), "text": lambda: str, "among": lambda: some(V),
+            "direction": lambda: self.normal(self.width), "text": lambda: None if str in options else str,
+            "among": lambda: some(V),
             "rows": lambda: some(1), "columns": lambda: some(1), "source_tokens": lambda: some(V),
             "row_weights": lambda: None, "name_or_path": self.saved, "path_to": self.saved, "screen": lambda: "auto",
             "index": lambda: pick(0, ..., slice(1), (0, 0)), "sequences": lambda: pick(slice(1), slice(0, 2)),
@@ -171,6 +182,8 @@ class World:
             "scalar": lambda: pick(2.0, 3), "shape": lambda: [2, 3, 4], "name": lambda: pick("W_Q", "Q", "W_O", "V"),
             "stream": lambda: self.trace.final, "streams": lambda: self.trace.final[None], "kind": lambda: "Q",
             "losses": lambda: self.trace.token_losses, "values": lambda: self.normal(2, 3), "device": lambda: torch.device("cpu"),
+            "found": lambda: self.finding(options), "x": lambda: "nll", "y": lambda: "kl", "quantity": lambda: None,
+            "title": lambda: pick(None, "$x_1$"), "scale": lambda: "nats", "layers": lambda: pick(None, [0]),
             "rows_measured": lambda: None, "logit_difference": lambda: None, "length": lambda: pick(4, 7),
         }  # fmt: skip
         if fc.FrozenTrace in options and name == "model":
