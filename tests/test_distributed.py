@@ -14,6 +14,7 @@ from support.command import run
 
 import pyfastcircuits as fc
 from pyfastcircuits.run.processes import Processes, dealt
+from pyfastcircuits.sweeps.work import Cut
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -36,7 +37,7 @@ def found(tmp_path_factory):
 def test_shared_sweeps_are_those_of_one_process(found, size):
     for of_rank in found[size]:
         apart = {name: x for name, x in of_rank.items() if " by " in name or name == "composition"}
-        assert len(apart) == 19
+        assert len(apart) == 20
         assert max(apart.values()) < 1e-12, apart
 
 
@@ -104,6 +105,18 @@ def test_columns_are_shared_without_gap():
         assert max(p.stop - p.start for p in parts) - min(p.stop - p.start for p in parts) <= 1
     with pytest.raises(ValueError, match="the vocabulary has 3 tokens, too few for 4 processes"):
         Processes(0, 4).columns(3)
+
+
+def test_processes_keep_their_sequences():
+    """With several chunks to a sequence, chunks are the same ones, those of an experiment in order, dealt by sequences."""
+    cut = Cut(2, 10)
+    alone, shared = list(cut.chunks(9, 35)), list(cut.chunks(9, 35, 3))
+    assert sorted(shared, key=lambda chunk: chunk.index) == alone
+    assert [chunk.index for chunk in alone] == list(range(20))
+    for first in range(0, 40, 10):
+        starts = [chunk.sequences.start for chunk in shared if chunk.experiments.start == first]
+        assert starts == [0, 2, 4, 6, 8]
+    assert [chunk.sequences.start for chunk in shared[:12:3]] == [0] * 4
 
 
 def test_layers_are_dealt_out_evenly():

@@ -27,27 +27,3 @@ def in_nats(values: Sequence[float], *, signed: bool = False) -> tuple[str, list
     largest = max((abs(x) for x in values if math.isfinite(x)), default=0)
     unit = next((name for name, scale in UNITS.items() if largest * scale >= 1), "micronats" if largest else "nats")
     return unit, [significant(x * UNITS[unit], 4, signed=signed) for x in values]
-
-
-def amount(count: float) -> str:
-    """A count in words of the SI: 3.4 T."""
-    for prefix, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{significant(count / scale)} {prefix}"
-    return significant(count)
-
-
-def size(count: float) -> str:
-    """Bytes in GiB, MiB or KiB."""
-    for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if count >= scale:
-            return f"{significant(count / scale)} {unit}"
-    return f"{significant(count / 1024)} KiB"
-
-
-def duration(seconds: float) -> str:
-    """A time in the largest unit of which there is one."""
-    for unit, scale in (("years", 365 * 86400.0), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if seconds >= scale:
-            return f"{significant(seconds / scale)} {unit}"
-    return f"{significant(1e3 * seconds)} ms"

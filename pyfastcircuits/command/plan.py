@@ -9,13 +9,13 @@ import pyfastcircuits as fc
 from pyfastcircuits.command import options
 from pyfastcircuits.command.app import RUNS, command
 from pyfastcircuits.command.options import HOW, READS, Dtype, Model, ModelOption, Precision
-from pyfastcircuits.command.plain import amount, duration, size
 from pyfastcircuits.command.report import Report
 from pyfastcircuits.command.sweep import MODES, PATTERNS_BEHIND, SCOPES
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention
 from pyfastcircuits.sweeps.architectures import ARCHITECTURES
 from pyfastcircuits.sweeps.plan import Plan, Shares
+from pyfastcircuits.sweeps.units import amount, duration, size
 from pyfastcircuits.sweeps.work import SweepScope
 
 

@@ -15,6 +15,7 @@ from pyfastcircuits.sweeps.architectures import ARCHITECTURES, Architecture
 from pyfastcircuits.sweeps.costs import FLOAT, Task, Work
 from pyfastcircuits.sweeps.footprint import footprint
 from pyfastcircuits.sweeps.machines import Machine
+from pyfastcircuits.sweeps.units import amount, duration, size
 from pyfastcircuits.sweeps.work import FIRST, PATTERNS, WORK, Cut, Split, SweepScope
 
 MERGED = 32  # bytes of the sums of one experiment at one position, which processes with parts of the vocabulary join
@@ -101,6 +102,24 @@ class Plan:
     def memory(self) -> int:
         """Bytes of a process' memory at its peak, its libraries not counted."""
         return self.chosen.peak
+
+    def __str__(self) -> str:
+        """Time, operations and memory, in words."""
+        many = f"{self.processes:,} processes, split by {self.chosen.split}" if self.processes > 1 else "1 process"
+        phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.chosen.seconds.items())
+        parts = ", ".join(f"{name} {size(held)}" for name, held in self.chosen.memory.items())
+        tokens = f"{self.options['sequences']:,} sequences of {self.options['length']:,} tokens"
+        sent = f"; {size(self.chosen.sent)} from the others" if self.processes > 1 else ""
+        return "\n".join(
+            (
+                f"{self.architecture.name}: {self.experiments:,} experiments; {tokens}; {many}",
+                f"{self.machine.name} ({self.machine.source})",
+                f"time: {duration(self.seconds)} ({phases})",
+                f"of each process: {amount(self.flops)}FLOP, {amount(self.exponentials)} exponentials, "
+                f"{amount(self.moved)}B moved{sent}",
+                f"memory of each process: {size(self.memory)} ({parts}); there are {size(self.machine.memory)}",
+            )
+        )
 
 
 @public
@@ -203,9 +222,10 @@ def _in_chunks(task: Task, split: Split, processes: int, there: Machine) -> tupl
     full = task.sequences * total / (blocks * cut.sequences * pieces * cut.experiments)  # the last chunks are smaller
     first = replace(task, sequences=min(FIRST, task.sequences, max(1, PATTERNS // max(patterns, 1))))
     of_chunk = chunk.steps
+    runs = ceil(blocks / hands) if split == "sequences" else blocks
     steps = {
-        "clean run": of_chunk["clean run"] * (full * min(mine, blocks)) + first.steps["clean run"],
-        "orders": of_chunk["orders"] * (full * (ceil(blocks / hands) if split == "sequences" else blocks)),
+        "clean run": of_chunk["clean run"] * (full * runs) + first.steps["clean run"],
+        "orders": of_chunk["orders"] * (full * runs),
         "ablations": of_chunk["ablations"] * (full * mine),
     }
     return steps, chunk

@@ -50,21 +50,23 @@ class Runner:
         total, count = Moments.of(self.work), len(self.work.labels)
         if store is not None:  # at once, so that it does not count as fast
             self.progress(sum(shape[0] * self._share(shape) for shape in store.shapes.values()))
-        effects: list[Tensor] = []  # of the sequences whose chunks have not all been seen
-        for chunks, found in self._rounds(cut.chunks(self.source.count, count), store):
+        effects: dict[int, list[Tensor]] = {}  # of the sequences whose chunks have not all been seen, by the first
+        every = cut.chunks(self.source.count, count, self.processes.size)
+        for chunks, found in self._rounds(every, store):
             for chunk in chunks:
                 here = found.get(chunk.index) or (store.find(chunk.index) if store and chunk.index in store else None)
                 if here is None or not here.chunk.shape[0]:
                     return total
                 total.add(here)
-                effects.append(here.effects[self.work.metric.name])
+                start = chunk.sequences.start
+                effects.setdefault(start, []).append(here.effects[self.work.metric.name])
                 if chunk.experiments.stop < count:
                     continue
+                all_of_them = torch.cat(effects.pop(start), 1)
                 if ranking is not None:
-                    ranking.add(torch.cat(effects, 1))
+                    ranking.add(all_of_them)
                     if ranking.settled:
                         return total
-                effects = []
                 if here.chunk.shape[0] < cut.sequences:
                     return total
         return total

@@ -94,18 +94,28 @@ class Cut:
             return Cut(self.sequences, _even(experiments, self.experiments, size))
         return self
 
-    def chunks(self, sequences: int | None, experiments: int) -> Iterator[Chunk]:
-        """The chunks of a sweep in their order: sequence by sequence, all experiments of some before the next.
+    def chunks(self, sequences: int | None, experiments: int, processes: int = 1) -> Iterator[Chunk]:
+        """The chunks of a sweep: all experiments of some sequences before the next.
 
         Args:
             sequences: how many; None: nobody knows, and the chunks never end.
             experiments: how many; with none there is a chunk for some sequences all the same.
+            processes: among which they are dealt out in turn: then so many parts of the sequences come together, so
+                that each process goes on with the clean run that it has. The sequences of an experiment stay in order.
         """
-        index = count()
-        for start in count(0, self.sequences) if sequences is None else range(0, sequences, self.sequences):
-            stop = start + self.sequences if sequences is None else min(start + self.sequences, sequences)
-            for some in slices(experiments, self.experiments) if experiments else (slice(0, 0),):
-                yield Chunk(next(index), slice(start, stop), some)
+        parts = list(slices(experiments, self.experiments)) if experiments else [slice(0, 0)]
+        together = 1 if sequences is None else processes
+        for first in count(0, together):
+            blocks = range(first, first + together)
+            for number, some in enumerate(parts):
+                for block in blocks:
+                    start, stop = block * self.sequences, (block + 1) * self.sequences
+                    if sequences is not None:
+                        stop = min(stop, sequences)
+                    if start < stop:
+                        yield Chunk(block * len(parts) + number, slice(start, stop), some)
+            if sequences is not None and blocks.stop * self.sequences >= sequences:
+                return
 
 
 @dataclass(frozen=True, eq=False)

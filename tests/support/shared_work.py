@@ -5,10 +5,12 @@ import multiprocessing
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import pyfastcircuits as fc
+from pyfastcircuits.sweeps import work
 from support.random_models import random_tokens, random_weights
 
 WEIGHTS = random_weights(3, norm="rmsnorm")
@@ -41,6 +43,11 @@ def everything(folder: Path) -> dict[str, float | bool | str]:
         alone = fc.sweep(WEIGHTS, TOKENS, split="none", **options)
         for split in splits:
             found[f"{name} by {split}"] = apart(fc.sweep(WEIGHTS, TOKENS, split=split, **options), alone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(work.WORK, "cpu", 1.0)  # so that each sequence is cut into several chunks
+        patch.setattr(work, "_WIDE", 1)
+        pieces = fc.sweep(WEIGHTS, TOKENS, split="sequences")
+    found["pieces by sequences"] = apart(pieces, fc.sweep(WEIGHTS, TOKENS, split="none"))
     kinds = ["Q", "K", "V"]
     one = [(2, 1), (1, 0)]
     scores = fc.composition_scores(WEIGHTS, kinds), fc.composition_scores(WEIGHTS, "K", destinations=one)
