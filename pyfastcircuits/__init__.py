@@ -7,6 +7,7 @@ The names by what they are for, in the order in which an analysis goes:
 | a model's weights | CircuitWeights, load_weights; process_weights, center, fold_norm, fold_value_biases |
 | one frozen run | trace -> FrozenTrace |
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
+| before a sweep | plan -> Plan |
 | ablation | sweep -> Sweep, over a corpus -> Corpus too; head_, layer_, pair_, path_, composition_ablation -> Result |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
@@ -89,6 +90,7 @@ from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Corpus, corpus
+from pyfastcircuits.sweeps.plan import Plan, plan
 from pyfastcircuits.sweeps.sweep import Sweep, sweep
 
 if TYPE_CHECKING:
@@ -109,6 +111,7 @@ __all__ = [
     "LayerMarginals",
     "LogitDifference",
     "OVTables",
+    "Plan",
     "Probability",
     "QKTables",
     "QKTerms",
@@ -159,6 +162,7 @@ __all__ = [
     "path_ablation",
     "path_logits",
     "path_patching",
+    "plan",
     "positivity",
     "process_weights",
     "project",
