@@ -42,7 +42,9 @@ class TokenText:
 
     def __init__(self, name_or_path: str | Path | None, tokenizer: Any = None) -> None:
         """The tokenizer is that in a model's folder, or one of the tokenizers library that is given; None: none."""
-        self.tokenizer = read_tokenizer(name_or_path) if tokenizer is None and name_or_path is not None else tokenizer
+        self.tokenizer = tokenizer
+        if name_or_path is not None and tokenizer is None:
+            self.tokenizer = read_tokenizer(name_or_path)
 
     def __call__(self, ids: list[int]) -> str:
         """The tokens as one string, in which what is not printable is escaped."""

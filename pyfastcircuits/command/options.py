@@ -9,8 +9,8 @@ import typer
 import pyfastcircuits as fc
 from pyfastcircuits import ops
 from pyfastcircuits.adapters.files import BUNDLED, load_model
+from pyfastcircuits.adapters.texts import TokenText
 from pyfastcircuits.command.guard import GIVES as GIVES
-from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.run.nodes import Head
 
 MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"

@@ -3,9 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from pyfastcircuits.adapters.texts import quoted as quoted
-from pyfastcircuits.adapters.texts import visible as visible
-
 UNITS = {"nats": 1.0, "millinats": 1e3, "micronats": 1e6}
 
 

@@ -11,8 +11,8 @@ from rich.text import Text
 from torch import Tensor
 
 from pyfastcircuits import CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
+from pyfastcircuits.adapters.texts import TokenText
 from pyfastcircuits.command.plain import in_nats, percent, significant
-from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.experiments.orders import ARTICLE_MARGINALS, ARTICLE_ORDERS
 from pyfastcircuits.ops import TopEntries
 from pyfastcircuits.result import label_name

@@ -13,15 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyfastcircuits.adapters.texts import TokenText as TokenText
-from pyfastcircuits.adapters.texts import check_known as check_known
-from pyfastcircuits.adapters.texts import corpus_tokens as corpus_tokens
-from pyfastcircuits.adapters.texts import evenly as evenly
-from pyfastcircuits.adapters.texts import held_out_text as held_out_text
-from pyfastcircuits.adapters.texts import rows_of as rows_of
-from pyfastcircuits.adapters.texts import sequences_of as sequences_of
-from pyfastcircuits.adapters.texts import stdlib_files as stdlib_files
-
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")  # those that texts do not hold
 
 
