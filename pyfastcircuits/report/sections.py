@@ -205,7 +205,7 @@ def attribution(study: Study) -> Section:
     """Direct logit attribution of every token of the text, component by component."""
     found = direct_logit_attribution(study.run, "component", center=True, per_token=True)
     values = found.values
-    labels = [label_name(label[0] if isinstance(label, tuple) else label) for label in found.labels]
+    labels = [label_name(label) for label in found.labels]
     size = values.nan_to_num().abs().flatten(1).amax(-1)
     writes = size > 1e-5 * size.max()  # a layer without biases adds nothing of its own, but for rounding
     if writes.any():

@@ -26,7 +26,7 @@ def test_a_folder_of_a_hugging_face_model(tmp_path):
     result = run("report", folder, *given)
     assert result.exit_code == 0, result.output
     data = data_of(tmp_path / "r.html")
-    assert "sources 0" in data["attribution"]["labels"]
+    assert {"embed", "0.0", "mlp 0", "mlp 2"} <= set(data["attribution"]["labels"])
     assert all(data[name] for name in ("pairs", "composition", "trigrams", "attention", "scores"))
     assert data["heads"] == [[layer, head] for layer in range(3) for head in range(4)]
 
