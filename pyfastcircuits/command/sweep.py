@@ -36,11 +36,9 @@ from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
 from pyfastcircuits.sweeps.corpus import Given, Sequences, TokenType
 from pyfastcircuits.sweeps.store import StoreError
-from pyfastcircuits.sweeps.work import SweepScope, experiments, pattern_bytes
+from pyfastcircuits.sweeps.work import SweepScope, experiments
 
-LENGTH = 512
-PATTERNS = 4 << 30  # bytes of attention patterns of a text's sequences: fewer of a large model, whose sweep takes long
-SEQUENCES = "of a text 256, or as many as have 4 GiB of attention patterns; all of --tokens and --corpus"
+SEQUENCES, LENGTH = 256, 512
 SHORT = 1 << 16  # tokens of a vocabulary whose ids a .bin holds in two bytes
 SCOPES = (
     "what is taken out. Of a pair of heads: the one path through both (path), all that the first writes through the "
@@ -88,7 +86,7 @@ def sweep(
         typer.Option(
             min=1,
             help="at most so many sequences: evenly spaced ones, of --corpus the first",
-            show_default=SEQUENCES,
+            show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
             rich_help_panel=READS,
         ),
     ] = None,
