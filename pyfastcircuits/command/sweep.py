@@ -132,8 +132,7 @@ def sweep(
             source = Given(texts.evenly(tokens, sequences or len(tokens)))
         else:
             content = text.read_text(text_file) if text_file else texts.held_out_text()
-            most = sequences or max(1, min(256, PATTERNS // max(1, pattern_bytes(weights, size))))
-            source = Given(texts.sequences_of(shown, content, size, most))
+            source = Given(texts.sequences_of(shown, content, size, sequences or SEQUENCES))
             unknown = texts.check_known(source.tokens, shown, weights.d_vocab)
             if unknown > 0.01:
                 report.warn(f"--text: {unknown:.0%} of its tokens are unknown to the model's tokenizer")

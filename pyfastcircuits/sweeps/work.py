@@ -135,7 +135,7 @@ class Work:
         rerun = 6 * weights.n_layers * weights.d_model**2 * (self.attention == "recomputed")  # half the layers
         each = length * (weights.d_vocab_out * width + rerun)
         whole = total * each + others * length * weights.d_vocab_out * weights.d_model
-        patterns = pattern_bytes(weights, length)
+        patterns = _pattern_bytes(weights, length)
         most = WORK[weights.device.type if weights.device.type in WORK else "cuda"]
         if whole <= 4 * most:
             return Cut(max(1, int(min(most // max(whole, 1), PATTERNS // max(patterns, 1)))), max(1, total))
@@ -224,7 +224,7 @@ def work(
     metric = metric_spec(options.get("metric", "nll"), options.get("targets"), options.get("against"))
     left_out = ("metric", "targets", "against", "progress", "kl", "per_token", "per_sequence")
     others = {name: value for name, value in {**DEFAULTS, **options}.items() if name not in left_out}
-    most = PATTERNS // max(1, pattern_bytes(weights, source.length))
+    most = PATTERNS // max(1, _pattern_bytes(weights, source.length))
     first = source.read(0, max(2, min(FIRST, most))).to(weights.device)
     if not len(first):
         raise ValueError(f"tokens is {source!r}, which has no sequence")
@@ -266,7 +266,7 @@ def _trace(model: Any, weights: CircuitWeights, tokens: Tensor, start: int) -> F
         raise type(error)(f"{error} (of sequences {start} to {start + len(tokens) - 1})") from error
 
 
-def pattern_bytes(weights: CircuitWeights, length: int) -> int:
+def _pattern_bytes(weights: CircuitWeights, length: int) -> int:
     """The size of one sequence's attention patterns."""
     return weights.n_layers * weights.n_heads * length**2 * weights.compute_dtype.itemsize
 
