@@ -85,7 +85,7 @@ def sweep(
         int | None,
         typer.Option(
             min=1,
-            help="at most so many sequences: evenly spaced ones, of --corpus the first",
+            help="at most so many sequences: of --text and --tokens evenly spaced, of a corpus the first",
             show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
             rich_help_panel=READS,
         ),
