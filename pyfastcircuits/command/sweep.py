@@ -4,14 +4,14 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import typer
 
 import pyfastcircuits as fc
 from pyfastcircuits.adapters import texts
-from pyfastcircuits.command import options, show, text, write
+from pyfastcircuits.command import options, processes, show, text, write
 from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.guard import Failed
 from pyfastcircuits.command.made import check_files, check_folder, made_by
@@ -85,7 +85,7 @@ def sweep(
         int | None,
         typer.Option(
             min=1,
-            help="at most so many sequences: of --text and --tokens evenly spaced, of a corpus the first",
+            help=options.MOST,
             show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
             rich_help_panel=READS,
         ),
@@ -99,6 +99,10 @@ def sweep(
             rich_help_panel=READS,
         ),
     ] = None,
+    split: Annotated[
+        Literal["auto", "none", "sequences", "experiments", "vocabulary"],
+        typer.Option(help="by what the processes of torchrun share the work", rich_help_panel=HOW),
+    ] = "auto",
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
@@ -118,7 +122,8 @@ def sweep(
         raise ValueError(f"{' and '.join(given)}: give one of them")
     model, device = options.named(name, option), options.device_of(backend, precision, dtype)
     check_folder(out)
-    with report.bar as bar:
+    resume = resume or processes.restarted()
+    with processes.group(device), report.bar as bar:
         run, weights = options.model_of(model, dtype, device)
         shown = texts.TokenText(model)
         size = min(length or LENGTH, _positions(run, weights) or LENGTH)
@@ -170,6 +175,7 @@ def sweep(
                 force=force,
                 settle=settle,
                 confidence=confidence,
+                split=split,
                 progress=bar.advance,
                 metric=metric,
                 against=against_token,
@@ -180,6 +186,8 @@ def sweep(
         except StoreError as error:
             raise Failed(f"--{error}") from error
         report.going_on = ""
+        if processes.rank():
+            return
         bar.plan({"examples": min(top, count), "writing": len(files)})
         report.show(show.order_table(found))
         if weights.n_layers:

@@ -219,6 +219,11 @@ class FrozenTrace(FrozenModel):
         return {}
 
     @derived
+    def non_head_reads(self) -> dict[int, Tensor]:
+        """The store of paths: what the values of the last layer asked about read of everything that is no head."""
+        return {}
+
+    @derived
     def clean_qkv(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """The store of rerun.clean_qkv."""
         return {}
