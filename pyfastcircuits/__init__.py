@@ -11,6 +11,7 @@ The names by what they are for, in the order in which an analysis goes:
 | ablation | sweep -> Sweep, over a corpus -> Corpus too; head_, layer_, pair_, path_, composition_ablation -> Result |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
+| features of an SAE or transcoder | Dictionary; feature_attribution -> Result, feature_reads, feature_qk_terms |
 | metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
 | known heads | head_scores, induction_heads -> Result |
 | circuits over the vocabulary | bigrams, ov_circuit, qk_circuit, composed_qk_circuit -> FactoredMatrix; |
@@ -71,6 +72,7 @@ from pyfastcircuits.circuits.vocabulary import (
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation, path_ablation
 from pyfastcircuits.experiments.attention_scores import QKTerms, qk_terms
 from pyfastcircuits.experiments.attribution import direct_logit_attribution, logit_lens, project
+from pyfastcircuits.experiments.features import feature_attribution, feature_qk_terms, feature_reads
 from pyfastcircuits.experiments.heads import head_scores, induction_heads
 from pyfastcircuits.experiments.metrics import KL, NLL, LogitDifference, Probability, Rank, Top1
 from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, order_losses
@@ -87,6 +89,7 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.report.make import report
 from pyfastcircuits.result import Result
+from pyfastcircuits.run.dictionary import Dictionary
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Corpus, corpus
@@ -106,6 +109,7 @@ __all__ = [
     "CopyingAccuracy",
     "Corpus",
     "DiagonalStatistics",
+    "Dictionary",
     "FactoredMatrix",
     "FrozenTrace",
     "LayerMarginals",
@@ -145,6 +149,9 @@ __all__ = [
     "edge_attribution",
     "effective_rank",
     "enumerate_paths",
+    "feature_attribution",
+    "feature_qk_terms",
+    "feature_reads",
     "fold_norm",
     "fold_value_biases",
     "head_ablation",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.pages import blocks, executed
 from support.run_notebook import words_and_numbers
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc
@@ -73,6 +74,7 @@ def test_calls_in_tables_run(name):
 
 
 COMMANDS = {line for page in PAGES for line in code(page) if line.startswith("pyfastcircuits ")}
+COMMANDS |= {x.epilog.partition("\n")[0].removeprefix("Example: ") for x in get_command(app).commands.values()}
 CHECKS = {line for line in COMMANDS if line.endswith(" --check")}  # of which tests/test_cli.py has what is found
 LESS = {
     "sweep": "--sequences 2 --length 16 --out out",

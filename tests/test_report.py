@@ -1,6 +1,7 @@
 """`fc.report`: its numbers are those of plain forms, its page lets nothing run or be fetched, its sizes have bounds."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ import pyfastcircuits as fc
 from pyfastcircuits.adapters.texts import TokenText
 from pyfastcircuits.report import make, sections, study
 from pyfastcircuits.report.pack import Pieces, as_json, halves, numbers, rounded, shares
+from pyfastcircuits.sweeps.identity import model_hash
 
 
 class Page(HTMLParser):
@@ -205,7 +207,7 @@ class TestPage:
         same = [re.sub(varying, r"\1</dd>", content) for content in (page.content, again.read_text("utf-8"))]
         assert same[0] == same[1]
 
-    def test_provenance(self, page, weights):
+    def test_provenance(self, page, weights, ids):
         facts = dict(re.findall(r'<dd id="fact-(\w+)"><bdi>(.*?)</bdi>', page.content))
         assert set(facts) == {
             "model", "model_sha256", "text", "tokens_sha256", "options", "versions", "machine", "made", "seconds",
@@ -213,10 +215,9 @@ class TestPage:
         assert f"pyfastcircuits {fc.__version__}" in facts["versions"]
         assert torch.__version__ in facts["versions"]
         assert facts["options"] == "3 sequences of 13 tokens, backend auto"
-        digest = hashlib.sha256()
-        for name, tensor in weights.tensors():
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-        assert facts["model_sha256"] == digest.hexdigest()
+        moved = dataclasses.replace(weights, W_O=weights.W_O + 1e-9)
+        assert facts["model_sha256"] == model_hash(fc.trace(weights, ids)) != model_hash(fc.trace(moved, ids))
+        assert facts["tokens_sha256"] == hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 class TestNumbers:

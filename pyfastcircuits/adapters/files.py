@@ -5,7 +5,6 @@ without transformers, by what the configuration says, and stay memory-mapped: on
 read. Nothing is downloaded, and no pickle is opened, because loading one runs code.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,18 +118,6 @@ def model_files(name_or_path: str | Path) -> list[Path]:
     with _naming(name_or_path):
         beside = (_folder(name_or_path) / name for name in (_CONFIG, "tokenizer.json"))
         return [*_files(name_or_path), *(file for file in beside if file.is_file())]
-
-
-def model_hash(name_or_path: str | Path) -> str:
-    """The SHA-256 of the SHA-256s of a model's files; errors as model_files."""
-    whole = hashlib.sha256()
-    for file in model_files(name_or_path):
-        digest = hashlib.sha256()
-        with file.open("rb") as content:
-            while part := content.read(1 << 22):
-                digest.update(part)
-        whole.update(digest.digest())
-    return whole.hexdigest()
 
 
 def _files(name_or_path: str | Path) -> list[Path]:

@@ -100,7 +100,7 @@ class SkipTrigrams:
         if n == 0:
             raise ValueError("n is 0, expected at least 1")
         found = self.top(n)
-        names = [f"{self._shown(t.source)} … {self._shown(t.destination)} → {self._shown(t.output)}" for t in found]
+        names = ["{} … {} → {}".format(*map(self._short, t[:3])) for t in found]
         title = f"Largest skip-trigrams of head {self.head[0]}.{self.head[1]}"
         return bars(names, [t.score for t in found], title=title, x="attention times logit")
 
@@ -109,7 +109,7 @@ class SkipTrigrams:
         from pyfastcircuits.drawing.notebook import card
 
         found = self.top(min(10, self.logits.shape[1]))
-        rows = [(*map(self._shown, t[:3]), *(f"{x:+.3g}" for x in (*t[3:], t.score))) for t in found]
+        rows = [(*map(self._short, t[:3]), *(f"{x:+.3g}" for x in (*t[3:], t.score))) for t in found]
         names = ("source", "destination", "output", "attention", "logit", "product")
         return card(f"Skip-trigrams of head {self.head[0]}.{self.head[1]}", names, rows, self.plot)
 
@@ -147,6 +147,11 @@ class SkipTrigrams:
             ]
             lines.append(" | ".join((self._shown(source), *cells)))
         return "\n".join(lines)
+
+    def _short(self, token: int) -> str:
+        """A token as `_shown`, long indentation as "' ' * 15"."""
+        text = self._shown(token)
+        return f"' ' * {len(text) - 2}" if len(text) > 6 and not text.strip("' ") else text
 
     def _shown(self, token: int) -> str:
         text = str(token) if self.text is None else self.text([token])

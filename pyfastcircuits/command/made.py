@@ -1,5 +1,6 @@
 """What made a file: each file that a command writes says so, and another run's files are left alone."""
 
+import hashlib
 import json
 import shlex
 import sys
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import pyfastcircuits as fc
-from pyfastcircuits.adapters.files import model_hash
+from pyfastcircuits.adapters.files import model_files
 
 KEY = "made_by"  # in a Parquet file's schema metadata and among a PNG file's texts
 _ASKED = ("command_line", "model", "source")  # how a run was asked for: the same run may be asked for in other words
@@ -34,11 +35,22 @@ def made_by(
         "command_line": shlex.join(["pyfastcircuits", *sys.argv[1:]]),
         "version": fc.__version__,
         "model": model,
-        "model_sha256": model_hash(model),
+        "model_sha256": _model_hash(model),
         "source": source,
         "tokens_sha256": tokens,
         "options": dict(options),
     }
+
+
+def _model_hash(model: str) -> str:
+    whole = hashlib.sha256()
+    for file in model_files(model):
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            while part := content.read(1 << 22):
+                digest.update(part)
+        whole.update(digest.digest())
+    return whole.hexdigest()
 
 
 def check_folder(folder: Path) -> None:

@@ -7,41 +7,42 @@ import typer
 
 import pyfastcircuits as fc
 from pyfastcircuits.command import options, text
-from pyfastcircuits.command.app import command
+from pyfastcircuits.command.app import RUNS, command
 from pyfastcircuits.command.made import check_folder
-from pyfastcircuits.command.options import Backend, Force, Model, ModelOption
+from pyfastcircuits.command.options import READS, Backend, Force, Model, ModelOption, Out, TextFile, TokensFile
 from pyfastcircuits.command.report import Report
 from pyfastcircuits.report.make import LENGTH, SEQUENCES, report_steps
 from pyfastcircuits.report.page import GENERATOR, check_can_be_made
 
+FEWER = f"{SEQUENCES}; fewer where all pairs of heads would take long"
 
-@command
+
+@command(task=RUNS, example="pyfastcircuits report induction-2l --out report.html")
 def report(
     report: Report,
     name: Model = None,
     option: ModelOption = None,
-    text_file: Annotated[Path | None, typer.Option("--text", help="a text to run over, in UTF-8")] = None,
-    tokens_file: Annotated[Path | None, typer.Option("--tokens", help="token ids: .npy, or text, a row a line")] = None,
-    out: Annotated[Path, typer.Option(help="the page to write, or a folder for report.html")] = Path("report.html"),
+    text_file: TextFile = None,
+    tokens_file: TokensFile = None,
+    out: Out = Path("out"),
     force: Force = False,
     sequences: Annotated[
-        int | None,
-        typer.Option(min=1, help="at most so many, evenly spaced", show_default=f"{SEQUENCES}, fewer of large models"),
+        int | None, typer.Option(min=1, help=options.MOST, show_default=FEWER, rich_help_panel=READS)
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="tokens a sequence, at most", show_default=f"{LENGTH}")
+        int | None, typer.Option(min=2, help=options.LONGEST, show_default=f"{LENGTH}", rich_help_panel=READS)
     ] = None,
     backend: Backend = "auto",
 ) -> None:
-    """One HTML page with the article's figures for this model: pairs, composition, attention patterns, and more.
+    """Write one HTML page with the article's figures for this model: pairs of heads, composition, attention, and more.
 
-    It is a single file that needs no network and no server. A browser opens it.
+    It is a single file, report.html unless --out names it, that needs no network and no server: a browser opens it.
     """
     if text_file and tokens_file:
         raise ValueError("--text and --tokens: give one of them")
     check_can_be_made()
     model, _ = options.named(name, option), options.device_of(backend)
-    file = out / "report.html" if out.is_dir() else out
+    file = out if out.suffix == ".html" and not out.is_dir() else out / "report.html"
     check_folder(file.parent)
     if file.exists() and not force and not _is_report(file):
         raise ValueError(f"--out is {str(file)!r}, which is there and is no report: take another file, or --force")

@@ -1,6 +1,5 @@
 """`fc.report`: the report of a model as one HTML file."""
 
-import hashlib
 import os
 import platform
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.adapters.files import load_model, model_hash
+from pyfastcircuits.adapters.files import load_model
 from pyfastcircuits.adapters.texts import TokenText, check_known, evenly, held_out_text, sequences_of
 from pyfastcircuits.adapters.tokens import checked_tokens
 from pyfastcircuits.adapters.tracing import trace
@@ -22,11 +21,12 @@ from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.report import sections
-from pyfastcircuits.report.pack import Pieces, bytes_of, rounded
+from pyfastcircuits.report.pack import Pieces, rounded
 from pyfastcircuits.report.page import check_can_be_made, page
 from pyfastcircuits.report.sections import Section
 from pyfastcircuits.report.study import HEADS, Study, positions
 from pyfastcircuits.report.vocabulary import trigrams
+from pyfastcircuits.sweeps.identity import model_hash, tokens_hash
 
 LENGTH, SEQUENCES = 64, 16
 _WORK = 2e12  # multiply-adds that the ablation of all pairs may take, unless `sequences` says otherwise
@@ -107,9 +107,9 @@ def report(
     found = _sections(study)
     facts = {
         "model": name or (str(model) if named else type(model).__name__),
-        "model_sha256": model_hash(model) if named else _weights_hash(weights),
+        "model_sha256": model_hash(run),
         "text": source or drawn,
-        "tokens_sha256": hashlib.sha256(bytes_of(rows)).hexdigest(),
+        "tokens_sha256": tokens_hash(rows),
         "options": f"{rows.shape[0]} sequences of {rows.shape[1]} tokens, backend {backend}",
         "versions": _versions(),
         "machine": _machine(weights),
@@ -212,16 +212,6 @@ def _affordable(weights: CircuitWeights, length: int) -> int:
     heads = min(HEADS, weights.n_layers * weights.n_heads)
     each = heads**2 / 2 * length * weights.d_vocab_out * weights.d_value
     return max(1, min(SEQUENCES, int(_WORK / max(each, 1))))
-
-
-def _weights_hash(weights: CircuitWeights) -> str:
-    """The SHA-256 of a model's weights that came from no file."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.tensors():
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        for part in tensor if tensor.shape[0] else ():
-            digest.update(bytes_of(part))
-    return digest.hexdigest()
 
 
 def _versions() -> str:

@@ -180,7 +180,7 @@ class Work:
         weights = self.weights
         sizes = weights.n_layers, weights.d_model, weights.d_value, weights.d_vocab_out
         most = WORK[weights.device.type if weights.device.type in WORK else "cuda"]
-        patterns = _pattern_bytes(weights, length)
+        patterns = pattern_bytes(weights, length)
         return Cut.of(sizes, self.scope, self.attention, len(self.labels), length, patterns, most)
 
     def trace(self, tokens: Tensor, start: int = 0) -> FrozenTrace:
@@ -265,7 +265,7 @@ def work(
     metric = metric_spec(options.get("metric", "nll"), options.get("targets"), options.get("against"))
     left_out = ("metric", "targets", "against", "progress", "kl", "per_token", "per_sequence")
     others = {name: value for name, value in {**DEFAULTS, **options}.items() if name not in left_out}
-    most = PATTERNS // max(1, _pattern_bytes(weights, source.length))
+    most = PATTERNS // max(1, pattern_bytes(weights, source.length))
     first = source.read(0, max(2, min(FIRST, most))).to(weights.device)
     if not len(first):
         raise ValueError(f"tokens is {source!r}, which has no sequence")
@@ -307,7 +307,7 @@ def _trace(model: Any, weights: CircuitWeights, tokens: Tensor, start: int) -> F
         raise type(error)(f"{error} (of sequences {start} to {start + len(tokens) - 1})") from error
 
 
-def _pattern_bytes(weights: CircuitWeights, length: int) -> int:
+def pattern_bytes(weights: CircuitWeights, length: int) -> int:
     """The size of one sequence's attention patterns."""
     return weights.n_layers * weights.n_heads * length**2 * weights.compute_dtype.itemsize
 

@@ -27,7 +27,6 @@ SECTIONS = ("orders", "pairs", "composition", "spectra", "trigrams", "attention"
 
 pytestmark = [
     pytest.mark.processes,
-    pytest.mark.alone,
     pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="there is no Chromium on this machine"),
 ]
 

@@ -27,7 +27,8 @@ OPERATORS = {
 }
 WITH_METHODS = (
     fc.CircuitWeights, fc.FrozenTrace, fc.FactoredMatrix, fc.Result, fc.QKTerms, fc.Subspaces, fc.Sweep,
-    fc.SkipTrigrams, fc.Corpus, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1, fc.LayerMarginals,
+    fc.SkipTrigrams, fc.Corpus, fc.Dictionary, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1,
+    fc.LayerMarginals,
 )  # fmt: skip
 TYPES = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str, "List[Tensor]": list}
 STRINGS = {
@@ -250,6 +251,7 @@ def instance(owner: type, world: World) -> Any:
     """A valid instance of a public class."""
     made = {fc.CircuitWeights: lambda: world.weights, fc.FrozenTrace: lambda: world.trace}
     made |= {fc.FactoredMatrix: world.matrix, fc.Result: lambda: fc.head_ablation(world.trace, kl=True)}
+    made |= {fc.Dictionary: world.dictionary}
     made |= {fc.SkipTrigram: lambda: fc.SkipTrigram(0, 0, 0, 1.0, 1.0)}
     if owner in made:
         return made[owner]()

@@ -127,6 +127,9 @@ class World:
     def pair(self) -> Any:
         return (self.source, self.destination)
 
+    def dictionary(self) -> fc.Dictionary:
+        return fc.Dictionary(self.normal(self.width, 5), self.normal(5, self.width), layer=0, top=self.pick(None, 2))
+
     def finding(self, kinds: Sequence[Any]) -> Any:
         """What a figure is drawn of."""
         made = {
@@ -185,22 +188,23 @@ class World:
             "losses": lambda: self.trace.token_losses, "values": lambda: self.normal(2, 3), "device": lambda: torch.device("cpu"),
             "found": lambda: self.finding(options), "x": lambda: "nll", "y": lambda: "kl", "quantity": lambda: None,
             "title": lambda: pick(None, "$x_1$"), "scale": lambda: "nats", "layers": lambda: pick(None, [0]),
-            "rows_measured": lambda: None, "logit_difference": lambda: None, "length": lambda: pick(4, 7),
+            "dictionary": self.dictionary, "at": lambda: pick(None, -1, [0, 1]), "what": lambda: "z", "sequence": lambda: 0,
+            "file": self.saved, "rows_measured": lambda: None, "logit_difference": lambda: None, "length": lambda: pick(4, 7),
         }  # fmt: skip
         if fc.FrozenTrace in options and name == "model":
             return pick(self.weights, self.trace)
         choices = [x for option in options if get_origin(option) is Literal for x in get_args(option)]
         if "triton" in choices:
             return "auto" if self.chance(70) else pick(*choices)
-        if choices and name not in ("metric", "source", "destination"):
+        if choices and name not in ("metric", "source", "destination", "at", "what"):
             return pick(*choices)
-        if name in named and not (name == "head" and hint is int):
+        if name in named and not (name in ("head", "source", "destination") and hint is int):
             return named[name]()
         for option in options:
             if option is bool:
                 return pick(False, True)
             if option is int:
-                return pick(1, 2, 3, 0)
+                return pick(1, 2, 3, 0) if name not in ("source", "destination") else 0
             if option is float:
                 return pick(1.0, 0.5)
             if option is Tensor:
