@@ -89,19 +89,25 @@ class Basis:
 
     Attributes:
         columns: [r, V].
-        root: [r, r], fp64: |delta @ root| is the length of a change, and the lengths of columns are in the dual metric.
-        lengths: [V], fp64.
     """
 
     def __init__(self, unembedding: Unembedding, head: Head) -> None:
         W_O = unembedding.weights.head("W_O", *head)
         whole = LogitBasis(unembedding, W_O[None], len(W_O))(slice(None))[0]
         self.columns = whole - whole.mean(1, keepdim=True)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """[r, r], fp64: |delta @ root| is the length of a change, and the lengths of columns are in the dual metric."""
         wide = self.columns.double()
         covariance = wide @ wide.mT / wide.shape[1]
         covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-30)
-        self.root = torch.linalg.cholesky(covariance)
-        self.lengths = torch.linalg.vector_norm(self.dual(wide.mT), dim=1)
+        return torch.linalg.cholesky(covariance)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """The lengths of the columns, [V], fp64."""
+        return torch.linalg.vector_norm(self.dual(self.columns.mT), dim=1)
 
     def dual(self, rows: Tensor) -> Tensor:
         """Vectors [..., r] among the columns in coordinates in which their length is the plain one; fp64."""
