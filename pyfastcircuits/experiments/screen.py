@@ -29,7 +29,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 
 Screen = Literal["none", "spread", "covariance"]
 EXPECTED_EXACT = {"spread": 0.3, "covariance": 0.05}  # the share of cells that are left to evaluate, as work
-A_ROUND = 0.5  # of the open width of a pair's interval is closed before intervals are compared again
+A_ROUND = 0.75  # of the open width of a pair's interval is closed before intervals are compared again
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -146,6 +146,8 @@ class _Cells:
         self.trace, self.pairs, self.how = trace, pairs, how
         self.unembedding = Unembedding(trace.weights)
         self.by_destination = grouped(destination for _, destination in pairs)
+        self.shared = trace.weights.n_heads // trace.weights.W_V.shape[1]  # query heads that have the same values
+        self.by_values = grouped((to.layer, to.head // self.shared) for _, to in pairs)
         shape, device = (len(pairs), how.asked.count), trace.tokens.device
         self.low = torch.zeros(shape, dtype=torch.float64, device=device)
         self.high = torch.zeros_like(self.low)
@@ -155,21 +157,37 @@ class _Cells:
             head: cheapest(trace.weights, len(places), how.asked.count) for head, places in self.by_destination.items()
         }
         self.kept: list[tuple[Rows, slice]] = []
+        self.bases: dict[Head, Basis] = {}
         for rows, span in self._parts():
             self.nll[span] = rows.nll
-            for head, places in self.by_destination.items():
-                self._bound(rows, span, head, places)
+            for places in self.by_values.values():
+                self._bound(rows, span, places)
                 if how.progress is not None:
                     how.progress(len(places) * len(rows.targets) / how.asked.count)
 
-    def _bound(self, rows: Rows, span: slice, head: Head, places: Sequence[int]) -> None:
-        basis, screen = Basis(self.unembedding, head), self.screens[head]
-        if screen == "none":
-            self._evaluate(rows, span, basis, places, torch.ones_like(self.exact[places, span]))
-            return
-        moments = Moments.of(rows, basis, squares=screen == "covariance")
-        for some, delta in self._deltas(rows, places):
-            self.low[some, span], self.high[some, span] = moments.interval(delta)
+    def _bound(self, rows: Rows, span: slice, places: Sequence[int]) -> None:
+        """The intervals of pairs whose destinations share their values."""
+        moments: dict[Head, Moments] = {}
+        for head in {self.pairs[i][1] for i in places}:
+            if self.screens[head] == "none":
+                mine = self.by_destination[head]
+                self._evaluate(rows, span, self._basis(head), mine, torch.ones_like(self.exact[mine, span]))
+            else:
+                squares = self.screens[head] == "covariance"
+                moments[head] = Moments.of(rows, self._basis(head), squares=squares)
+        for some, delta in self._deltas(rows, [i for i in places if self.pairs[i][1] in moments]):
+            for head, members in grouped(self.pairs[i][1] for i in some).items():
+                mine = [some[i] for i in members]
+                self.low[mine, span], self.high[mine, span] = moments[head].interval(delta[members])
+
+    def _basis(self, head: Head) -> Basis:
+        """A destination's basis, of which as many are kept as clean logits may be."""
+        found = self.bases.get(head)
+        if found is None:
+            found = Basis(self.unembedding, head)
+            if (len(self.bases) + 1) * found.columns.nbytes <= memory.clean_logits_bytes(found.columns.device):
+                self.bases[head] = found
+        return found
 
     def _parts(self) -> Iterator[tuple[Rows, slice]]:
         """The rows of each part, and their places among all positions; those of a single part are kept."""
@@ -177,7 +195,7 @@ class _Cells:
             yield from self.kept
             return
         first, count = 0, self.how.asked.count
-        for rows in parts(self.trace, self.how, self.unembedding):
+        for rows in parts(self.trace, self.how, self.unembedding, more=self.shared * self.trace.weights.d_value**2):
             span = slice(first, first + len(rows.targets))
             if span == slice(0, count):
                 self.kept = [(rows, span)]
@@ -224,7 +242,7 @@ class _Cells:
             for head, places in self.by_destination.items():
                 here = cells[places, span]
                 if here.any():
-                    self._evaluate(rows, span, Basis(self.unembedding, head), places, here)
+                    self._evaluate(rows, span, self._basis(head), places, here)
 
     def _evaluate(self, rows: Rows, span: slice, basis: Basis, places: Sequence[int], cells: Tensor) -> None:
         """Ablate cells [P, N] of the pairs of one destination exactly."""

@@ -31,8 +31,8 @@ from pyfastcircuits.run.trace import FrozenTrace
 RIDGE = 1e-6  # of the mean variance, added to the metric: any positive definite one gives a true bound
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the changes: kernels', moments', and those of the deltas
 LEAST_ROUNDING = 2e-10  # nats
-SQUARES = 16  # rows of the basis whose products with all later rows are made together
-COLUMNS_AT_ONCE = 4 << 20  # entries of such products that are made at a time: they stay in the cache
+ROWS_AT_ONCE = 8  # of a basis, whose products with all later rows are made together
+COLUMNS_AT_ONCE = 4096  # of these products
 
 
 def check_uncapped(trace: FrozenTrace) -> None:
@@ -73,10 +73,14 @@ class Rows:
         return final_norm_gain(uphill - self.unembedding.centered(self.targets).mT, weights) * self.scale
 
 
-def parts(trace: FrozenTrace, how: Measurement, unembedding: Unembedding) -> Iterator[Rows]:
-    """The rows of a run, as many sequences at a time as keep logits and probabilities in their bounds of memory."""
+def parts(trace: FrozenTrace, how: Measurement, unembedding: Unembedding, *, more: int = 0) -> Iterator[Rows]:
+    """The rows of a run, as many sequences at a time as keep logits and probabilities in their bounds of memory.
+
+    `more`: numbers that are kept at each position beside them.
+    """
     weights = trace.weights
-    most = memory.clean_logits_bytes(weights.device) // (2 * weights.compute_dtype.itemsize * weights.d_vocab_out)
+    bytes_a_row = (2 * weights.d_vocab_out + more) * weights.compute_dtype.itemsize
+    most = memory.clean_logits_bytes(weights.device) // bytes_a_row
     at_once = max(1, min(most, memory.ROWS) // max(trace.tokens.shape[1] - 1, 1))
     for sequences in slices(len(trace.tokens), at_once):
         asked = how.asked[sequences]
@@ -195,25 +199,19 @@ def _phi(x: Tensor) -> Tensor:
 
 
 def _second_moments(p: Tensor, columns: Tensor) -> Tensor:
-    """E_p of the columns' products with themselves, [N, r, r]: one product of all positions with those of every two rows.
+    """E_p of the columns' products with themselves, [N, r, r]: p times the products of every two rows of the basis.
 
-    The products of two rows are made a slice of the vocabulary at a time and shared by all positions.
+    These are made a few rows and a slice of the vocabulary at a time, and shared by all positions.
     """
     rank, vocabulary = columns.shape
-    firsts = range(0, rank, SQUARES)
-    entries = sum(min(SQUARES, rank - first) * (rank - first) for first in firsts)
-    width = max(64, COLUMNS_AT_ONCE // max(entries, 1))
-    sums = p.new_zeros(len(p), entries)
-    for part in slices(vocabulary, width):
-        some = columns[:, part]
-        blocks = [(some[first : first + SQUARES, None] * some[None, first:]).flatten(0, 1) for first in firsts]
-        sums += p[:, part] @ torch.cat(blocks).mT
     out = p.new_empty(len(p), rank, rank)
-    at = 0
-    for first in firsts:
-        high = min(SQUARES, rank - first)
-        block = sums[:, at : at + high * (rank - first)].view(len(p), high, rank - first)
-        out[:, first : first + high, first:] = block
-        out[:, first:, first : first + high] = block.mT
-        at += high * (rank - first)
+    for few in slices(rank, ROWS_AT_ONCE):
+        sums = p.new_zeros(len(p), (few.stop - few.start) * (rank - few.start))
+        for part in slices(vocabulary, COLUMNS_AT_ONCE):
+            some = columns[:, part]
+            products = (some[few, None] * some[None, few.start :]).flatten(0, 1)
+            sums += p[:, part] @ products.mT
+        block = sums.view(len(p), few.stop - few.start, rank - few.start)
+        out[:, few, few.start :] = block
+        out[:, few.start :, few] = block.mT
     return out
