@@ -49,7 +49,9 @@ def test_llama_shape(found):
         clocks.append((time.process_time() - start, result))
     (ours, screened), (theirs, whole) = clocks
     same = screened.labels == [label for label, _ in whole.top(N)]
-    shape = f"{LAYERS} layers of {HEADS} heads, r={R}, T={T}, V={V}, {len(pairs)} pairs of {len(DESTINATIONS)} destinations"
+    shape = (
+        f"{LAYERS} layers of {HEADS} heads, r={R}, T={T}, V={V}, {len(pairs)} pairs of {len(DESTINATIONS)} destinations"
+    )
     found(f"{shape}, random weights: CPU time, exhaustive / screened", f"{theirs / ours:.1f}", ">= 4")
     found(f"  the same top {N}, in order", str(same), "True")
     found("  share of cells evaluated exactly", f"{screened.share:.4f}")

@@ -24,12 +24,17 @@ START = 0
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and on what. `random_steps` come first and hold nothing but repeated random tokens."""
+    """What is trained and on what. `random_steps` come first and hold nothing but repeated random tokens.
+
+    The learning rate is a cosine over `horizon` steps, all of them if 0, and falls to 0 over the last `cooldown`.
+    """
 
     layers: int
     heads: int
     width: int
     steps: int
+    horizon: int = 0
+    cooldown: int = 0
     random_steps: int = 0
     random_rows: int = 32
     random_context: int = 96
@@ -49,7 +54,9 @@ RECIPES = {
         layers=4,
         heads=8,
         width=192,
-        steps=10_000,
+        steps=4500,
+        horizon=10_000,
+        cooldown=250,
         random_steps=3000,
         random_rows=16,
         random_context=64,
@@ -142,9 +149,10 @@ def batch(recipe: Recipe, step: int, text: Tensor, generator: torch.Generator) -
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """100 steps of warm-up, flat to the end of the random steps, then a cosine to 5%."""
-    done = max(0, step - recipe.random_steps) / (recipe.steps - recipe.random_steps)
-    return recipe.learning_rate * min(1, (step + 1) / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+    """100 steps of warm-up, flat to the end of the random steps, then a cosine to 5%, cut short by a cooldown."""
+    done = max(0, step - recipe.random_steps) / ((recipe.horizon or recipe.steps) - recipe.random_steps)
+    ends = min(1, (step + 1) / 100, (recipe.steps - step) / max(recipe.cooldown, 1))
+    return recipe.learning_rate * ends * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def loss_of(model: AttentionOnly, tokens: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """How much what a path carries can still do: bounds for all paths that begin alike, from norms alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import comb
 
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.experiments.options import Measurement
-from pyfastcircuits.experiments.second_order import Basis, Moments, Rows, parts, second_order
+from pyfastcircuits.experiments.second_order import Basis, Moments, parts, second_order
 from pyfastcircuits.model.norms import centered
 from pyfastcircuits.run.losses import Unembedding
 from pyfastcircuits.run.nodes import Head, Path, grouped
 from pyfastcircuits.run.patterns import apply_pattern, head_pattern, stored
-from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
 
 EXACT_TAILS = 4096  # tails of two heads whose gradients are made one by one; where there are more, norms are multiplied
@@ -85,10 +83,11 @@ class Reach:
 
     def _gram_root(self, head: Head) -> Tensor:
         """[r, r]: z times it is as long as z @ W_O."""
-        return torch.linalg.qr(self.weights.head("W_O", *head).mT).R.mT
+        root: Tensor = torch.linalg.qr(self.weights.head("W_O", *head).mT).R
+        return root.mT
 
     def _rest(self, carried: Tensor, layer: int) -> Tensor:
-        """The most that the second order and all beyond can be, [P], where at most `carried` is read from `layer` on."""
+        """The most that all beyond the first order can be, [P], where at most `carried` is read from `layer` on."""
         most = carried.new_zeros(len(carried), dtype=torch.float64)
         for heads in self.heads[layer:]:
             for head in heads:
@@ -96,6 +95,7 @@ class Reach:
                 z = self._mixed(carried, head) * self._read_norm(head)
                 length = (self.how.asked.rows(z[..., None]) * self.scale)[..., 0].double()
                 square, bound = length.square() * moments.spread, length * moments.longest
+                square = square + moments.lost * (2 * bound).square()
                 high = second_order(torch.zeros_like(square), square, 2 * bound, 2 * bound).high
                 most = torch.maximum(most, high.mean(-1))
         return most
@@ -183,4 +183,5 @@ class Reach:
 
 
 def _lengths(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors, dim=-1).double()
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return lengths.double()

@@ -10,7 +10,7 @@ import torch
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import path_ablation
 from pyfastcircuits.experiments.metrics import Positions
-from pyfastcircuits.experiments.options import measurement
+from pyfastcircuits.experiments.options import MeasureOptions, measurement
 from pyfastcircuits.experiments.path_reach import Reach
 from pyfastcircuits.experiments.second_order import check_uncapped
 from pyfastcircuits.ops import Backend
@@ -69,9 +69,9 @@ def top_paths(
     The effect of a path is that of path_ablation: the rise of the mean loss when the path is taken out under frozen
     attention. The search goes from heads to longer prefixes of paths, the largest bound first. A prefix is bounded by
     the norms of what it has written times the norms of what the gradient of the loss can be through any heads that
-    follow, and by a bound of all beyond the first order; a whole path by its first order and that bound. What is bounded
-    below the n-th largest effect found is left alone. Bounds are true, rounding included: a search that finishes has
-    found the same paths as an evaluation of all.
+    follow, and by a bound of all beyond the first order; a whole path by its first order and that bound. What is
+    bounded below the n-th largest effect found is left alone. Bounds are true, rounding included: a search that
+    finishes has found the same paths as an evaluation of all.
 
     Args:
         trace: a frozen run.
@@ -102,7 +102,7 @@ def top_paths(
     if not 0 <= orders[0] <= weights.n_layers:
         raise ValueError(f"order is {order}, expected 0 to {weights.n_layers} (the number of layers)")
     check_uncapped(trace)
-    options = {"targets": targets, "positions": positions, "backend": backend}
+    options: MeasureOptions = {"targets": targets, "positions": positions, "backend": backend}
     search = _Search(trace, Reach(trace, measurement(trace, options)), orders)
     total = sum(counts[k] for k in orders)
     most = total if budget is None else budget
@@ -145,7 +145,7 @@ class _Search:
 
     def advance(self, most: int, enough: float) -> list[Path]:
         """Look into the largest few that are above `enough`: prefixes are lengthened, whole paths are returned."""
-        taken = []
+        taken: list[tuple[float, bool, Path]] = []
         while self.queue and len(taken) < most and self.bound > enough:
             taken.append(heapq.heappop(self.queue))
         self._lengthen([path for _, whole, path in taken if not whole])

@@ -18,7 +18,7 @@ from pyfastcircuits.experiments.metrics import Positions
 from pyfastcircuits.experiments.options import Measurement, measurement
 from pyfastcircuits.experiments.second_order import Basis, Moments, Rows, check_uncapped, parts
 from pyfastcircuits.model.weights import CircuitWeights
-from pyfastcircuits.ops import Backend, SweepPartial, sweep_partial
+from pyfastcircuits.ops import Backend, sweep_partial
 from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.result import Result
 from pyfastcircuits.run import memory, nodes
@@ -260,18 +260,17 @@ class _Cells:
 
     def _rises(self, rows: Rows, basis: Basis, delta: Tensor, chosen: Tensor) -> Tensor:
         """The rises [C] in the chosen cells of changes [P, N, r]."""
-        options = {"tokens": rows.targets[:, None], "clean_lse": rows.lse, "backend": self.how.backend}
+        group, backend = torch.zeros(len(delta), dtype=torch.long, device=delta.device), self.how.backend
+        tokens, columns = rows.targets[:, None], basis.columns[None]
         if chosen.all():
-            group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
-            return sweep_partial(rows.logits, delta, basis.columns[None], **options, group=group).nll[chosen]
-        out, group = [], torch.zeros(1, dtype=torch.long, device=delta.device)
+            sums = sweep_partial(rows.logits, delta, columns, tokens, rows.lse, group=group, backend=backend)
+            return sums.nll[chosen]
+        out = []
         position, change = chosen.nonzero()[:, 1], delta[chosen]
         at_once = max(1, memory.block_bytes(delta.device) // rows.logits[0].nbytes)
         for some in slices(len(position), at_once):
             at = position[some]
-            picked = {"tokens": rows.targets[at, None], "clean_lse": rows.lse[at], "backend": self.how.backend}
-            sums: SweepPartial = sweep_partial(
-                rows.logits[at], change[None, some], basis.columns[None], **picked, group=group
-            )
+            base, delta, lse = rows.logits[at], change[None, some], rows.lse[at]
+            sums = sweep_partial(base, delta, columns, tokens[at], lse, group=group[:1], backend=backend)
             out.append(sums.nll[0])
         return torch.cat(out)

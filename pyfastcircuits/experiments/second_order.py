@@ -13,7 +13,7 @@ covariance S of the columns under p, or, without S, by Cauchy-Schwarz again.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -29,8 +29,10 @@ from pyfastcircuits.run.nodes import Head
 from pyfastcircuits.run.trace import FrozenTrace
 
 RIDGE = 1e-6  # of the mean variance, added to the metric: any positive definite one gives a true bound
+SUMMED = 16  # units in the last place by which sums over the vocabulary are off, at most
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the changes: kernels', moments', and those of the deltas
 LEAST_ROUNDING = 2e-10  # nats
+FAR = 500.0  # nats: a change whose exponential is not taken
 ROWS_AT_ONCE = 8  # of a basis, whose products with all later rows are made together
 COLUMNS_AT_ONCE = 4096  # of these products
 
@@ -54,6 +56,9 @@ class Rows:
         self.logits = clean.held  # [N, V]
         self.lse, picked = clean.sums(self.targets[:, None], how.backend)  # [N], fp64
         self.nll = self.lse - picked[:, 0]
+        kind = torch.finfo(self.logits.dtype)
+        self.rounding = ROUNDING[self.logits.dtype] + 4 * kind.eps * self.logits.abs().amax(1).double()
+        self.lost = kind.tiny * self.logits.shape[1]  # the most that all probabilities are which underflow
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -67,10 +72,10 @@ class Rows:
     @cached_property
     def uphill(self) -> Tensor:
         """The gradient of each position's loss by the final residual stream there, [N, d]."""
-        weights, uphill = self.unembedding.weights, 0
+        uphill = -self.unembedding.centered(self.targets).mT
         for columns in self.unembedding.slices(0, multiplied=True):
             uphill = uphill + self.probabilities[:, columns] @ self.unembedding.centered(columns).mT
-        return final_norm_gain(uphill - self.unembedding.centered(self.targets).mT, weights) * self.scale
+        return final_norm_gain(uphill, self.unembedding.weights) * self.scale
 
 
 def parts(trace: FrozenTrace, how: Measurement, unembedding: Unembedding, *, more: int = 0) -> Iterator[Rows]:
@@ -106,16 +111,19 @@ class Basis:
         wide = self.columns.double()
         covariance = wide @ wide.mT / wide.shape[1]
         covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-30)
-        return torch.linalg.cholesky(covariance)
+        root: Tensor = torch.linalg.cholesky(covariance)
+        return root
 
     @cached_property
     def lengths(self) -> Tensor:
         """The lengths of the columns, [V], fp64."""
-        return torch.linalg.vector_norm(self.dual(self.columns.mT), dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(self.dual(self.columns.mT), dim=1)
+        return lengths
 
     def dual(self, rows: Tensor) -> Tensor:
         """Vectors [..., r] among the columns in coordinates in which their length is the plain one; fp64."""
-        return torch.linalg.solve_triangular(self.root, rows.double().mT, upper=False).mT
+        solved: Tensor = torch.linalg.solve_triangular(self.root, rows.double().mT, upper=False)
+        return solved.mT
 
     @property
     def longest(self) -> float:
@@ -138,7 +146,10 @@ class Moments:
         root, longest: see Basis.
         mean: [N, r], E_p of the columns.
         slope: [N, r], E_p of the columns less the target's column.
-        spread: [N], fp64: E_p of the squared lengths of the columns about their mean.
+        spread: [N], fp64: E_p of the squared lengths of the columns about their mean, or more.
+        blur: [N], fp64: the length by which sums over the vocabulary may put the mean off.
+        rounding: [N], fp64: the most by which changes are off, as a share.
+        lost: the most probability of tokens that count as 0.
         covariance: [N, r, r], S; None: E_p c^2 is bounded by length and spread.
     """
 
@@ -147,6 +158,9 @@ class Moments:
     mean: Tensor
     slope: Tensor
     spread: Tensor
+    blur: Tensor
+    rounding: Tensor
+    lost: float
     covariance: Tensor | None = None
 
     @staticmethod
@@ -154,17 +168,19 @@ class Moments:
         """The moments of a basis; `squares`: with S, which costs as much as (r + 1) / 2 changes at every position."""
         p = rows.probabilities
         mean = p @ basis.columns.mT
-        spread = (p @ basis.lengths.square().to(p.dtype)).double() - basis.dual(mean).square().sum(-1)
+        power = (p @ basis.lengths.square().to(p.dtype)).double()
+        eps = SUMMED * torch.finfo(p.dtype).eps
+        spread = (power - basis.dual(mean).square().sum(-1)).clamp_min(0) + eps * power
         covariance = _second_moments(p, basis.columns) - mean[:, :, None] * mean[:, None, :] if squares else None
         slope = mean - basis.columns[:, rows.targets].mT
-        return Moments(basis.root, basis.longest, mean, slope, spread.clamp_min(0), covariance)
+        blur = eps * power.sqrt()
+        return Moments(basis.root, basis.longest, mean, slope, spread, blur, rows.rounding, rows.lost, covariance)
 
     @staticmethod
     def joined(several: list["Moments"]) -> "Moments":
         """The same basis at the positions of several parts."""
-        first = several[0]
-        mean, slope, spread = (torch.cat([getattr(x, name) for x in several]) for name in ("mean", "slope", "spread"))
-        return Moments(first.root, first.longest, mean, slope, spread)
+        first, names = several[0], ("mean", "slope", "spread", "blur", "rounding")
+        return replace(first, **{name: torch.cat([getattr(x, name) for x in several]) for name in names})
 
     def interval(self, delta: Tensor) -> Interval:
         """Bounds of the rises that changes [P, N, r] make, [P, N]; rounding, the kernels' own included, is in them."""
@@ -173,21 +189,24 @@ class Moments:
         length = torch.linalg.vector_norm(delta @ self.root.to(delta.dtype), dim=-1).double()
         most, bound = length * self.longest, length.square() * self.spread
         square, least = bound, torch.zeros_like(bound)
-        changes = bound.sqrt() + first.abs()
-        slack = ROUNDING[delta.dtype] * changes + LEAST_ROUNDING
+        slack = self.rounding * (bound.sqrt() + first.abs()) + length * self.blur + LEAST_ROUNDING
         if self.covariance is not None:
+            eps = SUMMED * torch.finfo(delta.dtype).eps  # of E_p of the columns' squared lengths, blur^2 / eps^2
             through = torch.bmm(delta.transpose(0, 1), self.covariance).transpose(0, 1)
             exact = (through * delta).sum(-1).double()
-            error = ROUNDING[delta.dtype] * bound
+            error = self.rounding * bound + length.square() * self.blur.square() / eps
             square, least = torch.minimum(exact + error, bound).clamp_min(0), (exact - error).clamp_min(0)
-        low, high = second_order(least, square, up=most - shift, down=most + shift)
+        up, down = most - shift, most + shift
+        low, high = second_order(least, square + self.lost * torch.maximum(up, down).square(), up, down)
         return Interval(first + low - slack, first + high + slack)
 
 
 def second_order(least: Tensor, most: Tensor, up: Tensor, down: Tensor) -> Interval:
     """Bounds of log E exp(c), where E c = 0, E c^2 is from `least` to `most`, and -down <= c <= up; fp64."""
     up, down = up.clamp_min(0), down.clamp_min(0)
-    high = torch.minimum((most * _phi(up)).log1p(), torch.minimum(up, (up + down).square() / 8))
+    far = up > FAR
+    by_square = torch.where(far, torch.inf, (most * _phi(torch.where(far, 0.0, up))).log1p())
+    high = torch.minimum(by_square, torch.minimum(up, (up + down).square() / 8))
     return Interval(torch.minimum((least * _phi(-down)).log1p(), high), high)
 
 

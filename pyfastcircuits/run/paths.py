@@ -77,7 +77,7 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
 
 
 def _values(trace: FrozenTrace, layer: int, W_V: Tensor, prefixes: Sequence[Path]) -> Tensor:
-    """The values that W_V of a layer makes of what each prefix carries; () carries the non-head stream: [n, B, T, r]."""
+    """The values [n, B, T, r] that W_V of a layer makes of what each prefix carries; () carries the non-head stream."""
     weights = trace.weights
     out = trace.embedded.new_empty(len(prefixes), *trace.tokens.shape, weights.d_value)
     for before, members in grouped(prefix[-1].layer if prefix else None for prefix in prefixes).items():
