@@ -56,7 +56,6 @@ RECIPES = {
         width=192,
         steps=4500,
         horizon=10_000,
-        cooldown=250,
         random_steps=3000,
         random_rows=16,
         random_context=64,

@@ -45,9 +45,7 @@ def test_bounds_are_bounds(kind):
         assert sizes[path] <= bound
     for orders in (range(4), range(2, 3), range(3, 4)):
         for path, bound in zip(every, reach.sizes_beyond(every, z, orders), strict=True):
-            behind = [
-                sizes[p] for p in every if p[: len(path)] == path and len(p) > len(path) and len(p) in orders
-            ]
+            behind = [sizes[p] for p in every if p[: len(path)] == path and len(p) > len(path) and len(p) in orders]
             assert max(behind, default=-torch.inf) <= bound, (path, orders)
             assert bool(behind) == (bound > -torch.inf)
 

@@ -15,7 +15,7 @@ covariance S of the columns under p, or, without S, by Cauchy-Schwarz again.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,7 +180,8 @@ class Moments:
     def joined(several: list["Moments"]) -> "Moments":
         """The same basis at the positions of several parts."""
         first, names = several[0], ("mean", "slope", "spread", "blur", "rounding")
-        return replace(first, **{name: torch.cat([getattr(x, name) for x in several]) for name in names})
+        joined: dict[str, Any] = {name: torch.cat([getattr(x, name) for x in several]) for name in names}
+        return replace(first, **joined)
 
     def interval(self, delta: Tensor) -> Interval:
         """Bounds of the rises that changes [P, N, r] make, [P, N]; rounding, the kernels' own included, is in them."""
