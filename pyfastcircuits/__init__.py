@@ -9,6 +9,8 @@ The names by what they are for, in the order in which an analysis goes:
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
 | before a sweep | plan -> Plan |
 | ablation | sweep -> Sweep, over a corpus -> Corpus too; head_, layer_, pair_, path_, composition_ablation -> Result |
+| deep models | top_paths -> PathSearch; sample_paths -> PathSample; path_groups -> PathGroups; |
+| | screened_pairs -> ScreenedPairs |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
 | features of an SAE or transcoder | Dictionary; feature_attribution -> Result, feature_reads, feature_qk_terms |
@@ -82,6 +84,10 @@ from pyfastcircuits.experiments.patching import (
     edge_attribution,
     path_patching,
 )
+from pyfastcircuits.experiments.path_groups import PathGroups, path_groups
+from pyfastcircuits.experiments.path_sampling import PathSample, sample_paths
+from pyfastcircuits.experiments.path_search import PathSearch, top_paths
+from pyfastcircuits.experiments.screen import ScreenedPairs, screened_pairs
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
@@ -116,11 +122,15 @@ __all__ = [
     "LogitDifference",
     "OVTables",
     "Plan",
+    "PathGroups",
+    "PathSample",
+    "PathSearch",
     "Probability",
     "QKTables",
     "QKTerms",
     "Rank",
     "Result",
+    "ScreenedPairs",
     "SkipTrigram",
     "SkipTrigrams",
     "Subspaces",
@@ -167,6 +177,7 @@ __all__ = [
     "ov_tables",
     "pair_ablation",
     "path_ablation",
+    "path_groups",
     "path_logits",
     "path_patching",
     "plan",
@@ -178,10 +189,13 @@ __all__ = [
     "qk_tables",
     "qk_terms",
     "report",
+    "sample_paths",
+    "screened_pairs",
     "skip_trigrams",
     "subspaces",
     "sweep",
     "top_entries",
+    "top_paths",
     "top_per_row",
     "trace",
     "trace_ratios",

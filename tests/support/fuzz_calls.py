@@ -27,8 +27,8 @@ OPERATORS = {
 }
 WITH_METHODS = (
     fc.CircuitWeights, fc.FrozenTrace, fc.FactoredMatrix, fc.Result, fc.QKTerms, fc.Subspaces, fc.Sweep,
-    fc.SkipTrigrams, fc.Corpus, fc.Dictionary, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1,
-    fc.LayerMarginals,
+    fc.PathSample, fc.SkipTrigrams, fc.Corpus, fc.Dictionary, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability,
+    fc.Rank, fc.Top1, fc.LayerMarginals,
 )  # fmt: skip
 TYPES = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str, "List[Tensor]": list}
 STRINGS = {
@@ -247,11 +247,19 @@ class Call:
             return self.entry.function(*self.instance, *(self.arguments[x] for x in self.first), *several, **named)
 
 
+def of_result(owner: type, world: World) -> Any:
+    result = fc.head_ablation(world.trace)
+    return owner(result.labels, result.values, result.baseline, result.metric)
+
+
 def instance(owner: type, world: World) -> Any:
     """A valid instance of a public class."""
     made = {fc.CircuitWeights: lambda: world.weights, fc.FrozenTrace: lambda: world.trace}
     made |= {fc.FactoredMatrix: world.matrix, fc.Result: lambda: fc.head_ablation(world.trace, kl=True)}
     made |= {fc.Dictionary: world.dictionary}
+    made |= {found: lambda: of_result(owner, world) for found in (fc.PathSearch, fc.PathGroups, fc.ScreenedPairs)}
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    made |= {fc.PathSample: lambda: fc.PathSample([((0, 0),)], one, one, 1, "rise")}
     made |= {fc.SkipTrigram: lambda: fc.SkipTrigram(0, 0, 0, 1.0, 1.0)}
     if owner in made:
         return made[owner]()
