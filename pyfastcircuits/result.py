@@ -137,13 +137,18 @@ class Result:
 
 
 def label_name(label: Label) -> str:
-    """A label in words: "1.4" for a head, "0.6 -> 1.4" for a path, "direct" for the path through no head."""
+    """A label in words: "1.4" for a head, "1.4 Q" for its queries, "mlp 2" for an MLP, "0.6 -> 1.4" for a path.
+
+    The path through no head is "direct".
+    """
     if isinstance(label, frozenset):
         return "{" + ", ".join(sorted(map(label_name, label))) + "}"
     if not isinstance(label, tuple):
         return str(label)
-    if len(label) == 2 and all(isinstance(x, int) for x in label):
-        return f"{label[0]}.{label[1]}"
+    if len(label) == 2 and isinstance(label[0], tuple) and label[1] in ("Q", "K", "V"):
+        return f"{label_name(label[0])} {label[1]}"
+    if len(label) == 2 and isinstance(label[1], int) and isinstance(label[0], (int, str)):
+        return f"{label[0]}{' ' if isinstance(label[0], str) else '.'}{label[1]}"
     return " -> ".join(map(label_name, label)) if label else "direct"
 
 

@@ -21,7 +21,7 @@ def components(w, tokens):
     clean, out = naive.Run(w, tokens), {"embed": embedded(w, tokens)}
     for layer in range(w.n_layers):
         out |= {((layer, h),): written for h, written in enumerate(clean.outputs[layer])}
-        out[f"sources {layer}"] = w.b_O[layer].expand_as(out["embed"])
+        out["bias", layer] = w.b_O[layer].expand_as(out["embed"])
     return clean, out
 
 

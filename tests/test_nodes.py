@@ -8,14 +8,17 @@ from support.random_models import KINDS, random_tokens, random_weights
 import pyfastcircuits as fc
 from pyfastcircuits.experiments.ablation_value import AblationValue
 from pyfastcircuits.experiments.edges import frozen_removal
+from pyfastcircuits.result import label_name
+from pyfastcircuits.run.node_names import parse_node, parse_nodes, parse_receiver
 from pyfastcircuits.run.nodes import (
+    Bias,
     Embedding,
     Head,
-    NonHeads,
+    HeadInput,
+    Logits,
     nodes_before,
     one_or_several,
     parse_head,
-    parse_heads,
     parse_path,
     written,
 )
@@ -25,14 +28,14 @@ from pyfastcircuits.run.nodes import (
 def test_nodes_sum_to_the_residual_stream(norm, positional):
     run = fc.trace(random_weights(3, norm=norm, positional=positional), random_tokens())
     for layer in range(4):
-        total = sum(written(run, node) for node in nodes_before(run.weights, layer))
+        total = sum(written(run, node) for node in nodes_before(run, layer))
         torch.testing.assert_close(total, run.streams[layer])
 
 
 def test_what_is_taken_out_of_all_nodes_is_the_whole_stream():
     """Removals of disjoint sets of nodes add up where no head reads another's removal twice: all at once, all is gone."""
     run = fc.trace(random_weights(3, norm="rmsnorm"), random_tokens())
-    everything = list(nodes_before(run.weights, 3))
+    everything = list(nodes_before(run, 3))
     gone = frozen_removal(run, [everything], AblationValue(run))[0]
     torch.testing.assert_close(gone, run.final)
 
@@ -41,7 +44,7 @@ def test_what_is_taken_out_of_all_nodes_is_the_whole_stream():
 def test_nodes_that_are_no_heads_can_be_taken_out(mode):
     """Their removal passes through later heads: written out here, layer by layer."""
     run = fc.trace(random_weights(3, norm="layernorm"), random_tokens(3))
-    for node in (Embedding(), NonHeads(1)):
+    for node in (Embedding(), Bias(1)):
         own = written(run, node)
         instead = {"zero": 0 * own, "mean": own.mean((0, 1)), "resample": own.roll(1, 0)}[mode]
         gone = own - instead
@@ -101,12 +104,34 @@ def test_one_or_several():
     assert one_or_several((a, b)) == ([(a, b)], False)
     assert one_or_several([(a,), (a, b)]) == ([(a,), (a, b)], True)
     assert one_or_several({(a, b)}) == ([(a, b)], True)
-    weights = random_weights()
-    assert parse_heads(weights, a) == parse_heads(weights, [a]) == parse_heads(weights, {a}) == (a,)
-    assert parse_heads(weights, [b, a, b]) == parse_heads(weights, frozenset((a, b))) == (a, b)
+    run = fc.trace(random_weights(), random_tokens())
+    assert parse_nodes(run, a) == parse_nodes(run, [a]) == parse_nodes(run, {a}) == (a,)
+    assert parse_nodes(run, [b, a, b]) == parse_nodes(run, frozenset((a, b))) == (a, b)
+    assert parse_nodes(run, "embed") == parse_nodes(run, ["embed"]) == (Embedding(),)
+    assert parse_nodes(run, [b, ("bias", 0), "embed", a]) == (Embedding(), a, Bias(0), b)
 
 
 def test_labels_print_as_users_write_them():
     run = fc.trace(random_weights(2), random_tokens())
     assert repr(fc.pair_ablation(run).labels[0]) == "((0, 0), (1, 0))"
     assert repr(fc.head_ablation(run).labels[1]) == "((0, 1),)"
+
+
+def test_nodes_and_receivers_as_users_write_them():
+    run = fc.trace(random_weights(), random_tokens())
+    assert parse_node(run, ("bias", 1)) == Bias(1)
+    assert parse_receiver(run, ((1, 2), "K")) == HeadInput(Head(1, 2), "K")
+    assert parse_receiver(run, "logits") == Logits()
+    with pytest.raises(ValueError, match=r"node is \('mlp', 0\), but that layer has no MLP"):
+        parse_node(run, ("mlp", 0))
+    with pytest.raises(IndexError, match=r"node is \('bias', 2\), but the model has 2 layers"):
+        parse_node(run, ("bias", 2))
+    for bad in ("mlp", ("mlp", True), ("mlp", 0, 1), None, ("unembed", 0)):
+        with pytest.raises(ValueError, match="node is"):
+            parse_node(run, bad)
+    for bad in ("embed", ((0, 1), "QKV"), (0, 1), 3):
+        with pytest.raises(ValueError, match=r"receiver is .*, expected \(\(layer, head\), 'Q'"):
+            parse_receiver(run, bad)
+    assert [label_name(x) for x in (("mlp", 2), ((0, 1),), (("mlp", 0), ((1, 2), "Q")))] == [
+        "mlp 2", "0.1", "mlp 0 -> 1.2 Q",
+    ]  # fmt: skip

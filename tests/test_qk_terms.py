@@ -87,7 +87,7 @@ def test_finer_terms_sum_to_coarser_ones():
     coarse, fine = (fc.qk_terms(run, (2, 1), by) for by in ("layer", "component"))
 
     def group(label):
-        return f"heads {label[0][0]}" if isinstance(label, tuple) else "direct"
+        return f"heads {label[0][0]}" if isinstance(label[0], tuple) else "direct"
 
     for i, (a, b) in enumerate(coarse.labels):
         mine = [j for j, (x, y) in enumerate(fine.labels) if (group(x), group(y)) == (a, b)]

@@ -1,8 +1,9 @@
 """The Forward of another library's model: its own modules, called with the arguments of the clean run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pyfastcircuits.adapters.reading import own_eps
 from pyfastcircuits.adapters.recording import Call, Hooks, Recording
 from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.forward import MLPReads, heads_write
 
 PROVENANCE = ("_name_or_path", "name_or_path", "model_name", "architectures", "transformers_version", "tokenizer_name")
 
@@ -25,6 +27,7 @@ class Layer:
     block_call: Call
     attention_call: Call
     norms: tuple[tuple[nn.Module, Tensor], ...]  # of queries and of keys, each with what it multiplied by: [B, rest]
+    returned: int | None  # the length of the tuple that the attention returns; None: its write alone
     options: dict[str, Any]  # what an adapter adds
 
     def mapped(self, batch: int, change: Callable[[Tensor], Tensor]) -> "Layer":
@@ -64,6 +67,8 @@ class ModelForward(ABC):
     dtype: torch.dtype  # of the residual stream in the model
     batch: int
     mask: Tensor | None  # [B, T]
+    adds_residual: bool = field(default=False, kw_only=True)  # whether what attentions return has the stream in it
+    _mlps: dict[int, MLPReads] = field(default_factory=dict, kw_only=True)  # what `mlp_reads` has found
 
     @abstractmethod
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,6 +120,38 @@ class ModelForward(ABC):
                 hooks.after(own.attention, lambda _, out: _with(out, more))
             out = self.run(own, stream.flatten(0, 1).to(self.dtype))
         return out.to(stream.dtype).view(stream.shape)
+
+    def write(self, layer: int, z: Tensor, added: Tensor | None = None) -> Tensor:
+        """See Forward."""
+        return heads_write(self.weights, layer, z, added)
+
+    def mlp_reads(self, layer: int) -> MLPReads | None:
+        """See Forward. One NaN that heads write stays in its dimension unless an MLP, or its norm, reads it."""
+        if layer not in self._mlps:
+            stream = torch.zeros(self.batch, 1, self.weights.d_model, dtype=self.dtype, device=self.weights.device)
+            written = stream.clone()
+            written[0, 0, 0] = torch.nan
+            with torch.no_grad():
+                after = self._without_attention(layer, stream, written)
+            spread = self.weights.ln_post_w is not None or bool(after[0, 0].isnan().all())
+            self._mlps[layer] = "after heads" if spread else "before heads"
+        return self._mlps[layer]
+
+    def mlp(self, layer: int, stream: Tensor) -> Tensor:
+        """See Forward: what the layer adds to the stream while its heads write nothing. T may be any length."""
+        read = stream.flatten(0, 1).to(self.dtype)
+        added = self._without_attention(layer, read, torch.zeros_like(read)) - read
+        return added.to(stream.dtype).view(stream.shape)
+
+    def _without_attention(self, layer: int, stream: Tensor, written: Tensor) -> Tensor:
+        """The stream [N * B, T, d] after a layer whose attention is not run, but gives `written`."""
+        own = self._repeated(layer, len(stream) // self.batch)
+        own.block_call.kwargs.pop("shortformer_pos_embed", None)  # for attention alone, and of another length
+        out: Any = stream + written if self.adds_residual else written
+        if own.returned is not None:
+            out = (out, *[None] * (own.returned - 1))
+        with Hooks(own.block), _instead(own.attention, out):
+            return self.run(own, stream)
 
     def select(self, sequences: slice | Tensor) -> "ModelForward":
         """See Forward."""
@@ -173,6 +210,20 @@ def _with(out: Any, added: Tensor) -> Any:
     return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
 
 
+@contextmanager
+def _instead(module: nn.Module, out: Any) -> Iterator[None]:
+    """Let a module give something without running."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = lambda *args, **kwargs: out
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
 def watch(hooks: Hooks, seen: Recording, block: nn.Module, attention: nn.Module, norms: Sequence[nn.Module]) -> None:
     """Record what `layers_of` needs of a layer."""
 
@@ -182,6 +233,7 @@ def watch(hooks: Hooks, seen: Recording, block: nn.Module, attention: nn.Module,
 
     hooks.before(block, keep_block)
     hooks.before(attention, lambda _, call: seen.attentions.append(call))
+    hooks.after(attention, lambda _, out: seen.returned.append(len(out) if isinstance(out, tuple) else None))
     for norm in norms:
         hooks.before(norm, lambda x, _: seen.headed.append(x))
 
@@ -195,9 +247,9 @@ def layers_of(
     """From a recording and each layer's block, attention, and norms of queries and of keys."""
     batch, read = len(seen.streams[0]), iter(seen.headed)
     out = []
-    for (block, attention, norms), block_call, attention_call, own in zip(
-        modules, seen.blocks, seen.attentions, options, strict=True
+    for (block, attention, norms), block_call, attention_call, returned, own in zip(
+        modules, seen.blocks, seen.attentions, seen.returned, options, strict=True
     ):
         scales = tuple((norm, head_scale(norm, next(read), weights).reshape(batch, -1)) for norm in norms)
-        out.append(Layer(block, attention, block_call, attention_call, scales, own))
+        out.append(Layer(block, attention, block_call, attention_call, scales, returned, own))
     return tuple(out)

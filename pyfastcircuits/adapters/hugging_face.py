@@ -114,10 +114,12 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
     if family.latent_norms:
         seen.value_scales = [layer.norms[-1][1].view(given.tokens.shape) for layer in own]
     parts_of_it = (model, weights, own, seen.streams[0].dtype, len(given.tokens), given.mask)
+    adds = family.adds_residual
     if family.interface == "products":
-        seen.forward = ProductsForward(*parts_of_it)
+        seen.forward = ProductsForward(*parts_of_it, adds_residual=adds)
     else:
-        seen.forward = HuggingFaceForward(*parts_of_it, body.config, family.interface, store == "qk")
+        way = (body.config, family.interface, store == "qk")
+        seen.forward = HuggingFaceForward(*parts_of_it, *way, adds_residual=adds)
     return seen
 
 

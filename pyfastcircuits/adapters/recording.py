@@ -42,6 +42,7 @@ class Recording:
     attended: list[Tensor] = field(default_factory=list)  # L, or none without a norm after the heads: what that reads
     blocks: list[Call] = field(default_factory=list)  # L: what each layer was called with
     attentions: list[Call] = field(default_factory=list)  # L: and its attention
+    returned: list[int | None] = field(default_factory=list)  # L: the length of the tuple that it gave; None: no tuple
     ran: list[nn.Module] = field(default_factory=list)  # L: the layers, in the order in which they ran
     headed: list[Tensor] = field(default_factory=list)  # what norms of queries and of keys read, in that order
     value_scales: list[Tensor] = field(default_factory=list)  # L, or none; see FrozenModel

@@ -20,6 +20,7 @@ from pyfastcircuits.adapters.recording import Hooks, Recording
 from pyfastcircuits.adapters.tokens import Tokens, checked_positions
 from pyfastcircuits.model.norms import normalized
 from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.forward import MLPReads
 from pyfastcircuits.run.patterns import QKPattern
 
 __all__ = ["record", "weights_of"]
@@ -48,7 +49,8 @@ def record(model: Any, weights: CircuitWeights, given: Tokens, store: str = "pat
     scaled = source.family is not None and source.family.scales_queries
     layers = layers_of(seen, weights, modules, [{"scaling": 1.0} if scaled else {}] * len(modules))
     dtype = seen.streams[0].dtype
-    forward = TransformerLensForward(model, weights, layers, dtype, len(given.tokens), given.mask)
+    adds = source.family is not None and source.family.adds_residual
+    forward = TransformerLensForward(model, weights, layers, dtype, len(given.tokens), given.mask, adds_residual=adds)
     if store == "qk":
         seen.patterns = [forward.pattern(layer, seen.streams[layer]) for layer in range(len(layers))]
     seen.forward = forward
@@ -192,6 +194,10 @@ class TransformerLensForward(ModelForward):
         read = q.new_zeros(*v.shape[:1], v.shape[2], self.weights.d_model, dtype=self.dtype)
         pattern, _ = self._until(Products(2, q, k.mT), layer, read)
         return pattern.to(v.dtype) @ v
+
+    def mlp_reads(self, layer: int) -> MLPReads | None:
+        """See Forward."""
+        return None if getattr(self.model.cfg, "attn_only", False) else super().mlp_reads(layer)
 
     def pattern(self, layer: int, stream: Tensor) -> QKPattern:
         """A layer's patterns in the clean run, whose residual stream [B, T, d] before it is given.

@@ -24,7 +24,8 @@ from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOp
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import nodes
-from pyfastcircuits.run.nodes import Edge, Head, Outputs, Path, Receiver, grouped, one_or_several
+from pyfastcircuits.run.node_names import parse_nodes, set_label
+from pyfastcircuits.run.nodes import Edge, Head, HeadInput, Outputs, Path, grouped, one_or_several
 from pyfastcircuits.run.paths import PathOutputs, enumerate_paths, path_z
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -124,7 +125,7 @@ def pair_ablation(
     elif scope == "joint":
         interventions = _joint_removals(weights, chosen, value, attention, how)
     elif attention == "recomputed":
-        cuts = [[Edge(source, Receiver(to, "QKV"))] for source, to in chosen]
+        cuts = [[Edge(source, HeadInput(to, "QKV"))] for source, to in chosen]
         interventions = edges.edge_removals(weights, cuts, value, "direct" if scope == "direct" else "total")
     else:
         interventions = _frozen_edge_removals(chosen, value, direct=scope == "direct")
@@ -172,8 +173,8 @@ def head_ablation(
     weights, value = trace.weights, AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, attention)
     entries = enumerate_paths(weights.n_layers, weights.n_heads, 1) if heads is None else heads
-    sets = [nodes.parse_heads(weights, entry) for entry in entries]
-    labels: list[Label] = [heads if len(heads) == 1 else frozenset(heads) for heads in sets]
+    sets = [parse_nodes(trace, entry) for entry in entries]
+    labels = [set_label(nodes) for nodes in sets]
     places = range(len(sets))
     if effect == "total":
         intervention = Intervention(places=places, items=sets, remove=partial(TOTAL_REMOVALS[attention], value=value))
@@ -221,7 +222,7 @@ def all_pairs(weights: CircuitWeights, within_layers: bool) -> Iterator[Path]:
 
 
 def _parse_joint(weights: CircuitWeights, pair: Any) -> Path:
-    heads = nodes.parse_heads(weights, tuple(pair), "pair")
+    heads = tuple(sorted({nodes.parse_head(weights, head, "pair") for head in pair}))
     if len(heads) != 2:
         raise ValueError(f"pairs holds {pair}, expected two heads, a (layer, head) each")
     return heads

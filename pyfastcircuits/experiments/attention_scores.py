@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyfastcircuits.arguments import public
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.nodes import Head, NonHeads, heads_written, nodes_before, parse_head, written
+from pyfastcircuits.run.nodes import Head, heads_written, nodes_before, non_heads_written, parse_head, written
 from pyfastcircuits.run.patterns import head_pattern, stored
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -45,8 +45,8 @@ def qk_terms(trace: FrozenTrace, head: Sequence[int], by: Split = "layer", *, pe
         trace: a frozen run.
         head: (layer, head).
         by: the components. "layer": "direct" (embedding, MLPs, biases) and the heads of each earlier layer together,
-            "heads 0", ...; "head": "direct" and each earlier head, ((layer, head),); "component": each earlier head,
-            "embed", and what each earlier layer adds besides its heads, "sources 0", ....
+            "heads 0", ...; "head": "direct" and each earlier head, ((layer, head),); "component": "embed" and each
+            earlier head, MLP (("mlp", 0), ...) and bias of a layer's heads (("bias", 0), ...).
         per_token: False leaves the scores out and returns only the shares; then nothing of size [T, T] is kept for a
             term, and the number of terms, the square of the components', may be large.
 
@@ -103,9 +103,9 @@ def _queries_and_keys(trace: FrozenTrace, layer: int, head: int, by: Split) -> t
 def _components(trace: FrozenTrace, last: int, by: Split) -> Iterator[tuple[Label, Tensor]]:
     """Everything that layer `last` reads, in parts [B, T, d]."""
     if by == "component":
-        yield from ((node.label, written(trace, node)) for node in nodes_before(trace.weights, last))
+        yield from ((node.label, written(trace, node)) for node in nodes_before(trace, last))
         return
-    yield "direct", sum((written(trace, NonHeads(layer)) for layer in range(last)), trace.embedded)
+    yield "direct", sum((non_heads_written(trace, layer) for layer in range(last)), trace.embedded)
     for layer in range(last):
         if by == "layer":
             yield f"heads {layer}", heads_written(trace, layer)

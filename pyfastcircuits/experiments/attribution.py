@@ -46,9 +46,10 @@ def direct_logit_attribution(
 
     Args:
         trace: a frozen run.
-        by: "component": every head, the embedding ("embed"), what each layer adds besides its heads ("sources 0", ...:
-            MLPs and biases), and the unembedding bias ("b_U"); "head" or "source": only those; "path": paths through
-            heads, as path_logits has them: there value biases are no head's, and `()` has everything that is none.
+        by: "component": every head, the embedding ("embed"), each layer's MLP (("mlp", 0), ...) and the bias of its
+            heads (("bias", 0), ...), and the unembedding bias ("b_U"); "head": heads alone; "source": all else;
+            "path": paths through heads, as path_logits has them: there value biases are no head's, and `()` has
+            everything that is none.
         paths: with by="path", which; all of them (enumerate_paths) sum to the logit.
         metric: what is taken apart: "logit" of the target; "logit_difference", logit(target) - logit(against), or an
             object, `fc.LogitDifference(targets, against)`. None: the logit difference where `against` is given. Other
@@ -85,7 +86,8 @@ def direct_logit_attribution(
         labels, values = _along(trace, weights.n_layers, directions[None], where)
         labels, values = [*labels, UNEMBED_BIAS], torch.cat((values[:, 0], bias[None]))
         if by != "component":
-            kept = [i for i, label in enumerate(labels) if isinstance(label, tuple) == (by == "head")]
+            heads = {Head(layer, head).label for layer in range(weights.n_layers) for head in range(weights.n_heads)}
+            kept = [i for i, label in enumerate(labels) if (label in heads) == (by == "head")]
             labels, values = [labels[i] for i in kept], values[kept]
     if by == "head":
         values = values.unflatten(0, (weights.n_layers, weights.n_heads))
@@ -142,9 +144,9 @@ def project(
         per_token: each position's values instead of means.
 
     Returns:
-        [C], which sum to the stream's own dot product with the direction: heads with their value biases, "embed", and
-        what each layer adds besides its heads, "sources 0", ...; for several directions [C, k], with (component, i) as
-        what. With `per_token` followed by [B, T'], NaN where nothing is measured. The baseline is 0.
+        [C], which sum to the stream's own dot product with the direction: "embed", heads with their value biases, MLPs
+        and the biases of heads, as direct_logit_attribution has them; for several directions [C, k], with (component,
+        i) as label. With `per_token` followed by [B, T'], NaN where nothing is measured. The baseline is 0.
 
     Raises:
         TypeError: a direction that is no tensor of floating point numbers.
@@ -177,7 +179,7 @@ def project(
 
 def _along(trace: FrozenTrace, last: int, directions: Tensor, where: Asked) -> tuple[list[Label], Tensor]:
     """The writes of every node before layer `last` reads, along directions [k, N or 1, d]: [C, k, N]."""
-    nodes = list(nodes_before(trace.weights, last))
+    nodes = list(nodes_before(trace, last))
     parts: list[Tensor] = []
     for node in nodes:
         if not isinstance(node, Head):

@@ -17,7 +17,7 @@ from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpa
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.losses import CleanLogits, Unembedding, row_losses
-from pyfastcircuits.run.nodes import Edge, Head, Kind, Receiver, one_or_several, parse_pair
+from pyfastcircuits.run.nodes import Edge, Head, HeadInput, Kind, one_or_several, parse_pair
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -70,7 +70,7 @@ def composition_ablation(
                 f"pairs holds {entry}: pairs that are cut together need one layer of destinations and effect 'total'"
             )
         labels.append(frozenset(chosen) if several else chosen[0])
-        cuts.append([Edge(source, Receiver(to, kind)) for source, to in chosen])
+        cuts.append([Edge(source, HeadInput(to, kind)) for source, to in chosen])
     value = AblationValue(trace, mode, reference, over)
     how = measurement(trace, options, "recomputed")
     return measure(trace, edge_removals(weights, cuts, value, effect), how, labels, kind=kind, mode=mode, effect=effect)

@@ -6,18 +6,23 @@ again and again, so here N experiments start together from the clean run's resid
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from pyfastcircuits.model.norms import normalized
+from pyfastcircuits.model.norms import norm_scale, normalized
 from pyfastcircuits.model.queries import queries_or_keys
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.patterns import softmax_pattern
 
+MLPReads = Literal["before heads", "after heads"]
+
 
 class Forward(Protocol):
     """The parts of a forward pass that experiments run again, in the weights' computing dtype, all differentiable.
+
+    A layer that reads `stream` gives `layer_after`: what its heads write, and then its MLP, composed.
 
     Adapters implement it by the model's own modules, so that a family's peculiarities stay the family's own. A `normed`
     stream is the one that FrozenTrace.normed returns: centred and divided by the norm's std; the norm's gain and bias
@@ -40,6 +45,27 @@ class Forward(Protocol):
         """z [N, B, H, T, r]: values under the patterns that queries and keys make, capped and masked as the model does.
 
         The first dimension of q, k and v is N or 1.
+        """
+        ...
+
+    def write(self, layer: int, z: Tensor, added: Tensor | None = None) -> Tensor:
+        """What a layer's heads add to the residual stream [N, B, T, d] where they have mixed z [N or 1, B, H, T, r].
+
+        The bias after W_O is in it, and `added` as in `block`; a norm after the heads has the scale of what it reads.
+        """
+        ...
+
+    def mlp_reads(self, layer: int) -> MLPReads | None:
+        """The stream that a layer's MLP reads: the one that heads read (parallel blocks), or the one with their write.
+
+        None: the layer has no MLP.
+        """
+        ...
+
+    def mlp(self, layer: int, stream: Tensor) -> Tensor:
+        """What a layer's MLP adds to the residual stream [N, B, T, d], norms around it included, if it reads `stream`.
+
+        Zeros where there is none.
         """
         ...
 
@@ -96,10 +122,19 @@ class WeightsForward:
     def block(self, layer: int, stream: Tensor, added: Tensor | None = None) -> Tensor:
         """See Forward."""
         z = self.apply(layer, *self.qkv(layer, normalized(stream, self.weights)))
-        written = z.transpose(-3, -2).flatten(-2) @ self.weights.heads("W_O", layer).flatten(0, 1)
-        if self.weights.b_O is not None:
-            written = written + self.weights.b_O[layer].to(written.dtype) * self.weights.write_scale
-        return stream + (written if added is None else written + added * self.weights.write_scale)
+        return stream + self.write(layer, z, added)
+
+    def write(self, layer: int, z: Tensor, added: Tensor | None = None) -> Tensor:
+        """See Forward."""
+        return heads_write(self.weights, layer, z, added)
+
+    def mlp_reads(self, layer: int) -> MLPReads | None:
+        """See Forward: these models have none."""
+        return None
+
+    def mlp(self, layer: int, stream: Tensor) -> Tensor:
+        """See Forward."""
+        return torch.zeros_like(stream)
 
     def select(self, sequences: slice | Tensor) -> "WeightsForward":
         """See Forward."""
@@ -113,3 +148,28 @@ class WeightsForward:
     def options(self) -> Mapping[str, object]:
         """See Forward: the CircuitWeights hold them all."""
         return {}
+
+
+def heads_write(weights: CircuitWeights, layer: int, z: Tensor, added: Tensor | None) -> Tensor:
+    """See Forward.write."""
+    read = z.transpose(-3, -2).flatten(-2) @ weights.W_O[layer].to(z.dtype).flatten(0, 1)
+    read = read if weights.b_O is None else read + weights.b_O[layer].to(z.dtype)
+    read = read if added is None else read + added
+    if weights.ln_post_w is not None:
+        read = read * norm_scale(read, weights)[..., None]
+    gain = weights.gain("W_O", layer)
+    return read if gain is None else read * gain
+
+
+def layer_after(forward: Forward, layer: int, stream: Tensor, written: Tensor, mlp: Tensor | None = None) -> Tensor:
+    """The residual stream [N, B, T, d] after a layer that reads `stream`, whose heads write `written` (Forward.write).
+
+    `mlp`: what its MLP writes; None: what it does when it reads what it finds.
+    """
+    middle = stream + written
+    if mlp is None:
+        reads = forward.mlp_reads(layer)
+        if reads is None:
+            return middle
+        mlp = forward.mlp(layer, stream if reads == "before heads" else middle)
+    return middle + mlp

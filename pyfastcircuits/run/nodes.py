@@ -1,7 +1,7 @@
 """The parts of a run: nodes write to the residual stream, receivers read it, an edge joins a node to a receiver.
 
 Every experiment takes nodes, edges or paths out of a run, or puts those of another run in. Heads are written
-(layer, head) by users; here they are parsed, once for all experiments.
+(layer, head) by users; heads and paths are parsed here, once for all experiments, and other nodes in `node_names`.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -126,32 +126,78 @@ class Embedding(_Alone):
 
 
 @dataclass(frozen=True)
-class NonHeads(_Alone):
-    """The node that writes what a layer adds and none of its heads does: the MLP's output, and biases."""
+class MLP(_Alone):
+    """A layer's MLP. As a receiver it reads the residual stream, too."""
 
     layer: int
 
     @property
     def label(self) -> Label:
         """See Node."""
-        return f"sources {self.layer}"
+        return ("mlp", self.layer)
 
     def __call__(self, run: FrozenTrace) -> Tensor:
-        """See Outputs."""
-        return (run.streams[self.layer + 1] - run.streams[self.layer] - heads_written(run, self.layer))[None]
+        """See Outputs: the layer's write less that of its heads and their bias, so that all nodes sum to the stream."""
+        return (non_heads_written(run, self.layer) - written(run, Bias(self.layer)))[None]
 
 
-class Receiver(NamedTuple):
+@dataclass(frozen=True)
+class Bias(_Alone):
+    """What a layer's heads add whatever they read: the bias after their W_O. Value biases are the heads' own."""
+
+    layer: int
+
+    @property
+    def label(self) -> Label:
+        """See Node."""
+        return ("bias", self.layer)
+
+    def __call__(self, run: FrozenTrace) -> Tensor:
+        """See Outputs: before a norm after the heads. In a layer without an MLP, all that its heads do not write."""
+        weights = run.weights
+        if not has_mlp(run, self.layer) and weights.gain("W_O", self.layer) is None:
+            return non_heads_written(run, self.layer)[None]
+        if weights.b_O is None:
+            return torch.zeros_like(run.embedded[None])
+        return weights.b_O[self.layer].to(run.embedded.dtype).expand_as(run.embedded[None])
+
+    def write(self, run: FrozenTrace, output: Tensor) -> Tensor:
+        """See Node."""
+        gain = run.weights.gain("W_O", self.layer)
+        return output if gain is None else run.apply_post_norm(output * gain, self.layer)
+
+
+class HeadInput(NamedTuple):
     """A reader of the residual stream: the queries, keys or values of a head, or all three."""
 
     head: Head
     inputs: Inputs
 
+    @property
+    def layer(self) -> int:
+        """The layer it belongs to."""
+        return self.head.layer
+
+    @property
+    def label(self) -> Label:
+        """As users write it."""
+        return (tuple(self.head), self.inputs)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The final norm and the unembedding, as the reader of the whole residual stream."""
+
+    label: ClassVar[Label] = "logits"
+
+
+Receiver = HeadInput | MLP | Logits
+
 
 class Edge(NamedTuple):
     """A node's output on its direct way to one receiver, through the residual stream alone."""
 
-    source: Head
+    source: Node
     receiver: Receiver
 
 
@@ -169,12 +215,38 @@ def heads_written(run: FrozenTrace, layer: int) -> Tensor:
     return run.apply_post_norm(written, layer)
 
 
-def nodes_before(weights: CircuitWeights, layer: int) -> Iterator[Node]:
+def non_heads_written(run: FrozenTrace, layer: int) -> Tensor:
+    """What a layer adds to the residual stream and none of its heads writes, [B, T, d]: its MLP's output, biases."""
+    return run.streams[layer + 1] - run.streams[layer] - heads_written(run, layer)
+
+
+def has_mlp(run: FrozenTrace, layer: int) -> bool:
+    """Whether a layer has an MLP."""
+    return run.forward.mlp_reads(layer) is not None
+
+
+def nodes_of(run: FrozenTrace, layer: int) -> Iterator[Node]:
+    """Every node of a layer: its heads, its MLP, and the bias of its heads where there is one."""
+    yield from (Head(layer, head) for head in range(run.weights.n_heads))
+    if has_mlp(run, layer):
+        yield MLP(layer)
+    if run.weights.b_O is not None or not has_mlp(run, layer):
+        yield Bias(layer)
+
+
+def nodes_before(run: FrozenTrace, layer: int) -> Iterator[Node]:
     """Every node that writes before `layer` reads, in the order of layers: their writes sum to the residual stream."""
     yield Embedding()
     for earlier in range(layer):
-        yield from (Head(earlier, head) for head in range(weights.n_heads))
-        yield NonHeads(earlier)
+        yield from nodes_of(run, earlier)
+
+
+def writes_before(run: FrozenTrace, source: Node, receiver: Receiver) -> bool:
+    """Whether a node has written when a receiver reads: an MLP reads its layer's heads unless it runs beside them."""
+    if isinstance(receiver, Logits) or source.layer < receiver.layer:
+        return True
+    within = source.layer == receiver.layer and isinstance(receiver, MLP) and not isinstance(source, MLP)
+    return within and run.forward.mlp_reads(receiver.layer) == "after heads"
 
 
 def parse_head(weights: CircuitWeights, head: Sequence[int], name: str = "head") -> Head:
@@ -244,14 +316,6 @@ def parse_pair(weights: CircuitWeights, pair: Iterable[Sequence[int]]) -> Path:
     return path
 
 
-def parse_heads(weights: CircuitWeights, entry: Any, name: str = "head") -> tuple[Head, ...]:
-    """One head, or several that go together, sorted and each once; errors as parse_head."""
-    if not isinstance(entry, Iterable):
-        raise ValueError(f"{name} is {describe(entry)}, expected (layer, head) or several of them")
-    heads, _ = one_or_several(entry, _is_head)
-    return tuple(sorted({parse_head(weights, head, name) for head in heads}))
-
-
 def grouped(keys: Iterable[Key]) -> dict[Key, list[int]]:
     """The places of each key, in the order in which keys first come."""
     places: dict[Key, list[int]] = {}
@@ -264,10 +328,6 @@ def span(places: list[int]) -> slice | list[int]:
     """The same places as a slice, whose view needs no copy and no index on the device, if they follow one another."""
     first, last = places[0], places[-1] + 1
     return slice(first, last) if places == list(range(first, last)) else places
-
-
-def _is_head(entry: Any) -> bool:
-    return isinstance(entry, (tuple, list))
 
 
 def _is_path(entry: Any) -> bool:

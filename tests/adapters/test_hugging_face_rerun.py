@@ -15,6 +15,7 @@ from support.rerun_checks import (  # noqa: E402
     check_changes,
     check_clean,
     check_gradients,
+    check_halves,
     check_kept_as_queries_and_keys,
     check_parts,
     check_scale,
@@ -58,6 +59,7 @@ def test_parts_of_the_model_again(name):
         run = fc.trace(model, tokens())
         check_clean(run)
         check_changes(run, hooked(model))
+        check_halves(run)
         if not name.startswith(SHAPED):
             check_scale(run)
 
@@ -81,9 +83,11 @@ def test_padding_parts_and_gradients(name):
         run = fc.trace(model, tokens(3), LEFT)
         check_clean(run)
         check_changes(run, hooked(model, LEFT))
+        check_halves(run)
         check_parts(run)
         check_gradients(run)
         check_clean(run[1:2])
+        check_halves(run[1:2])
 
 
 def test_norms_of_queries_and_keys_bend_what_frozen_ones_do_not():

@@ -10,6 +10,7 @@ from support.rerun_checks import (  # noqa: E402
     check_changes,
     check_clean,
     check_gradients,
+    check_halves,
     check_kept_as_queries_and_keys,
     check_parts,
     check_scale,
@@ -45,6 +46,7 @@ def check(model, mask=None):
     run = fc.trace(model, tokens(), mask)
     check_clean(run)
     check_changes(run, with_a_hook(model, mask))
+    check_halves(run)
     return run
 
 

@@ -3,7 +3,9 @@
 import torch
 
 import pyfastcircuits as fc
-from pyfastcircuits.model.norms import final_norm_gain, norm_scale
+from pyfastcircuits.model.norms import final_norm_gain, norm_scale, normalized
+from pyfastcircuits.run.forward import layer_after
+from pyfastcircuits.run.nodes import MLP, has_mlp, nodes_before, written
 from pyfastcircuits.run.patterns import QKPattern
 
 
@@ -58,6 +60,30 @@ def check_clean(run):
             assert_exact(real(run, a[kind] + b[kind], True), real(run, both[kind] + zero[kind], True))
         stream = run.forward.block(layer, stream)
     assert_exact(real(run, stream), real(run, run.final[None]))
+
+
+def check_halves(run):
+    """A layer is its heads' write and its MLP, composed, wherever the MLP reads; the MLP's part is the rest of it."""
+    layer = run.weights.n_layers - 1
+    total = sum(written(run, node) for node in nodes_before(run, layer + 1))
+    assert_exact(real(run, total[None]), real(run, run.final[None]))
+    stream = run.streams[layer] + noise(2, *run.embedded.shape)
+    z = run.forward.apply(layer, *run.forward.qkv(layer, normalized(stream, run.weights)))
+    heads, whole = run.forward.write(layer, z), run.forward.block(layer, stream)
+    assert_exact(real(run, layer_after(run.forward, layer, stream, heads)), real(run, whole))
+    reads = run.forward.mlp_reads(layer)
+    read = stream if reads == "before heads" else stream + heads
+    mlp = run.forward.mlp(layer, read)
+    assert_exact(real(run, layer_after(run.forward, layer, stream, heads, mlp)), real(run, whole))
+    assert (reads is None) == (float(mlp.abs().max()) == 0)
+    clean = run.forward.write(layer, run.z(layer)[None].transpose(1, 2))
+    where = run.streams[layer][None] + (clean if reads == "after heads" else 0)
+    if has_mlp(run, layer):
+        assert_exact(real(run, written(run, MLP(layer))[None]), real(run, run.forward.mlp(layer, where)))
+    if reads is not None:  # at each position alone; and the other stream is not what it reads
+        assert_exact(run.forward.mlp(layer, read[:, :, 3:5]), mlp[:, :, 3:5])
+        wrong = run.forward.mlp(layer, stream + heads if reads == "before heads" else stream)
+        assert float((wrong - mlp).abs().max()) > 1e-3 * float(mlp.abs().max())
 
 
 def check_scale(run):
