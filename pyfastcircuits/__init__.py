@@ -11,6 +11,7 @@ The names by what they are for, in the order in which an analysis goes:
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
 | metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
+| circuits of edges | edge_scores -> EdgeScores; circuit -> Circuit; faithfulness -> Faithfulness; prune_circuit; Task |
 | known heads | head_scores, induction_heads -> Result |
 | circuits over the vocabulary | bigrams, ov_circuit, qk_circuit, composed_qk_circuit -> FactoredMatrix; |
 | | ov_tables, qk_tables |
@@ -65,6 +66,9 @@ from pyfastcircuits.circuits.vocabulary import (
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation, path_ablation
 from pyfastcircuits.experiments.attention_scores import QKTerms, qk_terms
 from pyfastcircuits.experiments.attribution import direct_logit_attribution, logit_lens, project
+from pyfastcircuits.experiments.circuit import Circuit, Overlap, circuit
+from pyfastcircuits.experiments.edge_scores import EdgeScores, WrongScore, edge_scores
+from pyfastcircuits.experiments.faithfulness import Curve, Faithfulness, faithfulness, prune_circuit
 from pyfastcircuits.experiments.heads import head_scores, induction_heads
 from pyfastcircuits.experiments.metrics import KL, NLL, LogitDifference, Probability, Rank, Top1
 from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, order_losses
@@ -75,6 +79,7 @@ from pyfastcircuits.experiments.patching import (
     path_patching,
 )
 from pyfastcircuits.experiments.sweep import Sweep, sweep
+from pyfastcircuits.experiments.task import Task
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
@@ -88,16 +93,21 @@ __version__ = "0.1.0"
 __all__ = [
     "KL",
     "NLL",
+    "Circuit",
     "CircuitWeights",
     "ComponentScores",
     "CompositionBaseline",
     "CopyingAccuracy",
+    "Curve",
     "DiagonalStatistics",
+    "EdgeScores",
     "FactoredMatrix",
+    "Faithfulness",
     "FrozenTrace",
     "LayerMarginals",
     "LogitDifference",
     "OVTables",
+    "Overlap",
     "Probability",
     "QKTables",
     "QKTerms",
@@ -107,12 +117,15 @@ __all__ = [
     "SkipTrigrams",
     "Subspaces",
     "Sweep",
+    "Task",
     "Top1",
     "VirtualHead",
+    "WrongScore",
     "activation_patching",
     "bigrams",
     "build_info",
     "center",
+    "circuit",
     "circuit_eigenvalues",
     "component_scores",
     "composed_eigenvalues",
@@ -128,8 +141,10 @@ __all__ = [
     "diagonal_statistics",
     "direct_logit_attribution",
     "edge_attribution",
+    "edge_scores",
     "effective_rank",
     "enumerate_paths",
+    "faithfulness",
     "fold_norm",
     "fold_value_biases",
     "head_ablation",
@@ -150,6 +165,7 @@ __all__ = [
     "positivity",
     "process_weights",
     "project",
+    "prune_circuit",
     "qk_circuit",
     "qk_positivity",
     "qk_tables",

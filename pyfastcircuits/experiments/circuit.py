@@ -307,7 +307,9 @@ def _is_edge(edge: Any) -> bool:
     if not (isinstance(edge, tuple) and len(edge) == 2 and _is_node(edge[0])):
         return False
     to = edge[1]
-    return to == LOGITS or _is_mlp(to) or (isinstance(to, tuple) and len(to) == 2 and _is_head(to[0]) and to[1] in KINDS)
+    return (
+        to == LOGITS or _is_mlp(to) or (isinstance(to, tuple) and len(to) == 2 and _is_head(to[0]) and to[1] in KINDS)
+    )
 
 
 def _from_the_logits(edges: Sequence[EdgeLabel], scores: Mapping[EdgeLabel, float], count: int) -> list[EdgeLabel]:

@@ -15,7 +15,7 @@ _KEY = "pyfastcircuits"
 
 
 def input_of(receiver: Any) -> str:
-    """"Q", "K" or "V" of a head, "" of an MLP and of the logits."""
+    """ "Q", "K" or "V" of a head, "" of an MLP and of the logits."""
     return str(receiver[1]) if reader(receiver) != receiver else ""
 
 

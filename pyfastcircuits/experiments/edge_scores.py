@@ -67,7 +67,7 @@ def edge_scores(
     exact: int = 0,
     **options: "Unpack[MeasureOptions]",
 ) -> EdgeScores:
-    """Score every edge of the model: the first-order change of the metric when that edge alone carries the corrupted run.
+    """Score every edge: the first-order change of the metric when that edge alone carries the corrupted run.
 
     An edge leads from a node ("embed", (layer, head), ("mlp", layer)) to a receiver ((layer, head), "Q" | "K" | "V";
     ("mlp", layer); "logits"). Its score is what the node writes in the corrupted run, less what it writes in the clean

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from pyfastcircuits.experiments.ablation_value import AverageOver, Mode
 from pyfastcircuits.experiments.circuit import Circuit
 from pyfastcircuits.experiments.edited import Place, edited
 from pyfastcircuits.experiments.measure import measure
-from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.experiments.outside import Outside
 from pyfastcircuits.run.graph import EdgeLabel, Graph
 from pyfastcircuits.run.trace import FrozenTrace
@@ -33,7 +34,7 @@ class Curve(NamedTuple):
 
     @property
     def cpr(self) -> float:
-        """The integrated circuit performance ratio of the MIB benchmark (Mueller et al. 2025): the area under the curve.
+        """The integrated circuit performance ratio of the MIB benchmark (Mueller et al. 2025): the curve's area.
 
         By the trapezoid rule, over the proportions from the smallest to the largest one measured, as its authors have
         it.
@@ -153,7 +154,12 @@ def faithfulness(
         raise ValueError(f"random is {random}, expected at least 0")
     inside = [graph.place(edge) for edge in circuit.edges]
     steps = _sizes(sizes, len(inside))
-    wanted: list[list[Place]] = [[], inside, *(inside[:size] for size in steps), *_random(graph, len(inside), random, seed)]
+    wanted: list[list[Place]] = [
+        [],
+        inside,
+        *(inside[:size] for size in steps),
+        *_random(graph, len(inside), random, seed),
+    ]
     if minimality:
         wanted += [inside[:i] + inside[i + 1 :] for i in range(len(inside))]
     experiments = edited(clean, outside, wanted)
@@ -164,7 +170,7 @@ def faithfulness(
     empty, value = values[:2].tolist()
     shares = (values - empty) / (full - empty) if full != empty else torch.full_like(values, torch.nan)
     ends = [2, 2 + len(steps), 2 + len(steps) + random, len(wanted)]
-    by_size, by_chance, by_edge = (shares[a:b] for a, b in zip(ends, ends[1:], strict=False))
+    by_size, by_chance, by_edge = (shares[a:b] for a, b in pairwise(ends))
     curve = None
     if sizes is not None:
         curve = Curve(torch.tensor(steps), torch.tensor(steps).double() / len(graph.edges), by_size)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyfastcircuits.experiments.metrics import KL, NLL, Asked, LogitDifference
+from pyfastcircuits.experiments.metrics import KL, NLL, Asked, LogitDifference, weighed
 from pyfastcircuits.experiments.options import Measurement
 from pyfastcircuits.model.norms import final_norm_gain, norm_scale
 from pyfastcircuits.run import memory
@@ -23,8 +23,13 @@ def metric_gradient(part: FrozenTrace, final: Tensor, asked: Asked, how: Measure
             by_rows = _divergence_gradient(part, rows.detach(), asked) / len(rows)
             (gradient,) = torch.autograd.grad(rows, stream, by_rows)
         else:
-            (gradient,) = torch.autograd.grad(metric_of_rows(part, rows, asked, how).mean(), stream)
+            (gradient,) = torch.autograd.grad(_metric_of_rows(part, rows, asked, how).mean(), stream)
     return gradient
+
+
+def metric_mean(part: FrozenTrace, final: Tensor, asked: Asked, how: Measurement) -> Tensor:
+    """The metric's mean over the positions measured, differentiable by the final residual stream [B, T, d]; not KL."""
+    return _metric_of_rows(part, asked.rows(_normed(part, final, how)), asked, how).mean()
 
 
 def _normed(part: FrozenTrace, final: Tensor, how: Measurement) -> Tensor:
@@ -33,7 +38,7 @@ def _normed(part: FrozenTrace, final: Tensor, how: Measurement) -> Tensor:
     return final_norm_gain(final, part.weights) * scale[..., None]
 
 
-def metric_of_rows(part: FrozenTrace, rows: Tensor, asked: Asked, how: Measurement) -> Tensor:
+def _metric_of_rows(part: FrozenTrace, rows: Tensor, asked: Asked, how: Measurement) -> Tensor:
     """The metric [N] of rows [N, d] of the normed final stream, differentiable: nll, logit difference, probability."""
     weights, metric = part.weights, how.metrics[0]
     if not isinstance(metric, LogitDifference):
@@ -41,8 +46,8 @@ def metric_of_rows(part: FrozenTrace, rows: Tensor, asked: Asked, how: Measureme
         return losses if isinstance(metric, NLL) else (-losses).exp()
     clean, cap = CleanLogits(rows, Unembedding(weights), held=False), weights.logit_cap
     logits = [clean.of_tokens(tokens) for tokens in asked.tokens().unbind(-1)]
-    targets, against = logits if cap is None else [cap * (x / cap).tanh() for x in logits]
-    return targets - against
+    capped = logits if cap is None else [cap * (x / cap).tanh() for x in logits]
+    return weighed(asked.shares().unbind(-1), capped)
 
 
 def _divergence_gradient(part: FrozenTrace, rows: Tensor, asked: Asked) -> Tensor:

@@ -156,14 +156,14 @@ class LogitDifference(MetricSpec):
 
     def of_clean(self, rows: CleanRows) -> Tensor:
         """See MetricSpec."""
-        return _weighed(rows.token_shares, rows.token_logits)
+        return weighed(rows.token_shares, rows.token_logits)
 
     def rise(self, rows: ChangedRows) -> Tensor:
         """See MetricSpec."""
-        return _weighed(rows.clean.token_shares, rows.token_changes)
+        return weighed(rows.clean.token_shares, rows.token_changes)
 
 
-def _weighed(shares: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+def weighed(shares: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     """The sum of values [..., N], each times its share [N]."""
     terms = [share * value for share, value in zip(shares, values, strict=True)]
     return sum(terms[1:], terms[0])
@@ -317,16 +317,23 @@ def asked(
     following = following.clamp_max(trace.weights.d_vocab_out - 1)  # as where the next token is not predicted: not read
     return Asked(
         where,
-        following if targets is None else _tokens("targets", targets, trace),
-        None if against is None else _tokens("against", against, trace),
+        following if targets is None else _tokens("targets", targets, trace, where, sets=against is not None),
+        None if against is None else _tokens("against", against, trace, where, sets=True),
         trace.tokens.shape[1] - (not bool(where[:, -1].any())),
     )
 
 
-def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace) -> Tensor:
-    """[B, T]."""
+def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace, where: Tensor, *, sets: bool) -> Tensor:
+    """[B, T], or with `sets` perhaps [B, T, K]."""
     shape = trace.tokens.shape
     given = as_integers(name, tokens, trace.tokens.device)
+    if sets and given.dim() == 3:
+        if given.shape[:2] != shape:
+            raise ValueError(f"{name} has shape {list(given.shape)}, expected [{shape[0]}, {shape[1]}, K]")
+        if not (given >= 0).any(-1)[where].all():
+            raise ValueError(f"{name} holds an empty set, where something is measured")
+        check_range(name, given.clamp_min(0), trace.weights.d_vocab_out)
+        return given.long()
     check_range(name, given, trace.weights.d_vocab_out)
     if given.dim() == 1 and len(given) == shape[0]:
         given = given[:, None]

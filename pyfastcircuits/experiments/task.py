@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +66,9 @@ class Task:
             sides["against"] = list(against)
         if len({len(side) for side in sides.values()}) > 1 or not sides["clean"]:
             counts = ", ".join(f"{len(side)} {name}" for name, side in sides.items())
-            raise ValueError(f"clean, corrupted, answers and against are {counts}, expected as many of each, at least 1")
+            raise ValueError(
+                f"clean and the others are {counts}, expected as many of each, at least 1"
+            )
         read = _Reader(tokenizer, [] if start is None else [start])
         prompts = {side: [read.prompt(side, x) for x in sides[side]] for side in ("clean", "corrupted")}
         for one, other in zip(prompts["clean"], prompts["corrupted"], strict=True):
@@ -121,11 +122,12 @@ class Task:
         Raises:
             Those of `trace`.
         """
-        found = CircuitWeights.from_model(model) if weights is None and not isinstance(model, CircuitWeights) else weights
-        device = (model if isinstance(model, CircuitWeights) else found).device  # type: ignore[union-attr]
+        if weights is None:
+            weights = model if isinstance(model, CircuitWeights) else CircuitWeights.from_model(model)
+        device = weights.device
         mask = None if bool(self.mask.all()) else self.mask.to(device)
         one, other = (
-            trace(model, tokens.to(device), mask, store=store, weights=found) for tokens in (self.clean, self.corrupted)
+            trace(model, tokens.to(device), mask, store=store, weights=weights) for tokens in (self.clean, self.corrupted)
         )
         return one, other
 
@@ -156,18 +158,14 @@ class Task:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"file is {str(file)!r}, whose line {number} is no JSON: {error}") from None
             if not isinstance(row, dict) or not {"clean", "corrupted", "answers"} <= row.keys():
-                raise ValueError(
-                    f"file is {str(file)!r}, whose line {number} lacks 'clean', 'corrupted' or 'answers'"
-                )
+                raise ValueError(f"file is {str(file)!r}, whose line {number} lacks 'clean', 'corrupted' or 'answers'")
             rows.append(row)
         has_against = {"against" in row for row in rows}
         if len(has_against) > 1:
             raise ValueError(f"file is {str(file)!r}, where some lines have 'against' and others do not")
         columns = {name: [row[name] for row in rows] for name in ("clean", "corrupted", "answers")}
         against = [row["against"] for row in rows] if has_against == {True} else None
-        return Task(
-            **columns, against=against, tokenizer=tokenizer, start=start, padding=padding, name=Path(file).stem
-        )
+        return Task(**columns, against=against, tokenizer=tokenizer, start=start, padding=padding, name=Path(file).stem)
 
     @staticmethod
     @public
@@ -220,7 +218,7 @@ class Task:
     def indirect_object(
         tokenizer: Any, *, batch: int = 16, start: int | None = None, padding: Padding = "right", seed: int = 0
     ) -> "Task":
-        """"When Mary and John went to the shop, John gave a book to": which name comes next? (Wang et al. 2023.)
+        """ "When Mary and John went to the shop, John gave a book to": which name comes next? (Wang et al. 2023.)
 
         In the corrupted prompt the other name comes twice, so that the answer is the one that counted against.
 
@@ -244,7 +242,7 @@ class Task:
     def greater_than(
         tokenizer: Any, *, batch: int = 16, start: int | None = None, padding: Padding = "right", seed: int = 0
     ) -> "Task":
-        """"The war lasted from the year 1732 to the year 17": which two digits come next? (Hanna et al. 2023.)
+        """ "The war lasted from the year 1732 to the year 17": which two digits come next? (Hanna et al. 2023.)
 
         The answers are all larger ones, and all others count against them. In the corrupted prompt the first year ends
         in 01.
@@ -333,7 +331,10 @@ class _Reader:
 def _padded(prompts: Sequence[list[int]], padding: Padding) -> tuple[Tensor, Tensor]:
     """Tokens [B, T] and mask [B, T]."""
     length = max(map(len, prompts))
-    tokens, mask = torch.zeros(len(prompts), length, dtype=torch.long), torch.zeros(len(prompts), length, dtype=torch.bool)
+    tokens, mask = (
+        torch.zeros(len(prompts), length, dtype=torch.long),
+        torch.zeros(len(prompts), length, dtype=torch.bool),
+    )
     for row, real, prompt in zip(tokens, mask, prompts, strict=True):
         where = slice(length - len(prompt), None) if padding == "left" else slice(0, len(prompt))
         row[where], real[where] = torch.tensor(prompt), True

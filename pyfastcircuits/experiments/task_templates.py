@@ -64,9 +64,7 @@ def greater_than(encode: Encode, batch: int, seed: int) -> Prompts:
     centuries = [f"{i}" for i in range(11, 18)]
     ids = {two: encode(f" 17{two}")[-1:] for two in digits}
     usable = [c for c in centuries if len(encode(f" {c}")) == 1]
-    wrong = [
-        f" {c}{two}" for c in usable for two in digits if encode(f" {c}{two}") != [*encode(f" {c}"), *ids[two]]
-    ]
+    wrong = [f" {c}{two}" for c in usable for two in digits if encode(f" {c}{two}") != [*encode(f" {c}"), *ids[two]]]
     if not usable or wrong or len({x for two in ids.values() for x in two}) < len(digits):
         example = wrong[0] if wrong else " 1732"
         raise ValueError(

@@ -7,6 +7,7 @@ from each head's stream, and one of them is taken.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class SplitInputs:
             return False
         tolerance = min(4096 * torch.finfo(getattr(self.part.forward, "dtype", stream.dtype)).eps, 0.05)
         for kind, theirs in zip(KINDS, made, strict=True):
-            weight = self.weights.layer(_weight(kind), self.layer)
+            weight = self.weights.layer(_WEIGHT[kind], self.layer)
             ours = self._finished(kind, self._read(kind, stream).unsqueeze(-3) @ weight).transpose(1, 2)
             theirs = theirs[0].transpose(1, 2)
             if self.part.mask is not None:
@@ -66,7 +67,7 @@ class SplitInputs:
         if not self.by_weights:
             made = self._made(kind, streams)
             return torch.stack([made[i, :, self._own(kind, head)] for i, head in enumerate(heads)])
-        read, weight = self._read(kind, streams), self.weights.layer(_weight(kind), self.layer)
+        read, weight = self._read(kind, streams), self.weights.layer(_WEIGHT[kind], self.layer)
         return torch.stack(
             [
                 self._finished(kind, (read[i] @ weight[own])[..., None, :, :], own)[..., 0, :, :]
@@ -92,7 +93,7 @@ class SplitInputs:
         if not self.by_weights:
             return self._pulled_back_by_model(kind, stream, gradient)
         weights, scale = self.weights, head_norm_scale(stream, self.weights)[..., None]
-        normed, weight = centered(stream, weights) * scale, weights.layer(_weight(kind), self.layer)
+        normed, weight = centered(stream, weights) * scale, weights.layer(_WEIGHT[kind], self.layer)
         by_made = self._by_made(kind, stream, weight, gradient)
         spread = weight if kind == "Q" else weight.repeat_interleave(self.group, 0)
         out = (by_made * scale[:, None]).transpose(0, 1) @ centered(spread.mT, weights)[:, None]
@@ -122,8 +123,7 @@ class SplitInputs:
         return back
 
 
-def _weight(kind: Kind) -> str:
-    return f"W_{kind}"
+_WEIGHT: dict[Kind, Literal["W_Q", "W_K", "W_V"]] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
 
 
 def _positions(part: FrozenTrace) -> Tensor:

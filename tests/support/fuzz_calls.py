@@ -220,7 +220,7 @@ class Call:
             return getattr(instance(entry.owner, world), p.name)
         if p.name == "rows" and entry.name.endswith(OF_ROWS):
             one, several = world.normal(3, dtype=torch.float64), world.normal(2, 3, dtype=torch.float64)
-            clean = SimpleNamespace(nll=one, rank=one, token_logits=(one, one))
+            clean = SimpleNamespace(nll=one, rank=one, token_logits=(one, one), token_shares=(one, -one))
             changed = SimpleNamespace(
                 clean=clean, nll_rise=several, divergence=several, rank=several, token_changes=(several, several)
             )
