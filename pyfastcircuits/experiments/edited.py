@@ -27,8 +27,16 @@ def edited(
     """Experiments that run the edited model of each circuit: of the edges named, or `without` them of all others.
 
     A node that the circuit does not lead to from the embedding is outside of it: it writes what it does outside.
+
+    Raises:
+        ValueError: a model whose heads have a bias in front of a norm after them.
     """
-    graph = outside.graph
+    graph, weights = outside.graph, clean.weights
+    if weights.ln_post_w is not None and weights.b_O is not None and any(bool(bias.any()) for bias in weights.b_O):
+        raise ValueError(
+            "the model has a bias in front of a norm after its heads: what the bias writes depends on all heads, and is "
+            "no edge's to carry, so its circuits cannot be edited"
+        )
     masks = [_mask(graph, circuit, without) for circuit in circuits]
     kept: dict[FrozenTrace, _Outer] = {}  # of the last part
 
@@ -193,7 +201,7 @@ class _Edited:
             return behind
         write = self.outer.write(node)
         if node in self.alive:
-            write = self.part.forward.mlp(layer, self._put_right([receiver], common)[None])[0]
+            write = self.part.forward.mlp(layer, self._put_right([receiver], common))[0]
             if node in self.needed:
                 self.more[node] = write - self.outer.write(node)
         return behind + write if self.running else behind

@@ -13,6 +13,7 @@ from pyfastcircuits.experiments.ablation_value import AverageOver, Mode
 from pyfastcircuits.experiments.circuit import Circuit
 from pyfastcircuits.experiments.edited import Place, edited
 from pyfastcircuits.experiments.measure import measure
+from pyfastcircuits.experiments.metrics import LogitDifference
 from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.experiments.outside import Outside
 from pyfastcircuits.run.graph import EdgeLabel, Graph
@@ -55,6 +56,8 @@ class Faithfulness:
         circuit: the circuit.
         metric: the name of the metric.
         full, empty: the metric of the whole model, and of the model with every edge outside.
+        right: of a logit difference, the share of positions where it is above 0, so that the right token is chosen of
+            the two: in the whole model, the empty one, and the circuit. None for other metrics.
         value: the metric of the circuit.
         without: the metric of all edges but the circuit's.
         curve: of the circuit's best edges; None: no sizes were asked for.
@@ -67,6 +70,7 @@ class Faithfulness:
     metric: str
     full: float
     empty: float
+    right: tuple[float, float, float] | None
     value: float
     without: float
     curve: Curve | None
@@ -165,8 +169,15 @@ def faithfulness(
     experiments = edited(clean, outside, wanted)
     (rest,) = edited(clean, outside, [inside], without=True)
     experiments.append(replace(rest, places=[len(wanted)]))
-    found = measure(clean, experiments, how, range(len(wanted) + 1), mode=mode)
-    full, values = float(found.baseline), found.values.double()
+    chooses = isinstance(how.metrics[0], LogitDifference)
+    found = measure(clean, experiments, replace(how, per_token=chooses), range(len(wanted) + 1), mode=mode)
+    full, values, right = found.baseline.double(), found.values.double(), None
+    if chooses:  # by position; NaN where nothing is measured
+        asked = full.isfinite()
+        full, values = full[asked], values[:, asked]
+        right = tuple(float((x > 0).double().mean()) for x in (full, values[0], values[1]))
+        full, values = full.mean(), values.mean(-1)
+    full = float(full)
     empty, value = values[:2].tolist()
     shares = (values - empty) / (full - empty) if full != empty else torch.full_like(values, torch.nan)
     ends = [2, 2 + len(steps), 2 + len(steps) + random, len(wanted)]
@@ -175,7 +186,7 @@ def faithfulness(
     if sizes is not None:
         curve = Curve(torch.tensor(steps), torch.tensor(steps).double() / len(graph.edges), by_size)
     falls = shares[1] - by_edge if minimality else None
-    return Faithfulness(circuit, found.metric, full, empty, value, float(values[-1]), curve, by_chance, falls)
+    return Faithfulness(circuit, found.metric, full, empty, right, value, float(values[-1]), curve, by_chance, falls)
 
 
 def _sizes(sizes: Any, most: int) -> list[int]:
@@ -208,47 +219,61 @@ def prune_circuit(
     circuit: Circuit,
     clean: FrozenTrace,
     corrupted: FrozenTrace | None = None,
-    threshold: float = 0.01,
     *,
+    threshold: float | None = None,
+    top: int | None = None,
     mode: Mode = "resample",
     over: AverageOver = "all",
     **options: "Unpack[MeasureOptions]",
 ) -> Circuit:
-    """Take out of a circuit, one after another, every edge without which the metric hardly gets worse; exactly.
+    """Take out of a circuit the edges without which the metric gets least worse, by running the edited model.
 
-    This is automatic circuit discovery (ACDC, Conmy et al. 2023): from the logits down, of each receiver the edge with
-    the smallest score first, the edited model is run without the edge, and the edge stays if the metric gets worse by
-    at least the threshold. One edited pass for each edge of the circuit, so begin with one that scores have made small.
+    With a `threshold` this is automatic circuit discovery (ACDC, Conmy et al. 2023): from the logits down, of each
+    receiver the edge with the smallest score first, the model is run without the edge, which stays if the metric gets
+    worse by at least so much. With `top` the model is run without each of the edges in turn and a tenth of those that
+    are not needed, of those there are too many, is taken out, again and again. Begin with a circuit that scores have
+    made small: there is one edited pass for each edge.
 
     Args:
         circuit: where to start.
         clean, corrupted, mode, over: as in faithfulness.
         threshold: in units of the metric, usually "kl" in nats.
+        top: the number of edges to leave.
 
     Returns:
         A Circuit without those edges and without dead ends.
 
     Raises:
-        TypeError, ValueError: as faithfulness; a threshold below 0; kl=True.
+        TypeError, ValueError: as faithfulness; a threshold or top below 0, or not one of the two; kl=True.
     """
-    if threshold < 0:
-        raise ValueError(f"threshold is {threshold}, expected at least 0")
+    if (threshold is None) == (top is None):
+        raise ValueError(f"threshold is {threshold} and top is {top}, expected one of them")
+    for name, least in (("threshold", threshold), ("top", top)):
+        if least is not None and least < 0:
+            raise ValueError(f"{name} is {least}, expected at least 0")
     outside, how = Outside(clean, corrupted, mode, over), measurement(clean, options, "recomputed")
     if how.per_token or len(how.metrics) > 1:
         raise ValueError(f"per_token is {how.per_token}, kl is {len(how.metrics) > 1}, expected one mean")
     places = {edge: outside.graph.place(edge) for edge in circuit.edges}
     worse = -1 if how.metrics[0].harm == "fall" else 1
-    kept = dict(circuit.scores)
 
-    def value(edges: Sequence[EdgeLabel]) -> float:
-        found = measure(clean, edited(clean, outside, [[places[edge] for edge in edges]]), how, ["circuit"])
-        return float(found.values[0]) * worse
+    def values(*circuits: Sequence[EdgeLabel]) -> list[float]:
+        experiments = edited(clean, outside, [[places[edge] for edge in edges] for edges in circuits])
+        found: list[float] = (measure(clean, experiments, how, range(len(circuits))).values * worse).tolist()
+        return found
 
-    now = value(list(kept))
-    for edge in sorted(kept, key=lambda edge: (-places[edge][1], abs(circuit.scores[edge]))):
-        left = [other for other in kept if other != edge]
-        without = value(left)
-        if without - now < threshold:
-            del kept[edge]
-            now = without
-    return replace(circuit, scores=kept).pruned()
+    kept = list(circuit.pruned().edges)
+    if top is None:
+        now = values(kept)[0]
+        for edge in sorted(kept, key=lambda edge: (-places[edge][1], abs(circuit.scores[edge]))):
+            left = [other for other in kept if other != edge]
+            without = values(left)[0]
+            if threshold is not None and without - now < threshold:
+                kept, now = left, without
+    while top is not None and len(kept) > top:
+        without_each = values(*(kept[:i] + kept[i + 1 :] for i in range(len(kept))))
+        order = sorted(range(len(kept)), key=without_each.__getitem__)
+        gone = set(order[: max(1, (len(kept) - top) // 10)])
+        kept = [edge for i, edge in enumerate(kept) if i not in gone]
+        kept = list(replace(circuit, scores={edge: circuit.scores[edge] for edge in kept}).pruned().edges)
+    return replace(circuit, scores={edge: circuit.scores[edge] for edge in kept}).pruned()

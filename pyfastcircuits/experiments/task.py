@@ -172,46 +172,36 @@ class Task:
     def induction(
         vocabulary: int, *, batch: int = 16, length: int = 12, start: int | None = 0, seed: int = 0
     ) -> "Task":
-        """Random tokens that come again: at each token of the second copy, which one follows?
+        """Random tokens, of which the last has come before: which one followed it?
 
-        In the corrupted prompt the first copy holds the same tokens in another order, so that another token followed;
-        it is the one that counts against. Copying what stands in the prompt does not tell the two apart.
+        In the corrupted prompt another token stands in the place where it came before, and all else is the same: what
+        tells the two apart is what previous-token heads write there. The token that followed another one counts
+        against the answer.
 
         Args:
             vocabulary: the number of tokens; random ones are drawn from all of them but `start`.
             batch: the number of pairs.
-            length: tokens in one copy, all different.
+            length: different tokens in front of the last one.
             start: the token in front; None: nothing is.
             seed: of the tokens.
 
         Raises:
-            ValueError: batch below 1, length below 3, or more tokens than the vocabulary has.
+            ValueError: batch below 1, length below 4, or more tokens than the vocabulary has.
         """
-        if batch < 1:
-            raise ValueError(f"batch is {batch}, expected at least 1")
-        if not 3 <= length < vocabulary:
-            raise ValueError(f"length is {length}, expected 3 to {vocabulary - 1}, one less than the vocabulary")
+        if not 4 <= length < vocabulary - 1:
+            raise ValueError(f"length is {length}, expected 4 to {vocabulary - 2}, two less than the vocabulary")
         generator = torch.Generator().manual_seed(seed)
-        copies, orders = [], []
-        for _ in range(batch):
+        front = [] if start is None else [start]
+        clean, corrupted, answers, against = [], [], [], []
+        for _ in range(_count(batch)):
             drawn = torch.randperm(vocabulary, generator=generator)
-            copies.append(drawn[drawn != (-1 if start is None else start)][:length])
-            orders.append(task_templates.other_order(length, generator))
-        copy, order = torch.stack(copies), torch.stack(orders)
-        mixed = copy.gather(1, order)
-        front = torch.full((batch, 0 if start is None else 1), 0 if start is None else start)
-        behind = torch.cat((mixed[:, 1:], copy[:, :1]), 1)  # what follows each token of the other order
-        wrong = behind.gather(1, order.argsort(1))
-        clean = torch.cat((front, copy, copy[:, :-1]), 1)
-        positions = torch.zeros_like(clean, dtype=torch.bool)
-        positions[:, front.shape[1] + length :] = True
-        answers, against = torch.zeros_like(clean), torch.zeros_like(clean)
-        answers[positions], against[positions] = copy[:, 1:].flatten(), wrong[:, :-1].flatten()
-        task = object.__new__(Task)
-        task.name, task.clean, task.positions, task.mask = "induction", clean, positions, torch.ones_like(positions)
-        task.corrupted = torch.cat((front, mixed, copy[:, :-1]), 1)
-        task.answers, task.against = answers[..., None], against[..., None]
-        return task
+            *tokens, other = drawn[drawn != (-1 if start is None else start)][: length + 1].tolist()
+            asked, compared = (2 * torch.randperm(length // 2, generator=generator)[:2]).tolist()
+            clean.append([*front, *tokens, tokens[asked]])
+            corrupted.append([*front, *tokens[:asked], other, *tokens[asked + 1 :], tokens[asked]])
+            answers.append(tokens[asked + 1])
+            against.append(tokens[compared + 1])
+        return Task(clean, corrupted, answers, against, name="induction")
 
     @staticmethod
     @public

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 Encode = Callable[[str], list[int]]
 Prompts = tuple[list[str], list[str], list[list[int]], list[list[int]]]  # clean, corrupted, answers, against
@@ -21,14 +20,6 @@ OBJECTS = (
 )
 NOUNS = ("war", "siege", "reign", "plague", "voyage", "dispute", "famine", "project")
 YEARS = "The {noun} lasted from the year {century}{year} to the year {century}"
-
-
-def other_order(length: int, generator: torch.Generator) -> Tensor:
-    """A random order of `length` things in which nothing is followed by what followed it before."""
-    while True:
-        order = torch.randperm(length, generator=generator)
-        if not (order[1:] == order[:-1] + 1).any():
-            return order
 
 
 def _pick(options: tuple[str, ...] | list[str], generator: torch.Generator) -> str:
