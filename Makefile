@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build gpu clean
+.PHONY: build developed wheels sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build arm-check gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -21,7 +21,14 @@ build: $(BIN)/pyfastcircuits
 $(BIN)/pyfastcircuits: pyproject.toml setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH) "setuptools>=77" "pybind11>=3.0" ninja "cmake>=3.24"
-	$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[cli]'
+	@touch $@
+
+# What tests, benches and linters need besides.
+developed: build $(BIN)/developed
+
+$(BIN)/developed: $(BIN)/pyfastcircuits
+	$(BIN)/pip install -q 'pyfastcircuits[dev]'
 	@touch $@
 
 sweep: build
@@ -31,13 +38,13 @@ sweep: build
 # kernels in Triton's interpreter; and, one by one on a machine that does nothing else, those of time and memory.
 test: test-together test-interpreted test-alone
 
-test-together: build
+test-together: developed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not alone"
 
-test-interpreted: build
+test-interpreted: developed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) tests/interpreted
 
-test-alone: build
+test-alone: developed
 	$(BIN)/pytest -m alone
 
 # Against Hugging Face models (once) and TransformerLens before and after its version 4, and the latter's own tests of
@@ -45,7 +52,7 @@ test-alone: build
 # library with ours; all but the first install only what they need another version of.
 lens: $(LENS:%=lens-%)
 
-lens-%: .venv-lens-%/ready build
+lens-%: .venv-lens-%/ready developed
 	$(LENS_BIN)/python -m pytest tests/integrations $(if $(filter $*,$(FIRST)),tests/adapters,tests/adapters/test_lens*.py)
 	cd .venv-lens-$*/theirs/transformer_lens-$* && PYTHONPATH=$(CURDIR)/tests \
 	../../bin/python -m pytest -q -c /dev/null -p support.ours_in_place tests/unit/factored_matrix
@@ -53,7 +60,7 @@ lens-%: .venv-lens-%/ready build
 .PRECIOUS: .venv-lens-%/ready
 $(patsubst %,.venv-lens-%/ready,$(filter-out $(FIRST),$(LENS))): .venv-lens-$(FIRST)/ready
 
-.venv-lens-%/ready: | $(BIN)/pyfastcircuits
+.venv-lens-%/ready: | $(BIN)/developed
 	$(PYTHON) -m venv .venv-lens-$*
 	$(if $(filter $*,$(FIRST)),$(BIN),.venv-lens-$(FIRST)/bin)/python \
 	-c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
@@ -64,55 +71,55 @@ $(patsubst %,.venv-lens-%/ready,$(filter-out $(FIRST),$(LENS))): .venv-lens-$(FI
 	@touch $@
 
 # Write into the notebooks what their cells print; `make test` holds them to it.
-notebooks: .venv-lens-$(FIRST)/ready build
+notebooks: .venv-lens-$(FIRST)/ready developed
 	for file in examples/*.ipynb; do .venv-lens-$(FIRST)/bin/python tests/support/run_notebook.py $$file || exit 1; done
 
 # Write into docs/models.md which families the tests run; `make lens` holds the page to it.
-models: .venv-lens-$(FIRST)/ready build
+models: .venv-lens-$(FIRST)/ready developed
 	PYTHONPATH=tests .venv-lens-$(FIRST)/bin/python -m support.models_page
 
 # Every bench in a process of its own, so that one that fails stops no other and peaks of memory are its own. Then
 # docs/performance.md and the headline ratios of README.md are written of what they found; see bench/write.py.
-bench: build
+bench: developed
 	$(BIN)/pip install -q "transformer-lens==$(FIRST)"
 	rm -rf build/bench
 	@failed=0; for file in bench/test_bench_*.py; do $(BIN)/pytest $$file -W default || failed=1; done; \
 	$(BIN)/python -m bench.mca || failed=1; $(BIN)/python -m bench.write || failed=1; exit $$failed
 
 # An estimate by llvm-mca of the multiply loop of every tier, those of 64-bit Arm too.
-mca: build arm-build
+mca: developed arm-build
 	$(BIN)/python -m bench.mca
 
 # The CPU kernels of this tree against those of an older revision: instructions and paired times.
-neutral: build
+neutral: developed
 	$(BIN)/python -m bench.neutral --base $(BASE)
 
 # The time of every GPU kernel on A100, H100, H200 and B200, counted in its machine code: print it and keep it in
 # bench/predictions.json, or compare it with what is kept there, as `make test` does for most.
-predict: build
+predict: developed
 	PYTHONPATH=tests $(BIN)/python -m bench.predict
 
-predict-check: build
+predict-check: developed
 	PYTHONPATH=tests $(BIN)/python -m bench.predict --check
 
 # The instructions of each CPU op against bench/instructions.json; it needs valgrind.
-instructions: build
+instructions: developed
 	$(BIN)/python -m bench.instructions --check
 
-lint: build
+lint: developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-format: build
+format: developed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # AddressSanitizer and UBSan over the op tests, on a build of its own.
-sanitize: build
+sanitize: developed
 	PYFASTCIRCUITS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -s -m sanitize
@@ -121,19 +128,26 @@ sanitize: build
 arm: | $(BIN)/pyfastcircuits
 	PATH="$(abspath $(BIN)):$$PATH" .ci/arm test
 
+arm-check: | $(BIN)/pyfastcircuits
+	PATH="$(abspath $(BIN)):$$PATH" .ci/arm check
+
 arm-build: | $(BIN)/pyfastcircuits
 	PATH="$(abspath $(BIN)):$$PATH" .ci/arm build
 
+# A wheel for every Python of this machine, and an sdist, into dist/, and both tried in a fresh environment.
+wheels: developed
+	PATH="$(abspath $(BIN)):$$PATH" .ci/wheels
+
 # Random calls of everything public, valid ones and others: each ends in a value, or in an error that names an argument.
-fuzz: build
+fuzz: developed
 	$(BIN)/python tests/fuzz.py --calls $(CALLS) --seed $(SEED)
 
 # Tests must fail where the code is made wrong: each mutation in a copy of this folder, as in tests/mutations.py.
-mutations: build
+mutations: developed
 	$(BIN)/python tests/mutations.py
 
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu
 
 clean:
-	rm -rf build out $(VENV) .venv-lens-* *.egg-info pyfastcircuits/*.so
+	rm -rf build dist out $(VENV) .venv-lens-* *.egg-info pyfastcircuits/*.so

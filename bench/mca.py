@@ -20,7 +20,7 @@ from bench.record import REPORTS, ROOT
 
 MCA = "llvm-mca-19"  # models of Neoverse came after 16
 PAGE = "mca.md"  # the table, in the folder of the reports
-BUILDS = (f"build/cmake-{sys.implementation.cache_tag}", "build/arm/cmake")
+BUILDS = ("build/cmake", "build/arm/cmake")
 ROUNDS = 1000
 
 

@@ -182,7 +182,8 @@ def train(name: str, folder: Path, checkpoint_every: int) -> None:
                 torch.save(state, checkpoint.with_suffix(".tmp"))
                 checkpoint.with_suffix(".tmp").replace(checkpoint)
     tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    fc.CircuitWeights(**tensors, positional="shortformer", norm="rmsnorm", eps=1e-5).save(folder / "model.safetensors")
+    weights = fc.CircuitWeights(**tensors, positional="shortformer", norm="rmsnorm", eps=1e-5)
+    weights.save(folder / "model.safetensors", half=True)
     (folder / "README.md").write_text(card(name, recipe, folder, losses))
 
 
@@ -224,7 +225,7 @@ def card(name: str, recipe: Recipe, folder: Path, losses: list[tuple[int, float]
         f"Attention-only transformer: n_layers {recipe.layers}, n_heads {recipe.heads}, d_head "
         f"{recipe.width // recipe.heads}, d_model {recipe.width}, {recipe.vocabulary} tokens, {recipe.context} positions. Shortformer positions "
         "(sinusoids added to the inputs of W_Q and W_K), RMS norm without parameters before every layer and before "
-        "W_U, no biases, no MLPs.",
+        "W_U, no biases, no MLPs. Stored as float16, loaded as float32.",
         "",
         f"- Made by `python examples/train.py {name}`, seed {recipe.seed}, on the CPU.",
         f"- Text: the source of the standard library of Python {sys.version_info.major}.{sys.version_info.minor}, "

@@ -7,7 +7,7 @@ The names by what they are for, in the order in which an analysis goes:
 | a model's weights | CircuitWeights, load_weights; process_weights, center, fold_norm, fold_value_biases |
 | one frozen run | trace -> FrozenTrace |
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
-| ablation | sweep -> Sweep; head_, layer_, pair_, path_, composition_ablation -> Result |
+| ablation | sweep -> Sweep, over a corpus -> Corpus too; head_, layer_, pair_, path_, composition_ablation -> Result |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
 | metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
@@ -20,8 +20,12 @@ The names by what they are for, in the order in which an analysis goes:
 | | effective_rank, diagonal_statistics |
 | composition of two heads | composition_scores, composition_baseline, composition_z_scores, component_scores, |
 | | virtual_weights, virtual_head, subspaces |
+| figures | plot, imported when it is first used; `.plot()` of each finding |
 | the kernels beneath | ops; build_info says what this build and machine can do |
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pyfastcircuits import ops
 from pyfastcircuits.adapters.files import load_weights
@@ -78,7 +82,6 @@ from pyfastcircuits.experiments.patching import (
     edge_attribution,
     path_patching,
 )
-from pyfastcircuits.experiments.sweep import Sweep, sweep
 from pyfastcircuits.experiments.task import Task
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
@@ -88,6 +91,11 @@ from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
+from pyfastcircuits.sweeps.corpus import Corpus, corpus
+from pyfastcircuits.sweeps.sweep import Sweep, sweep
+
+if TYPE_CHECKING:
+    from pyfastcircuits import plot as plot
 
 __version__ = "0.1.0"
 __all__ = [
@@ -99,6 +107,7 @@ __all__ = [
     "CompositionBaseline",
     "CopyingAccuracy",
     "Curve",
+    "Corpus",
     "DiagonalStatistics",
     "EdgeScores",
     "FactoredMatrix",
@@ -136,6 +145,7 @@ __all__ = [
     "composition_z_scores",
     "copying_accuracy",
     "copying_scores",
+    "corpus",
     "count_paths",
     "diagonal_ranks",
     "diagonal_statistics",
@@ -180,3 +190,14 @@ __all__ = [
     "virtual_head",
     "virtual_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`plot`, which imports matplotlib: only when it is asked for."""
+    if name == "plot":
+        return import_module("pyfastcircuits.plot")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "plot"]

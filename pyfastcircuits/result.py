@@ -22,9 +22,11 @@ class Result:
         labels: the thing that each value belongs to, in the order of the flattened values: ((layer, head),) for a head,
             ((layer, head), (layer, head)) for a pair or path, a frozenset of those for several that go together, the
             number of a layer, the name of a node.
-        values: [*shape], one entry for each label; with `per_token` followed by [B, T'] positions, NaN where nothing is
-            measured. Nats for "nll" and "kl"; logits, probabilities, ranks from 0.
-        baseline: the same quantity of the run that nothing was done to, a scalar (with `per_token`, [B, T']).
+        values: [*shape], one entry for each label; followed by [B, T'] positions with `per_token`, or
+            by [B] with `per_sequence`, NaN where nothing is measured. Nats for "nll" and "kl"; logits, probabilities,
+            ranks from 0.
+        baseline: the same quantity of the run that nothing was done to, a scalar ([B, T'] or [B] where they
+            are told apart).
         metric: the name of the quantity in `values`.
         extra: other quantities measured along the way, each shaped like `values`; `result.kl` is `result.extra["kl"]`.
         setup: how the experiments were made: scope, mode, attention, ...; strings, or numbers that stay numbers.
@@ -96,7 +98,7 @@ class Result:
 
     @public
     def table(self) -> Any:
-        """A pyarrow.Table with a row for each label (and, with `per_token`, each position measured); `.to_pandas()`.
+        """A pyarrow.Table with a row for each label (and each position or sequence that is told apart); `.to_pandas()`.
 
         Columns: layer, head; or source_layer, source_head, dest_layer, dest_head; or label, in words; then sequence and
         position where there are such (for attention scores, source_position too); then every quantity measured, and
@@ -118,15 +120,88 @@ class Result:
         kept = flat[self.metric].isfinite().flatten() if self.baseline.dim() else torch.ones(count, dtype=torch.bool)
         rows = torch.arange(count).repeat_interleave(places)[kept].tolist()
         pairs = self.setup.keys() & {"scope", "kind"}
-        columns = {
-            name: pa.array([values[i] for i in rows]) for name, values in _columns(self.labels, bool(pairs)).items()
-        }
+        named = label_columns(self.labels, bool(pairs))
+        columns = {name: pa.array([values[i] for i in rows]) for name, values in named.items()}
         if self.baseline.dim():
             at = torch.arange(places).repeat(count)[kept]
             for name, index in zip(_PLACES, torch.unravel_index(at, self.baseline.shape), strict=False):
                 columns[name] = pa.array(index.numpy())
         columns |= {name: pa.array(x.flatten()[kept].numpy()) for name, x in flat.items()}
         return pa.table(columns).replace_schema_metadata(names)
+
+    @public
+    def plot(
+        self,
+        quantity: str | None = None,
+        *,
+        title: str | None = None,
+        most: int = 30,
+        sequence: int = 0,
+        tokens: Sequence[str] | None = None,
+    ) -> Any:
+        """Draw the values by their labels: a matrix of pairs or heads, a curve over layers, or bars.
+
+        Pairs that do not exist are blank. With `per_token`, one sequence is drawn, position by position.
+
+        Args:
+            quantity: one of `measured`; None: the first, as `delta`, the change of the metric.
+            title: above the figure; None: the metric and the setup.
+            most: the most labels where they are bars or have positions: those that matter most.
+            sequence: which one, with `per_token`.
+            tokens: the texts of that sequence's tokens, to stand at its positions.
+
+        Returns:
+            A matplotlib Figure, which notebooks show; `.savefig("figure.pdf")` writes PNG, SVG or PDF.
+
+        Raises:
+            ValueError: the quantity was not measured; there are no labels; `most` is below 1; fewer tokens than
+                positions.
+            IndexError: no such sequence.
+            ImportError: matplotlib is missing.
+        """
+        from pyfastcircuits.drawing import labelled
+
+        name = {None: self.metric, "loss": "nll"}.get(quantity, quantity)
+        if name not in self.measured:
+            raise ValueError(f"quantity is {quantity!r}, expected one of {', '.join(self.measured)}")
+        if not self.labels or most < 1:
+            raise ValueError(
+                "labels is empty: there is nothing to draw" if most > 0 else f"most is {most}, expected > 0"
+            )
+        first = name == self.metric
+        values = (self.delta if first else self.extra[name]).detach().double().cpu()
+        values = values.reshape(len(self.labels), *self.baseline.shape)
+        change = first and (self.rise is not None or bool(self.baseline.detach().abs().nansum() > 0))
+        values, scale = labelled.in_unit(name, values.numpy(), change=change)
+        setup = ", ".join(f"{key} {value}" for key, value in self.setup.items())
+        own = scale.partition(" (")[0].capitalize() + (f": {setup}" if setup else "")
+        how: dict[str, Any] = {"title": own if title is None else title, "scale": scale}
+        how["rising"] = not change and not bool((values < 0).any())
+        if self.baseline.dim() == 0:
+
+            def best(n: int) -> list[Label]:
+                return [label for label, _ in self.top(n)]
+
+            return labelled.picture(self.labels, values, label_name, best, most=most, **how)
+        if not -len(self.baseline) <= sequence < len(self.baseline):
+            raise IndexError(f"sequence is {sequence}, expected 0 to {len(self.baseline) - 1}")
+        if self.baseline.dim() > 2:
+            return labelled.by_source(self.labels, values[:, sequence], label_name, **how)
+        if tokens is not None and len(tokens) < values.shape[-1]:
+            raise ValueError(f"tokens has {len(tokens)} texts, expected one for each of {values.shape[-1]} positions")
+        place = {label: i for i, label in enumerate(self.labels)}
+        chosen = sorted(place[label] for label, _ in self.top(most))
+        names = [label_name(self.labels[i]) for i in chosen]
+        texts = None if tokens is None else list(tokens)[: values.shape[-1]]
+        return labelled.by_position(names, values[chosen, sequence], texts, **how)
+
+    def _repr_html_(self) -> str:
+        """What stands out, as a table with a picture."""
+        from pyfastcircuits.drawing.notebook import card
+
+        rows = [(label_name(label), f"{delta:+.4g}") for label, delta in self.top(8)]
+        title = f"{repr(self).partition('; top:')[0]})"
+        return card(title, ("label", f"delta of {self.metric}"), rows, self.plot)
 
     def __repr__(self) -> str:
         """Metric, setup and what stands out."""
@@ -139,14 +214,16 @@ class Result:
 def label_name(label: Label) -> str:
     """A label in words: "1.4" for a head, "1.4 Q" for its queries, "mlp 2" for an MLP, "0.6 -> 1.4" for a path.
 
-    The path through no head is "direct".
+    The path through no head is "direct"; what is done at one position is "1.4 @ 7".
     """
     if isinstance(label, frozenset):
         return "{" + ", ".join(sorted(map(label_name, label))) + "}"
     if not isinstance(label, tuple):
         return str(label)
-    if len(label) == 2 and isinstance(label[0], tuple) and label[1] in ("Q", "K", "V"):
+    if len(label) == 2 and isinstance(label[0], tuple) and label[1] in ("Q", "K", "V", "pattern"):
         return f"{label_name(label[0])} {label[1]}"
+    if len(label) == 2 and isinstance(label[0], (tuple, frozenset)) and isinstance(label[1], int):
+        return f"{label_name(label[0])} @ {label[1]}"
     if len(label) == 2 and isinstance(label[1], int) and isinstance(label[0], (int, str)):
         return f"{label[0]}{' ' if isinstance(label[0], str) else '.'}{label[1]}"
     return " -> ".join(map(label_name, label)) if label else "direct"
@@ -159,7 +236,7 @@ def _width(label: Label) -> int | None:
     return None
 
 
-def _columns(labels: Sequence[Label], pairs: bool) -> dict[str, list[Any]]:
+def label_columns(labels: Sequence[Label], pairs: bool) -> dict[str, list[Any]]:
     """Columns that name the labels; `pairs`: an empty table is one of pairs."""
     widths = {_width(label) for label in labels} or {2 if pairs else 1}
     names = {1: ("layer", "head"), 2: ("source_layer", "source_head", "dest_layer", "dest_head")}

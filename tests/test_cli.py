@@ -20,12 +20,12 @@ def test_sweep_writes_what_the_library_says(model, tokens, tmp_path):
     trace = fc.trace(fc.load_weights(model), torch.from_numpy(np.load(tokens)))
     expected = fc.pair_ablation(trace, kl=True)
     table = pq.read_table(out / "sweep.parquet")
-    names = ["source_layer", "source_head", "dest_layer", "dest_head", "nll", "delta_nll", "kl"]
+    names = ["source_layer", "source_head", "dest_layer", "dest_head", "nll", "delta_nll", "kl", "standard_error"]
     assert table.column_names == names
     columns = {name: table[name].to_numpy() for name in names}
     assert np.array_equal(np.stack([columns[n] for n in names[:4]], 1), expected.pairs.reshape(-1, 4).numpy())
     for name, values in (("nll", expected.loss), ("delta_nll", expected.delta), ("kl", expected.kl)):
-        np.testing.assert_array_equal(columns[name], values.double().numpy())
+        np.testing.assert_allclose(columns[name], values.double().numpy(), rtol=1e-5)
     orders = pq.read_table(out / "orders.parquet").to_pydict()
     assert orders["paths"] == ["uniform", "order 0 (direct path)", "order <= 1", "order <= 2", "full model"]
     np.testing.assert_allclose(orders["loss"][1:4], fc.order_losses(trace).tolist())
@@ -90,9 +90,9 @@ def test_unknown_choices_list_those_there_are(model, tokens, option, there):
 
 
 SWEEPS = {
-    "head": ["layer", "head", "nll", "delta_nll", "kl"],
-    "layer": ["layer", "nll", "delta_nll", "kl"],
-    "joint": ["source_layer", "source_head", "dest_layer", "dest_head", "nll", "delta_nll", "kl"],
+    "head": ["layer", "head", "nll", "delta_nll", "kl", "standard_error"],
+    "layer": ["layer", "nll", "delta_nll", "kl", "standard_error"],
+    "joint": ["source_layer", "source_head", "dest_layer", "dest_head", "nll", "delta_nll", "kl", "standard_error"],
 }
 
 
@@ -106,7 +106,7 @@ def test_scopes(model, tokens, tmp_path, scope):
     expected = (ablation or (lambda *a, **o: fc.pair_ablation(a[0], scope, *a[1:], **o)))(trace, "mean", "recomputed")
     table = pq.read_table(tmp_path / "sweep.parquet")
     assert table.column_names == SWEEPS[scope]
-    np.testing.assert_array_equal(table["nll"].to_numpy(), expected.values.double().flatten().numpy())
+    np.testing.assert_allclose(table["nll"].to_numpy(), expected.values.double().flatten().numpy(), rtol=1e-6)
     kind = {"head": "heads", "layer": "layers"}.get(scope, "pairs")
     assert (tmp_path / f"{kind}.png").stat().st_size > 5_000
     assert f"{kind}/s" in result.output
@@ -116,7 +116,14 @@ def test_metrics(model, tokens, tmp_path):
     result = run("sweep", model, "--tokens", tokens, "--out", tmp_path, "--scope", "head", "--metric", "rank")
     assert result.exit_code == 0, result.output
     assert "rise of the rank without it" in result.output
-    assert pq.read_table(tmp_path / "sweep.parquet").column_names == ["layer", "head", "rank", "delta_rank", "kl"]
+    assert pq.read_table(tmp_path / "sweep.parquet").column_names == [
+        "layer",
+        "head",
+        "rank",
+        "delta_rank",
+        "kl",
+        "standard_error",
+    ]
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -364,7 +371,7 @@ def test_tables_of_bad_input(worded, tmp_path):
 def test_heads_writes_what_the_library_says(tmp_path, layers):
     weights, file = random_weights(layers, dtype=torch.float32), tmp_path / "m.safetensors"
     weights.save(file)
-    options = ["--length", 4, "--copies", 3, "--batch", 2, "--batches", 2, "--seed", 5, "--dtype", "float64"]
+    options = ["--copy-length", 4, "--copies", 3, "--batch", 2, "--batches", 2, "--seed", 5, "--dtype", "float64"]
     result = run("heads", file, *options, "--out", tmp_path / "out", "--top", 2)
     assert result.exit_code == 0, result.output
     weights = weights.to(torch.float64)
@@ -393,9 +400,9 @@ def test_heads_of_bad_input(model, tmp_path):
     random_weights(0, dtype=torch.float32).save(tmp_path / "none.safetensors")
     for arguments, message in (
         ([model], "length is 25, 4 copies and the token in front are 101, but W_pos has only 32"),
-        ([model, "--length", 1], "length is 1, expected at least 2"),
-        ([model, "--length", 4, "--batches", 0], "batches is 0, expected at least 1"),
-        ([tmp_path / "none.safetensors", "--length", 4], "has no heads"),
+        ([model, "--copy-length", 1], "--copy-length is 1, expected at least 2"),
+        ([model, "--copy-length", 4, "--batches", 0], "batches is 0, expected at least 1"),
+        ([tmp_path / "none.safetensors", "--copy-length", 4], "has no heads"),
         (["no-such-model"], "no-such-model"),
     ):
         result = run("heads", *arguments, "--out", tmp_path / "out")

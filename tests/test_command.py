@@ -141,11 +141,12 @@ class TestProgress:
 
     def test_lines_without_a_terminal(self, tmp_path, monkeypatch):
         monkeypatch.setattr(report, "SECONDS", 0.05)
-        result = CliRunner().invoke(app, ["sweep", "--sequences", "8", "--out", str(tmp_path / ("deep" * 40))])
+        result = CliRunner().invoke(app, ["sweep", "--sequences", "40", "--out", str(tmp_path / ("deep" * 40))])
         assert result.exit_code == 0, result.output
         lines = [line for line in result.stderr.splitlines() if " so far" in line]
         assert len(lines) > 3
-        assert any(re.fullmatch(r"ablations: \d+%, 0:00:\d\d so far, about 0:00:\d\d left", line) for line in lines)
+        form = r"sequences: \d+%, 0:00:\d\d so far, [\d.]+/s, about 0:00:\d\d left"
+        assert any(re.fullmatch(form, line) for line in lines), lines
         assert "━━ " not in result.output
         assert f"{tmp_path}/{'deep' * 40}/pairs.png\n" in result.output
 
@@ -155,7 +156,7 @@ class TestProgress:
         given = ["--sequences", 2, "--length", 32] if first == "sweep" else []
         words = []
         for columns in (80, 300):
-            result = run(first, *rest, *given, "--out", tmp_path, columns=columns)
+            result = run(first, *rest, *given, "--out", tmp_path / str(columns), columns=columns)
             assert result.exit_code == 0, result.output
             lines = [line for line in result.output.splitlines() if line[:1] in ("│", "┃", "┏", "└")]
             assert len(lines) > 3 or "--all-heads" in name
@@ -167,8 +168,9 @@ class TestProgress:
 class TestWhatMadeAFile:
     def test_every_file_says_it(self, model, tokens, tmp_path):
         assert run(*command("sweep", model, tokens, tmp_path)).exit_code == 0
-        made = {file.name: made_by(file) for file in (tmp_path / "out").iterdir()}
-        assert set(made) == {"sweep.parquet", "orders.parquet", "pairs.png"}
+        files = {file.name for file in (tmp_path / "out").iterdir()}
+        assert files == {"sweep.parquet", "orders.parquet", "pairs.png", "effects", "manifest.json", ".lock"}
+        made = {name: made_by(tmp_path / "out" / name) for name in files if name.endswith((".parquet", ".png"))}
         assert all(x == made["sweep.parquet"] for x in made.values())
         found = made["sweep.parquet"]
         assert (found["command"], found["model"], found["source"]) == ("sweep", str(model), str(tokens))
@@ -182,19 +184,21 @@ class TestWhatMadeAFile:
     @pytest.mark.parametrize("name", ["sweep", "heads", "composition", "tables --all-heads"])
     def test_another_run_is_kept_and_the_same_is_not(self, name, model, tokens, tmp_path, monkeypatch):
         arguments = command(name, model, tokens, tmp_path)
+        again = ["--resume"] if name == "sweep" else []
         assert run(*arguments).exit_code == 0
-        assert run(*arguments).exit_code == 0
-        before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        assert run(*arguments, *again).exit_code == 0
+        before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.p*")}
         random_weights(2, norm="rmsnorm", dtype=torch.float32, seed=1).save(model / "model.safetensors")
         for work in ("sweep", "head_scores", "composition_scores", "skip_trigrams"):
             monkeypatch.setattr(fc, work, pytest.fail)
-        output = refused(*arguments)
+        output = refused(*arguments, *again)
         assert re.search(r"--out is '.*': \S+\.parquet there was made by another run, .*; take another folder", output)
         assert "--force" in output
-        assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.p*")}
         monkeypatch.undo()
         assert run(*arguments, "--force").exit_code == 0
-        assert all(file.read_bytes() != content for file, content in before.items() if file.suffix != ".png")
+        kept = [file for file, content in before.items() if file.exists() and file.read_bytes() == content]
+        assert {file.suffix for file in kept} <= {".png"}
 
     def test_any_difference_makes_another_run(self, model, tokens, tmp_path, monkeypatch):
         arguments = command("sweep", model, tokens, tmp_path)
@@ -210,7 +214,7 @@ class TestWhatMadeAFile:
         monkeypatch.setattr(fc, "__version__", "9.9")
         assert "was made by another run" in refused(*arguments)
         monkeypatch.undo()
-        assert run(*arguments, "--top", 1, "--sequences", 3).exit_code == 0
+        assert run(*arguments, "--top", 1, "--sequences", 3, "--resume").exit_code == 0
 
     @pytest.mark.parametrize("name", ["sweep.parquet", "orders.parquet", "pairs.png"])
     def test_files_that_say_nothing_are_kept(self, name, model, tokens, tmp_path):
@@ -232,7 +236,8 @@ class TestWhatMadeAFile:
         assert f"error: --out is '{tmp_path / 'out'}': " in result.output
         assert re.search(r"\S+.parquet cannot be written \((No space|Read-only|Disk quota).*\)\n", result.output)
         assert "rrno" not in result.output
-        assert not list((tmp_path / "out").iterdir())
+        left = {file.name for file in (tmp_path / "out").iterdir()}
+        assert left == ({"effects", "manifest.json", ".lock"} if name == "sweep" else set())
 
 
 def made_by(file):
@@ -356,7 +361,8 @@ cli.app(["sweep", "--out", {str(tmp_path)!r}])
         start = time.monotonic()
         started.send_signal(signal.SIGINT)
         *_, last = iter(started.stderr.readline, "")
-        assert last == "interrupted\n"
+        assert last.startswith("interrupted")
+        assert last.endswith(" --resume\n") == (phase not in ("loading", "reading"))
         assert started.wait() == 130
         assert time.monotonic() - start < 1
     assert not list(tmp_path.glob("*.partial"))

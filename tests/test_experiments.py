@@ -457,7 +457,7 @@ BAD = {
     "patching": (lambda r: fc.activation_patching(r, fc.trace(r.weights, tokens(3, 6))), r"corrupted has tokens of shape \[3, 6\], but clean \[3, 7\]"),
     "direction": (lambda r: fc.activation_patching(r, r, direction="up"), "direction is 'up', expected one of denoise, noise"),
     "alone": (lambda r: fc.head_ablation(r[:1], "resample"), "mode is 'resample', but the run has one sequence"),
-    "gradient": (lambda r: fc.edge_attribution(r, r, "Q", metric="rank"), "metric is 'rank', kl False, per_token False: expected the mean"),
+    "gradient": (lambda r: fc.edge_attribution(r, r, "Q", metric="rank"), "metric is 'rank', kl False, per_token False, per_sequence False: expected the mean"),
     "exact": (lambda r: fc.edge_attribution(r, r, "Q", exact=-1), "exact is -1"),
     "pairs": (lambda r: fc.composition_ablation(r, "Q", pairs=[((0, 1),)]), "pairs holds"),
     "cut": (lambda r: fc.composition_ablation(r, "Q", pairs=[[((0, 1), (1, 1)), ((0, 1), (2, 1))]]), "pairs that are cut together need one layer"),

@@ -121,9 +121,11 @@ def cuda_library() -> None:
 
 
 @pytest.mark.usefixtures("cuda_library")
-def test_cuda_library_holds_every_architecture() -> None:
-    assert pyfastcircuits.build_info()["cuda_architectures"] == "sm_80 sm_90a sm_100"
-    wanted = {"sm_80", "sm_90", "sm_100"}  # the tool drops the a
+def test_cuda_library_holds_its_architectures() -> None:
+    built = pyfastcircuits.build_info()["cuda_architectures"].split()
+    wanted = {name.rstrip("a") for name in built if name.startswith("sm_")}  # the tool drops the a
+    ptx = cuobjdump(CUDA_LIBRARY, "--list-ptx")
+    assert ("sm_80" in ptx) == ("compute_80" in built)  # what newer GPUs compile
     assert set(re.findall(r"sm_\d+", cuobjdump(CUDA_LIBRARY, "--list-elf"))) == wanted
     kernels = resources(CUDA_LIBRARY)
     assert {arch.rstrip("a") for arch, _, _ in kernels} == wanted

@@ -8,6 +8,7 @@ from support.random_models import KINDS, random_tokens, random_weights
 import pyfastcircuits as fc
 from pyfastcircuits.experiments.ablation_value import AblationValue
 from pyfastcircuits.experiments.edges import frozen_removal
+from pyfastcircuits.experiments.rerun import Site
 from pyfastcircuits.result import label_name
 from pyfastcircuits.run.node_names import parse_node, parse_nodes, parse_receiver
 from pyfastcircuits.run.nodes import (
@@ -36,7 +37,7 @@ def test_what_is_taken_out_of_all_nodes_is_the_whole_stream():
     """Removals of disjoint sets of nodes add up where no head reads another's removal twice: all at once, all is gone."""
     run = fc.trace(random_weights(3, norm="rmsnorm"), random_tokens())
     everything = list(nodes_before(run, 3))
-    gone = frozen_removal(run, [everything], AblationValue(run))[0]
+    gone = frozen_removal(run, [Site(tuple(everything))], AblationValue(run))[0]
     torch.testing.assert_close(gone, run.final)
 
 
@@ -50,7 +51,7 @@ def test_nodes_that_are_no_heads_can_be_taken_out(mode):
         gone = own - instead
         for layer in range(node.layer + 1, 3):
             gone = gone + run.attend(gone, layer)
-        torch.testing.assert_close(frozen_removal(run, [[node]], AblationValue(run, mode))[0], gone)
+        torch.testing.assert_close(frozen_removal(run, [Site((node,))], AblationValue(run, mode))[0], gone)
 
 
 def test_a_part_of_a_run_knows_its_sequences():

@@ -5,7 +5,7 @@ import torch
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
-from pyfastcircuits.experiments.sweep import count_steps
+from pyfastcircuits.sweeps.sweep import count_steps
 
 WEIGHTS, TOKENS = random_weights(3, norm="rmsnorm"), random_tokens(3)
 

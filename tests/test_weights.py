@@ -154,3 +154,14 @@ class TestBadFiles:
     def test_what_cannot_be_written(self, tmp_path, name):
         with pytest.raises(OSError, match=r"path is '.*, which cannot be written: "):
             random_weights().save(tmp_path / name)
+
+
+def test_a_file_of_half_the_size(tmp_path):
+    weights = random_weights(2, dtype=torch.float32)
+    for name in ("whole", "half"):
+        weights.save(tmp_path / f"{name}.safetensors", half=name == "half")
+    whole, half = (fc.load_weights(tmp_path / f"{name}.safetensors") for name in ("whole", "half"))
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "whole.safetensors").stat().st_size
+    assert half.W_E.dtype == torch.float32
+    for (name, kept), (_, rounded) in zip(whole.tensors(), half.tensors(), strict=True):
+        assert torch.equal(torch.as_tensor(kept).half().float(), torch.as_tensor(rounded)), name

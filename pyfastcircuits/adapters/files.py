@@ -30,7 +30,8 @@ def load_weights(name_or_path: str | Path) -> CircuitWeights:
     """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
 
     A folder is one that CircuitWeights.save has written to, or one of a Hugging Face model, whose files stay
-    memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself.
+    memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself. Weights keep the dtype of
+    their file; float16, which no kernel computes in, becomes float32.
 
     Raises:
         FileNotFoundError: there is no such model, or a shard of it is missing.
@@ -51,6 +52,7 @@ def _weights_of(file: Path) -> CircuitWeights:
     opened = _open_safetensors(file)
     metadata = opened.metadata() or {}
     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    tensors = {name: x.float() if x.dtype == torch.float16 else x for name, x in tensors.items()}
     if METADATA not in metadata:
         raise ValueError(
             f"{file} holds no '{METADATA}' metadata: it was not written by CircuitWeights.save (a Hugging Face model "

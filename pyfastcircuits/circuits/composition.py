@@ -9,7 +9,7 @@ The article's first library moved the factors around cyclically, which is right 
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,6 +130,23 @@ class ComponentScores(NamedTuple):
     pairs: Tensor  # [r, r]: of component with component, the cosines of their directions
     source_singular_values: Tensor  # [r]
     destination_singular_values: Tensor  # [r]
+
+    @public
+    def plot(self) -> Any:
+        """Draw `pairs`, component by component; ImportError where matplotlib is missing."""
+        from pyfastcircuits.drawing.matrix import Side, matrix
+
+        sides = (
+            Side(f"{side} component", list(map(str, range(len(self.pairs))))) for side in ("source", "destination")
+        )
+        return matrix(self.pairs, *sides, title="Composition by singular components", scale="cosine", rising=True)
+
+    def _repr_html_(self) -> str:
+        """The strongest components of both heads, as a table with a picture."""
+        from pyfastcircuits.drawing.notebook import card
+
+        rows = [(str(i), *(f"{float(x[i]):.4g}" for x in self[:2])) for i in range(min(8, len(self.source)))]
+        return card("Composition by singular components", ("component", "source", "destination"), rows, self.plot)
 
 
 @public

@@ -85,6 +85,33 @@ class SkipTrigrams:
             found.append(SkipTrigram(int(source), int(destination), int(output), *strengths))
         return found
 
+    @public
+    def plot(self, n: int | None = None) -> Any:
+        """Draw the n largest as bars of attention times logit; None: ten, or k if that is less.
+
+        Raises:
+            ValueError: as top, or n is 0.
+            ImportError: matplotlib is missing.
+        """
+        from pyfastcircuits.drawing.marks import bars
+
+        n = min(10, self.logits.shape[1]) if n is None else n
+        if n == 0:
+            raise ValueError("n is 0, expected at least 1")
+        found = self.top(n)
+        names = [f"{self._shown(t.source)} … {self._shown(t.destination)} → {self._shown(t.output)}" for t in found]
+        title = f"Largest skip-trigrams of head {self.head[0]}.{self.head[1]}"
+        return bars(names, [t.score for t in found], title=title, x="attention times logit")
+
+    def _repr_html_(self) -> str:
+        """The largest, as a table with a picture."""
+        from pyfastcircuits.drawing.notebook import card
+
+        found = self.top(min(10, self.logits.shape[1]))
+        rows = [(*map(self._shown, t[:3]), *(f"{x:+.3g}" for x in (*t[3:], t.score))) for t in found]
+        names = ("source", "destination", "output", "attention", "logit", "product")
+        return card(f"Skip-trigrams of head {self.head[0]}.{self.head[1]}", names, rows, self.plot)
+
     def table(self) -> Any:
         """A pyarrow table: a row for each source and rank, with text columns where `text` is given.
 

@@ -6,7 +6,7 @@ their own (Elhage et al. 2021). As in `vocabulary`, the weights are taken as the
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,27 @@ class VirtualHead(NamedTuple):
 
     pattern: Tensor  # [B, T, T]: rows are destinations, and sum to 1
     OV: FactoredMatrix  # [d, d]
+
+    @public
+    def plot(self, sequence: int = 0) -> Any:
+        """Draw the pattern in one sequence.
+
+        Raises:
+            IndexError: no such sequence.
+            ImportError: matplotlib is missing.
+        """
+        from pyfastcircuits.drawing.patterns import pattern
+
+        if not -len(self.pattern) <= sequence < len(self.pattern):
+            raise IndexError(f"sequence is {sequence}, expected 0 to {len(self.pattern) - 1}")
+        return pattern(self.pattern[sequence], None, title="Pattern of the virtual attention head")
+
+    def _repr_html_(self) -> str:
+        """Its sizes, with a picture of its pattern in the first sequence."""
+        from pyfastcircuits.drawing.notebook import card
+
+        rows = [("pattern", str(list(self.pattern.shape))), ("OV", str(list(self.OV.shape)))]
+        return card("Virtual attention head", ("what", "shape"), rows, self.plot)
 
 
 @public

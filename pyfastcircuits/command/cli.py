@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from pyfastcircuits.command import composition, heads, info, sweep, tables  # noqa: F401  # each adds its command
+    from pyfastcircuits.command import circuit, composition, heads, info, sweep, tables  # noqa: F401  # each adds its command
     from pyfastcircuits.command.app import app as app
 except ImportError as error:
     sys.exit(f"the command needs the cli extra ({error}): pip install 'pyfastcircuits[cli]'")

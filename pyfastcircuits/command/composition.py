@@ -8,29 +8,33 @@ import typer
 
 import pyfastcircuits as fc
 from pyfastcircuits.command import options, show, write
-from pyfastcircuits.command.app import command, end
+from pyfastcircuits.command.app import WEIGHTS, command, end
 from pyfastcircuits.command.made import check_files, check_folder, made_by
-from pyfastcircuits.command.options import Backend, Dtype, Force, Model, ModelOption, Precision
+from pyfastcircuits.command.options import Backend, Dtype, Force, Model, ModelOption, Out, Precision, Top
 from pyfastcircuits.command.report import Report
 from pyfastcircuits.run.nodes import Kind
 
 
-@command
+@command(task=WEIGHTS, example="pyfastcircuits composition induction-2l --kind K")
 def composition(
     report: Report,
     name: Model = None,
     option: ModelOption = None,
-    kind: Annotated[Kind, typer.Option(help="what of the destination reads: queries, keys or values")] = "K",
-    top: Annotated[int, typer.Option(min=0, help="pairs to show")] = 10,
-    out: Annotated[Path, typer.Option(help="folder of composition-K.parquet and composition-K.png")] = Path("out"),
+    kind: Annotated[
+        Kind, typer.Option(help="what of the later head reads what the earlier one wrote: queries, keys or values")
+    ] = "K",
+    top: Top = 10,
+    out: Out = Path("out"),
     force: Force = False,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
 ) -> None:
-    """Composition scores of every pair of heads, against a random rotation, with the spectra that go with them.
+    """Show which heads are built to read what an earlier head writes: composition scores of every pair.
 
-    Norm gains are in the weights; with layernorms, what is written is centred first.
+    Scores stand beside those of a random rotation between the two heads, and the spectra that go with them. Norm gains
+    are in the weights; with layernorms, what is written is centred first. It writes composition-K.parquet and
+    composition-K.png (or -Q, -V).
     """
     model, device = options.named(name, option), options.device_of(backend, precision, dtype)
     check_folder(out)
@@ -58,8 +62,7 @@ def composition(
         written = {table: write.composition_columns(found, eigenvalues)}
         paths = write.write_tables(out, written, made)
         bar.advance()
-        label = f"{kind}-composition, standard deviations from a random rotation"
-        paths.append(write.heatmap(found, out / f"{table}.png", f"{model}: {kind}-composition", label, made))
+        paths.append(write.picture(found.plot(title=f"{model}: {kind}-composition"), out / f"{table}.png", made))
         bar.advance()
     report.found({"copying": copying.tolist()})
     end(report, made, written, paths)

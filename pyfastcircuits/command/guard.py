@@ -12,15 +12,21 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from pyfastcircuits.command.report import Report
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 EXIT_CODES = "Exit codes: 0 done; 1 a check failed, or files could not be written; 2 bad input; 130 interrupted."
+GIVES = "What it shows and writes"  # the group of such options in the help
 _GRACE = 0.4  # seconds in which Python may end by itself after Ctrl-C
 _COMMON = {
-    "as_json": Annotated[bool, typer.Option("--json", help="print the findings as JSON, and nothing else, to stdout")],
-    "quiet": Annotated[bool, typer.Option("--quiet", help="show no tables and no progress, only errors")],
+    "as_json": Annotated[
+        bool, typer.Option("--json", help="print the findings as JSON, and nothing else", rich_help_panel=GIVES)
+    ],
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", help="show no tables and no progress, only errors", rich_help_panel=GIVES)
+    ],
 }
 
 
@@ -35,18 +41,18 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
         for name, hint in _COMMON.items()
     ]
-    options = {x.name: f"--{x.name.replace('_', '-')}" for x in own} | {"name_or_path": "MODEL", "tokens": "--tokens"}
+    options = {x.name: _option(x) for x in own} | {"name_or_path": "MODEL", "tokens": "--tokens"}
 
     @wraps(function)
     def command(*, as_json: bool, quiet: bool, **given: Any) -> None:
         report = Report(as_json=as_json, quiet=quiet)
         try:
-            with _ended_by_ctrl_c(), warnings.catch_warnings():
+            with _ended_by_ctrl_c(report), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *where, **more: report.warn(str(message))
                 function(report, **given)
                 report.end()
         except KeyboardInterrupt:
-            report.error("interrupted")
+            report.error(_interrupted(report))
             raise typer.Exit(INTERRUPTED) from None
         except Failed as error:
             report.error(f"error: {error}")
@@ -62,13 +68,25 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _option(parameter: inspect.Parameter) -> str:
+    """The option of a parameter: the one that it declares, or the one that typer makes of its name."""
+    given = (x for x in getattr(parameter.annotation, "__metadata__", ()) if isinstance(x, OptionInfo))
+    declared = (name for x in given for name in (x.default, *(x.param_decls or ())))  # typer's first is the default
+    long = (name for name in declared if isinstance(name, str) and name.startswith("--"))
+    return next(long, f"--{parameter.name.replace('_', '-')}")
+
+
 def _named(message: str, options: dict[str, str]) -> str:
     """A message that starts with the name of an argument, with the name of its option instead."""
     return re.sub(r"^\w+(?= is | has |=|\[)", lambda found: options.get(found[0], found[0]), message)
 
 
+def _interrupted(report: Report) -> str:
+    return f"interrupted; this goes on from there: {report.going_on}" if report.going_on else "interrupted"
+
+
 @contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
+def _ended_by_ctrl_c(report: Report) -> Iterator[None]:
     """End the process soon after Ctrl-C even where a library keeps Python from raising KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -81,7 +99,7 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         for byte in iter(lambda: os.read(reader, 1), b""):
             if byte[0] == signal.SIGINT and not ended.wait(_GRACE):
                 shown = b"\x1b[?25h" if os.isatty(2) else b""  # the cursor, which the bar hides
-                os.write(2, shown + b"interrupted\n")
+                os.write(2, shown + f"{_interrupted(report)}\n".encode())
                 os._exit(INTERRUPTED)
         os.close(reader)
 

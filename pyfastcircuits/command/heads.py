@@ -8,31 +8,34 @@ import typer
 import pyfastcircuits as fc
 from pyfastcircuits.adapters.start import start_of
 from pyfastcircuits.command import options, show, text, write
-from pyfastcircuits.command.app import command, end
+from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.made import check_files, check_folder, made_by
-from pyfastcircuits.command.options import Backend, Dtype, Force, Model, ModelOption
+from pyfastcircuits.command.options import READS, Backend, Dtype, Force, Model, ModelOption, Out, Top
 from pyfastcircuits.command.report import Report
 
 
-@command
+@command(task=RUNS, example="pyfastcircuits heads induction-2l --top 3")
 def heads(
     report: Report,
     name: Model = None,
     option: ModelOption = None,
-    top: Annotated[int, typer.Option(min=0, help="heads to show")] = 10,
-    length: Annotated[int, typer.Option(help="random tokens in one copy")] = 25,
-    copies: Annotated[int, typer.Option(help="how often they come")] = 4,
-    batch: Annotated[int, typer.Option(help="sequences run at a time")] = 8,
-    batches: Annotated[int, typer.Option(help="how many such runs")] = 4,
-    seed: Annotated[int, typer.Option(help="of the tokens")] = 0,
-    out: Annotated[Path, typer.Option(help="folder of heads.parquet and induction.parquet")] = Path("out"),
+    top: Top = 10,
+    length: Annotated[
+        int, typer.Option("--copy-length", help="random tokens before they come again", rich_help_panel=READS)
+    ] = 25,
+    copies: Annotated[int, typer.Option(help="how often the same tokens come", rich_help_panel=READS)] = 4,
+    batch: Annotated[int, typer.Option(help="sequences that are run together", rich_help_panel=READS)] = 8,
+    batches: Annotated[int, typer.Option(help="how many such runs there are", rich_help_panel=READS)] = 4,
+    seed: Annotated[int, typer.Option(help="of the random tokens", rich_help_panel=READS)] = 0,
+    out: Out = Path("out"),
     force: Force = False,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Previous-token, induction, prefix-matching, duplicate-token and copying scores of every head.
+    """Find previous-token, induction and duplicate-token heads, and those that copy, on random tokens that repeat.
 
-    On random tokens that repeat, 4 times 25 of them as Olsson et al. 2022 have it; with what the weights say of it.
+    There are 25 tokens that come 4 times, as Olsson et al. 2022 have it. What the weights say of the same heads stands
+    beside it. It writes heads.parquet and induction.parquet.
     """
     model, device = options.named(name, option), options.device_of(backend)
     check_folder(out)

@@ -1,13 +1,13 @@
 """The command `info`."""
 
 import pyfastcircuits as fc
-from pyfastcircuits.command.app import command
+from pyfastcircuits.command.app import MACHINE, command
 from pyfastcircuits.command.report import Report
 
 
-@command
+@command(task=MACHINE, example="pyfastcircuits info")
 def info(report: Report) -> None:
-    """Facts of this build and machine."""
+    """Show what this build and machine can do: CPU instructions, GPU, versions."""
     report.found(fc.build_info())
     for key, value in fc.build_info().items():
         report.line(f"{key}: {value}")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 import pyfastcircuits as fc
 from pyfastcircuits.adapters.files import model_files
@@ -20,7 +19,7 @@ _ASKED = ("command_line", "model", "source")  # how a run was asked for: the sam
 
 
 def made_by(
-    command: str, model: str, options: Mapping[str, Any], tokens: Tensor | None = None, source: str | None = None
+    command: str, model: str, options: Mapping[str, Any], tokens: str | None = None, source: str | None = None
 ) -> dict[str, Any]:
     """What makes the files of a run.
 
@@ -28,7 +27,7 @@ def made_by(
         command: the name of the command.
         model: by its name or path; the hash is of its files.
         options: all that change the results.
-        tokens: what the model runs over, [B, T].
+        tokens: the hash of what the model runs over.
         source: where the tokens come from.
     """
     return {
@@ -38,7 +37,7 @@ def made_by(
         "model": model,
         "model_sha256": _model_hash(model),
         "source": source,
-        "tokens_sha256": None if tokens is None else hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
+        "tokens_sha256": tokens,
         "options": dict(options),
     }
 

@@ -1,5 +1,6 @@
 """The options that several commands share, and what they mean."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -7,18 +8,55 @@ import typer
 
 import pyfastcircuits as fc
 from pyfastcircuits import ops
-from pyfastcircuits.adapters.files import load_model
+from pyfastcircuits.adapters.files import BUNDLED, load_model
+from pyfastcircuits.command.guard import GIVES as GIVES
 from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.run.nodes import Head
 
 MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"
+READS, HOW = "What it reads", "How it computes"  # groups of options in the help, beside GIVES
 
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL, show_default="induction-2l")]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="the same, by name")]
-Backend = Annotated[ops.Backend, typer.Option(help="which kernels run")]
-Dtype = Annotated[Literal["float32", "float64", "bfloat16"], typer.Option(help="of the weights")]
-Precision = Annotated[ops.Precision, typer.Option(help="of the multiply-adds")]
-Force = Annotated[bool, typer.Option("--force", help="overwrite files that another run has made")]
+
+def _bundled(incomplete: str) -> list[str]:
+    return [name for name in BUNDLED if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=MODEL, show_default="induction-2l", autocompletion=_bundled),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="the same, by name", rich_help_panel=READS, autocompletion=_bundled),
+]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="a text to run the model over, in UTF-8",
+        show_default="files of Python's standard library",
+        rich_help_panel=READS,
+    ),
+]
+TokensFile = Annotated[
+    Path | None,
+    typer.Option("--tokens", help="token ids in its place: .npy, or text, a sequence a line", rich_help_panel=READS),
+]
+Top = Annotated[int, typer.Option(min=0, help="how many findings to show, the largest first", rich_help_panel=GIVES)]
+Out = Annotated[Path, typer.Option(help="folder that tables and figures are written to", rich_help_panel=GIVES)]
+Force = Annotated[
+    bool, typer.Option("--force", help="overwrite files that another run has made", rich_help_panel=GIVES)
+]
+Backend = Annotated[
+    ops.Backend, typer.Option(help="which kernels compute; auto: those of the GPU if there is one", rich_help_panel=HOW)
+]
+Dtype = Annotated[
+    Literal["float32", "float64", "bfloat16"], typer.Option(help="format of the weights' numbers", rich_help_panel=HOW)
+]
+Precision = Annotated[
+    ops.Precision,
+    typer.Option(help="of products; ieee: all digits of the numbers, the others: fewer", rich_help_panel=HOW),
+]
 
 
 def named(name: str | None, option: str | None) -> str:

@@ -9,10 +9,20 @@ from itertools import accumulate
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
-from pyfastcircuits.command.plain import visible
+from pyfastcircuits.command.plain import significant, visible
 
 SECONDS = 10.0  # between two lines of progress where there is no terminal
 _AVERAGED = 3600.0  # seconds over which the speed is averaged: phases differ in theirs
@@ -30,6 +40,7 @@ class Report:
             Console(stderr=stderr, markup=False, highlight=False, emoji=False) for stderr in (False, True)
         )
         self._found: dict[str, Any] = {}
+        self.going_on = ""  # the command that goes on after an interruption, if there is one
         self.bar = Bar(self._out if self._shows and self._out.is_terminal else self._errors, shown=not quiet)
 
     def line(self, text: str) -> None:
@@ -72,6 +83,7 @@ class Bar:
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
+            _Rate(),
             TimeElapsedColumn(),
             TextColumn("left:"),
             TimeRemainingColumn(),
@@ -97,9 +109,14 @@ class Bar:
         self._progress.stop()
 
     def plan(self, phases: Mapping[str, float]) -> None:
-        """The phases that come now, each with its number of steps."""
+        """The phases that come now, each with its number of steps; of the last, infinity where nobody knows it."""
         self._phases = {name: steps for name, steps in phases.items() if steps}
-        self._progress.update(self._task.id, total=sum(phases.values()), description=self._phase())
+        total = sum(phases.values())
+        started = self._task.start_time
+        self._progress.reset(self._task.id)
+        self._task.start_time = started  # the time so far is that of the whole command
+        self._task.total = total if math.isfinite(total) else None
+        self._progress.update(self._task.id, description=self._phase())
 
     def advance(self, steps: float = 1) -> None:
         """Move on by so many steps."""
@@ -118,7 +135,20 @@ class Bar:
             )
             share = "" if task.total is None else f" {task.percentage:.0f}%,"
             rest = "" if left is None else f", about {left} left"
-            self._console.print(f"{task.description}:{share} {elapsed} so far{rest}", soft_wrap=True)
+            self._console.print(f"{task.description}:{share} {elapsed} so far{_rate(task)}{rest}", soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        """See rich."""
+        return Text(_rate(task).removeprefix(", "), style="progress.data.speed")
+
+
+def _rate(task: Task) -> str:
+    speed = task.finished_speed or task.speed
+    return f", {significant(speed)}/s" if speed else ""
 
 
 def _finite(found: Any) -> Any:

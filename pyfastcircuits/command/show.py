@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from pyfastcircuits import CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
+from pyfastcircuits import Circuit, CopyingAccuracy, Faithfulness, Result, SkipTrigrams, Sweep, positivity
 from pyfastcircuits.command.plain import in_nats, percent, significant
 from pyfastcircuits.command.text import TokenText
-from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import TopEntries
 from pyfastcircuits.result import label_name
+from pyfastcircuits.sweeps.sweep import Example
 
 # Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
 ARTICLE_ORDERS = (1.8, 5.2, 0.3)
@@ -54,8 +54,8 @@ def metric_name(metric: str) -> str:
 def order_steps(sweep: Sweep) -> dict[str, list[Any]]:
     """The steps of the term importance analysis: the paths there are by then, the loss, and its fall, in nats."""
     orders = [f"order <= {k}" for k in range(1, len(sweep.orders))]
-    losses = [math.log(sweep.trace.weights.d_vocab_out), *sweep.orders.tolist(), float(sweep.trace.loss)]
-    rounding = 4 * torch.finfo(sweep.orders.dtype).eps
+    losses = [math.log(sweep.trace.weights.d_vocab_out), *sweep.orders.tolist(), float(sweep.loss)]
+    rounding = 4 * torch.finfo(sweep.trace.weights.compute_dtype).eps
     falls = [before - after for before, after in pairwise(losses)]
     return {
         "paths": ["uniform", "order 0 (direct path)", *orders, "full model"],
@@ -226,6 +226,37 @@ def triple_table(found: SkipTrigrams, text: TokenText) -> Table:
         for x in found.top(found.logits.shape[1])
     )
     return make_table(title, TRIPLE, ("attention", "logit", "product"), rows, STRENGTHS)
+
+
+def circuit_table(found: Circuit, top: int) -> Table:
+    """The best edges of a circuit."""
+    caption = "score: first-order change of the metric when this edge alone carries the corrupted prompt's write"
+    rows = [
+        [label_name(source), label_name(receiver), significant(score, signed=True)]
+        for (source, receiver), score in [*found.scores.items()][:top]
+    ]
+    return make_table("The circuit: its best edges", ("source", "receiver"), ("score",), rows, caption)
+
+
+def faithfulness_table(found: Faithfulness, whole: Faithfulness) -> Table:
+    """How much of the model a circuit explains, and circuits of other sizes by the same scores."""
+    curve = whole.curve
+    assert curve is not None
+    rows = [["this circuit", str(len(found.circuit)), significant(found.faithfulness)]]
+    if found.right is not None:
+        rows.append(["right choices: model, circuit, nothing", "", " / ".join(percent(found.right[i]) for i in (0, 2, 1))])
+    rows.append(["the model without it", "", significant(1 - found.completeness)])
+    rows.append(["random circuits", str(len(found.circuit)), significant(float(found.random.mean()))])
+    rows += [
+        ["the best edges", str(size), significant(share)]
+        for size, share in zip(curve.sizes.tolist(), curve.faithfulness.tolist(), strict=True)
+    ]
+    caption = (
+        f"{metric_name(found.metric)} of the model {significant(found.full)}, with all edges corrupted "
+        f"{significant(found.empty)}; faithfulness is the share of the way between. CPR {significant(curve.cpr)}, CMD "
+        f"{significant(curve.cmd)}."
+    )
+    return make_table("Faithfulness: all other edges corrupted", ("edges inside", "edges"), ("faithfulness",), rows, caption)
 
 
 def copying_table(found: CopyingAccuracy, eigenvalues: Tensor) -> Table:

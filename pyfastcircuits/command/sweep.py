@@ -1,5 +1,8 @@
 """The command `sweep`: term importance, and the ablation of every pair of heads, head or layer."""
 
+import math
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,69 +11,139 @@ import typer
 
 import pyfastcircuits as fc
 from pyfastcircuits.command import options, show, text, write
-from pyfastcircuits.command.app import command, end
+from pyfastcircuits.command.app import RUNS, command, end
+from pyfastcircuits.command.guard import Failed
 from pyfastcircuits.command.made import check_files, check_folder, made_by
-from pyfastcircuits.command.options import Backend, Dtype, Force, Model, ModelOption, Precision
+from pyfastcircuits.command.options import (
+    GIVES,
+    HOW,
+    READS,
+    Backend,
+    Dtype,
+    Force,
+    Model,
+    ModelOption,
+    Out,
+    Precision,
+    TextFile,
+    TokensFile,
+    Top,
+)
 from pyfastcircuits.command.report import Report
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
-from pyfastcircuits.experiments.sweep import SweepScope, count_steps
+from pyfastcircuits.sweeps.corpus import Given, Sequences, TokenType
+from pyfastcircuits.sweeps.store import StoreError
+from pyfastcircuits.sweeps.work import SweepScope, experiments
 
-PATTERNS = 4 << 30  # bytes of attention patterns that a sweep of a text keeps, unless --sequences says otherwise
-LENGTH = 512
-SEQUENCES = "of a text 256, or as many as have 4 GiB of attention patterns; all of --tokens"
+SEQUENCES, LENGTH = 256, 512
+SCOPES = (
+    "what is taken out. Of a pair of heads: the one path through both (path), all that the first writes through the "
+    "second (direct), every path with that step (edge), or both heads (joint); one head; a layer's heads"
+)
+MODES = "what stands in its place: nothing (zero), its mean over the text, or what it was in another sequence"
+PATTERNS_BEHIND = "attention patterns behind what is taken out: as they were, as the article has it, or computed again"
+SHORT = 1 << 16  # tokens of a vocabulary whose ids a .bin holds in two bytes
 
 
-@command
+@command(task=RUNS, example="pyfastcircuits sweep induction-2l --top 5")
 def sweep(
     report: Report,
     name: Model = None,
     option: ModelOption = None,
-    text_file: Annotated[Path | None, typer.Option("--text", help="a text to run over, in UTF-8")] = None,
-    tokens_file: Annotated[Path | None, typer.Option("--tokens", help="token ids: .npy, or text, a row a line")] = None,
-    scope: Annotated[SweepScope, typer.Option(help="pairs of heads by what is taken out; heads; layers")] = "path",
-    mode: Annotated[Mode, typer.Option(help="what is written instead")] = "zero",
-    attention: Annotated[Attention, typer.Option(help="patterns behind what is taken out")] = "frozen",
-    metric: Annotated[MetricName, typer.Option(help="what is measured, besides kl")] = "nll",
-    against: Annotated[str | None, typer.Option(help="the token that a logit difference is against")] = None,
-    top: Annotated[int, typer.Option(min=0, help="ablations to show")] = 10,
-    out: Annotated[Path, typer.Option(help="folder of sweep.parquet, orders.parquet and pairs.png")] = Path("out"),
+    text_file: TextFile = None,
+    tokens_file: TokensFile = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="a corpus of any size: text, .jsonl, .parquet, .npy, .bin, or a folder", rich_help_panel=READS
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="of --corpus: texts or tokens", show_default="input_ids, tokens or text", rich_help_panel=READS
+        ),
+    ] = None,
+    scope: Annotated[SweepScope, typer.Option(help=SCOPES)] = "path",
+    mode: Annotated[Mode, typer.Option(help=MODES)] = "zero",
+    attention: Annotated[Attention, typer.Option(help=PATTERNS_BEHIND)] = "frozen",
+    metric: Annotated[
+        MetricName, typer.Option(help="what is measured at each token, beside KL(clean || ablated)")
+    ] = "nll",
+    against: Annotated[
+        str | None, typer.Option(help="of --metric logit_difference: the token that the next one is compared with")
+    ] = None,
+    top: Top = 10,
+    out: Out = Path("out"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on with the sweep that --out holds, if it does", rich_help_panel=GIVES),
+    ] = False,
     force: Force = False,
+    settle: Annotated[
+        int | None, typer.Option(min=1, help="end when so many that matter most, and their order, are known")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="with which --settle knows them")] = 0.95,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="at most so many, evenly spaced", show_default=SEQUENCES)
+        int | None,
+        typer.Option(
+            min=1,
+            help="at most so many sequences: of --text and --tokens evenly spaced, of --corpus the first",
+            show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
+            rich_help_panel=READS,
+        ),
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(min=2, help="tokens a sequence, at most", show_default=f"of a text {LENGTH}; all of --tokens"),
+        typer.Option(
+            min=2,
+            help="at most so many tokens in a sequence",
+            show_default=f"{LENGTH}; all of --tokens",
+            rich_help_panel=READS,
+        ),
     ] = None,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
-    low_memory: Annotated[bool, typer.Option("--low-memory", help="never hold the clean logits")] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="never hold logits of all tokens at once", rich_help_panel=HOW)
+    ] = False,
 ) -> None:
-    """Term importance order by order, and the ablation of every pair of heads, every head or every layer."""
-    if text_file and tokens_file:
-        raise ValueError("--text and --tokens: give one of them")
+    """Run a text, and take out the path through every pair of heads, every head or every layer: what gets worse?
+
+    First comes the article's term importance: the loss with all paths up to each order, and what each layer's heads
+    add. Then every ablation, ranked, each with the token that it hits hardest. It writes effects/ and manifest.json,
+    which --resume goes on from, orders.parquet, sweep.parquet, and pairs.png, heads.png or layers.png.
+    """
+    sources = {"--text": text_file, "--tokens": tokens_file, "--corpus": corpus}
+    given = [option for option, file in sources.items() if file]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: give one of them")
     model, device = options.named(name, option), options.device_of(backend, precision, dtype)
     check_folder(out)
     with report.bar as bar:
         run, weights = options.model_of(model, dtype, device)
         shown = text.TokenText(model)
-        if tokens_file:
+        size = min(length or LENGTH, _positions(run, weights) or LENGTH)
+        source: Sequences
+        if corpus:
+            width: TokenType = "uint16" if weights.d_vocab <= SHORT else "uint32"
+            tokenizer = None if shown.tokenizer is None else model
+            source = fc.corpus(corpus, size, tokenizer=tokenizer, column=column, dtype=width, sequences=sequences)
+        elif tokens_file:
             tokens = text.read_tokens(tokens_file, weights.d_vocab)[:, :length]
-            tokens = text.evenly(tokens, sequences or len(tokens))
+            source = Given(text.evenly(tokens, sequences or len(tokens)))
         else:
             content = text.read_text(text_file) if text_file else text.held_out_text()
-            size = min(length or LENGTH, _positions(run, weights) or LENGTH)
-            most = sequences or max(1, min(256, PATTERNS // _pattern_bytes(weights, size)))
-            tokens = text.sequences_of(shown, content, size, most)
-            unknown = text.check_known(tokens, shown, weights.d_vocab)
+            source = Given(text.sequences_of(shown, content, size, sequences or SEQUENCES))
+            unknown = text.check_known(source.tokens, shown, weights.d_vocab)
             if unknown > 0.01:
                 report.warn(f"--text: {unknown:.0%} of its tokens are unknown to the model's tokenizer")
         against_token = None if against is None else options.token_of("--against", against, shown, weights)
-        kind, steps = {"head": "heads", "layer": "layers"}.get(scope, "pairs"), count_steps(weights, scope)
-        count = steps["ablations"]
+        kind = {"head": "heads", "layer": "layers"}.get(scope, "pairs")
+        count, there = len(experiments(weights, scope)), source.count
         files = ["orders.parquet", "sweep.parquet", *[f"{kind}.png"] * (count > 0)]
         made = made_by(
             "sweep",
@@ -79,28 +152,40 @@ def sweep(
                 "scope": scope, "mode": mode, "attention": attention, "metric": metric, "against": against_token,
                 "backend": backend, "dtype": dtype, "precision": precision, "low_memory": low_memory,
             },
-            tokens,
-            str(tokens_file or text_file or "held-out files of the standard library"),
+            source.fingerprint,
+            str(corpus or tokens_file or text_file or "held-out files of the standard library"),
         )  # fmt: skip
         check_files(out, files, made, force=force)
         report.line(
             f"{model}: {weights.n_layers} layers, {weights.n_heads} heads, {weights.d_vocab} tokens; "
-            f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens; {count} {kind}{' of heads' * (kind == 'pairs')}"
+            f"{'' if there is None else f'{there} '}sequences of {source.length} tokens; "
+            f"{count} {kind}{' of heads' * (kind == 'pairs')}"
         )
-        bar.plan({**steps, "examples": min(top, count), "writing": len(files)})
-        found = fc.sweep(
-            run,
-            tokens.to(weights.device),
-            scope,
-            mode,
-            attention,
-            progress=bar.advance,
-            metric=metric,
-            against=against_token,
-            low_memory=low_memory,
-            precision=precision,
-            backend=backend,
-        )
+        report.going_on = _going_on()
+        bar.plan({"sequences": math.inf if there is None else there})
+        try:
+            found = fc.sweep(
+                run,
+                source.tokens.to(weights.device) if isinstance(source, Given) else source,
+                scope,
+                mode,
+                attention,
+                out=out,
+                resume=resume,
+                force=force,
+                settle=settle,
+                confidence=confidence,
+                progress=bar.advance,
+                metric=metric,
+                against=against_token,
+                low_memory=low_memory,
+                precision=precision,
+                backend=backend,
+            )
+        except StoreError as error:
+            raise Failed(f"--{error}") from error
+        report.going_on = ""
+        bar.plan({"examples": min(top, count), "writing": len(files)})
         report.show(show.order_table(found))
         if weights.n_layers:
             report.show(show.marginal_table(found))
@@ -111,12 +196,17 @@ def sweep(
         if count:
             report.show(show.effect_table(found.result, examples, shown))
             title = f"{model}: {scope} ablation, {mode}, attention {attention}"
-            label = f"change of the {show.metric_name(found.result.metric)}"
-            paths.append(write.heatmap(found.result, out / files[-1], title, label, made))
+            paths.append(write.picture(found.result.plot(title=title), out / files[-1], made))
             bar.advance()
-            report.line(f"{count / found.seconds:.1f} {kind}/s of {len(tokens) * (tokens.shape[1] - 1)} tokens each")
+        if settle is not None:
+            state = "is settled" if found.settled else "is not settled"
+            report.line(f"the ranking of the first {settle} {state} after {found.sequences} sequences")
+        if count and not resume:
+            each = found.sequences * (source.length - 1)
+            report.line(f"{count / found.seconds:.1f} {kind}/s of {each} tokens each")
     marginals = {name: x.tolist() for name, x in found.marginals._asdict().items()}
     report.found({"marginals": marginals, "examples": write.example_records(found, examples, shown)})
+    report.found({"sequences": found.sequences, "settled": found.settled})
     end(report, made, written, paths)
 
 
@@ -125,6 +215,7 @@ def _positions(model: Any, weights: fc.CircuitWeights) -> int | None:
     return weights.n_ctx or getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
-def _pattern_bytes(weights: fc.CircuitWeights, length: int) -> int:
-    """The size of one sequence's attention patterns."""
-    return max(1, weights.n_layers) * weights.n_heads * length**2 * weights.compute_dtype.itemsize
+def _going_on() -> str:
+    """The command line that goes on with this run."""
+    given = [word for word in sys.argv[1:] if word not in ("--force", "--resume")]
+    return shlex.join(["pyfastcircuits", *given, "--resume"])

@@ -8,32 +8,42 @@ import typer
 import pyfastcircuits as fc
 from pyfastcircuits.command import check as checks
 from pyfastcircuits.command import options, show, text, write
-from pyfastcircuits.command.app import command, end
+from pyfastcircuits.command.app import WEIGHTS, command, end
 from pyfastcircuits.command.made import check_files, check_folder, made_by
-from pyfastcircuits.command.options import Backend, Dtype, Force, Model, ModelOption
+from pyfastcircuits.command.options import GIVES, Backend, Dtype, Force, Model, ModelOption, Out
 from pyfastcircuits.command.report import Report
 
 
-@command
+@command(task=WEIGHTS, example="pyfastcircuits tables skip-trigram-1l --head 0.2 --normed -k 4")
 def tables(
     report: Report,
     name: Model = None,
     option: ModelOption = None,
-    head: Annotated[str | None, typer.Option(help="skip-trigrams of this head, as LAYER.HEAD")] = None,
+    head: Annotated[str | None, typer.Option(help="skip-trigrams of this head, such as 1.4")] = None,
     source: Annotated[
-        list[str] | None, typer.Option(help="only of this token (\\n: a line break); may be given again")
+        list[str] | None, typer.Option(help="only of this source token (\\n is a line break); may be given again")
     ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="entries to show, of each token or of all")] = 10,
-    all_heads: Annotated[bool, typer.Option("--all-heads", help="write the tables of every head to --out")] = False,
-    check: Annotated[bool, typer.Option("--check", help="hold the tables against logits and text")] = False,
+    k: Annotated[
+        int, typer.Option("--k", "-k", min=1, help="entries to show, of each token or of all", rich_help_panel=GIVES)
+    ] = 10,
+    all_heads: Annotated[
+        bool, typer.Option("--all-heads", help="write the tables of every head to --out", rich_help_panel=GIVES)
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="hold the tables against the logits and a text")] = False,
     normed: Annotated[bool, typer.Option("--normed", help="embeddings go through the norm first")] = False,
-    offset: Annotated[int, typer.Option(help="rotary positions: from the source to the destination")] = 0,
-    out: Annotated[Path, typer.Option(help="folder of the Parquet files of --all-heads")] = Path("out"),
+    offset: Annotated[
+        int, typer.Option(help="of rotary positions: how far the destination stands behind the source")
+    ] = 0,
+    out: Out = Path("out"),
     force: Force = False,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Bigrams and, with --head, skip-trigrams, of the whole vocabulary or of a source token; how far heads copy."""
+    """Show the bigrams of the direct path and how far heads copy; with --head, a head's skip-trigrams.
+
+    They are the largest of the whole vocabulary, or those of a source token. --all-heads writes ov, qk, skip-trigrams,
+    copying and bigrams.parquet.
+    """
     if (head is not None) + all_heads + check > 1:
         raise ValueError("--head, --all-heads and --check: give one of them")
     if source and (all_heads or check):

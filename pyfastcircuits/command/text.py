@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyfastcircuits.adapters.files import model_folder
+from pyfastcircuits.adapters.tokenizer import read_tokenizer, start_token
 from pyfastcircuits.circuits.skip_trigrams import no_token
 from pyfastcircuits.command.plain import quoted, visible
 
-START = "[START]"
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")  # those that texts do not hold
 _FILES_AT_ONCE = 64  # encoded in one call, which Ctrl-C waits for
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -33,15 +32,7 @@ class TokenText:
     """Turns tokens into text and back by the tokenizer.json beside a model; without one, tokens are shown as ids."""
 
     def __init__(self, name_or_path: str | Path) -> None:
-        file = model_folder(name_or_path) / "tokenizer.json"
-        self.tokenizer: Any = None
-        if file.exists():
-            from tokenizers import Tokenizer
-
-            try:
-                self.tokenizer = Tokenizer.from_file(str(file))
-            except Exception as error:  # tokenizers raises bare Exceptions
-                raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
+        self.tokenizer = read_tokenizer(name_or_path)
 
     def __call__(self, ids: list[int]) -> str:
         """The tokens as one string, in which what is not printable is escaped."""
@@ -112,10 +103,7 @@ class TokenText:
     @property
     def start(self) -> int | None:
         """The token that every sequence begins with: its own start token or [START]; None without both."""
-        if self.tokenizer is None:
-            return None
-        put_in_front: list[int] = self.tokenizer.encode("").ids
-        return put_in_front[0] if put_in_front else self.tokenizer.token_to_id(START)
+        return None if self.tokenizer is None else start_token(self.tokenizer)
 
 
 def stdlib_files(held_out: bool) -> list[Path]:

@@ -1,16 +1,14 @@
-"""The files that the command writes: Parquet tables (pyarrow) and heatmaps (matplotlib)."""
+"""The files that the command writes: Parquet tables (pyarrow) and figures (matplotlib)."""
 
 import itertools
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
@@ -18,12 +16,10 @@ from torch import Tensor
 import pyfastcircuits as fc
 from pyfastcircuits.command.guard import Failed
 from pyfastcircuits.command.made import KEY
-from pyfastcircuits.command.plain import visible
-from pyfastcircuits.command.show import of_pairs
 from pyfastcircuits.command.text import TokenText
-from pyfastcircuits.experiments.sweep import Example
 from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.result import label_name
+from pyfastcircuits.sweeps.sweep import Example
 
 HEAD_TABLES = {
     "ov": ("layer", "head", "rank", "source", "output", "logit"),
@@ -161,48 +157,23 @@ def _with_text(names: tuple[str, ...], rows: list[tuple[float, ...]], text: Toke
     return pa.table(arrays)
 
 
-def heatmap(found: fc.Result, file: Path, title: str, label: str, made: Mapping[str, Any]) -> Path:
-    """Draw each difference from the baseline, by source and destination for pairs, else by layer and head; the file.
+def circuit_graph(found: fc.Circuit, file: Path) -> Path:
+    """Write a circuit in the graph format of circuit-tracer's viewer; the file.
 
     Raises:
         Failed: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    if of_pairs(found):
-        grid, down, across = _grid_of_pairs(found)
-        names = {"xlabel": "destination head (layer.head)", "ylabel": "source head (layer.head)"}
-    else:
-        grid = found.delta.double().cpu().view(found.values.shape[0], -1).numpy()
-        down, across = ([str(i) for i in range(size)] for size in grid.shape)
-        across = across if len(across) > 1 else ["all heads"]
-        names = {"xlabel": "head", "ylabel": "layer"}
-    size = max(5.0, 0.45 * len(across)), max(4.0, 0.45 * len(down))
-    figure = Figure(figsize=(min(size[0], 40) + 1.5, min(size[1], 40)), layout="constrained")
-    axes = figure.subplots()
-    bound = float(np.nanmax(np.abs(grid))) or 1.0
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound)
-    axes.set_xticks(range(len(across)), across, rotation=90)
-    axes.set_yticks(range(len(down)), down)
-    axes.set(**names)
-    axes.set_title(visible(title), parse_math=False)
-    if grid.size <= 400:
-        for (i, j), value in np.ndenumerate(grid):
-            if np.isfinite(value):
-                colour = "white" if abs(value) > 0.6 * bound else "black"
-                axes.text(j, i, f"{value:+.3f}", ha="center", va="center", fontsize=6, color=colour)
-    figure.colorbar(image, ax=axes, label=label)
-    with _whole(file) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a letter of the title that the font has not
-        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", metadata={KEY: json.dumps(made)})
+    with _whole(file) as partial:
+        found.save(partial)
     return file
 
 
-def _grid_of_pairs(found: fc.Result) -> tuple[Any, list[str], list[str]]:
-    """Differences with sources down and destinations across, NaN where there is no pair; and the names of both."""
-    pairs: Any = found.labels
-    sources, destinations = (sorted(set(side)) for side in zip(*pairs, strict=True))
-    grid = np.full((len(sources), len(destinations)), np.nan)
-    for (source, destination), value in zip(pairs, found.delta.tolist(), strict=True):
-        grid[sources.index(source), destinations.index(destination)] = value
-    return grid, list(map(label_name, sources)), list(map(label_name, destinations))
+def picture(figure: Any, file: Path, made: Mapping[str, Any]) -> Path:
+    """Write a figure as PNG, with what made it among its texts; the file.
+
+    Raises:
+        Failed: the file cannot be written.
+    """
+    with _whole(file) as partial:
+        figure.savefig(partial, format="png", metadata={KEY: json.dumps(made)})
+    return file

@@ -20,7 +20,9 @@ from pyfastcircuits.experiments import edges
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode
 from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.measure import measure
+from pyfastcircuits.experiments.metrics import At, at_mask
 from pyfastcircuits.experiments.options import Attention, Measurement, MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.rerun import Site, rerun_removal
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import nodes
@@ -30,7 +32,6 @@ from pyfastcircuits.run.paths import PathOutputs, enumerate_paths, path_z
 from pyfastcircuits.run.trace import FrozenTrace
 
 Scope = Literal["path", "direct", "edge", "joint"]
-TOTAL_REMOVALS = {"frozen": edges.frozen_removal, "recomputed": edges.rerun_removal}  # by attention, of sets of heads
 
 
 @public
@@ -141,11 +142,12 @@ def head_ablation(
     *,
     heads: Iterable[Any] | None = None,
     effect: edges.Effect = "total",
+    at: At | None = None,
     reference: FrozenTrace | None = None,
     over: AverageOver = "all",
     **options: "Unpack[MeasureOptions]",
 ) -> Result:
-    """Ablate each head: everything it writes, its value bias included, and all that follows from it.
+    """Ablate each head, or other nodes: everything it writes, its value bias included, and all that follows from it.
 
     Args:
         trace: a frozen run.
@@ -154,37 +156,49 @@ def head_ablation(
         attention: "frozen": later heads read the residual stream without it under the clean run's patterns and norm
             scales, and MLPs write what they wrote. "recomputed": everything behind the head is computed anew, as by a
             plain rerun with a hook.
-        heads: None: every head; else P entries, each a head (layer, head) or several that go together.
-        effect: "total", or "direct": the head's own write to the logits, all else as it was.
+        heads: None: every head; else P entries, each a node or several that go together: a head (layer, head), an MLP
+            ("mlp", layer), the bias of a layer's heads ("bias", layer), or "embed".
+        effect: "total", or "direct": the node's own write to the logits, all else as it was.
+        at: the positions where outputs are taken out: an integer, several that go together, or a mask [T] or [B, T];
+            negative ones count from the end. "each": every position on its own. None: all of them together.
         reference: the run that means are taken over or that sequences are resampled from, sequence by sequence; by
             default this one, where each sequence is given the one before it.
         over: the axes of means: "all" positions and sequences; "positions" of each sequence; "batch", the sequences at
             each position. Padding does not count.
 
     Returns:
-        values [L, H], or [P] with `heads`. With metric "nll", frozen attention and precision "ieee" they, and the
-        baseline, are differentiable where the weights require gradients; else they are constants.
+        values [L, H], or [P] with `heads`; with at="each" [L, H, T] or [P, T], labels being (label, position). With
+        metric "nll", frozen attention and precision "ieee" they, and the baseline, are differentiable where the weights
+        require gradients; else they are constants.
 
     Raises:
-        ValueError: an unknown mode, attention, effect, over or metric; a reference that does not fit.
-        IndexError: no such head.
+        ValueError: an unknown mode, attention, effect, over or metric; a reference that does not fit; no such node; an
+            `at` of another shape.
+        IndexError: no such head, layer or position.
         RuntimeError: a backend or precision that is not there.
     """
-    weights, value = trace.weights, AblationValue(trace, mode, reference, over)
-    how = measurement(trace, options, attention)
+    weights, how = trace.weights, measurement(trace, options, attention)
+    value = AblationValue(trace, mode, reference, over, at_mask(trace, at))
     entries = enumerate_paths(weights.n_layers, weights.n_heads, 1) if heads is None else heads
     sets = [parse_nodes(trace, entry) for entry in entries]
     labels = [set_label(nodes) for nodes in sets]
-    places = range(len(sets))
-    if effect == "total":
-        intervention = Intervention(places=places, items=sets, remove=partial(TOTAL_REMOVALS[attention], value=value))
-    elif any(len(heads) != 1 for heads in sets):
-        raise ValueError("heads holds a set of several, but effect is 'direct': give single heads")
+    shape: tuple[int, ...] = (weights.n_layers, weights.n_heads) if heads is None else (len(sets),)
+    sites = [Site(nodes) for nodes in sets]
+    if at == "each":
+        each = range(trace.tokens.shape[1])
+        sites, shape = [Site(nodes, position) for nodes in sets for position in each], (*shape, len(each))
+        labels = [(label, position) for label in labels for position in each]
+    if effect == "direct" and any(len(nodes) != 1 for nodes in sets):
+        raise ValueError("heads holds a set of several, but effect is 'direct': give single ones")
+    if effect == "direct":
+        interventions = _direct_removals(sites, value)
+    elif attention == "recomputed":
+        remove = partial(rerun_removal, value=value)
+        interventions = [Intervention(places=range(len(sites)), items=sites, remove=remove, of_rows=True)]
     else:
-        single, direct = [head for (head,) in sets], partial(_direct_removal, value=value)
-        intervention = Intervention(places=places, items=single, remove=direct, write_heads=single)
-    shape = (weights.n_layers, weights.n_heads) if heads is None else None
-    return measure(trace, [intervention], how, labels, shape, mode=mode, attention=attention, effect=effect)
+        remove = partial(edges.frozen_removal, value=value)
+        interventions = [Intervention(places=range(len(sites)), items=sites, remove=remove)]
+    return measure(trace, interventions, how, labels, shape, mode=mode, attention=attention, effect=effect)
 
 
 @public
@@ -265,11 +279,26 @@ def _path_removals(sets: Sequence[Sequence[Path]], value: AblationValue) -> list
     ]
 
 
-def _direct_removal(part: FrozenTrace, heads: Sequence[Head], value: AblationValue) -> Tensor:
-    """What each head's z [P, B, T, r] loses, and nothing that follows."""
-    layers = {head.layer for head in heads}
-    gone = {layer: part.apply_post_norm(edges.removed_z(part, layer, value), layer) for layer in layers}
-    return torch.stack([gone[head.layer][head.head] for head in heads])
+def _direct_removals(sites: Sequence[Site], value: AblationValue) -> list[Intervention]:
+    """What each site's one node loses, and nothing that follows: of heads before their W_O."""
+
+    def of_heads(part: FrozenTrace, some: Sequence[Site]) -> Tensor:
+        layers = {site.nodes[0].layer for site in some}
+        gone = {layer: part.apply_post_norm(edges.removed_z(part, layer, value), layer) for layer in layers}
+        return torch.stack([site.only_here(gone[site.nodes[0].layer][site.nodes[0].index]) for site in some])
+
+    def of_others(part: FrozenTrace, some: Sequence[Site]) -> Tensor:
+        gone = edges.removed_writes(part, dict.fromkeys(site.nodes[0] for site in some), value)
+        return torch.stack([site.only_here(gone[site.nodes[0]]) for site in some])
+
+    out = []
+    for is_head, places in grouped(isinstance(site.nodes[0], Head) for site in sites).items():
+        items = [sites[i] for i in places]
+        heads = [node for site in items for node in site.nodes if isinstance(node, Head)]
+        out.append(
+            Intervention(places=places, items=items, remove=of_heads if is_head else of_others, write_heads=heads)
+        )
+    return out
 
 
 def _joint_removals(
@@ -279,17 +308,19 @@ def _joint_removals(
     linear = attention == "frozen" and (how.final_norm == "frozen" or weights.norm is None)
     adds_up = linear and how.from_sums and not how.learns
     groups = grouped(first.layer if adds_up and first.layer == second.layer else None for first, second in pairs)
-    remove = partial(TOTAL_REMOVALS[attention], value=value)
+    rerun = attention == "recomputed"
+    remove = partial(rerun_removal if rerun else edges.frozen_removal, value=value)
     out: list[Intervention] = []
     for layer, places in groups.items():
         chosen = [pairs[i] for i in places]
         if layer is None:
-            out.append(Intervention(places=places, items=chosen, remove=remove))
+            sites = [Site(pair) for pair in chosen]
+            out.append(Intervention(places=places, items=sites, remove=remove, of_rows=rerun))
             continue
         out.append(
             Intervention(
                 places=places,
-                items=[(Head(layer, head),) for head in range(weights.n_heads)],
+                items=[Site((Head(layer, head),)) for head in range(weights.n_heads)],
                 remove=remove,
                 pairs=[(first.head, second.head) for first, second in chosen],
                 extra_floats_per_position=weights.n_heads * weights.d_model,

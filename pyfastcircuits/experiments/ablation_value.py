@@ -17,6 +17,8 @@ AverageOver = Literal["all", "positions", "batch"]
 class AblationValue:
     """See `ablation.head_ablation` for mode, reference and over.
 
+    `at` [B, T]: the positions where it takes the place of outputs; None: everywhere.
+
     Raises:
         ValueError: an unknown mode or over; a reference of another model or, where it matters, another shape; resample
             without a reference and with one sequence.
@@ -24,14 +26,19 @@ class AblationValue:
     """
 
     def __init__(
-        self, trace: FrozenTrace, mode: Mode = "zero", reference: FrozenTrace | None = None, over: AverageOver = "all"
+        self,
+        trace: FrozenTrace,
+        mode: Mode = "zero",
+        reference: FrozenTrace | None = None,
+        over: AverageOver = "all",
+        at: Tensor | None = None,
     ) -> None:
         if reference is not None:
             if mode == "zero":
                 raise ValueError("reference is given, but mode is 'zero'")
             check_same_model("reference", reference, trace)
             _check_shape(reference, trace, mode, over)
-        self.mode, self.average_over = mode, over
+        self.mode, self.average_over, self.at = mode, over, at
         self.reference = trace if reference is None else reference
         self.order: Tensor | None = None  # the sequence that each sequence is resampled from; None: its own number
         if mode == "resample" and reference is None:
@@ -39,7 +46,7 @@ class AblationValue:
             if count < 2:
                 raise ValueError("mode is 'resample', but the run has one sequence: give a reference")
             self.order = torch.arange(count, device=trace.tokens.device).roll(1)
-        self._means: dict[Outputs, Tensor] = {}
+        self._means = self.reference.means if over == "all" else {}  # those over all are small: any ablation finds them
         self._resampled: tuple[slice | Tensor, FrozenTrace] | None = None  # the last part asked about, and its source
 
     def value(self, outputs: Outputs, part: FrozenTrace) -> Tensor | float:
@@ -56,7 +63,12 @@ class AblationValue:
 
     def removal(self, outputs: Outputs, part: FrozenTrace) -> Tensor:
         """The outputs in a part of the run, less the value that takes their place: [n, B, T, x]."""
-        return outputs(part) - self.value(outputs, part)
+        gone, mask = outputs(part) - self.value(outputs, part), self.mask(part)
+        return gone if mask is None else gone.masked_fill(~mask[..., None], 0)
+
+    def mask(self, part: FrozenTrace) -> Tensor | None:
+        """The positions [B, T] of a part of the run where outputs are replaced; None: all of them."""
+        return None if self.at is None else self.at[part.sequences]
 
     def _source(self, sequences: slice | Tensor) -> FrozenTrace:
         """The part of the reference that some sequences of the run are resampled from."""

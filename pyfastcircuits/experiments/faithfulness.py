@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.arguments import public
+from pyfastcircuits.drawing.marks import curve
 from pyfastcircuits.experiments.ablation_value import AverageOver, Mode
 from pyfastcircuits.experiments.circuit import Circuit
 from pyfastcircuits.experiments.edited import Place, edited
@@ -46,6 +47,35 @@ class Curve(NamedTuple):
     def cmd(self) -> float:
         """The integrated circuit-model distance of the MIB benchmark: the area between the curve and 1; 0 is best."""
         return float(torch.trapezoid((1 - self.faithfulness).abs(), self.proportions))
+
+
+    @public
+    def table(self) -> Any:
+        """A pyarrow.Table with a row for each size: edges, proportion, faithfulness.
+
+        Raises:
+            ImportError: pyarrow is missing.
+        """
+        try:
+            import pyarrow as pa
+        except ImportError as error:
+            raise ImportError("tables need pyarrow: pip install 'pyfastcircuits[cli]'") from error
+        return pa.table(
+            {name: x.tolist() for name, x in zip(("edges", "proportion", "faithfulness"), self, strict=True)}
+        )
+
+    @public
+    def plot(self) -> Any:
+        """Faithfulness over the number of edges: a matplotlib Figure.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        title, y = "Faithfulness of the best edges", "faithfulness"
+        levels = {"the whole model": 1.0}
+        return curve(
+            self.sizes.tolist(), {y: self.faithfulness}, title=title, x="edges", y=y, levels=levels, zero=True
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ class Intervention:
         items: what each experiment takes out: a head, a set of heads or paths, a layer, ...
         remove: a function of a part of the run and some of the items: the part of the final residual stream that each
             takes out, [P, B, T, d]; with write_heads before their W_O, [P, B, T, r].
+        of_rows: `remove` is given the positions measured [B, T] too, and its result is of those alone, [P, N, d].
         write_heads: the heads through whose W_O what is taken out was written: one for all experiments, or each
             experiment's own; none: it is given as it lies in the residual stream.
         removes_unembed_bias: whether the bias of the logits is taken out too.
@@ -32,15 +33,19 @@ class Intervention:
 
     places: Sequence[int]
     items: Sequence[Any]
-    remove: Callable[[FrozenTrace, Sequence[Any]], Tensor]
+    remove: Callable[..., Tensor]
+    of_rows: bool = False
     write_heads: Sequence[Head] = ()
     removes_unembed_bias: bool = False
     pairs: Sequence[tuple[int, int]] | None = None
     extra_floats_per_position: int = 0
 
-    def removal(self, part: FrozenTrace, members: Sequence[int]) -> Tensor:
-        """What some of the experiments take out in a part of the run, [P, B, T, d or r]; see `remove`."""
-        return self.remove(part, [self.items[i] for i in members])
+    def removal(self, part: FrozenTrace, members: Sequence[int], where: Tensor) -> Tensor:
+        """What some of the experiments take out at positions `where` [B, T] of a part of the run, [P, N, d or r]."""
+        items = [self.items[i] for i in members]
+        if self.of_rows:
+            return self.remove(part, items, where)
+        return self.remove(part, items)[..., where, :]
 
     @property
     def has_own_heads(self) -> bool:

@@ -24,17 +24,17 @@ from pyfastcircuits.run.trace import FrozenTrace
 def learned_losses(
     trace: FrozenTrace, interventions: Sequence[Intervention], how: Measurement, count: int
 ) -> tuple[Tensor, Tensor]:
-    """The losses of `count` experiments and of the clean run: means, or with `per_token` each position's."""
+    """The losses of `count` experiments and of the clean run: means, or each position's or sequence's."""
     places = torch.tensor([place for each in interventions for place in each.places], dtype=torch.long)
     order = torch.cat((places.argsort(), torch.tensor([count]))).to(trace.tokens.device)
     found = []
     for sequences in slices(len(trace.tokens), max(1, memory.ROWS // trace.tokens.shape[1])):
         asked = how.asked[sequences]
-        if asked.count or how.per_token:
+        if asked.count or how.apart:
             losses = torch.cat(list(_losses_of_part(trace[sequences], asked, how, interventions)))[order]
             share = asked.count / how.asked.count
-            found.append(asked.placed(losses) if how.per_token else losses.mean(-1, dtype=torch.float64) * share)
-    total = torch.cat(found, 1) if how.per_token else torch.stack(found).sum(0)
+            found.append(how.placed(asked, losses) if how.apart else losses.mean(-1, dtype=torch.float64) * share)
+    total = torch.cat(found, 1) if how.apart else torch.stack(found).sum(0)
     total = total.to(trace.weights.compute_dtype)
     return total[:count], total[count]
 
@@ -62,7 +62,7 @@ def _made_again(function: Any, *args: Any) -> Tensor:
 def _changed_losses(
     part: FrozenTrace, asked: Asked, how: Measurement, intervention: Intervention, members: Sequence[int]
 ) -> Tensor:
-    removal, W_O = asked.rows(intervention.removal(part, members)), intervention.W_O(part.weights, members)
+    removal, W_O = intervention.removal(part, members, asked.where), intervention.W_O(part.weights, members)
     left = asked.rows(_final(part)) - (removal if W_O is None else removal @ W_O)
     scale = norm_scale(left, part.weights) if how.final_norm == "recomputed" else None
     return asked_losses(part, asked, how, left, scale, not intervention.removes_unembed_bias)

@@ -173,8 +173,9 @@ def measure(
 ) -> Result:
     """The result of every experiment of every intervention, labelled in the order of their places.
 
-    Values are means over the positions measured, or with `per_token` each position's. They are [P], or `shape`, for as
-    many labels. The losses of a measurement that learns have gradients.
+    Values are means over the positions measured, or with `per_token` each position's, with `per_sequence` each
+    sequence's mean. They are [P], or `shape`, for as many labels. The losses of a measurement that learns have
+    gradients.
     """
     first, *others = how.metrics
     count, found = len(labels), {}
@@ -191,7 +192,7 @@ def measure(
 
 
 class _Found(NamedTuple):
-    """A metric's values of all experiments, [P] or [P, B, T'], its value of the clean run, and what lies between."""
+    """A metric's values of all experiments, [P], [P, B] or [P, B, T'], of the clean run, and what lies between."""
 
     values: Tensor
     clean: Tensor
@@ -229,18 +230,19 @@ def _measured(
 
 
 class _Values:
-    """Values [..., B, T'] by position, or their mean over the positions, gathered part by part in fp64."""
+    """Values [..., B, T'] by position, or their means over a sequence's or all positions, gathered in fp64."""
 
     def __init__(self, trace: FrozenTrace, how: Measurement, shape: tuple[int, ...]) -> None:
         self.how = how
-        places = (len(trace.tokens), how.asked.width) if how.per_token else ()
-        empty = torch.nan if how.per_token else 0.0
+        places = (len(trace.tokens), how.asked.width)[: how.apart + how.per_token]
+        empty = torch.nan if how.apart else 0.0
         self.total = torch.full((*shape, *places), empty, dtype=torch.float64, device=trace.tokens.device)
 
     def put(self, where: Any, sequences: slice, asked: Asked, values: Tensor) -> None:
         """Store the values [..., N] of a part's positions, or add their share of the mean."""
-        if self.how.per_token:
-            self.total[(where, sequences) if isinstance(where, Tensor) else sequences] = asked.placed(values)
+        if self.how.apart:
+            here = (where, sequences) if isinstance(where, Tensor) else sequences
+            self.total[here] = self.how.placed(asked, values)
         else:
             self.total[where] += values.mean(-1) * (asked.count / self.how.asked.count)
 
@@ -273,7 +275,7 @@ def _delta(
     W_O [1 or P, r, d] that is still to be multiplied in, if any.
     """
     weights, W_O = part.weights, intervention.W_O(part.weights, members)
-    removal = part.asked.rows(intervention.removal(part.trace, members))
+    removal = intervention.removal(part.trace, members, part.asked.where)
     if W_O is not None and not part.narrow(intervention):
         removal, W_O = _times(removal, W_O), None
     scale: Tensor | None = None

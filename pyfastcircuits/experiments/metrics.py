@@ -14,6 +14,7 @@ from pyfastcircuits.result import Harm
 from pyfastcircuits.run.trace import FrozenTrace
 
 Positions = int | Sequence[int] | Tensor
+At = Positions | Literal["each"]  # where something is taken out or put in
 Tokens = Tensor | int | None  # an integer, [B], [B, T], or of sets [B, T, K]; None: the next token
 MetricName = Literal["nll", "kl", "logit_difference", "probability", "rank", "top1"]
 
@@ -280,6 +281,12 @@ class Asked:
         out[..., self.where] = values
         return out[..., : self.width]
 
+    def sequence_means(self, values: Tensor) -> Tensor:
+        """[..., N] -> [..., B], the mean over each sequence's positions; NaN where none is measured."""
+        out = values.new_zeros((*values.shape[:-1], *self.where.shape))
+        out[..., self.where] = values
+        return out.sum(-1) / self.where.sum(-1)
+
 
 def asked(
     trace: FrozenTrace,
@@ -345,27 +352,37 @@ def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace, where: Tensor, 
 def _where(trace: FrozenTrace, positions: Positions | None, needs_next: bool) -> Tensor:
     shape = trace.tokens.shape
     real = torch.ones(shape, dtype=torch.bool, device=trace.tokens.device) if trace.mask is None else trace.mask
-    chosen = real if positions is None else real & _chosen(positions, shape, real.device, needs_next)
+    chosen = real
+    if positions is not None:
+        mask, listed = position_mask("positions", positions, trace)
+        if needs_next and listed and mask[0, -1]:
+            last = shape[1] - 1
+            raise ValueError(f"positions holds the last one, {last}, which has no next token: give targets")
+        chosen = real & mask
     if needs_next or positions is None:
         followed = torch.cat((real[:, 1:], torch.zeros_like(real[:, :1])), 1)
         chosen = chosen & followed
     return chosen
 
 
-def _chosen(positions: Positions, shape: torch.Size, device: torch.device, needs_next: bool) -> Tensor:
-    """Positions as a mask, [T] or [B, T]."""
-    given = as_integers("positions", positions, device, masks=True)
+def position_mask(name: str, positions: Positions, trace: FrozenTrace) -> tuple[Tensor, bool]:
+    """Positions as a mask [B, T], and whether they were listed by number; errors as `asked`."""
+    shape, device = trace.tokens.shape, trace.tokens.device
+    given = as_integers(name, positions, device, masks=True)
     if given.dtype == torch.bool:
         if given.shape not in (shape, shape[1:]):
-            raise ValueError(f"positions has shape {list(given.shape)}, expected {list(shape[1:])} or {list(shape)}")
-        return given
+            raise ValueError(f"{name} has shape {list(given.shape)}, expected {list(shape[1:])} or {list(shape)}")
+        return given.expand(shape), False
     if given.dim() > 1:
-        raise ValueError(f"positions has shape {list(given.shape)}, expected integers or a mask")
+        raise ValueError(f"{name} has shape {list(given.shape)}, expected integers or a mask")
     for position in given.flatten().tolist():
         if not -shape[1] <= position < shape[1]:
-            raise IndexError(f"positions holds {position}, but sequences have {shape[1]} tokens")
+            raise IndexError(f"{name} holds {position}, but sequences have {shape[1]} tokens")
     chosen = torch.zeros(shape[1], dtype=torch.bool, device=device)
     chosen[given.flatten().long()] = True
-    if needs_next and chosen[-1]:
-        raise ValueError(f"positions holds the last one, {shape[1] - 1}, which has no next token: give targets")
-    return chosen
+    return chosen.expand(shape), True
+
+
+def at_mask(trace: FrozenTrace, at: At | None) -> Tensor | None:
+    """The positions [B, T] where outputs are changed together; None: all, or each on its own; errors as `asked`."""
+    return None if at is None or isinstance(at, str) else position_mask("at", at, trace)[0]

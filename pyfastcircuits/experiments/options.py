@@ -38,6 +38,7 @@ class MeasureOptions(TypedDict, total=False):
             "kl".
         kl: measure KL(clean || changed) too.
         per_token: each position's values instead of means over them.
+        per_sequence: each sequence's means over its positions instead of means over all.
         final_norm: whether the final norm's scale is the clean run's ("frozen") or that of the changed stream
             ("recomputed"); None: as the attention patterns, frozen with frozen ones.
         low_memory: recompute the clean logits for each slice of the vocabulary, so that nothing of size [T, V] exists.
@@ -52,6 +53,7 @@ class MeasureOptions(TypedDict, total=False):
     positions: Positions | None
     kl: bool
     per_token: bool
+    per_sequence: bool
     final_norm: FinalNorm | None
     low_memory: bool
     precision: Precision
@@ -60,8 +62,8 @@ class MeasureOptions(TypedDict, total=False):
 
 
 DEFAULTS = MeasureOptions(
-    metric="nll", targets=None, against=None, positions=None, kl=False, per_token=False, final_norm=None,
-    low_memory=False, precision="ieee", backend="auto", progress=None,
+    metric="nll", targets=None, against=None, positions=None, kl=False, per_token=False, per_sequence=False,
+    final_norm=None, low_memory=False, precision="ieee", backend="auto", progress=None,
 )  # fmt: skip
 
 
@@ -73,6 +75,7 @@ class Measurement:
     asked: Asked
     final_norm: FinalNorm
     per_token: bool
+    per_sequence: bool
     low_memory: bool
     precision: Precision
     backend: Backend
@@ -84,6 +87,15 @@ class Measurement:
         """Whether sums over the vocabulary are all that the metrics need; see MetricSpec."""
         return all(metric.from_sums for metric in self.metrics)
 
+    @property
+    def apart(self) -> bool:
+        """Whether sequences stay apart: values have a dimension of them."""
+        return self.per_token or self.per_sequence
+
+    def placed(self, asked: Asked, values: Tensor) -> Tensor:
+        """Values [..., N] of a part's positions as [..., B, T'], or their means in each sequence [..., B]."""
+        return asked.placed(values) if self.per_token else asked.sequence_means(values)
+
 
 def measurement(trace: FrozenTrace, options: Mapping[str, Any], attention: Attention = "frozen") -> Measurement:
     """Check the options of an experiment on a run whose `attention` is frozen or recomputed.
@@ -93,6 +105,8 @@ def measurement(trace: FrozenTrace, options: Mapping[str, Any], attention: Atten
     """
     chosen: dict[str, Any] = {**DEFAULTS, **options}
     final_norm = chosen["final_norm"] or attention
+    if chosen["per_token"] and chosen["per_sequence"]:
+        raise ValueError("per_sequence is True, but per_token is too: values are of positions or of sequences")
     metric = metric_spec(chosen["metric"], chosen["targets"], chosen["against"])
     beside = (KL(),) if chosen["kl"] and not isinstance(metric, KL) else ()
     where = asked(
@@ -102,7 +116,9 @@ def measurement(trace: FrozenTrace, options: Mapping[str, Any], attention: Atten
         against=metric.against,
         of_tokens=not isinstance(metric, KL),
     )
-    how = {name: chosen[name] for name in ("per_token", "low_memory", "precision", "backend", "progress")}
+    how = {
+        name: chosen[name] for name in ("per_token", "per_sequence", "low_memory", "precision", "backend", "progress")
+    }
     exact = attention == "frozen" and isinstance(metric, NLL) and chosen["precision"] == "ieee"
     learns = exact and trace.learns and torch.is_grad_enabled()
     return Measurement((metric, *beside), where, final_norm, **how, learns=learns)

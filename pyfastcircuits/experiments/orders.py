@@ -1,7 +1,7 @@
 """Term importance: a metric of the model that has only the paths of some orders, or of some layers' heads."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,34 @@ class LayerMarginals(NamedTuple):
 
     given_direct: Tensor  # added to the direct path alone
     given_rest: Tensor  # added to the direct path and the single-head paths of all other layers
+
+    @public
+    def plot(self) -> Any:
+        """Draw both over the layers; of `per_token`, means over positions.
+
+        Raises:
+            ValueError: the model has no layers.
+            ImportError: matplotlib is missing.
+        """
+        from pyfastcircuits.drawing.marks import curve
+
+        if not len(self[0]):
+            raise ValueError("given_direct is empty: the model has no layers")
+        series = dict(zip(("given the direct path alone", "given all other layers too"), self._means(), strict=True))
+        title = "Marginal effect of each layer's single-head paths"
+        return curve(range(len(self[0])), series, title=title, x="layer", y="gain in the metric", zero=True)
+
+    def _means(self) -> list[Tensor]:
+        return [(x if x.dim() == 1 else x.flatten(1).nanmean(-1)).detach().double() for x in self]
+
+    def _repr_html_(self) -> str:
+        """Both, layer by layer, as a table with a picture."""
+        from pyfastcircuits.drawing.notebook import card
+
+        means = zip(*(x.tolist() for x in self._means()), strict=True)
+        rows = [(str(i), f"{a:.4g}", f"{b:.4g}") for i, (a, b) in enumerate(means)]
+        names = ("layer", "given the direct path alone", "given all other layers too")
+        return card("Marginal effect of each layer's single-head paths", names, rows, self.plot)
 
 
 @public

@@ -10,13 +10,15 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode, check_same_model
-from pyfastcircuits.experiments.edges import Effect, edge_removals, mixed_z, removed_writes
+from pyfastcircuits.experiments.edges import Effect, edge_removals, mixed_z, place, removed_writes
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metric_gradient import metric_mean
-from pyfastcircuits.experiments.metrics import Asked
+from pyfastcircuits.experiments.metrics import Asked, At, at_mask
 from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.points import What, patches
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.nodes import Edge, Head, HeadInput, Kind, one_or_several, parse_pair
+from pyfastcircuits.run.node_names import edge_label, is_pair, parse_edge
+from pyfastcircuits.run.nodes import Head, Kind, one_or_several
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -33,6 +35,7 @@ def composition_ablation(
     effect: Effect = "total",
     *,
     pairs: Iterable[Any] | None = None,
+    at: At | None = None,
     reference: FrozenTrace | None = None,
     over: AverageOver = "all",
     **options: "Unpack[MeasureOptions]",
@@ -50,27 +53,34 @@ def composition_ablation(
         effect: "total": everything behind the destination is computed anew. "direct": the destination's output goes
             straight to the logits, and all else stays.
         pairs: P entries, each (source, destination), or, for total effects, several such that are cut together and have
-            destinations in one layer: all previous-token heads from all induction heads, say. None: all pairs.
+            destinations in one layer: all previous-token heads from all induction heads, say. None: all pairs of heads.
+            A source is any node (see head_ablation). A destination is a head, whose `kind` of input is cut, or says
+            which, ((layer, head), "K"); an MLP ("mlp", layer), of whose output all that follows is the effect; or
+            "logits", where an edge is the source's own write to them.
+        at: the positions where the source's output is taken out, as in head_ablation, but not "each".
 
     Returns:
-        values [P]; `pairs` is [P, 2, 2]; `labels` holds a frozenset for several.
+        values [P]; `pairs` is [P, 2, 2] where all are of heads; `labels` holds a frozenset for several.
 
     Raises:
-        ValueError: an unknown kind, mode, effect or metric; pairs that are none.
-        IndexError: no such head.
+        ValueError: an unknown kind, mode, effect or metric; pairs that are none; at="each".
+        IndexError: no such head, layer or position.
         RuntimeError: a backend or precision that is not there.
     """
+    if isinstance(at, str):
+        raise ValueError(f"at is {at!r}, expected positions that go together: edges are cut at all of them")
     weights, labels, cuts = trace.weights, list[Label](), []
     for entry in enumerate_paths(weights.n_layers, weights.n_heads, 2) if pairs is None else pairs:
-        given, several = one_or_several(entry)
-        chosen = [parse_pair(weights, pair) for pair in given]
-        if len({to.layer for _, to in chosen}) != 1 or (several and effect == "direct"):
+        given, several = one_or_several(entry, is_pair)
+        cut = [parse_edge(trace, pair, kind) for pair in given]
+        if len({place(edge.receiver) for edge in cut}) != 1 or (several and effect == "direct"):
             raise ValueError(
                 f"pairs holds {entry}: pairs that are cut together need one layer of destinations and effect 'total'"
             )
-        labels.append(frozenset(chosen) if several else chosen[0])
-        cuts.append([Edge(source, HeadInput(to, kind)) for source, to in chosen])
-    value = AblationValue(trace, mode, reference, over)
+        named = [edge_label(edge, kind) for edge in cut]
+        labels.append(frozenset(named) if several else named[0])
+        cuts.append(cut)
+    value = AblationValue(trace, mode, reference, over, at_mask(trace, at))
     how = measurement(trace, options, "recomputed")
     return measure(trace, edge_removals(weights, cuts, value, effect), how, labels, kind=kind, mode=mode, effect=effect)
 
@@ -86,6 +96,7 @@ def path_patching(
     *,
     direction: Direction = "denoise",
     pairs: Iterable[Any] | None = None,
+    at: At | None = None,
     **options: "Unpack[MeasureOptions]",
 ) -> Result:
     """Patch every edge between two heads: the destination's input is made with the source's output of the other run.
@@ -96,7 +107,7 @@ def path_patching(
 
     Args:
         clean, corrupted: runs of one model over tokens of one shape.
-        kind, effect, pairs: as in composition_ablation.
+        kind, effect, pairs, at: as in composition_ablation.
         direction: "denoise": clean outputs go into the corrupted run, whose value is the baseline; "noise": the other
             way. Targets are the clean run's next tokens unless they are given.
 
@@ -108,7 +119,9 @@ def path_patching(
         ValueError: runs of different models or shapes; as composition_ablation.
     """
     into, source, options = _directed(clean, corrupted, direction, options)
-    found: Result = composition_ablation(into, kind, "resample", effect, pairs=pairs, reference=source, **options)
+    found: Result = composition_ablation(
+        into, kind, "resample", effect, pairs=pairs, at=at, reference=source, **options
+    )
     return _with_runs(found, clean, corrupted, direction, options)
 
 
@@ -119,29 +132,49 @@ def activation_patching(
     clean: FrozenTrace,
     corrupted: FrozenTrace,
     *,
+    what: What = "z",
+    at: At | None = None,
     direction: Direction = "denoise",
     heads: Iterable[Any] | None = None,
     **options: "Unpack[MeasureOptions]",
 ) -> Result:
-    """Patch every head: its output in one run is put into the other, and everything behind it is computed anew.
+    """Patch every layer or head: what one run has there is put into the other, and all behind it is computed anew.
 
-    This is also called causal tracing or interchange intervention (Meng et al. 2022; Vig et al. 2020).
+    This is also called causal tracing or interchange intervention (Meng et al. 2022; Vig et al. 2020). With at="each"
+    it makes the maps over layers and positions that TransformerLens draws by `patching.get_act_patch_*`, which these
+    equal; many patches run together, from the layer and the position that they change.
 
     Args:
         clean, corrupted: runs of one model over tokens of one shape.
+        what: what is patched in each layer. "resid_pre", "resid_mid": the residual stream before the layer, or before
+            its MLP; "attn_out", "mlp_out": what the heads, or the MLP, add to it. Of each head: "z", its mixed values;
+            "q", "k", "v": queries, keys (of key/value heads), values; "pattern": its attention from a position.
+        at: as in head_ablation: the positions where it is patched; "each": every position on its own.
         direction: as in path_patching.
-        heads: as in head_ablation.
+        heads: with what="z", the nodes to patch, as in head_ablation.
 
     Returns:
-        values [L, H], or [P] with `heads`; setup["clean"] and setup["corrupted"] hold what the two runs measure.
+        values [L], of heads [L, H] ("k", "v": [L, Hkv]), or [P] with `heads`; with at="each" followed by [T]. Labels
+        are (what, layer), (label of the head, "Q"), ..., with at="each" (label, position). setup["clean"] and
+        setup["corrupted"] hold what the two runs measure.
 
     Raises:
         TypeError: something else than two runs.
-        ValueError: runs of different models or shapes; as head_ablation.
+        ValueError: runs of different models or shapes; a point that the model has not (no MLP, or one that runs beside
+            the heads); heads with another `what`; as head_ablation.
+        IndexError: no such node or position.
     """
+    if heads is not None and what != "z":
+        raise ValueError(f"heads is given, but what is {what!r}: nodes are patched by their outputs, what='z'")
     into, source, options = _directed(clean, corrupted, direction, options)
-    found: Result = head_ablation(into, "resample", "recomputed", heads=heads, reference=source, **options)
-    return _with_runs(found, clean, corrupted, direction, options)
+    if what == "z":
+        found: Result = head_ablation(into, "resample", "recomputed", heads=heads, at=at, reference=source, **options)
+    else:
+        value = AblationValue(into, "resample", source, at=at_mask(into, at))
+        interventions, labels, shape = patches(into, what, value, each=at == "each")
+        how = measurement(into, options, "recomputed")
+        found = measure(into, interventions, how, labels, shape, mode="resample", attention="recomputed")
+    return _with_runs(replace(found, setup={**found.setup, "what": what}), clean, corrupted, direction, options)
 
 
 @public
@@ -178,10 +211,10 @@ def edge_attribution(
         raise ValueError(f"exact is {exact}, expected a number of pairs")
     into, source, options = _directed(clean, corrupted, direction, options)
     how = measurement(into, options, "recomputed")
-    if not all(metric.has_gradient for metric in how.metrics) or how.per_token:
+    if not all(metric.has_gradient for metric in how.metrics) or how.apart:
         raise ValueError(
-            f"metric is {how.metrics[0].name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}: expected the "
-            "mean of a metric with a gradient, nll, logit_difference or probability"
+            f"metric is {how.metrics[0].name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}, per_sequence "
+            f"{how.per_sequence}: expected the mean of a metric with a gradient, nll, logit_difference or probability"
         )
     weights = into.weights
     pairs = enumerate_paths(weights.n_layers, weights.n_heads, 2)
@@ -227,7 +260,8 @@ def _with_runs(
 ) -> Result:
     """The result with what either run measures by itself in its setup."""
     setup = dict(found.setup) | {"direction": direction}
-    plain: MeasureOptions = {**_about(clean, options), "per_token": False, "kl": False, "progress": None}
+    plain: MeasureOptions = {**_about(clean, options), "per_token": False, "per_sequence": False, "kl": False}
+    plain["progress"] = None
     for name, run in (("clean", clean), ("corrupted", corrupted)):
         setup[name] = float(measure(run, [], measurement(run, plain, "recomputed"), []).baseline)
     return replace(found, setup=setup)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.circuits.head_factors import triangle
+from pyfastcircuits.integrations.patching import of_module
 from pyfastcircuits.model.factored import FactoredMatrix, computable
 from pyfastcircuits.ops import pair_norms
 
@@ -38,12 +39,14 @@ class Acceleration(ExitStack):
 
 
 def accelerate() -> Acceleration:
-    """Run TransformerLens' composition scores and FactoredMatrix on this package, until undone.
+    """Run TransformerLens' composition scores, FactoredMatrix and activation patching on this package, until undone.
 
     `accelerate()` lasts until `.undo()` of what it returns; `with accelerate():` until the block ends. Meanwhile
     `model.all_composition_scores(...)` and `composition_scores(...)` go through `ops.pair_norms`, and the methods of
     TransformerLens' FactoredMatrix (products, `svd`, `norm`, `eigenvalues`, and so copying scores, indexing) are those
-    of this package's, for matrices that exist already too. Types are theirs throughout (a Tensor from
+    of this package's, for matrices that exist already too. `patching.get_act_patch_*`, and what is made of them, run
+    many patches together, from the layer and position that each changes, with any metric of the logits (which are
+    computed where the metric reads them). Types are theirs throughout (a Tensor from
     HookedTransformer, CompositionScores from TransformerBridge), and values equal up to rounding.
 
     Raises:
@@ -51,7 +54,7 @@ def accelerate() -> Acceleration:
     """
     try:
         import transformer_lens
-        from transformer_lens import utilities
+        from transformer_lens import patching, utilities
     except ImportError as error:
         raise ImportError(
             "accelerate() needs TransformerLens: pip install 'pyfastcircuits[transformer-lens]'"
@@ -68,6 +71,9 @@ def accelerate() -> Acceleration:
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "transformer_lens" and vars(module).get("composition_scores") is slow:
             done.replace(module, "composition_scores", fast)
+
+    for name, function in of_module(patching).items():
+        done.replace(patching, name, function)
 
     for model in _models(transformer_lens):
         if "all_composition_scores" in vars(model):

@@ -331,8 +331,8 @@ class CircuitWeights:
         return replace(self, **moved)
 
     @public
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file that load_weights reads."""
+    def save(self, path: str | Path, *, half: bool = False) -> None:
+        """Write a safetensors file that load_weights reads; `half`: in float16, which load_weights makes float32 of."""
         try:
             from safetensors import SafetensorError
             from safetensors.torch import save_file
@@ -340,6 +340,7 @@ class CircuitWeights:
             raise ImportError("save needs the safetensors package: pip install safetensors") from error
 
         tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
+        tensors = {name: tensor.half() for name, tensor in tensors.items()} if half else tensors
         others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
         options = {name: value for name, value in others.items() if not name.startswith(("W_", "b_", "ln_"))}
         try:

@@ -13,15 +13,18 @@ from pyfastcircuits.run.nodes import (
     KINDS,
     MLP,
     Bias,
+    Edge,
     Embedding,
     Head,
     HeadInput,
+    Kind,
     Logits,
     Node,
     Receiver,
     has_mlp,
     one_or_several,
     parse_head,
+    writes_before,
 )
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -35,7 +38,7 @@ def parse_node(run: FrozenTrace, entry: Any, name: str = "node") -> Node:
     """
     if isinstance(entry, str) and entry == Embedding.label:
         return Embedding()
-    kinds = {"mlp": MLP, "bias": Bias}
+    kinds: dict[str, type[MLP] | type[Bias]] = {"mlp": MLP, "bias": Bias}
     if isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str) and entry[0] in kinds:
         try:
             layer = as_integer(entry[1])
@@ -86,9 +89,44 @@ def parse_receiver(run: FrozenTrace, entry: Any, name: str = "receiver") -> Rece
     )
 
 
+def parse_edge(run: FrozenTrace, pair: Any, kind: Kind) -> Edge:
+    """(source, destination): a node, and a receiver; of a head that is no receiver, the input that `kind` says.
+
+    Raises:
+        ValueError: something else; a source that has not written when the destination reads.
+        IndexError: a layer or head that the model does not have.
+    """
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(f"pairs holds {describe(pair, entries=True)}, expected (source, destination)")
+    source, to = parse_node(run, pair[0], "pair"), pair[1]
+    named = to == Logits.label or (isinstance(to, (tuple, list)) and any(isinstance(part, str) for part in to))
+    receiver = parse_receiver(run, to, "pair") if named else HeadInput(parse_head(run.weights, to, "pair"), kind)
+    if not writes_before(run, source, receiver):
+        raise ValueError(f"pair {tuple(pair)}: layers must increase from the source to the destination")
+    return Edge(source, receiver)
+
+
+def edge_label(edge: Edge, kind: Kind) -> Label:
+    """(source, destination) as users write them; the input of a head where it is not that of `kind`."""
+    to: Label = edge.receiver.label
+    if isinstance(edge.receiver, HeadInput) and edge.receiver.inputs == kind:
+        to = edge.receiver.head
+    return (_name(edge.source), to)
+
+
+def is_pair(entry: Any) -> bool:
+    """Whether it is a source and a destination, and not a node, whose first part is a number or the name of a kind."""
+    return isinstance(entry, (tuple, list)) and len(entry) > 0 and _is_node(entry[0])
+
+
 def set_label(nodes: Sequence[Node]) -> Label:
     """The label of nodes that go together: one node's own, or a frozenset of them as users write them."""
-    return nodes[0].label if len(nodes) == 1 else frozenset(x if isinstance(x, Head) else x.label for x in nodes)
+    return nodes[0].label if len(nodes) == 1 else frozenset(_name(node) for node in nodes)
+
+
+def _name(node: Node) -> Label:
+    """As users write it."""
+    return node if isinstance(node, Head) else node.label
 
 
 def _is_node(entry: Any) -> bool:

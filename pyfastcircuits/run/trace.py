@@ -1,6 +1,7 @@
 """One clean run with attention patterns and norm scales frozen: from there on the model is linear in its paths."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,6 +211,11 @@ class FrozenTrace(FrozenModel):
     @derived
     def prefix_z(self) -> dict[tuple[tuple[int, int], ...], Tensor]:
         """The store of paths.path_z: z along paths that many longer paths begin with."""
+        return {}
+
+    @derived
+    def means(self) -> dict[Any, Tensor]:
+        """The store of ablation values: means of outputs over all sequences and positions."""
         return {}
 
     @public

@@ -12,7 +12,7 @@ def run(*arguments: object, columns: int = 160):
 
 COMMANDS = {
     "sweep": ["--top", 2],
-    "heads": ["--length", 4, "--copies", 2],
+    "heads": ["--copy-length", 4, "--copies", 2],
     "composition": [],
     "tables": [],
     "tables --all-heads": [],

@@ -83,6 +83,9 @@ def entries() -> Iterator[Entry]:
         found = getattr(fc.ops, name)
         if inspect.isfunction(found) or isinstance(found, type):
             yield Entry(f"ops.{name}", found, signature(found), found if isinstance(found, type) else None)
+    for name in fc.plot.__all__:
+        found = getattr(fc.plot, name)
+        yield Entry(f"plot.{name}", found, signature(found))
     for owner in WITH_METHODS:
         for name in dir(owner):
             found, whole = inspect.getattr_static(owner, name), f"{owner.__name__}.{name}"
@@ -119,7 +122,9 @@ def raw_entries() -> Iterator[Entry]:
 
 
 ENTRIES = {entry.name: entry for entry in sorted(entries(), key=lambda entry: entry.name)}
-OFTEN = [name for name in ENTRIES for _ in range(1 if ENTRIES[name].owner else 3)]  # functions and ops, in the main
+OFTEN = [  # functions and ops, in the main
+    name for name in ENTRIES for _ in range(1 if ENTRIES[name].owner or name.startswith("plot.") else 3)
+]
 RAW = [name for name in ENTRIES if name.startswith("torch.ops")]
 
 

@@ -127,6 +127,16 @@ class World:
     def pair(self) -> Any:
         return (self.source, self.destination)
 
+    def finding(self, kinds: Sequence[Any]) -> Any:
+        """What a figure is drawn of."""
+        made = {
+            fc.SkipTrigrams: lambda: fc.skip_trigrams(self.weights, self.head(), k=1),
+            fc.LayerMarginals: lambda: fc.layer_marginals(self.trace),
+            fc.Sweep: lambda: fc.order_losses(self.trace),
+            fc.Result: lambda: self.pick(fc.head_ablation, fc.pair_ablation)(self.trace, kl=True),
+        }
+        return next(make for kind, make in made.items() if kind in kinds)()
+
     def operand(self, name: str) -> Tensor:
         """A tensor of an op."""
         shape, _, end = SHAPES[name].partition(" < ")
@@ -169,6 +179,8 @@ class World:
             "scalar": lambda: pick(2.0, 3), "shape": lambda: [2, 3, 4], "name": lambda: pick("W_Q", "Q", "W_O", "V"),
             "stream": lambda: self.trace.final, "streams": lambda: self.trace.final[None], "kind": lambda: "Q",
             "losses": lambda: self.trace.token_losses, "values": lambda: self.normal(2, 3), "device": lambda: torch.device("cpu"),
+            "found": lambda: self.finding(options), "x": lambda: "nll", "y": lambda: "kl", "quantity": lambda: None,
+            "title": lambda: pick(None, "$x_1$"), "scale": lambda: "nats", "layers": lambda: pick(None, [0]),
             "rows_measured": lambda: None, "logit_difference": lambda: None, "length": lambda: pick(4, 7),
         }  # fmt: skip
         if fc.FrozenTrace in options and name == "model":

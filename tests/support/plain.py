@@ -42,11 +42,12 @@ class Plain:
         return written * self.kept[layer, "post"] * (norm.weight + type(norm).__name__.startswith("Gemma"))
 
     @torch.no_grad()
-    def run(self, z=None, inputs=None, frozen=False, final_frozen=None):
+    def run(self, z=None, inputs=None, frozen=False, final_frozen=None, mlp=None, layer=None):
         """Replace z of heads {(layer, head): value}, and inputs {(layer, head, "Q" | "K" | "V"): residual stream}, of
         keys and values by their own heads. `frozen`: queries, keys, MLPs and the scales of norms are those of the clean run.
+        `mlp` {layer: f} replaces what its module gives by f(it), `layer` {layer: f} the stream that a layer reads.
         """
-        z, inputs = z or {}, inputs or {}
+        z, inputs, mlp, stream = z or {}, inputs or {}, mlp or {}, layer or {}
         final_frozen = frozen if final_frozen is None else final_frozen
         made = {(layer, head, kind): self.made(layer, kind, x) for (layer, head, kind), x in inputs.items()}
         with ExitStack() as stack:
@@ -64,7 +65,16 @@ class Plain:
                 for which in ("norm", "post"):
                     if self.norm(i, which) is not None:
                         self.hold_norm(hook, (i, which), self.norm(i, which), frozen)
-                hook(layer.get_submodule(self.names["mlp"]), lambda m, a, out, i=i: self.hold((i, "mlp"), out, frozen))
+
+                def given(m, a, out, i=i):
+                    return (
+                        mlp[i](self.hold((i, "mlp"), out, frozen)) if i in mlp else self.hold((i, "mlp"), out, frozen)
+                    )
+
+                hook(layer.get_submodule(self.names["mlp"]), given)
+                if i in stream:
+                    change = lambda m, a, kw, i=i: ((stream[i](a[0]), *a[1:]), kw)  # noqa: E731
+                    stack.enter_context(hooked(layer.register_forward_pre_hook, change, with_kwargs=True))
             self.hold_norm(hook, "final", self.model.get_submodule(self.names["final"]), final_frozen)
             return self.model(self.tokens, use_cache=False, **self.more).logits
 

@@ -1,0 +1,70 @@
+"""What `make wheels` has made, used in an environment that has torch and nothing else, from another folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WHEELS, SDISTS = sorted(ROOT.glob("dist/*.whl")), sorted(ROOT.glob("dist/*.tar.gz"))
+OWN = f"cp{sys.version_info.major}{sys.version_info.minor}"
+LARGEST = 15e6
+USED = """
+import torch
+import pyfastcircuits as fc
+
+assert "site-packages" in fc.__file__, fc.__file__
+weights = fc.load_weights("induction-2l")
+tokens = torch.arange(1, 65).view(2, 32)
+found = fc.pair_ablation(fc.trace(weights, tokens))
+assert found.values.shape == (64,) and found.values.isfinite().all()
+values, rows, columns = fc.ops.factored_topk(torch.eye(3), torch.eye(3), 1)
+assert float(values[0]) == 1
+print(fc.build_info())
+"""
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not WHEELS or not SDISTS, reason="`make wheels` has made nothing"),
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment; torch is this one's, by a link to each of its packages, and safetensors' reader is with it."""
+    folder = tmp_path_factory.mktemp("fresh") / "environment"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    run(folder, "-m", "pip", "install", "-q", "torch==2.13.0", "safetensors")
+    return folder
+
+
+def run(environment: Path, *arguments: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYFASTCIRCUITS", "PYTHON"))}
+    done = subprocess.run(
+        [environment / "bin/python", *arguments], cwd=environment, env=clean, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("wheel", WHEELS, ids=lambda file: file.name)
+def test_a_wheel_is_small_and_portable(wheel: Path) -> None:
+    assert "manylinux_2_28_" in wheel.name
+    assert wheel.stat().st_size < LARGEST
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"_ops.so", "py.typed"} <= {Path(name).name for name in names}
+    assert not [name for name in names if "libtorch" in name or "libc10" in name]
+    assert any(name.endswith("models/induction-2l/model.safetensors") for name in names)
+    assert any(name.startswith("pyfastcircuits/kernels/") for name in names)
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_is_installed_by_one_command_and_works(environment: Path, kind: str) -> None:
+    [file] = [wheel for wheel in WHEELS if OWN in wheel.name] if kind == "wheel" else SDISTS
+    run(environment, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", str(file))
+    assert "'version'" in run(environment, "-c", USED)
+    run(environment, "-m", "pip", "install", "-q", "pyfastcircuits[cli]")
+    assert "cpu_tier" in run(environment, "-m", "pyfastcircuits", "info")
+    assert "bigram" in run(environment, "-m", "pyfastcircuits", "tables", "bigram-0l", "--k", "2").lower()
