@@ -1,5 +1,6 @@
 """The command `circuit`: the edges that a task needs, and how much of the model they explain."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,7 +70,8 @@ def circuit(
             "method": method, "steps": steps, "greedy": greedy, "prune": prune, "backend": backend, "dtype": dtype,
         }  # fmt: skip
         given = _task(task, prompts, run, weights, shown, batch, seed)
-        made = made_by("circuit", model, asked, given.clean, given.name)
+        prompts_hash = sha256(b"".join(x.numpy().tobytes() for x in (given.clean, given.corrupted))).hexdigest()
+        made = made_by("circuit", model, asked, prompts_hash, given.name)
         check_files(out, FILES, made, force=force)
         bar.plan({"runs": 2, "scores": 1, "circuit": 1, "writing": 5})
         clean, corrupted = given.runs(run, weights=weights)
@@ -84,9 +86,7 @@ def circuit(
         whole = fc.faithfulness(ranked, clean, corrupted, sizes=12, **how)
         explained = fc.faithfulness(found, clean, corrupted, random=5, **how)
         bar.advance()
-        report.line(
-            f"{model}: {given.name}, {len(given)} pairs of prompts; {len(found)} of {len(scores.labels)} edges"
-        )
+        report.line(f"{model}: {given.name}, {len(given)} pairs of prompts; {len(found)} of {len(scores.labels)} edges")
         report.show(show.circuit_table(found, top))
         report.show(show.faithfulness_table(explained, whole))
         assert whole.curve is not None
@@ -102,7 +102,13 @@ def circuit(
 
 
 def _task(
-    name: TaskName, file: Path | None, run: Any, weights: fc.CircuitWeights, shown: text.TokenText, batch: int, seed: int
+    name: TaskName,
+    file: Path | None,
+    run: Any,
+    weights: fc.CircuitWeights,
+    shown: text.TokenText,
+    batch: int,
+    seed: int,
 ) -> fc.Task:
     """The task asked for, behind the model's start token."""
     start = shown.start if shown.start is not None else start_of(run, weights.d_vocab)

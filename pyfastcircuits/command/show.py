@@ -244,7 +244,9 @@ def faithfulness_table(found: Faithfulness, whole: Faithfulness) -> Table:
     assert curve is not None
     rows = [["this circuit", str(len(found.circuit)), significant(found.faithfulness)]]
     if found.right is not None:
-        rows.append(["right choices: model, circuit, nothing", "", " / ".join(percent(found.right[i]) for i in (0, 2, 1))])
+        rows.append(
+            ["right choices: model, circuit, nothing", "", " / ".join(percent(found.right[i]) for i in (0, 2, 1))]
+        )
     rows.append(["the model without it", "", significant(1 - found.completeness)])
     rows.append(["random circuits", str(len(found.circuit)), significant(float(found.random.mean()))])
     rows += [
@@ -256,7 +258,9 @@ def faithfulness_table(found: Faithfulness, whole: Faithfulness) -> Table:
         f"{significant(found.empty)}; faithfulness is the share of the way between. CPR {significant(curve.cpr)}, CMD "
         f"{significant(curve.cmd)}."
     )
-    return make_table("Faithfulness: all other edges corrupted", ("edges inside", "edges"), ("faithfulness",), rows, caption)
+    return make_table(
+        "Faithfulness: all other edges corrupted", ("edges inside", "edges"), ("faithfulness",), rows, caption
+    )
 
 
 def copying_table(found: CopyingAccuracy, eigenvalues: Tensor) -> Table:

@@ -34,8 +34,8 @@ def edited(
     graph, weights = outside.graph, clean.weights
     if weights.ln_post_w is not None and weights.b_O is not None and any(bool(bias.any()) for bias in weights.b_O):
         raise ValueError(
-            "the model has a bias in front of a norm after its heads: what the bias writes depends on all heads, and is "
-            "no edge's to carry, so its circuits cannot be edited"
+            "the model has a bias in front of a norm after its heads: what the bias writes depends on all heads, and "
+            "is no edge's to carry, so its circuits cannot be edited"
         )
     masks = [_mask(graph, circuit, without) for circuit in circuits]
     kept: dict[FrozenTrace, _Outer] = {}  # of the last part

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.arguments import public
-from pyfastcircuits.drawing.marks import curve
 from pyfastcircuits.experiments.ablation_value import AverageOver, Mode
 from pyfastcircuits.experiments.circuit import Circuit
 from pyfastcircuits.experiments.edited import Place, edited
@@ -48,7 +47,6 @@ class Curve(NamedTuple):
         """The integrated circuit-model distance of the MIB benchmark: the area between the curve and 1; 0 is best."""
         return float(torch.trapezoid((1 - self.faithfulness).abs(), self.proportions))
 
-
     @public
     def table(self) -> Any:
         """A pyarrow.Table with a row for each size: edges, proportion, faithfulness.
@@ -71,11 +69,13 @@ class Curve(NamedTuple):
         Raises:
             ImportError: matplotlib is missing.
         """
+        try:
+            from pyfastcircuits.drawing.marks import curve
+        except ImportError as error:
+            raise ImportError("figures need matplotlib: pip install 'pyfastcircuits[plot]'") from error
         title, y = "Faithfulness of the best edges", "faithfulness"
         levels = {"the whole model": 1.0}
-        return curve(
-            self.sizes.tolist(), {y: self.faithfulness}, title=title, x="edges", y=y, levels=levels, zero=True
-        )
+        return curve(self.sizes.tolist(), {y: self.faithfulness}, title=title, x="edges", y=y, levels=levels, zero=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,9 +66,7 @@ class Task:
             sides["against"] = list(against)
         if len({len(side) for side in sides.values()}) > 1 or not sides["clean"]:
             counts = ", ".join(f"{len(side)} {name}" for name, side in sides.items())
-            raise ValueError(
-                f"clean and the others are {counts}, expected as many of each, at least 1"
-            )
+            raise ValueError(f"clean and the others are {counts}, expected as many of each, at least 1")
         read = _Reader(tokenizer, [] if start is None else [start])
         prompts = {side: [read.prompt(side, x) for x in sides[side]] for side in ("clean", "corrupted")}
         for one, other in zip(prompts["clean"], prompts["corrupted"], strict=True):
@@ -127,7 +125,8 @@ class Task:
         device = weights.device
         mask = None if bool(self.mask.all()) else self.mask.to(device)
         one, other = (
-            trace(model, tokens.to(device), mask, store=store, weights=weights) for tokens in (self.clean, self.corrupted)
+            trace(model, tokens.to(device), mask, store=store, weights=weights)
+            for tokens in (self.clean, self.corrupted)
         )
         return one, other
 

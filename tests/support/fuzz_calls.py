@@ -27,7 +27,7 @@ OPERATORS = {
 }
 WITH_METHODS = (
     fc.CircuitWeights, fc.FrozenTrace, fc.FactoredMatrix, fc.Result, fc.QKTerms, fc.Subspaces, fc.Sweep,
-    fc.SkipTrigrams, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1, fc.LayerMarginals,
+    fc.SkipTrigrams, fc.Circuit, fc.Faithfulness, fc.Task, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1, fc.LayerMarginals,
 )  # fmt: skip
 TYPES = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str, "List[Tensor]": list}
 STRINGS = {
