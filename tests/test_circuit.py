@@ -190,7 +190,8 @@ def test_the_induction_circuit():
     assert {to[1] for _, to in by_keys} == {"K"}
     known = [heads.previous_token[source] > 0.2 and heads.induction[to[0]] > 0.2 for source, to in by_keys]
     assert sum(known) >= 0.9 * len(known)
-    assert known[0] and {source for source, _ in by_keys[:4]} == {(0, 0), (0, 1), (0, 5), (0, 7)}
+    assert known[0]
+    assert {source for source, _ in by_keys[:4]} == {(0, 0), (0, 1), (0, 5), (0, 7)}
     kept = fc.faithfulness(found, *runs, random=2, **task.options)
     assert kept.completeness > 0.9
     assert float(kept.random.abs().max()) < 0.05 < 0.5 < kept.faithfulness

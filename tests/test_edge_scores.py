@@ -104,7 +104,7 @@ def test_metrics_and_masks():
     alone = [fc.trace(w, tokens[:1, 3:]) for tokens in (clean, corrupted)]
     scores = fc.edge_scores(*(run[:1] for run in padded), "eap-ig", metric="kl")
     assert torch.allclose(scores.values, fc.edge_scores(*alone, "eap-ig", metric="kl").values)
-    with pytest.raises(ValueError, match="metric is 'kl', .* method 'eap'"):
+    with pytest.raises(ValueError, match=r"metric is 'kl', .* method 'eap'"):
         fc.edge_scores(*runs(w), metric="kl")
     with pytest.raises(ValueError, match="corrupted is None, but mode is 'resample'"):
         fc.edge_scores(padded[0])

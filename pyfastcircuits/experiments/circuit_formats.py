@@ -1,7 +1,8 @@
 """A circuit in the forms that other programs read: JSON of circuit-tracer's viewer, networkx, Graphviz, a plot."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,20 @@ def _viewer_node(node: NodeLabel, layers: int, size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name the file in errors of the system."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"file is {describe(str(file))}, which cannot be read or written: {reason}") from error
+
+
 def write_json(graph: dict[str, Any], file: Path) -> None:
     """Write a graph to a file."""
-    file.write_text(json.dumps(graph, indent=1, allow_nan=False))
+    with _naming(file):
+        file.write_text(json.dumps(graph, indent=1, allow_nan=False))
 
 
 def read_json(file: Path) -> tuple[dict[EdgeLabel, float], int, dict[str, str | int | float]]:
@@ -109,7 +121,9 @@ def read_json(file: Path) -> tuple[dict[EdgeLabel, float], int, dict[str, str | 
         ValueError: it holds no circuit.
     """
     try:
-        graph = json.loads(file.read_text())
+        with _naming(file):
+            text = file.read_text()
+        graph = json.loads(text)
         own = graph["metadata"][_KEY]
         labels = {node["node_id"]: _label_of(node) for node in graph["nodes"]}
         scores: dict[EdgeLabel, float] = {}
@@ -185,7 +199,8 @@ def figure(scores: Edges, file: str | Path | None) -> Any:
     axes.set(xlim=(-wide / 2 - 0.2, wide / 2 + 0.2), ylim=(-0.5, len(rows) - 0.5))
     axes.axis("off")
     if file is not None:
-        drawn.savefig(file)
+        with _naming(Path(file)):
+            drawn.savefig(file)
     return drawn
 
 

@@ -127,9 +127,10 @@ def _check_metric(how: Measurement, method: Method) -> None:
     """Raise ValueError unless the metric has a gradient where the method takes it."""
     metric = how.metrics[0]
     has_gradient = metric.has_gradient or (isinstance(metric, KL) and method != "eap")
-    if not has_gradient or len(how.metrics) > 1 or how.per_token:
+    if not has_gradient or len(how.metrics) > 1 or how.per_token or how.per_sequence:
         raise ValueError(
-            f"metric is {metric.name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}, method {method!r}: "
+            f"metric is {metric.name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}, "
+            f"per_sequence {how.per_sequence}, method {method!r}: "
             "expected the mean of a metric with a gradient there: nll, logit_difference or probability; kl, which has "
             "none at the clean run, by 'eap-ig' or 'eap-ig-activations'"
         )

@@ -182,8 +182,10 @@ def faithfulness(
     """
     outside = Outside(clean, corrupted, mode, over)
     graph, how = outside.graph, measurement(clean, options, "recomputed")
-    if how.per_token:
-        raise ValueError("per_token is True, expected means: faithfulness is a ratio of two")
+    if how.per_token or how.per_sequence:
+        raise ValueError(
+            f"per_token is {how.per_token} and per_sequence {how.per_sequence}, expected means: faithfulness is a ratio"
+        )
     if random < 0:
         raise ValueError(f"random is {random}, expected at least 0")
     inside = [graph.place(edge) for edge in circuit.edges]
@@ -201,13 +203,14 @@ def faithfulness(
     experiments.append(replace(rest, places=[len(wanted)]))
     chooses = isinstance(how.metrics[0], LogitDifference)
     found = measure(clean, experiments, replace(how, per_token=chooses), range(len(wanted) + 1), mode=mode)
-    full, values, right = found.baseline.double(), found.values.double(), None
+    clean_values, values, right = found.baseline.double(), found.values.double(), None
     if chooses:  # by position; NaN where nothing is measured
-        asked = full.isfinite()
-        full, values = full[asked], values[:, asked]
-        right = tuple(float((x > 0).double().mean()) for x in (full, values[0], values[1]))
-        full, values = full.mean(), values.mean(-1)
-    full = float(full)
+        where = clean_values.isfinite()
+        clean_values, values = clean_values[where], values[:, where]
+        shares_right = [float((x > 0).double().mean()) for x in (clean_values, values[0], values[1])]
+        right = (shares_right[0], shares_right[1], shares_right[2])
+        clean_values, values = clean_values.mean(), values.mean(-1)
+    full = float(clean_values)
     empty, value = values[:2].tolist()
     shares = (values - empty) / (full - empty) if full != empty else torch.full_like(values, torch.nan)
     ends = [2, 2 + len(steps), 2 + len(steps) + random, len(wanted)]
@@ -282,8 +285,10 @@ def prune_circuit(
         if least is not None and least < 0:
             raise ValueError(f"{name} is {least}, expected at least 0")
     outside, how = Outside(clean, corrupted, mode, over), measurement(clean, options, "recomputed")
-    if how.per_token or len(how.metrics) > 1:
-        raise ValueError(f"per_token is {how.per_token}, kl is {len(how.metrics) > 1}, expected one mean")
+    if how.per_token or how.per_sequence or len(how.metrics) > 1:
+        raise ValueError(
+            f"per_token is {how.per_token}, per_sequence {how.per_sequence}, kl {len(how.metrics) > 1}: expected a mean"
+        )
     places = {edge: outside.graph.place(edge) for edge in circuit.edges}
     worse = -1 if how.metrics[0].harm == "fall" else 1
 

@@ -149,7 +149,12 @@ class Task:
             TypeError: as Task.
         """
         rows = []
-        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+        try:
+            lines = Path(file).read_text().splitlines()
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"file is {describe(str(file))}, which cannot be read: {reason}") from error
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:

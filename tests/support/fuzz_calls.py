@@ -38,6 +38,8 @@ STRINGS = {
 OPTION_NAMES = {*inspect.signature(fc.CircuitWeights).parameters, *inspect.signature(fc.trace).parameters}
 
 
+TASK = {"clean": [[0, 1], [1, 0]], "corrupted": [[1, 1], [1, 1]], "answers": [0, 1], "against": [1, [0, 1]]}
+TASK_OPTIONS = {"tokenizer": list, "start": 0, "padding": "left", "name": "task"}
 OF_ROWS = ("of_clean", "rise")  # of a metric: what they ask of rows is ours to make
 
 
@@ -214,6 +216,8 @@ class Call:
                 return [operand] if p.annotation is list else operand
             if p.annotation is float:
                 return 0.001
+        if entry.name == "Task":
+            return (TASK | TASK_OPTIONS)[p.name]
         if entry.owner is fc.CircuitWeights and entry.name == "CircuitWeights" and p.name in world.fields:
             return world.fields[p.name]
         whole = entry.owner is not None and entry.name == entry.owner.__name__
@@ -250,6 +254,12 @@ def instance(owner: type, world: World) -> Any:
     """A valid instance of a public class."""
     made = {fc.CircuitWeights: lambda: world.weights, fc.FrozenTrace: lambda: world.trace}
     made |= {fc.FactoredMatrix: world.matrix, fc.Result: lambda: fc.head_ablation(world.trace, kl=True)}
+    scores = lambda: fc.edge_scores(world.trace, world.other)  # noqa: E731
+    circuit = lambda: fc.circuit(scores(), top=3)  # noqa: E731
+    explained = lambda: fc.faithfulness(circuit(), world.trace, world.other, sizes=2, minimality=True)  # noqa: E731
+    made |= {fc.EdgeScores: scores, fc.Circuit: circuit, fc.Faithfulness: explained}
+    made |= {fc.Curve: lambda: explained().curve, fc.Task: lambda: fc.Task(**TASK)}
+    made |= {fc.Overlap: lambda: fc.Overlap((), (), ()), fc.WrongScore: lambda: fc.WrongScore("embed", 0.0, 0.0, 0.0)}
     made |= {fc.SkipTrigram: lambda: fc.SkipTrigram(0, 0, 0, 1.0, 1.0)}
     if owner in made:
         return made[owner]()
