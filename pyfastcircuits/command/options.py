@@ -52,6 +52,7 @@ Out = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="overwrite files that another run has made", rich_help_panel=GIVES)
 ]
+Seed = Annotated[int, typer.Option(help="of what is drawn at random", rich_help_panel=READS)]
 Backend = Annotated[
     ops.Backend, typer.Option(help="which kernels compute; auto: those of the GPU if there is one", rich_help_panel=HOW)
 ]
