@@ -199,7 +199,7 @@ def test_the_induction_circuit():
 
 
 def test_the_command(tmp_path):
-    done = command("circuit", "--batch", 4, "--edges", 12, "--top", 3, "--out", tmp_path / "out", "--steps", 2)
+    done = command("circuit", "--pairs", 4, "--edges", 12, "--top", 3, "--out", tmp_path / "out", "--steps", 2)
     assert done.exit_code == 0, done.output
     assert "Faithfulness" in done.output
     written = {file.name for file in (tmp_path / "out").iterdir()}

@@ -45,7 +45,7 @@ def test_the_same_options_have_the_same_names_types_and_help():
             help_ = getattr(parameter, "help", None)
             panel = getattr(parameter, "rich_help_panel", None)
             for option in parameter.opts:
-                found[option][name] = (kind, help_, parameter.default, tuple(parameter.opts), panel)
+                found[option][name] = (kind, help_, tuple(parameter.opts), panel)
     shared = {option: of for option, of in found.items() if len(of) > 1}
     assert len(shared) >= 8
     for option, of in shared.items():

@@ -80,6 +80,7 @@ LESS = {
     "sweep": "--sequences 2 --length 16 --out out",
     "heads": "--batches 1 --out out",
     "report": "--sequences 1 --length 16",
+    "circuit": "--pairs 2 --steps 2 --out out",
 }  # for a smaller job
 
 

@@ -34,8 +34,8 @@ def circuit(
             rich_help_panel=READS,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="pairs of prompts", rich_help_panel=READS)] = 16,
-    seed: Annotated[int, typer.Option(help="of the prompts", rich_help_panel=READS)] = 0,
+    batch: Annotated[int, typer.Option("--pairs", min=1, help="pairs of prompts", rich_help_panel=READS)] = 16,
+    seed: options.Seed = 0,
     edges: Annotated[int, typer.Option(min=0, help="the number of edges in the circuit", rich_help_panel=GIVES)] = 20,
     top: Top = 10,
     method: Annotated[

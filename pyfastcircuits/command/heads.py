@@ -27,7 +27,7 @@ def heads(
     copies: Annotated[int, typer.Option(help="how often the same tokens come", rich_help_panel=READS)] = 4,
     batch: Annotated[int, typer.Option(help="sequences that are run together", rich_help_panel=READS)] = 8,
     batches: Annotated[int, typer.Option(help="how many such runs there are", rich_help_panel=READS)] = 4,
-    seed: Annotated[int, typer.Option(help="of the random tokens", rich_help_panel=READS)] = 0,
+    seed: options.Seed = 0,
     out: Out = Path("out"),
     force: Force = False,
     backend: Backend = "auto",

@@ -15,8 +15,8 @@ from pyfastcircuits.run.nodes import Head
 
 MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"
 READS, HOW = "What it reads", "How it computes"  # groups of options in the help, beside GIVES
-MOST = "at most so many sequences: evenly spaced ones, of --corpus the first"
-LONGEST = "at most so many tokens in a sequence"
+MOST, LONGEST = "how many sequences, at most", "how many tokens in a sequence, at most"
+SPLIT = "by what the processes of torchrun share the work"
 
 
 def _bundled(incomplete: str) -> list[str]:
@@ -52,6 +52,7 @@ Out = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="overwrite files that another run has made", rich_help_panel=GIVES)
 ]
+Seed = Annotated[int, typer.Option(help="of what is drawn at random", rich_help_panel=READS)]
 Backend = Annotated[
     ops.Backend, typer.Option(help="which kernels compute; auto: those of the GPU if there is one", rich_help_panel=HOW)
 ]

@@ -27,14 +27,15 @@ def plan(
     scope: Annotated[SweepScope, typer.Option(help=SCOPES)] = "path",
     mode: Annotated[Mode, typer.Option(help=MODES)] = "zero",
     attention: Annotated[Attention, typer.Option(help=PATTERNS_BEHIND)] = "frozen",
-    sequences: Annotated[int, typer.Option(min=1, help="how many sequences", rich_help_panel=READS)] = 256,
-    length: Annotated[int, typer.Option(min=2, help="tokens of each", rich_help_panel=READS)] = 512,
+    sequences: Annotated[int, typer.Option(min=1, help=options.MOST, rich_help_panel=READS)] = 256,
+    length: Annotated[int, typer.Option(min=2, help=options.LONGEST, rich_help_panel=READS)] = 512,
     machine: Annotated[
         str, typer.Option(help="here: this CPU, measured once; A100, H100, H200, B200, laptop: from data sheets")
     ] = "here",
     processes: Annotated[int, typer.Option(min=1, help="that share the sweep")] = 1,
     split: Annotated[
-        Literal["auto", "none", "sequences", "experiments", "vocabulary"], typer.Option(help="by what they share it")
+        Literal["auto", "none", "sequences", "experiments", "vocabulary"],
+        typer.Option(help=options.SPLIT, rich_help_panel=HOW),
     ] = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",

@@ -101,7 +101,7 @@ def sweep(
     ] = None,
     split: Annotated[
         Literal["auto", "none", "sequences", "experiments", "vocabulary"],
-        typer.Option(help="by what the processes of torchrun share the work", rich_help_panel=HOW),
+        typer.Option(help=options.SPLIT, rich_help_panel=HOW),
     ] = "auto",
     backend: Backend = "auto",
     dtype: Dtype = "float32",
