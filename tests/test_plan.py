@@ -57,7 +57,7 @@ CASES = [
 @pytest.mark.parametrize(("scope", "attention", "low_memory"), CASES)
 def test_what_is_counted_is_what_is_multiplied(scope, attention, low_memory):
     """An independent count watches every op that torch calls. Sequences are so many that they are cut."""
-    weights = random_weights(4, 6, 3, 48, 12, 900, norm="rmsnorm", positional="none", biases=False, dtype=torch.float32)
+    weights = random_weights(3, 5, 5, 48, 12, 900, norm="rmsnorm", positional="none", biases=False, dtype=torch.float32)
     tokens = random_tokens(3, 40, 900)
     seen = counted(lambda: fc.sweep(weights, tokens, scope, attention=attention, low_memory=low_memory))
     task = Task(
@@ -200,9 +200,9 @@ held = sum(size for part, size in plan.chosen.memory.items() if part != "weights
 print(seconds, plan.seconds, peak, held)
 """
 SWEEPS = {
-    "paths": ((2, 6, 6, 256, 64, 50257), ("path", "frozen"), (8, 256)),
-    "heads": ((3, 4, 4, 256, 64, 40000), ("head", "frozen"), (9, 256)),
-    "heads again": ((2, 4, 4, 256, 64, 40000), ("head", "recomputed"), (12, 200)),
+    "paths": ((2, 6, 6, 128, 64, 50257), ("path", "frozen"), (8, 256)),
+    "heads": ((3, 4, 4, 128, 32, 40000), ("head", "frozen"), (9, 256)),
+    "heads again": ((2, 4, 4, 128, 32, 40000), ("head", "recomputed"), (12, 200)),
 }
 
 

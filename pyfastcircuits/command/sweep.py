@@ -94,7 +94,7 @@ def sweep(
         int | None,
         typer.Option(
             min=2,
-            help="at most so many tokens in a sequence",
+            help=options.LONGEST,
             show_default=f"{LENGTH}; all of --tokens",
             rich_help_panel=READS,
         ),

@@ -155,10 +155,14 @@ class _Layers:
     @property
     def block(self) -> Work:
         """See Forward.block: heads and MLP."""
+        return self.recomputed + self.written + self.mlp
+
+    @property
+    def mlp(self) -> Work:
+        """The MLP, where there is one."""
         a = self.a
-        mlp = (2 + a.gated) * a.d_model * a.d_mlp * self.positions
-        hidden = FLOAT * 4 * a.d_mlp * self.positions
-        return self.recomputed + self.written + Work(products=mlp, moved=hidden, calls=15 if a.d_mlp else 0)
+        products = (2 + a.gated) * a.d_model * a.d_mlp * self.positions
+        return Work(products=products, moved=FLOAT * 4 * a.d_mlp * self.positions, calls=15 if a.d_mlp else 0)
 
 
 def _clean_run(task: Task) -> Work:
@@ -285,7 +289,7 @@ class _Part:
             gone += Work(patterns=one.pattern / a.heads * a.d_head, moved=2 * a.heads * one.z, calls=8)
             gone += (one.attended + Work(moved=3 * one.stream)) * behind
         else:
-            gone = one.block * (behind + 1) + Work(moved=4 * one.stream)
+            gone = one.mlp + one.block * behind + Work(moved=6 * one.stream, calls=15)
         return (gone + written) * sources + self._measured(sources, blocks, a.d_model)
 
     def _choices(self, sources: int) -> Work:
@@ -302,7 +306,7 @@ class _Part:
         return self._gone(at, behind) + self._measured(1, share, self.a.d_model)
 
     def _gone(self, at: list[int], behind: int) -> Work:
-        """See edges.frozen_removal and rerun_removal."""
+        """See edges.frozen_removal and rerun.rerun_removal: a layer whose heads are out keeps its clean patterns."""
         a, one = self.a, self.layers
         write = Work(products=one.positions * a.d_head * a.d_model, moved=4 * one.stream, calls=8)
         if self.task.attention == "frozen":
@@ -310,8 +314,7 @@ class _Part:
             late = one.read_by_one * sum(layer != min(at) for layer in at)
             passed = (one.attended + Work(moved=4 * one.stream, calls=4)) * behind
             return write * len(at) + outputs + late + passed + Work(moved=2 * one.stream, calls=20)
-        replaced = (one.recomputed + Work(moved=2 * one.stream, calls=10)) * len(set(at)) + write * len(at)
-        return replaced + one.block * (behind + 1) + Work(moved=4 * one.stream, calls=10)
+        return write * len(at) + one.mlp + one.block * behind + Work(moved=6 * one.stream, calls=20)
 
     def _joint(self, layer: int) -> Iterator[tuple[float, Work]]:
         """The pairs whose first head is in a layer."""
