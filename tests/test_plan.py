@@ -67,7 +67,7 @@ def test_what_is_counted_is_what_is_multiplied(scope, attention, low_memory):
     work = sum(task.steps.values(), Work())
     assert work.change_products == seen.change_products
     assert (work.changes, work.pair_changes) == (seen.changes, seen.pair_changes)
-    assert work.products + work.plain_products + work.patterns == pytest.approx(seen.products, rel=0.03)
+    assert work.products + work.plain_products + work.patterns == pytest.approx(seen.products, rel=0.05)
 
 
 def test_the_rates_of_gpus_are_those_that_are_predicted():
