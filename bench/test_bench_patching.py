@@ -9,7 +9,7 @@ from bench.timing import interleaved, ratio
 from pyfastcircuits.integrations.transformer_lens import accelerate
 
 LAYERS, LENGTH, BATCH = 12, 64, 8
-POSITIONS = range(4, LENGTH, 8)  # of the positions, these stand for all: they are as far from the end on average
+POSITIONS = range(8, LENGTH, 16)  # of the positions, these stand for all: they are as far from the end on average
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def test_residual_stream_at_all_layers_and_positions(model, found):
 
     times = interleaved({"TransformerLens": lambda: patched(few), "ours": ours}, rounds=3)
     with accelerate():
-        worst = float((patched(few) - 0).abs().max())
         mine = patched(few)
-    difference = float((mine - patched(few)).abs().max())
+    theirs = patched(few)
+    difference, largest = float((mine - theirs).abs().max()), float(theirs.abs().max())
     shape = f"resid_pre at every layer and position, {LAYERS} layers, d=768 T={LENGTH} batch {BATCH}, fp32"
     found(
         f"{shape}: TransformerLens' loop / the same call within accelerate(), a patch",
@@ -66,5 +66,5 @@ def test_residual_stream_at_all_layers_and_positions(model, found):
     mine_each = statistics.median(times["ours"]) / len(many)
     found(
         "  time a patch",
-        f"{each * 1e3:.0f} ms and {mine_each * 1e3:.0f} ms; largest difference {difference:.1e} of {worst:.1e}",
+        f"{each * 1e3:.0f} ms and {mine_each * 1e3:.0f} ms; largest difference {difference:.1e} of {largest:.1e}",
     )

@@ -24,13 +24,20 @@ START = 0
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and on what. `random_steps` come first and hold nothing but repeated random tokens."""
+    """What is trained and on what. `random_steps` come first and hold nothing but repeated random tokens.
+
+    The learning rate is a cosine over `horizon` steps, all of them if 0, and falls to 0 over the last `cooldown`.
+    """
 
     layers: int
     heads: int
     width: int
     steps: int
+    horizon: int = 0
+    cooldown: int = 0
     random_steps: int = 0
+    random_rows: int = 32
+    random_context: int = 96
     repeated_rows: int = 0
     rows: int = 24
     context: int = 128
@@ -43,6 +50,18 @@ RECIPES = {
     "bigram-0l": Recipe(layers=0, heads=1, width=128, steps=3000),
     "skip-trigram-1l": Recipe(layers=1, heads=8, width=192, steps=3000),
     "induction-2l": Recipe(layers=2, heads=8, width=256, steps=7000, random_steps=1800, repeated_rows=8),
+    "deep-4l": Recipe(
+        layers=4,
+        heads=8,
+        width=192,
+        steps=4500,
+        horizon=10_000,
+        random_steps=3000,
+        random_rows=16,
+        random_context=64,
+        repeated_rows=3,
+        rows=8,
+    ),
 }
 
 
@@ -120,18 +139,19 @@ def text_rows(text: Tensor, rows: int, length: int, generator: torch.Generator) 
 
 
 def batch(recipe: Recipe, step: int, text: Tensor, generator: torch.Generator) -> Tensor:
-    """The rows of one step. Random steps are 32 rows of 96 tokens: induction forms sooner on short rows."""
+    """The rows of one step. The rows of random steps are short: induction forms sooner on those."""
     if step < recipe.random_steps:
-        return repeated_rows(32, 96, recipe.vocabulary, generator)
+        return repeated_rows(recipe.random_rows, recipe.random_context, recipe.vocabulary, generator)
     repeated = repeated_rows(recipe.repeated_rows, recipe.context, recipe.vocabulary, generator)
     written = text_rows(text, recipe.rows - recipe.repeated_rows, recipe.context, generator)
     return torch.cat((repeated, written))
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """100 steps of warm-up, flat to the end of the random steps, then a cosine to 5%."""
-    done = max(0, step - recipe.random_steps) / (recipe.steps - recipe.random_steps)
-    return recipe.learning_rate * min(1, (step + 1) / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+    """100 steps of warm-up, flat to the end of the random steps, then a cosine to 5%, cut short by a cooldown."""
+    done = max(0, step - recipe.random_steps) / ((recipe.horizon or recipe.steps) - recipe.random_steps)
+    ends = min(1, (step + 1) / 100, (recipe.steps - step) / max(recipe.cooldown, 1))
+    return recipe.learning_rate * ends * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def loss_of(model: AttentionOnly, tokens: Tensor) -> Tensor:
@@ -232,7 +252,8 @@ def card(name: str, recipe: Recipe, folder: Path, losses: list[tuple[int, float]
         f"{len(training):,} tokens of training files and {len(text):,} held out by a hash of their path; byte-level BPE.",
         f"- {recipe.steps} steps of AdamW, rate {recipe.learning_rate}."
         + (
-            f" Steps 1 to {recipe.random_steps} hold only repeated random tokens (32 rows of 96); after that a step "
+            f" Steps 1 to {recipe.random_steps} hold only repeated random tokens "
+            f"({recipe.random_rows} rows of {recipe.random_context}); after that a step "
             f"holds {recipe.repeated_rows} such rows and {text_rows_a_step} of text. The repeated rows are mixed in on purpose: "
             "they bring induction about within minutes."
             if recipe.repeated_rows

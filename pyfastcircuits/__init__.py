@@ -9,10 +9,13 @@ The names by what they are for, in the order in which an analysis goes:
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
 | before a sweep | plan -> Plan |
 | ablation | sweep -> Sweep, over a corpus -> Corpus too; head_, layer_, pair_, path_, composition_ablation -> Result |
+| deep models | top_paths -> PathSearch; sample_paths -> PathSample; path_groups -> PathGroups; |
+| | screened_pairs -> ScreenedPairs |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
 | features of an SAE or transcoder | Dictionary; feature_attribution -> Result, feature_reads, feature_qk_terms |
 | metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
+| circuits of edges | edge_scores -> EdgeScores; circuit -> Circuit; faithfulness -> Faithfulness; prune_circuit; Task |
 | known heads | head_scores, induction_heads -> Result |
 | circuits over the vocabulary | bigrams, ov_circuit, qk_circuit, composed_qk_circuit -> FactoredMatrix; |
 | | ov_tables, qk_tables |
@@ -72,6 +75,9 @@ from pyfastcircuits.circuits.vocabulary import (
 from pyfastcircuits.experiments.ablation import head_ablation, layer_ablation, pair_ablation, path_ablation
 from pyfastcircuits.experiments.attention_scores import QKTerms, qk_terms
 from pyfastcircuits.experiments.attribution import direct_logit_attribution, logit_lens, project
+from pyfastcircuits.experiments.circuit import Circuit, Overlap, circuit
+from pyfastcircuits.experiments.edge_scores import EdgeScores, WrongScore, edge_scores
+from pyfastcircuits.experiments.faithfulness import Curve, Faithfulness, faithfulness, prune_circuit
 from pyfastcircuits.experiments.features import feature_attribution, feature_qk_terms, feature_reads
 from pyfastcircuits.experiments.heads import head_scores, induction_heads
 from pyfastcircuits.experiments.metrics import KL, NLL, LogitDifference, Probability, Rank, Top1
@@ -82,6 +88,11 @@ from pyfastcircuits.experiments.patching import (
     edge_attribution,
     path_patching,
 )
+from pyfastcircuits.experiments.path_groups import PathGroups, path_groups
+from pyfastcircuits.experiments.path_sampling import PathSample, sample_paths
+from pyfastcircuits.experiments.path_search import PathSearch, top_paths
+from pyfastcircuits.experiments.screen import ScreenedPairs, screened_pairs
+from pyfastcircuits.experiments.task import Task
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
@@ -103,34 +114,46 @@ __version__ = "0.1.0"
 __all__ = [
     "KL",
     "NLL",
+    "Circuit",
     "CircuitWeights",
     "ComponentScores",
     "CompositionBaseline",
     "CopyingAccuracy",
     "Corpus",
+    "Curve",
     "DiagonalStatistics",
     "Dictionary",
+    "EdgeScores",
     "FactoredMatrix",
+    "Faithfulness",
     "FrozenTrace",
     "LayerMarginals",
     "LogitDifference",
     "OVTables",
+    "Overlap",
+    "PathGroups",
+    "PathSample",
+    "PathSearch",
     "Plan",
     "Probability",
     "QKTables",
     "QKTerms",
     "Rank",
     "Result",
+    "ScreenedPairs",
     "SkipTrigram",
     "SkipTrigrams",
     "Subspaces",
     "Sweep",
+    "Task",
     "Top1",
     "VirtualHead",
+    "WrongScore",
     "activation_patching",
     "bigrams",
     "build_info",
     "center",
+    "circuit",
     "circuit_eigenvalues",
     "component_scores",
     "composed_eigenvalues",
@@ -147,8 +170,10 @@ __all__ = [
     "diagonal_statistics",
     "direct_logit_attribution",
     "edge_attribution",
+    "edge_scores",
     "effective_rank",
     "enumerate_paths",
+    "faithfulness",
     "feature_attribution",
     "feature_qk_terms",
     "feature_reads",
@@ -167,21 +192,26 @@ __all__ = [
     "ov_tables",
     "pair_ablation",
     "path_ablation",
+    "path_groups",
     "path_logits",
     "path_patching",
     "plan",
     "positivity",
     "process_weights",
     "project",
+    "prune_circuit",
     "qk_circuit",
     "qk_positivity",
     "qk_tables",
     "qk_terms",
     "report",
+    "sample_paths",
+    "screened_pairs",
     "skip_trigrams",
     "subspaces",
     "sweep",
     "top_entries",
+    "top_paths",
     "top_per_row",
     "trace",
     "trace_ratios",

@@ -72,7 +72,8 @@ def public(function: Function) -> Function:
             if name in kinds:
                 keywords[name] = kinds[name].checked(name, value)
             elif name not in parameters and closed:
-                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+                called = function.__qualname__ if function.__name__ == "__init__" else function.__name__
+                raise TypeError(f"{called}() got an unexpected keyword argument {name!r}")
         return run(*checked, *args[len(names) :], **keywords)
 
     return cast("Function", call)

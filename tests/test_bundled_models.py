@@ -25,7 +25,8 @@ def _script():
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "heads"), [("bigram-0l", 0, 1), ("skip-trigram-1l", 1, 8), ("induction-2l", 2, 8)]
+    ("name", "layers", "heads"),
+    [("bigram-0l", 0, 1), ("skip-trigram-1l", 1, 8), ("induction-2l", 2, 8), ("deep-4l", 4, 8)],
 )
 def test_shape_and_files(name, layers, heads):
     w = fc.load_weights(name)
@@ -36,8 +37,11 @@ def test_shape_and_files(name, layers, heads):
 
 
 def test_small_enough_to_ship():
-    files = [f for name in BUNDLED for f in model_folder(name).iterdir() if f.name != "checkpoint.pt"]
-    assert sum(f.stat().st_size for f in files) <= 25e6
+    sizes = [
+        sum(f.stat().st_size for f in model_folder(name).iterdir() if f.name != "checkpoint.pt") for name in BUNDLED
+    ]
+    assert max(sizes) <= 12e6
+    assert sum(sizes) <= 34e6
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -57,9 +61,21 @@ def test_induction(seed):
     assert scores["previous"][0].argmax() == previous.argmax()
 
 
+def test_the_deep_model_has_induction_heads_and_paths_of_every_order():
+    w = fc.load_weights("deep-4l")
+    scores = train.induction_scores(w, sequences=16)
+    assert scores["second"] <= scores["first"] / 2
+    assert scores["induction"].max() >= 0.4
+    assert scores["previous"].max() >= 0.4
+    tokens = sequences_of(TokenText("deep-4l"), held_out_text(), 128, 4)
+    losses = fc.order_losses(fc.trace(w, tokens))
+    assert losses[-1] < losses[0] - 1
+    assert (losses.diff().abs() > 0.01).all()
+
+
 def test_each_layer_helps_on_text_it_has_not_seen():
     losses = []
-    for name in BUNDLED:
+    for name in ("bigram-0l", "skip-trigram-1l", "induction-2l"):
         w = fc.load_weights(name)
         tokens = sequences_of(TokenText(name), held_out_text(), 128, 64)
         assert tokens.shape == (64, 128)

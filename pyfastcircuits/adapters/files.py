@@ -20,14 +20,16 @@ from pyfastcircuits.adapters.reading import read_checkpoint
 from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.model.weights import METADATA, CircuitWeights
 
-BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l")
+BUNDLED = ("bigram-0l", "skip-trigram-1l", "induction-2l", "deep-4l")
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
 @public
 def load_weights(name_or_path: str | Path) -> CircuitWeights:
-    """Weights of a bundled model ("bigram-0l", "skip-trigram-1l", "induction-2l"), or of a safetensors file or folder.
+    """Weights of a bundled model, or of a safetensors file or folder.
+
+    Bundled are "bigram-0l", "skip-trigram-1l", "induction-2l" and "deep-4l", of zero to four layers.
 
     A folder is one that CircuitWeights.save has written to, or one of a Hugging Face model, whose files stay
     memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself. Weights keep the dtype of

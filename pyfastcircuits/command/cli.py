@@ -4,6 +4,7 @@ import sys
 
 try:
     from pyfastcircuits.command import (  # noqa: F401  # each adds its command
+        circuit,
         composition,
         heads,
         info,

@@ -15,7 +15,7 @@ from pyfastcircuits.run.nodes import Head
 
 MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"
 READS, HOW = "What it reads", "How it computes"  # groups of options in the help, beside GIVES
-MOST = "at most so many sequences: of --text and --tokens evenly spaced, of a corpus the first"
+MOST = "at most so many sequences: evenly spaced ones, of --corpus the first"
 LONGEST = "at most so many tokens in a sequence"
 
 

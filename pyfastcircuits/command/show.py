@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from pyfastcircuits import CopyingAccuracy, Result, SkipTrigrams, Sweep, positivity
+from pyfastcircuits import Circuit, CopyingAccuracy, Faithfulness, Result, SkipTrigrams, Sweep, positivity
 from pyfastcircuits.adapters.texts import TokenText
 from pyfastcircuits.command.plain import in_nats, percent, significant
 from pyfastcircuits.experiments.orders import ARTICLE_MARGINALS, ARTICLE_ORDERS
@@ -224,6 +224,41 @@ def triple_table(found: SkipTrigrams, text: TokenText) -> Table:
         for x in found.top(found.logits.shape[1])
     )
     return make_table(title, TRIPLE, ("attention", "logit", "product"), rows, STRENGTHS)
+
+
+def circuit_table(found: Circuit, top: int) -> Table:
+    """The best edges of a circuit."""
+    caption = "score: first-order change of the metric when this edge alone carries the corrupted prompt's write"
+    rows = [
+        [label_name(source), label_name(receiver), significant(score, signed=True)]
+        for (source, receiver), score in [*found.scores.items()][:top]
+    ]
+    return make_table("The circuit: its best edges", ("source", "receiver"), ("score",), rows, caption)
+
+
+def faithfulness_table(found: Faithfulness, whole: Faithfulness) -> Table:
+    """How much of the model a circuit explains, and circuits of other sizes by the same scores."""
+    curve = whole.curve
+    assert curve is not None
+    rows = [["this circuit", str(len(found.circuit)), significant(found.faithfulness)]]
+    if found.right is not None:
+        rows.append(
+            ["right choices: model, circuit, nothing", "", " / ".join(percent(found.right[i]) for i in (0, 2, 1))]
+        )
+    rows.append(["the model without it", "", significant(1 - found.completeness)])
+    rows.append(["random circuits", str(len(found.circuit)), significant(float(found.random.mean()))])
+    rows += [
+        ["the best edges", str(size), significant(share)]
+        for size, share in zip(curve.sizes.tolist(), curve.faithfulness.tolist(), strict=True)
+    ]
+    caption = (
+        f"{metric_name(found.metric)} of the model {significant(found.full)}, with all edges corrupted "
+        f"{significant(found.empty)}; faithfulness is the share of the way between. CPR {significant(curve.cpr)}, CMD "
+        f"{significant(curve.cmd)}."
+    )
+    return make_table(
+        "Faithfulness: all other edges corrupted", ("edges inside", "edges"), ("faithfulness",), rows, caption
+    )
 
 
 def copying_table(found: CopyingAccuracy, eigenvalues: Tensor) -> Table:

@@ -85,7 +85,7 @@ def sweep(
         int | None,
         typer.Option(
             min=1,
-            help="at most so many sequences: evenly spaced ones, of --corpus the first",
+            help=options.MOST,
             show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
             rich_help_panel=READS,
         ),
@@ -94,7 +94,7 @@ def sweep(
         int | None,
         typer.Option(
             min=2,
-            help="at most so many tokens in a sequence",
+            help=options.LONGEST,
             show_default=f"{LENGTH}; all of --tokens",
             rich_help_panel=READS,
         ),

@@ -157,6 +157,17 @@ def _with_text(names: tuple[str, ...], rows: list[tuple[float, ...]], text: Toke
     return pa.table(arrays)
 
 
+def circuit_graph(found: fc.Circuit, file: Path) -> Path:
+    """Write a circuit in the graph format of circuit-tracer's viewer; the file.
+
+    Raises:
+        Failed: the file cannot be written.
+    """
+    with _whole(file) as partial:
+        found.save(partial)
+    return file
+
+
 def picture(figure: Any, file: Path, made: Mapping[str, Any]) -> Path:
     """Write a figure as PNG, with what made it among its texts; the file.
 

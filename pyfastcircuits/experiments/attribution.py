@@ -235,10 +235,12 @@ def toward_targets(trace: FrozenTrace, where: Asked, center: bool) -> tuple[Tens
     """Each target's logit as a function of the final residual stream: its product with [N, d], plus [N]."""
     weights, unembedding, tokens = trace.weights, Unembedding(trace.weights), where.tokens()
     bias = trace.embedded.new_zeros(weights.d_vocab_out) if unembedding.bias is None else unembedding.bias
-    directions, added = unembedding.columns(tokens[:, 0]).mT, bias[tokens[:, 0]]
-    if where.against is not None:
-        directions, added = directions - unembedding.columns(tokens[:, 1]).mT, added - bias[tokens[:, 1]]
-    elif center:
+    shares = where.shares().to(weights.compute_dtype)
+    directions = trace.embedded.new_zeros(len(tokens), weights.d_model)
+    for some, share in zip(tokens.unbind(-1), shares.unbind(-1), strict=True):
+        directions = directions + share[:, None] * unembedding.columns(some).mT
+    added = (shares * bias[tokens]).sum(-1)
+    if where.against is None and center:
         directions = directions - weights.W_U.mean(1, dtype=weights.compute_dtype)
         added = added - bias.mean()
     if trace.final_shift is not None:

@@ -55,6 +55,11 @@ class _Part:
         """See CleanRows."""
         return self._sums[1].unbind(-1)
 
+    @cached_property
+    def token_shares(self) -> tuple[Tensor, ...]:
+        """See CleanRows."""
+        return self.asked.shares().unbind(-1)
+
     @property
     def nll(self) -> Tensor:
         """See CleanRows."""

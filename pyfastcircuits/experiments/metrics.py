@@ -15,7 +15,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 
 Positions = int | Sequence[int] | Tensor
 At = Positions | Literal["each"]  # where something is taken out or put in
-Tokens = Tensor | int | None  # an integer, [B], or [B, T]; None: the next token
+Tokens = Tensor | int | None  # an integer, [B], [B, T], or of sets [B, T, K]; None: the next token
 MetricName = Literal["nll", "kl", "logit_difference", "probability", "rank", "top1"]
 
 
@@ -26,6 +26,7 @@ class CleanRows(Protocol):
         nll: the loss of the targets, fp64 [N], in nats.
         token_logits: the logits of the targets, and of the tokens they are compared with, fp64 [N] each.
         rank: the number of tokens that have a larger logit than the target, fp64 [N].
+        token_shares: what each of those tokens counts in a difference of logits, fp64 [N] each.
     """
 
     @property
@@ -34,6 +35,8 @@ class CleanRows(Protocol):
     def token_logits(self) -> tuple[Tensor, ...]: ...  # noqa: D102
     @property
     def rank(self) -> Tensor: ...  # noqa: D102
+    @property
+    def token_shares(self) -> tuple[Tensor, ...]: ...  # noqa: D102
 
 
 class ChangedRows(Protocol):
@@ -142,7 +145,10 @@ class KL(MetricSpec):
 
 @dataclass(frozen=True, eq=False)
 class LogitDifference(MetricSpec):
-    """logit(targets) - logit(against)."""
+    """logit(targets) - logit(against), of tokens, or of the mean logits of sets of tokens.
+
+    Sets are [B, T, K], with -1 where a set has fewer than K tokens.
+    """
 
     against: Tokens = None  # a field where the others have none
     name = "logit_difference"
@@ -151,13 +157,17 @@ class LogitDifference(MetricSpec):
 
     def of_clean(self, rows: CleanRows) -> Tensor:
         """See MetricSpec."""
-        first, second = rows.token_logits
-        return first - second
+        return weighed(rows.token_shares, rows.token_logits)
 
     def rise(self, rows: ChangedRows) -> Tensor:
         """See MetricSpec."""
-        first, second = rows.token_changes
-        return first - second
+        return weighed(rows.clean.token_shares, rows.token_changes)
+
+
+def weighed(shares: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """The sum of values [..., N], each times its share [N]."""
+    terms = [share * value for share, value in zip(shares, values, strict=True)]
+    return sum(terms[1:], terms[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,8 +238,8 @@ class Asked:
 
     Attributes:
         where: [B, T], the positions measured.
-        targets: [B, T]; not read where nothing is measured.
-        against: [B, T], the second token of a logit difference.
+        targets: [B, T], or sets [B, T, K]; not read where nothing is measured.
+        against: likewise, the second token of a logit difference.
         width: T' of results by position: T, or T-1 where no last position is measured.
     """
 
@@ -253,9 +263,17 @@ class Asked:
         return stream[..., self.where, :]
 
     def tokens(self) -> Tensor:
-        """The tokens asked about, [N, 1 or 2]."""
+        """The tokens asked about, [N, 1 or 2]; of sets [N, K + K'], 0 where a set has fewer."""
+        return torch.cat(self._sets(), -1).clamp_min(0)
+
+    def shares(self) -> Tensor:
+        """What each of the tokens counts in a difference of logits, fp64: a set's share 1, or -1 for `against`."""
+        there = [(tokens >= 0).double() for tokens in self._sets()]
+        return torch.cat([sign * x / x.sum(-1, keepdim=True) for sign, x in zip((1, -1), there, strict=False)], -1)
+
+    def _sets(self) -> list[Tensor]:
         asked = [self.targets] if self.against is None else [self.targets, self.against]
-        return torch.stack([tokens[self.where] for tokens in asked], -1)
+        return [(tokens if tokens.dim() > 2 else tokens[..., None])[self.where] for tokens in asked]
 
     def placed(self, values: Tensor) -> Tensor:
         """[..., N] -> [..., B, T'], NaN where nothing is measured."""
@@ -285,7 +303,8 @@ def asked(
         positions: an integer, several, or a mask [T] or [B, T]; negative ones count from the end. None: every real
             position whose next token is real. The last position has no next token: it needs targets.
         targets, against: an integer, [B], or [B, T]; targets None: the next token. They are tokens of the vocabulary
-            that is predicted; where the model reads another, no next token is one.
+            that is predicted; where the model reads another, no next token is one. Of a logit difference also sets
+            [B, T, K].
         of_tokens: False where nothing is asked about a token (KL, say).
 
     Raises:
@@ -305,16 +324,23 @@ def asked(
     following = following.clamp_max(trace.weights.d_vocab_out - 1)  # as where the next token is not predicted: not read
     return Asked(
         where,
-        following if targets is None else _tokens("targets", targets, trace),
-        None if against is None else _tokens("against", against, trace),
+        following if targets is None else _tokens("targets", targets, trace, where, sets=against is not None),
+        None if against is None else _tokens("against", against, trace, where, sets=True),
         trace.tokens.shape[1] - (not bool(where[:, -1].any())),
     )
 
 
-def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace) -> Tensor:
-    """[B, T]."""
+def _tokens(name: str, tokens: Tensor | int, trace: FrozenTrace, where: Tensor, *, sets: bool) -> Tensor:
+    """[B, T], or with `sets` perhaps [B, T, K]."""
     shape = trace.tokens.shape
     given = as_integers(name, tokens, trace.tokens.device)
+    if sets and given.dim() == 3:
+        if given.shape[:2] != shape:
+            raise ValueError(f"{name} has shape {list(given.shape)}, expected [{shape[0]}, {shape[1]}, K]")
+        if not (given >= 0).any(-1)[where].all():
+            raise ValueError(f"{name} holds an empty set, where something is measured")
+        check_range(name, given.clamp_min(0), trace.weights.d_vocab_out)
+        return given.long()
     check_range(name, given, trace.weights.d_vocab_out)
     if given.dim() == 1 and len(given) == shape[0]:
         given = given[:, None]

@@ -12,12 +12,11 @@ from pyfastcircuits.experiments.ablation import head_ablation
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode, check_same_model
 from pyfastcircuits.experiments.edges import Effect, edge_removals, mixed_z, place, removed_writes
 from pyfastcircuits.experiments.measure import measure
-from pyfastcircuits.experiments.metrics import NLL, Asked, At, LogitDifference, Positions, at_mask
+from pyfastcircuits.experiments.metric_gradient import metric_mean
+from pyfastcircuits.experiments.metrics import Asked, At, Positions, at_mask
 from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.experiments.points import What, patches
-from pyfastcircuits.model.norms import final_norm_gain, norm_scale
 from pyfastcircuits.result import Label, Result
-from pyfastcircuits.run.losses import CleanLogits, Unembedding, row_losses
 from pyfastcircuits.run.node_names import edge_label, is_pair, parse_edge
 from pyfastcircuits.run.nodes import Head, Kind, one_or_several
 from pyfastcircuits.run.paths import enumerate_paths
@@ -294,7 +293,7 @@ def _gradients_by_z(part: FrozenTrace, asked: Asked, how: Measurement, share: fl
     with torch.enable_grad():
         if effect == "direct":
             final = part.final.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(_metric(part, final, asked, how) * share, final)
+            (gradient,) = torch.autograd.grad(metric_mean(part, final, asked, how) * share, final)
             by_write = [part.apply_post_norm(gradient, layer) for layer in layers]
             W_O = [weights.heads("W_O", layer) for layer in layers]
         else:
@@ -302,24 +301,10 @@ def _gradients_by_z(part: FrozenTrace, asked: Asked, how: Measurement, share: fl
             stream = part.embedded[None]
             for layer, zero in enumerate(zeros):
                 stream = part.forward.block(layer, stream, zero)
-            gradients = torch.autograd.grad(_metric(part, stream[0], asked, how) * share, zeros)
+            gradients = torch.autograd.grad(metric_mean(part, stream[0], asked, how) * share, zeros)
             by_write = [gradient[0] for gradient in gradients]
             W_O = [weights.W_O[layer].to(weights.compute_dtype) for layer in layers]
     return [torch.einsum("btd,hrd->hbtr", gradient, out) for gradient, out in zip(by_write, W_O, strict=True)]
-
-
-def _metric(part: FrozenTrace, final: Tensor, asked: Asked, how: Measurement) -> Tensor:
-    """The mean over the positions measured, differentiable by the final residual stream."""
-    weights, metric = part.weights, how.metrics[0]
-    scale = part.scales[-1] if how.final_norm == "frozen" else norm_scale(final, weights)
-    rows = asked.rows(final_norm_gain(final, weights) * scale[..., None])
-    if not isinstance(metric, LogitDifference):
-        losses = row_losses(rows, asked.tokens()[:, 0], weights, how.backend)
-        return (losses if isinstance(metric, NLL) else (-losses).exp()).mean()
-    clean, cap = CleanLogits(rows, Unembedding(weights), held=False), weights.logit_cap
-    logits = [clean.of_tokens(tokens) for tokens in asked.tokens().unbind(-1)]
-    targets, against = logits if cap is None else [cap * (x / cap).tanh() for x in logits]
-    return (targets - against).mean()
 
 
 def _gradients_by_input(part: FrozenTrace, layer: int, by_z: Tensor, kind: Kind) -> Tensor:

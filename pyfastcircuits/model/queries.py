@@ -44,17 +44,35 @@ def queries_or_keys(
         weight = weights.layer("W_Q" if name == "Q" else "W_K", layer)
     else:
         weight = weights.head("W_Q" if name == "Q" else "W_K", layer, head or 0)[None]
-    made = read.unsqueeze(-3) @ weight
-    bias = weights.bias(name, layer) if biased else None
-    if bias is not None:
-        made = made + (bias if len(bias) == len(weight) else bias[own : own + 1])[:, None]  # type: ignore[operator]
-    if weights.qk_norm is not None:
-        made = _normed(made, weights, name, layer, None if len(weight) == count else own)
+    made = finished(
+        read.unsqueeze(-3) @ weight, weights, name, layer, positions,
+        head=None if len(weight) == count else own, biased=biased,
+    )  # fmt: skip
     if own is not None and together:
         made = made[..., own : own + 1, :, :]
-    if positions is not None and weights.positional == "rotary":
-        made = rotate(made, weights, positions, layer)
     return made if own is None else made[..., 0, :, :]
+
+
+def finished(
+    made: Tensor,
+    weights: CircuitWeights,
+    name: Literal["Q", "K"],
+    layer: int,
+    positions: Tensor | None,
+    *,
+    head: int | None = None,
+    biased: bool = True,
+) -> Tensor:
+    """Queries or keys [..., n, T, r] of all heads, or of one in its layer, from what W_Q or W_K alone makes.
+
+    Their biases, norms and rotary positions follow; see queries_or_keys.
+    """
+    bias = weights.bias(name, layer) if biased else None
+    if bias is not None:
+        made = made + (bias if head is None else bias[head : head + 1])[:, None]
+    if weights.qk_norm is not None:
+        made = _normed(made, weights, name, layer, head)
+    return rotate(made, weights, positions, layer) if positions is not None and weights.positional == "rotary" else made
 
 
 def _normed(made: Tensor, weights: CircuitWeights, name: Literal["Q", "K"], layer: int, own: int | None) -> Tensor:

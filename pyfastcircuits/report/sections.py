@@ -65,7 +65,7 @@ def pairs(study: Study) -> Section:
         study.run, "path", pairs=study.pairs, kl=True, per_token=True, backend=study.backend, progress=study.progress
     )
     places = found.baseline.numel()
-    rise, kl = found.means(), found.kl.double().reshape(len(study.pairs), -1).nanmean(-1)
+    rise, kl = found.means(), found.kl.double().reshape(len(study.pairs), -1).nanmean(-1).clamp_min(0)
     kept = rise.abs().argsort(descending=True, stable=True)[: max(1, EFFECTS // places)]
     if len(kept) < len(study.pairs):
         study.cuts.append(

@@ -63,20 +63,32 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
     """
     weights = trace.weights
     out = trace.embedded.new_empty(len(paths), *trace.tokens.shape, weights.d_value)
-    for (layer, head), members in grouped(path[-1] for path in paths).items():
-        W_V = weights.head("W_V", layer, head)
-        values = out.new_empty(len(members), *out.shape[1:])
-        for before, inner in grouped(tuple(source for source, _ in paths[i][-2:-1]) for i in members).items():
-            if before:  # the sources in a layer together
-                prefixes = [paths[members[i]][:-1] for i in inner]
-                carried = torch.stack([_prefix_z(trace, prefix) for prefix in prefixes])
-                W_O = _written_by(weights, [prefix[-1] for prefix in prefixes])
-                virtual_weights = centered(W_O, weights) @ W_V
-                values[span(inner)] = (carried @ virtual_weights[:, None]) * trace.value_scale(layer)[..., None]
-            else:
-                values[span(inner)] = _non_head_read(trace, layer) @ W_V
-        z = apply_pattern(head_pattern(trace.patterns[layer], head), values[:, :, None])[:, :, 0]
-        out[span(members)] = trace.apply_post_norm(z, layer)
+    shared = weights.n_heads // weights.W_V.shape[1]
+    for (layer, kv), members in grouped((path[-1].layer, path[-1].head // shared) for path in paths).items():
+        prefixes = grouped(paths[i][:-1] for i in members)  # query heads share the values of what they read
+        values = _values(trace, layer, weights.head("W_V", layer, kv * shared), list(prefixes))
+        place = {members[i]: value for value, some in enumerate(prefixes.values()) for i in some}
+        for head, mine in grouped(paths[i][-1].head for i in members).items():
+            places = [members[i] for i in mine]
+            mixed = values[span([place[i] for i in places])]
+            z = apply_pattern(head_pattern(trace.patterns[layer], head), mixed[:, :, None])[:, :, 0]
+            out[span(places)] = trace.apply_post_norm(z, layer)
+    return out
+
+
+def _values(trace: FrozenTrace, layer: int, W_V: Tensor, prefixes: Sequence[Path]) -> Tensor:
+    """The values [n, B, T, r] that W_V of a layer makes of what each prefix carries; () carries the non-head stream."""
+    weights = trace.weights
+    out = trace.embedded.new_empty(len(prefixes), *trace.tokens.shape, weights.d_value)
+    for before, members in grouped(prefix[-1].layer if prefix else None for prefix in prefixes).items():
+        if before is None:
+            out[members] = _non_head_read(trace, layer) @ W_V
+        else:  # the sources in a layer together
+            some = [prefixes[i] for i in members]
+            W_O = _written_by(weights, [prefix[-1] for prefix in some])
+            virtual_weights = centered(W_O, weights) @ W_V
+            carried = _prefix_z(trace, some) @ virtual_weights[:, None]
+            out[span(members)] = carried * trace.value_scale(layer)[..., None]
     return out
 
 
@@ -87,14 +99,17 @@ def _written_by(weights: CircuitWeights, heads: Sequence[Sequence[int]]) -> Tens
     return weights.heads("W_O", heads[0][0])[span([head for _, head in heads])]
 
 
-def _prefix_z(trace: FrozenTrace, path: Path) -> Tensor:
-    """path_z of one path [B, T, r]; the trace keeps it for paths that go on from there, up to a block in all."""
-    z = trace.prefix_z.get(path)
-    if z is None:
-        z = path_z(trace, [path])[0]
-        if not z.requires_grad and (len(trace.prefix_z) + 1) * z.nbytes <= memory.block_bytes(z.device):
-            trace.prefix_z[path] = z
-    return z
+def _prefix_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
+    """path_z of some paths, which the trace keeps for those that go on from there, up to a block in all."""
+    kept = trace.prefix_z
+    if missing := list(dict.fromkeys(path for path in paths if path not in kept)):
+        made = path_z(trace, missing)
+        found = dict(zip(missing, made, strict=True))
+        if not made.requires_grad:
+            room = memory.block_bytes(made.device) // max(made[0].nbytes, 1) - len(kept)
+            kept.update((path, found[path].clone()) for path in missing[: max(room, 0)])
+        return torch.stack([found[path] if path in found else kept[path] for path in paths])
+    return torch.stack([kept[path] for path in paths])
 
 
 def _non_head_read(trace: FrozenTrace, layer: int) -> Tensor:

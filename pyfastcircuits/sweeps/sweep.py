@@ -114,7 +114,7 @@ class Sweep:
             sequence, position = divmod(int(harm[i].nan_to_num(-torch.inf).argmax()), harm.shape[-1])
             before = self.trace.tokens[sequence, max(0, position + 1 - context) : position + 1]
             values = float(result.baseline[sequence, position]), float(result.values[i, sequence, position])
-            out.append(Example(before.tolist(), int(targets[sequence, position]), *values))
+            out.append(Example(before.tolist(), int(targets[sequence, position].flatten()[0]), *values))
         return out
 
 

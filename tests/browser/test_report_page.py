@@ -196,9 +196,16 @@ class TestComposition:
         seen.append(opened.text("#readout-composition-matrix"))
         assert [re.search("([QKV])-composition", text)[1] for text in seen] == ["K", "Q"]
         z = page.evaluate("document.querySelector('#composition-matrix').data[0].z[6][4]")
-        page.click("#choice-form label:has-text('score less')")
-        score = page.evaluate("document.querySelector('#composition-matrix').data[0].z[6][4]")
-        assert abs(score) < 1 < abs(z)
+        raw, rest = [], []
+        for label, into in (("score", raw), ("score − random", rest)):
+            page.locator("#choice-form label").get_by_text(label, exact=True).click()
+            into.append(page.evaluate("document.querySelector('#composition-matrix').data[0].z[6][4]"))
+        weights = fc.load_weights("induction-2l")
+        assert raw[0] == pytest.approx(float(fc.composition_scores(weights, "Q")[0, 6, 1, 4]), rel=1e-3)
+        assert rest[0] == pytest.approx(
+            raw[0] - float(fc.composition_baseline(weights, "Q").mean[0, 6, 1, 4]), abs=1e-4
+        )
+        assert abs(z) > 1
         page.click("#choice-form label:has-text('z-score')")
 
     def test_the_virtual_pattern_is_the_product(self, page):

@@ -27,8 +27,8 @@ OPERATORS = {
 }
 WITH_METHODS = (
     fc.CircuitWeights, fc.FrozenTrace, fc.FactoredMatrix, fc.Result, fc.QKTerms, fc.Subspaces, fc.Sweep,
-    fc.SkipTrigrams, fc.Corpus, fc.Dictionary, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1,
-    fc.LayerMarginals,
+    fc.PathSample, fc.SkipTrigrams, fc.Corpus, fc.Dictionary, fc.Circuit, fc.Faithfulness, fc.Task, fc.NLL, fc.KL,
+    fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1, fc.LayerMarginals,
 )  # fmt: skip
 TYPES = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str, "List[Tensor]": list}
 STRINGS = {
@@ -39,6 +39,8 @@ STRINGS = {
 OPTION_NAMES = {*inspect.signature(fc.CircuitWeights).parameters, *inspect.signature(fc.trace).parameters}
 
 
+TASK = {"clean": [[0, 1], [1, 0]], "corrupted": [[1, 1], [1, 1]], "answers": [0, 1], "against": [1, [0, 1]]}
+TASK_OPTIONS = {"tokenizer": list, "start": 0, "padding": "left", "name": "task"}
 OF_ROWS = ("of_clean", "rise")  # of a metric: what they ask of rows is ours to make
 
 
@@ -215,6 +217,8 @@ class Call:
                 return [operand] if p.annotation is list else operand
             if p.annotation is float:
                 return 0.001
+        if entry.name == "Task":
+            return (TASK | TASK_OPTIONS)[p.name]
         if entry.owner is fc.CircuitWeights and entry.name == "CircuitWeights" and p.name in world.fields:
             return world.fields[p.name]
         whole = entry.owner is not None and entry.name == entry.owner.__name__
@@ -226,7 +230,7 @@ class Call:
             return getattr(instance(entry.owner, world), p.name)
         if p.name == "rows" and entry.name.endswith(OF_ROWS):
             one, several = world.normal(3, dtype=torch.float64), world.normal(2, 3, dtype=torch.float64)
-            clean = SimpleNamespace(nll=one, rank=one, token_logits=(one, one))
+            clean = SimpleNamespace(nll=one, rank=one, token_logits=(one, one), token_shares=(one, -one))
             changed = SimpleNamespace(
                 clean=clean, nll_rise=several, divergence=several, rank=several, token_changes=(several, several)
             )
@@ -247,11 +251,25 @@ class Call:
             return self.entry.function(*self.instance, *(self.arguments[x] for x in self.first), *several, **named)
 
 
+def of_result(owner: type, world: World) -> Any:
+    result = fc.head_ablation(world.trace)
+    return owner(result.labels, result.values, result.baseline, result.metric)
+
+
 def instance(owner: type, world: World) -> Any:
     """A valid instance of a public class."""
     made = {fc.CircuitWeights: lambda: world.weights, fc.FrozenTrace: lambda: world.trace}
     made |= {fc.FactoredMatrix: world.matrix, fc.Result: lambda: fc.head_ablation(world.trace, kl=True)}
     made |= {fc.Dictionary: world.dictionary}
+    made |= {found: lambda: of_result(owner, world) for found in (fc.PathSearch, fc.PathGroups, fc.ScreenedPairs)}
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    made |= {fc.PathSample: lambda: fc.PathSample([((0, 0),)], one, one, 1, "rise")}
+    scores = lambda: fc.edge_scores(world.trace, world.other)  # noqa: E731
+    circuit = lambda: fc.circuit(scores(), top=3)  # noqa: E731
+    explained = lambda: fc.faithfulness(circuit(), world.trace, world.other, sizes=2, minimality=True)  # noqa: E731
+    made |= {fc.EdgeScores: scores, fc.Circuit: circuit, fc.Faithfulness: explained}
+    made |= {fc.Curve: lambda: explained().curve, fc.Task: lambda: fc.Task(**TASK)}
+    made |= {fc.Overlap: lambda: fc.Overlap((), (), ()), fc.WrongScore: lambda: fc.WrongScore("embed", 0.0, 0.0, 0.0)}
     made |= {fc.SkipTrigram: lambda: fc.SkipTrigram(0, 0, 0, 1.0, 1.0)}
     if owner in made:
         return made[owner]()

@@ -166,13 +166,17 @@ class World:
             "heads": lambda: pick(None, [self.source], [self.head(), [self.source, self.destination] if groups else self.head()]),
             "pairs": lambda: pick([self.pair()], None if NoneType in options else []), "paths": lambda: [(), self.pair(), (self.head(),)],
             "path": lambda: self.corpus() if Path in options else self.pair(), "column": lambda: pick(None, "tokens"),
-            "tokenizer": lambda: None, "out": lambda: pick(None, None, self.folder / "out") if NoneType in options else self.folder / "report.html", "settle": lambda: pick(None, 1),
+            "tokenizer": lambda: None if Path in options else pick(None, lambda text: [0]),
+            "out": lambda: pick(None, None, self.folder / "out") if NoneType in options else self.folder / "report.html",
+            "settle": lambda: pick(None, 1),
             "sources": lambda: [self.source], "destinations": lambda: [self.destination],
             "targets": self.tokens_asked, "against": lambda: pick(0, self.integers(V, self.batch, T)),
             "positions": lambda: pick(None, 0, -1, [0, T - 1], torch.ones(T, dtype=torch.bool, device="cpu")),
             "metric": lambda: pick(*("nll", "kl", "logit_difference", "probability", "rank", "top1"),
                                    *(kind(self.tokens_asked()) for kind in metrics), fc.LogitDifference(0, 0)),
-            "scores": lambda: fc.head_scores(self.weights, length=4, batch=2, batches=1) if fc.Result in options else None,
+            "scores": lambda: fc.head_scores(self.weights, length=4, batch=2, batches=1) if fc.Result in options else fc.edge_scores(self.trace, self.other),
+            "circuit": lambda: fc.circuit(fc.edge_scores(self.trace, self.other), top=3), "sizes": lambda: pick(None, 2, [0, 1]),
+            "file": lambda: self.folder / pick("circuit.json", "missing.safetensors"), "threshold": lambda: 0.5,
             "eigenvalues": lambda: self.normal(3, 4, dtype=torch.complex128), "layer": lambda: pick(0, 1),
             "gain": lambda: self.normal(self.layers, self.width), "final_gain": lambda: self.normal(self.width),
             "bias": lambda: self.normal(self.layers, self.width), "final_bias": lambda: self.normal(self.width),
@@ -189,7 +193,7 @@ class World:
             "found": lambda: self.finding(options), "x": lambda: "nll", "y": lambda: "kl", "quantity": lambda: None,
             "title": lambda: pick(None, "$x_1$"), "scale": lambda: "nats", "layers": lambda: pick(None, [0]),
             "dictionary": self.dictionary, "at": lambda: pick(None, -1, [0, 1]), "what": lambda: "z", "sequence": lambda: 0,
-            "file": self.saved, "rows_measured": lambda: None, "logit_difference": lambda: None, "length": lambda: pick(4, 7),
+            "rows_measured": lambda: None, "logit_difference": lambda: None, "length": lambda: pick(4, 7),
         }  # fmt: skip
         if fc.FrozenTrace in options and name == "model":
             return pick(self.weights, self.trace)

@@ -90,7 +90,7 @@ function drawPairs(data) {
       most = Math.max(...places.map((place) => Math.abs(place[2])));
     }
     say("pair-said", `${whole} ${row === undefined ? "Its effects on single tokens are left out of this page." : "The tokens that it harms most, each behind what comes before it:"}`);
-    say("pair-contexts", ...places.slice(0, CONTEXTS).map(context));
+    say("pair-contexts", ...places.filter((place) => place[2] > 0).slice(0, CONTEXTS).map(context));
     if (places.length) select.value = String((sequence = places[0][0]));
     showText();
   };

@@ -9,7 +9,7 @@ function drawComposition(data) {
   const rowOf = new Map(data.virtual.kept.map((p, row) => [p, row]));
   const value = (p) => {
     const { score, random, z } = found[chosen("kind")];
-    return chosen("form") === "z" ? z[p] : score[p] - random[p];
+    return { z: z[p], score: score[p], rest: score[p] - random[p] }[chosen("form")];
   };
   let shown = found.K.z.indexOf(Math.max(...found.K.z)), values = null;
   const drawVirtual = () => {
@@ -33,7 +33,7 @@ function drawComposition(data) {
   const draw = matrix("composition-matrix", {
     value,
     said: (p) => `${pairName(p)}: ${chosen("kind")}-composition ${figure(found[chosen("kind")].score[p])}, by chance ${figure(found[chosen("kind")].random[p])}, z = ${figure(found[chosen("kind")].z[p], true)}`,
-    unit: () => (chosen("form") === "z" ? "standard deviations" : "score − random"),
+    unit: () => ({ z: "standard deviations", score: "score", rest: "score − random" })[chosen("form")],
     first: shown,
     onPick,
     csv: () => [["source", "destination", ...kinds.flatMap((k) => [`${k}_score`, `${k}_random`, `${k}_z`])], ...PAIRS.map(([i, j], p) => [HEADS[i], HEADS[j], ...kinds.flatMap((k) => [found[k].score[p], found[k].random[p], found[k].z[p]])])],

@@ -1,0 +1,125 @@
+"""The gradient of a metric by what every receiver reads, layer by layer from the logits down.
+
+Each layer is run again by itself, so that nothing of it outlives its turn: what is kept is the residual stream in front
+of every layer. A receiver's gradient goes through its own norm, and no further: what reaches the stream in front of a
+layer is the gradient behind it and the sum of those of the layer's receivers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.experiments.metric_gradient import metric_gradient
+from pyfastcircuits.experiments.metrics import Asked
+from pyfastcircuits.experiments.options import Measurement
+from pyfastcircuits.model.norms import normalized
+from pyfastcircuits.run.graph import MLP, Graph, NodeLabel
+from pyfastcircuits.run.nodes import KINDS
+from pyfastcircuits.run.split_inputs import SplitInputs, mixed_by_head
+from pyfastcircuits.run.trace import FrozenTrace
+
+Found = Callable[[slice, int, Tensor], None]  # numbers of receivers; how many nodes they read; gradients [n, B, T, d]
+
+
+def receiver_gradients(
+    part: FrozenTrace,
+    graph: Graph,
+    streams: list[Tensor],
+    asked: Asked,
+    how: Measurement,
+    found: Found,
+    held: tuple[NodeLabel | int, Tensor] | None = None,
+) -> None:
+    """Give `found` the gradient of the metric's mean by what each receiver reads, of all receivers, a few at a time.
+
+    Args:
+        part: some sequences of the clean run.
+        graph: of its model.
+        streams: the residual stream [B, T, d] in front of each layer and at the end, of the run to differentiate at.
+        asked, how: what is measured.
+        found: takes the gradients.
+        held: a layer, whose heads, or ("mlp", layer), whose MLP, are constants in that run; and what they write,
+            [B, T, d].
+    """
+    gradient = metric_gradient(part, streams[-1], asked, how)
+    found(slice(graph.receivers_at[-1], graph.receivers_at[-1] + 1), graph.heads_at[-1], gradient[None])
+    for layer in reversed(range(graph.layers)):
+        gradient = _through_layer(part, graph, layer, streams[layer], gradient, found, held)
+
+
+def _through_layer(
+    part: FrozenTrace,
+    graph: Graph,
+    layer: int,
+    stream: Tensor,
+    gradient: Tensor,
+    found: Found,
+    held: tuple[NodeLabel | int, Tensor] | None,
+) -> Tensor:
+    """The gradient by the stream in front of a layer, from that by the stream behind it."""
+    forward, (fixed, value) = part.forward, held or (None, None)
+    q, k, v = made = forward.qkv(layer, normalized(stream, part.weights)[None])
+    group = q.shape[2] // k.shape[2]
+    with torch.enable_grad():
+        inputs = [x[0].repeat_interleave(n, 1).detach().requires_grad_() for x, n in ((q, 1), (k, group), (v, group))]
+        z = mixed_by_head(part, layer, *inputs)
+        written = forward.write(layer, z[None])[0]
+    behind, reads = gradient, graph.mlps[layer]
+    if reads is not None and fixed != (MLP, layer):
+        read = stream
+        if reads == "after heads":
+            read = stream + (value if fixed == layer and value is not None else written.detach())
+        by_mlp = _by_mlp(part, layer, read, gradient)
+        found(_mlp(graph, layer), graph.read_by_mlp(layer), by_mlp[None])
+        behind = gradient + by_mlp
+    if fixed == layer:  # heads that are constants read nothing
+        return behind
+    by_write = behind if reads != "before heads" else gradient
+    by_inputs = torch.autograd.grad(written, inputs, by_write)
+    split = SplitInputs(part, layer, stream, made)
+    total = behind.clone()
+    for number, (kind, by_input) in enumerate(zip(KINDS, by_inputs, strict=True)):
+        by_stream = split.pull_back(kind, stream, by_input)
+        first = graph.receivers_at[layer] + number * graph.heads
+        found(slice(first, first + graph.heads), graph.heads_at[layer], by_stream)
+        total += by_stream.sum(0)
+    return total
+
+
+def _by_mlp(part: FrozenTrace, layer: int, read: Tensor, gradient: Tensor) -> Tensor:
+    with torch.enable_grad():
+        read = read.detach().requires_grad_()
+        (by_read,) = torch.autograd.grad(part.forward.mlp(layer, read[None])[0], read, gradient)
+    return by_read
+
+
+def _mlp(graph: Graph, layer: int) -> slice:
+    last = graph.receivers_at[layer + 1]
+    return slice(last - 1, last)
+
+
+def streams_from(
+    part: FrozenTrace, graph: Graph, layer: int, stream: Tensor, held: tuple[NodeLabel | int, Tensor] | None = None
+) -> list[Tensor]:
+    """The residual stream [B, T, d] in front of `layer`, which is given, of each layer behind it, and at the end."""
+    streams, forward = [stream], part.forward
+    fixed, value = held or (None, None)
+    for later in range(layer, graph.layers):
+        if fixed not in (later, (MLP, later)):
+            streams.append(forward.block(later, streams[-1][None])[0])
+            continue
+        assert value is not None
+        before, reads = streams[-1], graph.mlps[later]
+        if fixed == later:
+            written = value
+        else:
+            z = forward.apply(later, *forward.qkv(later, normalized(before, part.weights)[None]))
+            written = forward.write(later, z)[0]
+        after = before + written
+        if fixed == (MLP, later):
+            after = after + value
+        elif reads is not None:
+            after = after + forward.mlp(later, (before if reads == "before heads" else after)[None])[0]
+        streams.append(after)
+    return streams

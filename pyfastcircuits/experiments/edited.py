@@ -1,0 +1,231 @@
+"""The edited model: edges inside of a circuit carry what their nodes now write, all others what nodes write outside.
+
+Two forms give the same. A receiver reads the stream of writes outside of the circuit, and for each edge inside what its
+node adds to that; or it reads the stream of what all nodes now write, less that for each edge outside. The one with
+fewer edges to put right is taken: a small circuit costs little, and so does one that lacks few edges.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.experiments.intervention import Intervention
+from pyfastcircuits.experiments.outside import Changes, Outside
+from pyfastcircuits.model.norms import norm_scale, normalized
+from pyfastcircuits.run.graph import Graph
+from pyfastcircuits.run.nodes import KINDS, MLP, written
+from pyfastcircuits.run.split_inputs import SplitInputs, mixed_by_head
+from pyfastcircuits.run.trace import FrozenTrace
+
+Place = tuple[int, int]  # the numbers of an edge's node and receiver, see Graph.place
+
+
+def edited(
+    clean: FrozenTrace, outside: Outside, circuits: Sequence[Iterable[Place]], *, without: bool = False
+) -> list[Intervention]:
+    """Experiments that run the edited model of each circuit: of the edges named, or `without` them of all others.
+
+    A node that the circuit does not lead to from the embedding is outside of it: it writes what it does outside.
+
+    Raises:
+        ValueError: a model whose heads have a bias in front of a norm after them.
+    """
+    graph, weights = outside.graph, clean.weights
+    if weights.ln_post_w is not None and weights.b_O is not None and any(bool(bias.any()) for bias in weights.b_O):
+        raise ValueError(
+            "the model has a bias in front of a norm after its heads: what the bias writes depends on all heads, and "
+            "is no edge's to carry, so its circuits cannot be edited"
+        )
+    masks = [_mask(graph, circuit, without) for circuit in circuits]
+    kept: dict[FrozenTrace, _Outer] = {}  # of the last part
+
+    def remove(part: FrozenTrace, some: Sequence[Tensor]) -> Tensor:
+        if part not in kept:
+            kept.clear()
+            kept[part] = _Outer(part, outside)
+        return torch.stack([part.final - _Edited(kept[part], mask).final() for mask in some])
+
+    floats = 2 * len(graph.nodes) * clean.weights.d_model  # changes, and what nodes write more
+    return [Intervention(places=range(len(masks)), items=masks, remove=remove, extra_floats_per_position=floats)]
+
+
+def _mask(graph: Graph, circuit: Iterable[Place], without: bool) -> Tensor:
+    """Whether each node's edge to each receiver is inside, [nodes, receivers]."""
+    mask = torch.zeros(len(graph.nodes), len(graph.receivers), dtype=torch.bool)
+    for node, receiver in circuit:
+        mask[node, receiver] = True
+    if not without:
+        return mask
+    there = torch.arange(len(mask))[:, None] < torch.tensor(graph.before)
+    return there & ~mask
+
+
+class _Outer:
+    """The run of nodes that are all outside, in a part: what circuits of that part share."""
+
+    def __init__(self, part: FrozenTrace, outside: Outside) -> None:
+        self.part, self.graph, self.changes = part, outside.graph, Changes(part, outside)
+        self._writes: dict[int, Tensor] = {}
+        self._made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._split: dict[int, SplitInputs] = {}
+        self.before = [self.changes.of(slice(0, 1))[0]]  # what the stream in front of each group has changed by
+        for where, _ in self.changes.groups[1:]:
+            self.before.append(self.before[-1] + self.changes.of(where).sum(0))
+
+    def stream(self, layer: int) -> Tensor:
+        """The residual stream in front of a layer, [B, T, d]."""
+        return self.part.streams[layer] + self._changed(self.graph.heads_at[layer])
+
+    def read_by_mlp(self, layer: int) -> Tensor:
+        """What a layer's MLP reads."""
+        if self.graph.mlps[layer] == "before heads":
+            return self.stream(layer)
+        clean = self.part.streams[layer + 1] - written(self.part, MLP(layer))
+        return clean + self._changed(self.graph.read_by_mlp(layer))
+
+    def _changed(self, count: int) -> Tensor:
+        """What the first nodes write more than in the clean run."""
+        return next(x for (where, _), x in zip(self.changes.groups, self.before, strict=True) if where.stop == count)
+
+    def write(self, node: int) -> Tensor:
+        """What a node writes, [B, T, d]."""
+        if node not in self._writes:
+            where, nodes = next(group for group in self.changes.groups if node < group[0].stop)
+            change = self.changes.of(slice(node, node + 1))[0]
+            self._writes[node] = written(self.part, nodes[node - where.start]) + change
+        return self._writes[node]
+
+    def made(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries [1, B, H, T, r], keys and values [1, B, Hkv, T, r] of a layer."""
+        if layer not in self._made:
+            self._made[layer] = self.part.forward.qkv(layer, normalized(self.stream(layer), self.part.weights)[None])
+        return self._made[layer]
+
+    def split(self, layer: int) -> SplitInputs:
+        """How heads of a layer read streams of their own."""
+        if layer not in self._split:
+            self._split[layer] = SplitInputs(self.part, layer, self.stream(layer), self.made(layer))
+        return self._split[layer]
+
+
+class _Edited:
+    """The edited model of one circuit. `inside` [nodes, receivers] says which edges are."""
+
+    def __init__(self, outer: _Outer, inside: Tensor) -> None:
+        self.outer, self.part, self.graph = outer, outer.part, outer.graph
+        missing = [count - int(n) for count, n in zip(self.graph.before, inside.sum(0), strict=True)]
+        self.alive = _reached(self.graph, inside)
+        self.running = sum(missing) < int(inside.sum())  # whether receivers read the stream of what nodes now write
+        wrong = ~inside if self.running else inside
+        self.sources = [wrong[:count, i].nonzero().flatten().tolist() for i, count in enumerate(self.graph.before)]
+        self.needed = {node for nodes in self.sources for node in nodes}
+        self.more = {0: -outer.changes.of(slice(0, 1))[0]}  # what nodes write more than outside; absent: nothing
+
+    def _put_right(self, receivers: Sequence[int], stream: Tensor) -> Tensor:
+        """What receivers read [n, B, T, d] beside a stream that is the same for all [B, T, d]."""
+        union = sorted({node for i in receivers for node in self.sources[i]} & self.more.keys())
+        if not union:
+            return stream.expand(len(receivers), *stream.shape)
+        mix = torch.tensor([[float(node in self.sources[i]) for node in union] for i in receivers])
+        writes = torch.stack([self.more[node] for node in union]).flatten(1)
+        mix = (-mix if self.running else mix).to(writes)
+        return torch.addmm(stream.flatten(), mix, writes).view(len(receivers), *stream.shape)
+
+    def final(self) -> Tensor:
+        """The final residual stream, [B, T, d]."""
+        stream, unchanged = self.part.embedded, self.running
+        for layer in range(self.graph.layers):
+            first, last = self.graph.receivers_at[layer : layer + 2]
+            if unchanged and not any(self.sources[first:last]):
+                self._leave(layer)
+                stream = self.part.streams[layer + 1]
+                continue
+            unchanged = False
+            behind = self._heads(layer, stream)
+            stream = behind if self.graph.mlps[layer] is None else self._mlp(layer, stream, behind)
+        end = stream if self.running else self.outer.stream(self.graph.layers)
+        return self._put_right([self.graph.receivers_at[-1]], end)[0]
+
+    def _leave(self, layer: int) -> None:
+        """Note what the nodes of a layer, which write what they do in the clean run, write more than outside."""
+        for node in range(*self.graph.heads_at[layer : layer + 2]):
+            if node in self.needed:
+                self.more[node] = -self.outer.changes.of(slice(node, node + 1))[0]
+
+    def _heads(self, layer: int, stream: Tensor) -> Tensor:
+        """The stream behind a layer's heads that read `stream`; in the other form it stays as it is."""
+        graph, part, first = self.graph, self.part, self.graph.heads_at[layer]
+        nodes = range(first, first + graph.heads)
+        if not self.running:
+            if not self.alive & self.needed & set(nodes):
+                return stream
+            stream, made = self.outer.stream(layer), self.outer.made(layer)
+        else:
+            made = part.forward.qkv(layer, normalized(stream, part.weights)[None])
+        z = self._mixed(layer, stream, made)
+        own = [node for node in nodes if node in self.alive & self.needed]
+        dead = [node for node in nodes if node not in self.alive] if self.running else []
+        writes = dict(zip([*own, *dead], _writes(part, layer, z, [i - first for i in (*own, *dead)]), strict=True))
+        self.more |= {node: writes[node] - self.outer.write(node) for node in own}
+        if not self.running:
+            return stream
+        behind = stream + part.forward.write(layer, z[None])[0]
+        for node in dead:
+            behind = behind + self.outer.write(node) - writes[node]
+        return behind
+
+    def _mixed(self, layer: int, stream: Tensor, made: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """z [B, H, T, r] of heads that make `made` of a stream, but for what they read by edges of their own."""
+        heads, begin, changed = self.graph.heads, self.graph.receivers_at[layer], False
+        inputs = []
+        for number, (kind, common) in enumerate(zip(KINDS, made, strict=True)):
+            some = [head for head in range(heads) if self.sources[begin + number * heads + head]]
+            by_head = common[0].repeat_interleave(heads // common.shape[2], 1)
+            if some:
+                changed = True
+                streams = self._put_right([begin + number * heads + head for head in some], stream)
+                by_head = by_head.clone()
+                by_head[:, some] = self.outer.split(layer).read(kind, some, streams).transpose(0, 1)
+            inputs.append(by_head)
+        return mixed_by_head(self.part, layer, *inputs) if changed else self.part.forward.apply(layer, *made)[0]
+
+    def _mlp(self, layer: int, before: Tensor, behind: Tensor) -> Tensor:
+        """The stream behind a layer's MLP, in front of whose heads is `before` and behind them `behind`."""
+        node, receiver = self.graph.heads_at[layer + 1] - 1, self.graph.receivers_at[layer + 1] - 1
+        if self.running:
+            common = before if self.graph.mlps[layer] == "before heads" else behind
+        elif node in self.alive & self.needed:
+            common = self.outer.read_by_mlp(layer)
+        else:
+            return behind
+        write = self.outer.write(node)
+        if node in self.alive:
+            write = self.part.forward.mlp(layer, self._put_right([receiver], common))[0]
+            if node in self.needed:
+                self.more[node] = write - self.outer.write(node)
+        return behind + write if self.running else behind
+
+
+def _reached(graph: Graph, inside: Tensor) -> set[int]:
+    """The nodes that edges inside lead to from the embedding, and the embedding."""
+    reached = inside.new_zeros(len(graph.nodes))
+    reached[0] = True
+    for layer in range(graph.layers):
+        first, (begin, end) = graph.heads_at[layer], graph.receivers_at[layer : layer + 2]
+        reads = (inside[:, begin:end] & reached[:, None]).any(0)
+        reached[first : first + graph.heads] = reads[: len(KINDS) * graph.heads].view(len(KINDS), -1).any(0)
+        if graph.mlps[layer] is not None:
+            reached[graph.heads_at[layer + 1] - 1] = (inside[:, end - 1] & reached).any()
+    return set(reached.nonzero().flatten().tolist())
+
+
+def _writes(part: FrozenTrace, layer: int, z: Tensor, heads: Sequence[int]) -> Tensor:
+    """What some heads write [n, B, T, d], of z [B, H, T, r] of all heads of their layer."""
+    weights = part.weights
+    out = z[:, list(heads)].transpose(0, 1) @ weights.heads("W_O", layer)[list(heads)][:, None]
+    if weights.ln_post_w is None or not len(heads):
+        return out
+    read = z.transpose(1, 2).flatten(2) @ weights.W_O[layer].to(z.dtype).flatten(0, 1)
+    read = read if weights.b_O is None else read + weights.b_O[layer].to(z.dtype)
+    return out * norm_scale(read, weights)[..., None]

@@ -1,0 +1,145 @@
+"""Heads whose queries, keys and values each read a residual stream of their own.
+
+A model makes the inputs of all heads of a layer from one stream. Where its weights make the same queries, keys and
+values as the model does, a head's are one narrow product, and so is the way back of a gradient. Elsewhere (norms that
+the weights do not hold, norms over all heads at once, positions of the caller's own) the model makes those of all heads
+from each head's stream, and one of them is taken.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyfastcircuits.model.norms import centered, head_norm_scale, normalized
+from pyfastcircuits.model.queries import finished
+from pyfastcircuits.run.nodes import KINDS, Kind
+from pyfastcircuits.run.trace import FrozenTrace
+
+Made = tuple[Tensor, Tensor, Tensor]  # queries [N, B, H, T, r], keys and values [N, B, Hkv, T, r]
+
+
+class SplitInputs:
+    """The inputs of a layer's heads, in a part of a run.
+
+    Attributes:
+        by_weights: whether the weights make what the model makes.
+    """
+
+    def __init__(self, part: FrozenTrace, layer: int, stream: Tensor, made: Made) -> None:
+        """`made` is what the layer's heads make of `stream` [B, T, d]."""
+        self.part, self.layer, self.weights = part, layer, part.weights
+        self.positions = _positions(part)
+        self.group = self.weights.n_heads // self.weights.W_K.shape[1]
+        self.by_weights = self._agrees(stream, made)
+
+    def _agrees(self, stream: Tensor, made: Made) -> bool:
+        if self.weights.qk_norm in ("of a run", "rmsnorm of all heads") or self.part.value_scales is not None:
+            return False
+        tolerance = min(4096 * torch.finfo(getattr(self.part.forward, "dtype", stream.dtype)).eps, 0.05)
+        for kind, theirs in zip(KINDS, made, strict=True):
+            weight = self.weights.layer(_WEIGHT[kind], self.layer)
+            ours = self._finished(kind, self._read(kind, stream).unsqueeze(-3) @ weight).transpose(1, 2)
+            theirs = theirs[0].transpose(1, 2)
+            if self.part.mask is not None:
+                ours, theirs = ours[self.part.mask], theirs[self.part.mask]
+            if float((ours - theirs).abs().max()) > tolerance * float(theirs.abs().max()):
+                return False
+        return True
+
+    def _read(self, kind: Kind, stream: Tensor) -> Tensor:
+        """What the weights of queries, keys or values multiply of a stream [..., B, T, d]."""
+        read, weights = normalized(stream, self.weights), self.weights
+        if kind == "V" or weights.positional != "shortformer" or weights.W_pos is None:
+            return read
+        return read + weights.W_pos[self.positions].to(read.dtype)
+
+    def _finished(self, kind: Kind, made: Tensor, head: int | None = None) -> Tensor:
+        """Queries, keys or values [..., n, T, r], from what their weight alone makes."""
+        if kind == "V":
+            bias = self.weights.bias("V", self.layer)
+            return made if bias is None else made + (bias if head is None else bias[head : head + 1])[:, None]
+        return finished(made, self.weights, kind, self.layer, self.positions, head=head)
+
+    def read(self, kind: Kind, heads: Sequence[int], streams: Tensor) -> Tensor:
+        """Queries, keys or values [n, B, T, r] of n heads that read a stream [n, B, T, d] each."""
+        if not self.by_weights:
+            made = self._made(kind, streams)
+            return torch.stack([made[i, :, self._own(kind, head)] for i, head in enumerate(heads)])
+        read, weight = self._read(kind, streams), self.weights.layer(_WEIGHT[kind], self.layer)
+        return torch.stack(
+            [
+                self._finished(kind, (read[i] @ weight[own])[..., None, :, :], own)[..., 0, :, :]
+                for i, own in enumerate(self._own(kind, head) for head in heads)
+            ]
+        )
+
+    def _own(self, kind: Kind, head: int) -> int:
+        return head if kind == "Q" else head // self.group
+
+    def _made(self, kind: Kind, streams: Tensor) -> Tensor:
+        made: Tensor = self.part.forward.qkv(self.layer, normalized(streams, self.weights))["QKV".index(kind)]
+        return made
+
+    def pull_back(self, kind: Kind, stream: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient [H, B, T, d] by each head's own stream, from that by its queries, keys or values.
+
+        Args:
+            kind: which of them.
+            stream: [B, T, d], what all heads read.
+            gradient: [B, H, T, r].
+        """
+        if not self.by_weights:
+            return self._pulled_back_by_model(kind, stream, gradient)
+        weights, scale = self.weights, head_norm_scale(stream, self.weights)[..., None]
+        normed, weight = centered(stream, weights) * scale, weights.layer(_WEIGHT[kind], self.layer)
+        by_made = self._by_made(kind, stream, weight, gradient)
+        spread = weight if kind == "Q" else weight.repeat_interleave(self.group, 0)
+        out = (by_made * scale[:, None]).transpose(0, 1) @ centered(spread.mT, weights)[:, None]
+        if weights.norm is not None and weights.norm_before_heads:  # the scale falls where the stream grows
+            along = torch.einsum("bhtr,bhtr->hbt", by_made, normed[:, None] @ spread) / weights.d_model
+            out.addcmul_((normed * scale).expand_as(out), along[..., None], value=-1)
+        return out
+
+    def _by_made(self, kind: Kind, stream: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient [B, H, T, r] by what the weight alone makes."""
+        if kind == "V" or (self.weights.qk_norm is None and self.weights.positional != "rotary"):
+            return gradient
+        members = 1 if kind == "Q" else self.group
+        by_group = gradient.unflatten(1, (-1, members)).movedim(2, 0)  # heads that share keys, one after another
+        with torch.enable_grad():
+            made = (self._read(kind, stream)[:, None] @ weight).detach().expand(by_group.shape).requires_grad_()
+            (back,) = torch.autograd.grad(self._finished(kind, made), made, by_group)
+        return back.movedim(0, 2).flatten(1, 2)
+
+    def _pulled_back_by_model(self, kind: Kind, stream: Tensor, gradient: Tensor) -> Tensor:
+        heads = range(self.weights.n_heads)
+        with torch.enable_grad():
+            streams = stream.expand(len(heads), *stream.shape).detach().requires_grad_()
+            made = self._made(kind, streams)
+            own = torch.stack([made[head, :, self._own(kind, head)] for head in heads], 1)
+            (back,) = torch.autograd.grad(own, streams, gradient)
+        return back
+
+
+_WEIGHT: dict[Kind, Literal["W_Q", "W_K", "W_V"]] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
+
+
+def _positions(part: FrozenTrace) -> Tensor:
+    """Positions as `trace` counts them where none are given: [T] or [B, T]."""
+    if part.mask is None or bool(part.mask[:, 0].all()):
+        return torch.arange(part.tokens.shape[1], device=part.tokens.device)
+    return (part.mask.cumsum(1) - 1).clamp_min(0)
+
+
+def mixed_by_head(part: FrozenTrace, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """z [B, H, T, r] of heads that each have queries, keys and values [B, H, T, r] of their own; differentiable."""
+    heads, kv = q.shape[1], part.weights.W_K.shape[1]
+    group = heads // kv
+    if group == 1:
+        return part.forward.apply(layer, q[None], k[None], v[None])[0]
+    own_k, own_v = (x.unflatten(1, (kv, group)).movedim(2, 0) for x in (k, v))  # a rerun for each member of a group
+    z = part.forward.apply(layer, q[None], own_k, own_v)
+    members = torch.arange(heads, device=z.device)
+    return z[members % group, :, members].transpose(0, 1)

@@ -1,0 +1,104 @@
+"""The screen returns what the exhaustive sweep returns, and its intervals hold in every cell."""
+
+import pytest
+import torch
+from support.deep_models import KINDS, run_of
+
+import pyfastcircuits as fc
+from pyfastcircuits.experiments import screen
+from pyfastcircuits.experiments.options import measurement
+from pyfastcircuits.experiments.second_order import Basis, Moments, parts
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run.losses import Unembedding
+from pyfastcircuits.run.nodes import Head
+from pyfastcircuits.run.paths import path_z
+
+
+@pytest.mark.parametrize("chosen", ["spread", "covariance", "none", None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_top_as_the_sweep(kind, chosen, monkeypatch):
+    if chosen is not None:
+        monkeypatch.setattr(screen, "cheapest", lambda *_: chosen)
+    run = run_of(kind)
+    whole = fc.pair_ablation(run)
+    for n in (1, 9):
+        found = fc.screened_pairs(run, n)
+        best = whole.top(n)
+        assert found.cells == len(whole.labels) * int(measurement(run, {}).asked.count)
+        errors = found.error + 1e-9 * whole.delta.abs().max()
+        assert ((found.delta - torch.tensor([x for _, x in best], dtype=torch.float64)).abs() <= errors).all()
+        if kind != "silent":  # there some are the same
+            assert found.labels == [label for label, _ in best]
+    assert (found.share == 1) == (chosen == "none")
+    torch.testing.assert_close(found.baseline, whole.baseline)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_intervals_hold_in_every_cell(kind, dtype):
+    run = run_of(kind, dtype=dtype)
+    pairs = [((0, h), (2, 1)) for h in range(4)] + [((1, h), (2, 1)) for h in range(4)]
+    true = fc.pair_ablation(run, pairs=pairs, per_token=True).delta.double()
+    how = measurement(run, {})
+    for rows in parts(run, how, Unembedding(run.weights)):
+        delta = rows.deltas(path_z(run, [tuple(map(Head._make, pair)) for pair in pairs]))
+        exact = true[:, how.asked.where[:, : true.shape[2]]]
+        widths = []
+        for squares in (False, True):
+            low, high = Moments.of(rows, Basis(rows.unembedding, Head(2, 1)), squares=squares).interval(delta)
+            assert (low <= exact).all()
+            assert (exact <= high).all()
+            widths.append(float((high - low).mean()))
+        assert widths[1] <= widths[0]
+
+
+def test_second_moments_are_those_of_every_position():
+    run = run_of("plain")
+    (rows,) = parts(run, measurement(run, {}), Unembedding(run.weights))
+    basis = Basis(rows.unembedding, Head(1, 3))
+    moments = Moments.of(rows, basis, squares=True)
+    p, m = rows.logits.softmax(-1), basis.columns
+    mean = torch.einsum("nv,rv->nr", p, m)
+    second = torch.einsum("nv,rv,sv->nrs", p, m, m) - mean[:, :, None] * mean[:, None]
+    torch.testing.assert_close(moments.covariance, second)
+    torch.testing.assert_close(moments.mean, mean)
+
+
+def test_most_cells_are_left_alone():
+    run = run_of("plain", layers=4)
+    found = fc.screened_pairs(run, 3)
+    assert found.share < 0.5
+
+
+def test_several_parts_and_some_pairs(monkeypatch):
+    run = run_of("plain")
+    pairs = [((0, h), (2, k)) for h in range(4) for k in range(3)]
+    whole = fc.pair_ablation(run, pairs=pairs)
+    monkeypatch.setattr("pyfastcircuits.run.memory.ROWS", 6)
+    done = []
+    found = fc.screened_pairs(run, 4, pairs=pairs, progress=done.append)
+    assert found.labels == [label for label, _ in whole.top(4)]
+    assert sum(done) == pytest.approx(len(pairs))
+    assert fc.screened_pairs(run, 3, pairs=[]).labels == []
+    assert len(fc.screened_pairs(run, 50, pairs=pairs).labels) == 12
+
+
+def test_arithmetic_chooses():
+    sizes = torch.zeros(1)
+    few = fc.CircuitWeights(*(sizes.expand(*shape) for shape in ((7, 24), (2, 8, 24, 24), (2, 8, 24, 24), (2, 8, 24, 24), (2, 8, 24, 24), (24, 7))))  # fmt: skip
+    assert screen.cheapest(few, 1, 500) == "none"
+    assert screen.cheapest(few, 16, 500) == "spread"
+    assert screen.cheapest(few, 200, 500) == "covariance"
+    assert screen.cheapest(few, 16, 1) == "none"  # the metric would be made for a single position
+
+
+def test_wrong_arguments():
+    run = run_of("plain")
+    with pytest.raises(ValueError, match="n is 0"):
+        fc.screened_pairs(run, 0)
+    with pytest.raises(ValueError, match="layers must increase"):
+        fc.screened_pairs(run, 1, pairs=[((1, 0), (1, 1))])
+    capped = CircuitWeights(*(getattr(run.weights, f"W_{x}") for x in "EQKVOU"), logit_cap=5.0)
+    for call in (fc.screened_pairs, fc.top_paths):
+        with pytest.raises(ValueError, match="trace is of a model whose logits are capped at 5"):
+            call(fc.trace(capped, run.tokens), 1)
