@@ -67,7 +67,7 @@ def test_what_is_counted_is_what_is_multiplied(scope, attention, low_memory):
     work = sum(task.steps.values(), Work())
     assert work.change_products == seen.change_products
     assert (work.changes, work.pair_changes) == (seen.changes, seen.pair_changes)
-    assert work.products + work.plain_products + work.patterns == pytest.approx(seen.products, rel=0.03)
+    assert work.products + work.plain_products + work.patterns == pytest.approx(seen.products, rel=0.05)
 
 
 def test_the_rates_of_gpus_are_those_that_are_predicted():
@@ -133,6 +133,8 @@ BAD = {
     "one token": ({"length": 1}, "length is 1, expected at least 2"),
     "no process": ({"processes": 0}, "processes is 0, expected at least 1"),
     "paths": ({"attention": "recomputed"}, "attention is 'recomputed', but scope is 'path'"),
+    "a split": ({"split": "vocabulary"}, "split is 'vocabulary', but processes is 1"),
+    "no split": ({"split": "none", "processes": 2}, "split is 'none', but processes is 2"),
     "a precision": ({"precision": "tf32x3", "machine": "H100"}, "precision is 'tf32x3', expected one of ieee"),
 }
 
@@ -202,7 +204,7 @@ print(seconds, plan.seconds, peak, held)
 SWEEPS = {
     "paths": ((2, 6, 6, 128, 64, 50257), ("path", "frozen"), (8, 256)),
     "heads": ((3, 4, 4, 128, 32, 40000), ("head", "frozen"), (9, 256)),
-    "heads again": ((2, 4, 4, 128, 32, 40000), ("head", "recomputed"), (12, 200)),
+    "direct edges": ((2, 5, 5, 128, 64, 50257), ("direct", "frozen"), (8, 250)),
 }
 
 

@@ -110,17 +110,25 @@ class CleanLogits:
         """[N, columns]."""
         if self.held is not None:
             return self._held(columns)
-        logits, bias = self.rows @ self.unembedding.columns(columns), self.unembedding.bias
-        return logits if bias is None else logits + bias[columns]
+        return self._made(columns, None)
+
+    def _made(self, columns: slice, into: Tensor | None) -> Tensor:
+        """The logits of some columns, in memory that is there already if it is given."""
+        width, bias = columns.stop - columns.start, self.unembedding.bias
+        out = None if into is None else into[: len(self.rows) * width].view(len(self.rows), width)
+        logits = torch.mm(self.rows, self.unembedding.columns(columns), out=out)
+        return logits if bias is None else logits.add_(bias[columns])
 
     def sums(self, tokens: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         """The logsumexp [N] of the rows' logits, capped if they are, and the logits of tokens [N, K]; fp64."""
         lse = torch.full((len(self.rows),), -torch.inf, dtype=torch.float64, device=self.rows.device)
         picked = torch.zeros(tokens.shape, dtype=torch.float64, device=self.rows.device)
-        for part in self.unembedding.slices(
-            0 if self.held is not None else len(self.rows), multiplied=self.held is None
-        ):
-            base, cap = self(part), self.unembedding.cap
+        parts = self.unembedding.slices(0 if self.held is not None else len(self.rows), multiplied=self.held is None)
+        # One piece of memory for the logits of all slices: pieces freed and taken anew leave gaps that nothing fits.
+        widest = max((part.stop - part.start for part in parts), default=0)
+        into = self.rows.new_empty(len(self.rows) * widest) if self.held is None else None
+        for part in parts:
+            base, cap = self(part) if into is None else self._made(part, into), self.unembedding.cap
             lse = torch.logaddexp(lse, clean_logsumexp(base, cap=cap, backend=backend))
             picked += clean_logits(base, tokens - part.start, cap)
         every, everywhere = zip(*self.unembedding.processes.gathered(lse, picked), strict=True)

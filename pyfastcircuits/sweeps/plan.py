@@ -165,6 +165,8 @@ def plan(
             raise ValueError(f"{name} is {value}, expected at least {least}")
     if scope == "path" and attention == "recomputed":
         raise ValueError("attention is 'recomputed', but scope is 'path': paths exist under frozen patterns alone")
+    if split != "auto" and (split == "none") != (processes == 1):
+        raise ValueError(f"split is {split!r}, but processes is {processes}")
     if isinstance(model, str) and model not in ARCHITECTURES:
         raise ValueError(f"model is {model!r}, expected weights, or one of {', '.join(ARCHITECTURES)}")
     sizes = ARCHITECTURES[model] if isinstance(model, str) else Architecture.of(model, "weights")
