@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build developed wheels sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build arm-check gpu clean
+.PHONY: build developed site wheels sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build arm-check gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -133,6 +133,10 @@ arm-check: | $(BIN)/pyfastcircuits
 
 arm-build: | $(BIN)/pyfastcircuits
 	PATH="$(abspath $(BIN)):$$PATH" .ci/arm build
+
+# The documentation, in build/site; a link that leads nowhere fails.
+site: developed
+	$(BIN)/mkdocs build --quiet --strict
 
 # A wheel for every Python of this machine, and an sdist, into dist/, and both tried in a fresh environment.
 wheels: developed

@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 
 import pyfastcircuits as fc
-from pyfastcircuits.command.text import stdlib_files
+from pyfastcircuits.adapters.texts import stdlib_files
 
 MODELS = Path(__file__).parents[1] / "pyfastcircuits" / "models"
 START = 0

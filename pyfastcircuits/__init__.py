@@ -7,9 +7,11 @@ The names by what they are for, in the order in which an analysis goes:
 | a model's weights | CircuitWeights, load_weights; process_weights, center, fold_norm, fold_value_biases |
 | one frozen run | trace -> FrozenTrace |
 | path expansion | order_losses, layer_marginals, path_logits, count_paths, enumerate_paths -> LayerMarginals |
+| before a sweep | plan -> Plan |
 | ablation | sweep -> Sweep, over a corpus -> Corpus too; head_, layer_, pair_, path_, composition_ablation -> Result |
 | patching two runs | activation_patching, path_patching, edge_attribution -> Result |
 | attribution | direct_logit_attribution, logit_lens, project -> Result; qk_terms -> QKTerms |
+| features of an SAE or transcoder | Dictionary; feature_attribution -> Result, feature_reads, feature_qk_terms |
 | metrics, for `metric=` | NLL, KL, LogitDifference, Probability, Rank, Top1 |
 | circuits of edges | edge_scores -> EdgeScores; circuit -> Circuit; faithfulness -> Faithfulness; prune_circuit; Task |
 | known heads | head_scores, induction_heads -> Result |
@@ -21,6 +23,7 @@ The names by what they are for, in the order in which an analysis goes:
 | composition of two heads | composition_scores, composition_baseline, composition_z_scores, component_scores, |
 | | virtual_weights, virtual_head, subspaces |
 | figures | plot, imported when it is first used; `.plot()` of each finding |
+| one page with all of this | report writes it as HTML |
 | the kernels beneath | ops; build_info says what this build and machine can do |
 """
 
@@ -73,6 +76,7 @@ from pyfastcircuits.experiments.attribution import direct_logit_attribution, log
 from pyfastcircuits.experiments.circuit import Circuit, Overlap, circuit
 from pyfastcircuits.experiments.edge_scores import EdgeScores, WrongScore, edge_scores
 from pyfastcircuits.experiments.faithfulness import Curve, Faithfulness, faithfulness, prune_circuit
+from pyfastcircuits.experiments.features import feature_attribution, feature_qk_terms, feature_reads
 from pyfastcircuits.experiments.heads import head_scores, induction_heads
 from pyfastcircuits.experiments.metrics import KL, NLL, LogitDifference, Probability, Rank, Top1
 from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, order_losses
@@ -88,10 +92,13 @@ from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
+from pyfastcircuits.report.make import report
 from pyfastcircuits.result import Result
+from pyfastcircuits.run.dictionary import Dictionary
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits
 from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Corpus, corpus
+from pyfastcircuits.sweeps.plan import Plan, plan
 from pyfastcircuits.sweeps.sweep import Sweep, sweep
 
 if TYPE_CHECKING:
@@ -109,6 +116,7 @@ __all__ = [
     "Corpus",
     "Curve",
     "DiagonalStatistics",
+    "Dictionary",
     "EdgeScores",
     "FactoredMatrix",
     "Faithfulness",
@@ -117,6 +125,7 @@ __all__ = [
     "LogitDifference",
     "OVTables",
     "Overlap",
+    "Plan",
     "Probability",
     "QKTables",
     "QKTerms",
@@ -155,6 +164,9 @@ __all__ = [
     "effective_rank",
     "enumerate_paths",
     "faithfulness",
+    "feature_attribution",
+    "feature_qk_terms",
+    "feature_reads",
     "fold_norm",
     "fold_value_biases",
     "head_ablation",
@@ -172,6 +184,7 @@ __all__ = [
     "path_ablation",
     "path_logits",
     "path_patching",
+    "plan",
     "positivity",
     "process_weights",
     "project",
@@ -180,6 +193,7 @@ __all__ = [
     "qk_positivity",
     "qk_tables",
     "qk_terms",
+    "report",
     "skip_trigrams",
     "subspaces",
     "sweep",

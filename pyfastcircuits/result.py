@@ -141,7 +141,8 @@ class Result:
     ) -> Any:
         """Draw the values by their labels: a matrix of pairs or heads, a curve over layers, or bars.
 
-        Pairs that do not exist are blank. With `per_token`, one sequence is drawn, position by position.
+        Pairs that do not exist are blank. With `per_token`, one sequence is drawn, position by position; with
+        `per_sequence`, the mean of the sequences.
 
         Args:
             quantity: one of `measured`; None: the first, as `delta`, the change of the metric.
@@ -172,12 +173,14 @@ class Result:
         values = (self.delta if first else self.extra[name]).detach().double().cpu()
         values = values.reshape(len(self.labels), *self.baseline.shape)
         change = first and (self.rise is not None or bool(self.baseline.detach().abs().nansum() > 0))
+        values = values.nanmean(-1) if self.baseline.dim() == 1 else values
         values, scale = labelled.in_unit(name, values.numpy(), change=change)
-        setup = ", ".join(f"{key} {value}" for key, value in self.setup.items())
+        words = ((key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in self.setup.items())
+        setup = ", ".join(f"{key} {value}" for key, value in words)
         own = scale.partition(" (")[0].capitalize() + (f": {setup}" if setup else "")
         how: dict[str, Any] = {"title": own if title is None else title, "scale": scale}
         how["rising"] = not change and not bool((values < 0).any())
-        if self.baseline.dim() == 0:
+        if self.baseline.dim() < 2:
 
             def best(n: int) -> list[Label]:
                 return [label for label, _ in self.top(n)]

@@ -8,7 +8,7 @@ import torch
 
 import pyfastcircuits as fc
 from pyfastcircuits.adapters.files import BUNDLED, model_folder
-from pyfastcircuits.command.text import TokenText, corpus_tokens, held_out_text, sequences_of, stdlib_files
+from pyfastcircuits.adapters.texts import TokenText, corpus_tokens, held_out_text, sequences_of, stdlib_files
 
 SPEC = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "examples" / "train.py")
 train = importlib.util.module_from_spec(SPEC)

@@ -413,9 +413,10 @@ def test_heads_of_bad_input(model, tmp_path):
 
 def test_check_of_the_bundled_models(monkeypatch):
     """The check itself, over the held-out text: a tenth of the work."""
-    from pyfastcircuits.command import check, text
+    from pyfastcircuits.adapters import texts
+    from pyfastcircuits.command import check
 
-    monkeypatch.setattr(check, "corpus_tokens", lambda shown, held_out: text.corpus_tokens(shown, True))
+    monkeypatch.setattr(check, "corpus_tokens", lambda shown, held_out: texts.corpus_tokens(shown, True))
     monkeypatch.setattr(check, "SEEN", 60)
     monkeypatch.setattr(check, "TRIPLES", 20)
     result = run("tables", "bigram-0l", "--check")

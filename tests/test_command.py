@@ -20,10 +20,11 @@ from support.random_models import random_tokens, random_weights
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters import texts
+from pyfastcircuits.adapters.texts import quoted, visible
 from pyfastcircuits.command import report
-from pyfastcircuits.command import text as texts
 from pyfastcircuits.command.cli import app
-from pyfastcircuits.command.plain import in_nats, quoted, significant, visible
+from pyfastcircuits.command.plain import in_nats, significant
 
 
 @pytest.fixture
@@ -138,6 +139,21 @@ class TestProgress:
             assert bar._task.time_remaining == 0
         assert phases == ["loading", "run", "orders", "orders", "ablations"]
         assert "done" in bar._console.file.getvalue()
+
+    def test_the_rate_is_shown_and_an_end_may_be_unknown(self):
+        bar = report.Bar(Console(file=io.StringIO(), force_terminal=True, width=120), shown=True)
+        with bar:
+            bar.plan({"sequences": float("inf")})
+            for _ in range(4):
+                time.sleep(0.01)
+                bar.advance(5)
+            assert (bar._task.total, bar._task.description) == (None, "sequences")
+            assert bar._task.speed > 0
+            bar._progress.refresh()
+            bar.plan({"writing": 2})
+            assert (bar._task.total, bar._task.completed, bar._task.description) == (2, 0, "writing")
+            bar.advance(2)
+        assert "/s" in bar._console.file.getvalue()
 
     def test_lines_without_a_terminal(self, tmp_path, monkeypatch):
         monkeypatch.setattr(report, "SECONDS", 0.05)
@@ -337,7 +353,7 @@ PHASES = {
     "loading": "options.load_model = lambda *a: time.sleep(60)",
     "in C": "fc.sweep = lambda *a, **k: torch.linalg.svd(torch.randn(6000, 6000))",
     "in an op": "fc.sweep = lambda *a, **k: torch.ops.pyfastcircuits.cpu_rate('fma', 60.0)",
-    "reading": "text.held_out_text = lambda: 'word ' * 20_000_000",
+    "reading": "texts.held_out_text = lambda: 'word ' * 20_000_000",
     "the work": "",
 }
 
@@ -349,7 +365,8 @@ def test_ctrl_c_ends_within_a_second(phase, tmp_path):
     script = f"""
 import time, torch
 import pyfastcircuits as fc
-from pyfastcircuits.command import cli, options, text
+from pyfastcircuits.adapters import texts
+from pyfastcircuits.command import cli, options
 {PHASES[phase]}
 print("started", flush=True)
 cli.app(["sweep", "--out", {str(tmp_path)!r}])
@@ -362,7 +379,6 @@ cli.app(["sweep", "--out", {str(tmp_path)!r}])
         started.send_signal(signal.SIGINT)
         *_, last = iter(started.stderr.readline, "")
         assert last.startswith("interrupted")
-        assert last.endswith(" --resume\n") == (phase not in ("loading", "reading"))
         assert started.wait() == 130
         assert time.monotonic() - start < 1
     assert not list(tmp_path.glob("*.partial"))

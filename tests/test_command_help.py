@@ -30,7 +30,7 @@ def test_the_command_alone_shows_every_command_by_its_task():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_are_of_options_that_there_are(name):
-    """tests/test_docs.py runs those of the pages, which these are."""
+    """tests/test_docs.py runs them."""
     words = shlex.split(COMMANDS[name].epilog.partition("\n")[0].removeprefix("Example: "))[2:]
     known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
     assert {word for word in words if word.startswith("-")} <= known

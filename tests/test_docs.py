@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.pages import blocks, executed
+from support.run_notebook import words_and_numbers
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import pyfastcircuits as fc
@@ -20,17 +23,10 @@ sys.path.append(str(ROOT))  # bench is no installed package
 from bench import record, write  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARK = "<!-- needs transformer-lens -->"
 
 
 def page_id(page: Path) -> str:
     return page.stem
-
-
-def snippets(page: Path) -> list[tuple[str, bool]]:
-    """Every Python block of a page, and whether it needs TransformerLens."""
-    found = re.finditer(rf"({re.escape(MARK)}\s*)?^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [(match[2], match[1] is not None) for match in found]
 
 
 def code(page: Path) -> list[str]:
@@ -42,33 +38,49 @@ def code(page: Path) -> list[str]:
 
 
 def calls(page: Path) -> list[str]:
-    """What stands in the last column of the README's table of hooks and calls."""
-    return re.findall(r"\| `(fc\.[^`]*)` \|$", page.read_text(), re.MULTILINE)
+    """The code that stands alone in the last column of a page's tables."""
+    return re.findall(r"\| `((?:fc\.|trace\.|found\.|1 / )[^`]*)` \|$", page.read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=page_id)
-def test_snippets_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=page_id)
+def test_snippets_run_in_the_order_of_the_page_and_print_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for i, (text, needs_lens) in enumerate(snippets(page)):
-        if not needs_lens:
-            exec(compile(text, f"{page.name}, snippet {i}", "exec"), names)
+    for block, printed in executed(page, {}):
+        if block.printed is not None:
+            (words, numbers), (held, held_numbers) = words_and_numbers(printed), words_and_numbers(block.printed)
+            assert words == held
+            assert numbers == pytest.approx(held_numbers, rel=2e-2, abs=2e-2)
+    saved = {x.name for x in tmp_path.glob("*.png")}
+    shown = re.findall(r"\]\(pictures/([\w-]+\.png)\)", page.read_text())
+    assert set(shown) <= saved, "python -m support.pages writes them"
 
 
-def test_calls_beside_hooks_run():
-    page = ROOT / "README.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/transformer-lens.md", "docs/figures.md"])
+def test_calls_in_tables_run(name):
+    page = ROOT / name
     assert len(calls(page)) >= 8
     model = weights = fc.load_weights("induction-2l")
     tokens, other = torch.randint(1, weights.d_vocab, (2, 2, 12), generator=torch.Generator().manual_seed(0))
     trace = clean = fc.trace(weights, tokens)
     names = {"fc": fc, "model": model, "weights": weights, "tokens": tokens, "trace": trace, "clean": clean}
+    names |= {
+        "torch": torch,
+        "head": (1, 6),
+        "texts": [str(i) for i in range(12)],
+        "found": fc.pair_ablation(trace, kl=True),
+    }
     for call in calls(page):
         assert eval(call, names | {"corrupted": fc.trace(weights, other)}) is not None, call
 
 
 COMMANDS = {line for page in PAGES for line in code(page) if line.startswith("pyfastcircuits ")}
+COMMANDS |= {x.epilog.partition("\n")[0].removeprefix("Example: ") for x in get_command(app).commands.values()}
 CHECKS = {line for line in COMMANDS if line.endswith(" --check")}  # of which tests/test_cli.py has what is found
-LESS = {"sweep": "--sequences 2 --length 16 --out out", "heads": "--batches 1 --out out"}  # for a smaller job
+LESS = {
+    "sweep": "--sequences 2 --length 16 --out out",
+    "heads": "--batches 1 --out out",
+    "report": "--sequences 1 --length 16",
+}  # for a smaller job
 
 
 def test_there_are_commands_on_the_pages():
@@ -308,8 +320,8 @@ def test_writing_fills_the_readme_and_reports_by_its_status(tmp_path, capsys):
     assert "sweep: not measured" in capsys.readouterr().out
 
 
-def test_snippets_that_need_transformer_lens_are_python():
+def test_snippets_that_need_another_library_are_python():
     """`make lens` runs them: tests/adapters/test_lens_docs.py."""
     for page in PAGES:
-        for text, _ in snippets(page):
-            compile(text, page.name, "exec")
+        for block in blocks(page):
+            compile(block.code, page.name, "exec")

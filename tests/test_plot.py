@@ -108,6 +108,23 @@ def test_every_pair_is_in_its_place():
     assert ticks[:5] == ["0.0", "0.1", "0.2", "0.3", "1.0"]
 
 
+def test_values_by_sequence_and_by_position():
+    apart = fc.head_ablation(TRACE, per_sequence=True)
+    shown = apart.plot().axes[0].images[0].get_array().data
+    expected = apart.delta.mean(-1).numpy()
+    np.testing.assert_allclose(shown / np.abs(shown).max(), expected / np.abs(expected).max())
+    each = fc.head_ablation(TRACE, at="each")
+    shown = each.plot().axes[0].images[0].get_array().data
+    expected = each.delta.flatten(0, 1).numpy()
+    assert shown.shape == expected.shape == (12, 9)
+    np.testing.assert_allclose(shown / np.abs(shown).max(), expected / np.abs(expected).max())
+    queries = fc.activation_patching(TRACE, fc.trace(WEIGHTS, random_tokens(2, 9, seed=1)), what="q")
+    assert queries.plot().axes[0].images[0].get_array().shape == (3, 4)
+    rows = [x.get_text() for x in each.plot().axes[0].get_yticklabels()]
+    assert rows[5] == "1.1"
+    assert HEADS.plot(sequence=1).axes[0].images[0].get_array().shape == (12, 8)
+
+
 def test_what_does_not_exist_is_blank_and_a_zero_is_not():
     values = torch.zeros(3, 2, 3, 2)
     values[0, 0, 2, 1] = 1.0

@@ -9,8 +9,8 @@ import torch
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters.texts import TokenText, corpus_tokens, held_out_text, sequences_of
 from pyfastcircuits.command import validation
-from pyfastcircuits.command.text import TokenText, corpus_tokens, held_out_text, sequences_of
 
 
 @pytest.mark.parametrize("norm", [None, "rmsnorm"])

@@ -2,7 +2,9 @@
 // speed. Torch-free: the host module reports the same figures.
 #pragma once
 
+#if !defined(_WIN32)
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>

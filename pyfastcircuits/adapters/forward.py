@@ -84,6 +84,11 @@ class ModelForward(ABC):
         written: Tensor = out[0] if isinstance(out, tuple) else out
         return written
 
+    @property
+    def places_alike(self) -> bool:
+        """See Forward."""
+        return False
+
     def score_scale(self, layer: int) -> float:
         """See Forward; some attentions scale queries before they are multiplied."""
         own: float | None = self.layers[layer].options.get("scaling")

@@ -199,6 +199,11 @@ class HuggingFaceForward(ModelForward):
     interface: Interface
     tiled: bool  # the clean run worked on tiles and kept no patterns
 
+    @property
+    def places_alike(self) -> bool:
+        """See Forward."""
+        return self.weights.positional == "standard"
+
     def made(self, layer: Layer, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ModelForward."""
         with attending(self.config, stop, self.interface):

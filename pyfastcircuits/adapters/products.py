@@ -18,7 +18,8 @@ class Products(TorchFunctionMode):
 
     Args:
         last: which product it stops at, 1 or 2; `Reached` has the factors of those up to there.
-        given: queries and keys (transposed) that the first product multiplies instead.
+        given: queries and keys (transposed) that the first product multiplies instead; then projections, of which
+            nothing is used, are not computed.
     """
 
     def __init__(self, last: int, *given: Tensor) -> None:
@@ -29,6 +30,9 @@ class Products(TorchFunctionMode):
     def __torch_function__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Any call of torch."""
         kwargs = kwargs or {}
+        if self._given and called is torch.nn.functional.linear:
+            read, weight = args[:2]
+            return read.new_zeros(*read.shape[:-1], len(weight))
         if called not in _PRODUCTS:
             return called(*args, **kwargs)
         if called in _WITH_BASE:

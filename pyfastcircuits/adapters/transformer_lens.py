@@ -195,6 +195,12 @@ class TransformerLensForward(ModelForward):
         pattern, _ = self._until(Products(2, q, k.mT), layer, read)
         return pattern.to(v.dtype) @ v
 
+    @property
+    def places_alike(self) -> bool:
+        """See Forward: queries and keys are caught before anything is added to their products."""
+        own = ("standard",) if hasattr(self.model, "original_model") else ("none", "standard")
+        return self.weights.positional in own
+
     def mlp_reads(self, layer: int) -> MLPReads | None:
         """See Forward."""
         return None if getattr(self.model.cfg, "attn_only", False) else super().mlp_reads(layer)

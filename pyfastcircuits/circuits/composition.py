@@ -18,7 +18,8 @@ from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.head_factors import HeadFactors, both_sides, earlier_sources, in_asked_order
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend, Precision, factored_pair_norms
-from pyfastcircuits.run.nodes import KINDS, Kind, parse_ends
+from pyfastcircuits.run.nodes import KINDS, Kind, grouped, parse_ends, parse_head
+from pyfastcircuits.run.processes import ALONE, Processes, dealt, everybody
 
 
 @public
@@ -47,6 +48,9 @@ def composition_scores(
         and likewise [D]; of several kinds, stacked in front. A head whose matrix is zero scores 0, with a warning.
         Differentiable.
 
+    In a process group of torch.distributed all processes make this call, each computes the scores of some layers'
+    destinations, and all return the same; where the weights require gradients each computes them all.
+
     Raises:
         TypeError: the weights have another type.
         ValueError: the kind is unknown, or there is none; a head is not a pair of integers.
@@ -59,6 +63,47 @@ def composition_scores(
     kinds = [kind] if isinstance(kind, str) else list(kind)
     if not kinds:
         raise ValueError(f"kind is {kind!r}, expected at least one of {', '.join(KINDS)}")
+    options: dict[str, Any] = {"precision": precision, "backend": backend, "progress": progress}
+    processes = ALONE if weights.learns else everybody()
+    if processes is ALONE:
+        scores = _scores(weights, kinds, sources, destinations, **options)
+    else:
+        scores = _by_layers(weights, kinds, sources, destinations, processes, **options)
+    return scores[0] if isinstance(kind, str) else scores
+
+
+def _by_layers(
+    weights: CircuitWeights,
+    kinds: Sequence[Kind],
+    sources: Sequence[Sequence[int]] | None,
+    destinations: Sequence[Sequence[int]] | None,
+    processes: Processes,
+    **options: Any,
+) -> Tensor:
+    """The same, each process with the destinations of some layers, of which none has many more pairs than another."""
+    every = [(layer, head) for layer in range(weights.n_layers) for head in range(weights.n_heads)]
+    heads = every if destinations is None else [parse_head(weights, head, "destination") for head in destinations]
+    layers = grouped(layer for layer, _ in heads)
+    hands = dealt([layer * len(places) for layer, places in layers.items()], processes.size)
+    mine = [place for i in hands[processes.rank] for place in list(layers.values())[i]]
+    shape = (weights.n_layers, weights.n_heads) if sources is None else (len(sources),)
+    scores = torch.zeros(len(kinds), *shape, len(heads), dtype=weights.compute_dtype, device=weights.device)
+    if mine:
+        scores[..., mine] = _scores(weights, kinds, sources, [heads[i] for i in mine], **options)
+    scores = processes.summed(scores)
+    return scores.unflatten(-1, (weights.n_layers, weights.n_heads)) if destinations is None else scores
+
+
+def _scores(
+    weights: CircuitWeights,
+    kinds: Sequence[Kind],
+    sources: Sequence[Sequence[int]] | None,
+    destinations: Sequence[Sequence[int]] | None,
+    precision: Precision,
+    backend: Backend,
+    progress: Callable[[float], None] | None,
+) -> Tensor:
+    """Of every kind, stacked."""
     source, sides = both_sides(weights, kinds, sources, destinations)
     norms = _product_norms(source, sides, precision, backend, progress)
     scores = []
@@ -68,7 +113,7 @@ def composition_scores(
         sizes = source.norms[:, None] * side.norms
         quotient = torch.where(sizes > 0, products / sizes.where(sizes > 0, 1), 0)
         scores.append(in_asked_order(quotient, source, side))
-    return scores[0] if isinstance(kind, str) else torch.stack(scores)
+    return torch.stack(scores)
 
 
 def _product_norms(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfastcircuits.adapters.texts import no_token
 from pyfastcircuits.arguments import public
 from pyfastcircuits.circuits.tables import Indices, checked_indices, top_per_row
 from pyfastcircuits.circuits.vocabulary import ov_circuit, qk_tables
@@ -99,7 +100,7 @@ class SkipTrigrams:
         if n == 0:
             raise ValueError("n is 0, expected at least 1")
         found = self.top(n)
-        names = [f"{self._shown(t.source)} … {self._shown(t.destination)} → {self._shown(t.output)}" for t in found]
+        names = ["{} … {} → {}".format(*map(self._short, t[:3])) for t in found]
         title = f"Largest skip-trigrams of head {self.head[0]}.{self.head[1]}"
         return bars(names, [t.score for t in found], title=title, x="attention times logit")
 
@@ -108,7 +109,7 @@ class SkipTrigrams:
         from pyfastcircuits.drawing.notebook import card
 
         found = self.top(min(10, self.logits.shape[1]))
-        rows = [(*map(self._shown, t[:3]), *(f"{x:+.3g}" for x in (*t[3:], t.score))) for t in found]
+        rows = [(*map(self._short, t[:3]), *(f"{x:+.3g}" for x in (*t[3:], t.score))) for t in found]
         names = ("source", "destination", "output", "attention", "logit", "product")
         return card(f"Skip-trigrams of head {self.head[0]}.{self.head[1]}", names, rows, self.plot)
 
@@ -147,14 +148,14 @@ class SkipTrigrams:
             lines.append(" | ".join((self._shown(source), *cells)))
         return "\n".join(lines)
 
+    def _short(self, token: int) -> str:
+        """A token as `_shown`, long indentation as "' ' * 15"."""
+        text = self._shown(token)
+        return f"' ' * {len(text) - 2}" if len(text) > 6 and not text.strip("' ") else text
+
     def _shown(self, token: int) -> str:
         text = str(token) if self.text is None else self.text([token])
         return repr(text) if text else no_token(token)
-
-
-def no_token(token: int) -> str:
-    """What is shown of an id for which a tokenizer has no token, as in a vocabulary that is padded."""
-    return f"<id {token}>"
 
 
 @public

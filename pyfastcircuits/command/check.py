@@ -9,11 +9,11 @@ from rich.table import Table
 from torch import Tensor
 
 from pyfastcircuits import CircuitWeights
+from pyfastcircuits.adapters.texts import TokenText, corpus_tokens, quoted, rows_of
 from pyfastcircuits.command import validation
 from pyfastcircuits.command.guard import Failed
-from pyfastcircuits.command.plain import percent, quoted, significant
+from pyfastcircuits.command.plain import percent, significant
 from pyfastcircuits.command.show import TRIPLE, make_table
-from pyfastcircuits.command.text import TokenText, corpus_tokens, rows_of
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.result import label_name
 from pyfastcircuits.run.nodes import Head

@@ -8,7 +8,8 @@ import typer
 
 import pyfastcircuits as fc
 from pyfastcircuits.adapters.start import start_of
-from pyfastcircuits.command import options, show, text, write
+from pyfastcircuits.adapters.texts import TokenText
+from pyfastcircuits.command import options, show, write
 from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.made import check_files, check_folder, made_by
 from pyfastcircuits.command.options import GIVES, HOW, READS, Backend, Dtype, Force, Model, ModelOption, Out, Top
@@ -64,7 +65,7 @@ def circuit(
     check_folder(out)
     with report.bar as bar:
         run, weights = options.model_of(model, dtype, device)
-        shown = text.TokenText(model)
+        shown = TokenText(model)
         asked = {
             "task": task if prompts is None else str(prompts), "batch": batch, "seed": seed, "edges": edges,
             "method": method, "steps": steps, "greedy": greedy, "prune": prune, "backend": backend, "dtype": dtype,
@@ -106,7 +107,7 @@ def _task(
     file: Path | None,
     run: Any,
     weights: fc.CircuitWeights,
-    shown: text.TokenText,
+    shown: TokenText,
     batch: int,
     seed: int,
 ) -> fc.Task:

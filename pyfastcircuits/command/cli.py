@@ -3,7 +3,16 @@
 import sys
 
 try:
-    from pyfastcircuits.command import circuit, composition, heads, info, sweep, tables  # noqa: F401  # each adds its command
+    from pyfastcircuits.command import (  # noqa: F401  # each adds its command
+        circuit,
+        composition,
+        heads,
+        info,
+        page,
+        plan,
+        sweep,
+        tables,
+    )
     from pyfastcircuits.command.app import app as app
 except ImportError as error:
     sys.exit(f"the command needs the cli extra ({error}): pip install 'pyfastcircuits[cli]'")

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.models import OptionInfo
 
+from pyfastcircuits.command import processes
 from pyfastcircuits.command.report import Report
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
@@ -41,11 +42,13 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
         for name, hint in _COMMON.items()
     ]
-    options = {x.name: _option(x) for x in own} | {"name_or_path": "MODEL", "tokens": "--tokens"}
+    options = {x.name: _option(x) for x in own}
+    options |= {"name_or_path": "MODEL", "tokens": "--tokens", "text": "--text"}
 
     @wraps(function)
     def command(*, as_json: bool, quiet: bool, **given: Any) -> None:
-        report = Report(as_json=as_json, quiet=quiet)
+        first = processes.rank() == 0
+        report = Report(as_json=as_json and first, quiet=quiet or not first)
         try:
             with _ended_by_ctrl_c(report), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *where, **more: report.warn(str(message))

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters import texts
 from pyfastcircuits.adapters.start import start_of
-from pyfastcircuits.command import options, show, text, write
+from pyfastcircuits.command import options, show, write
 from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.made import check_files, check_folder, made_by
 from pyfastcircuits.command.options import READS, Backend, Dtype, Force, Model, ModelOption, Out, Top
@@ -41,7 +42,7 @@ def heads(
     check_folder(out)
     with report.bar as bar:
         run, weights = options.model_of(model, dtype, device)
-        start, (layers, count) = text.TokenText(model).start, (weights.n_layers, weights.n_heads)
+        start, (layers, count) = texts.TokenText(model).start, (weights.n_layers, weights.n_heads)
         if start is None:
             start = start_of(run, weights.d_vocab) or 0
         if not layers:

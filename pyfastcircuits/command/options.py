@@ -9,12 +9,14 @@ import typer
 import pyfastcircuits as fc
 from pyfastcircuits import ops
 from pyfastcircuits.adapters.files import BUNDLED, load_model
+from pyfastcircuits.adapters.texts import TokenText
 from pyfastcircuits.command.guard import GIVES as GIVES
-from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.run.nodes import Head
 
 MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"
 READS, HOW = "What it reads", "How it computes"  # groups of options in the help, beside GIVES
+MOST = "at most so many sequences: of --text and --tokens evenly spaced, of a corpus the first"
+LONGEST = "at most so many tokens in a sequence"
 
 
 def _bundled(incomplete: str) -> list[str]:
@@ -43,7 +45,10 @@ TokensFile = Annotated[
     typer.Option("--tokens", help="token ids in its place: .npy, or text, a sequence a line", rich_help_panel=READS),
 ]
 Top = Annotated[int, typer.Option(min=0, help="how many findings to show, the largest first", rich_help_panel=GIVES)]
-Out = Annotated[Path, typer.Option(help="folder that tables and figures are written to", rich_help_panel=GIVES)]
+Out = Annotated[
+    Path,
+    typer.Option(help="folder to write to; of a report, also the name of its page, as x.html", rich_help_panel=GIVES),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="overwrite files that another run has made", rich_help_panel=GIVES)
 ]

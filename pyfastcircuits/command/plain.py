@@ -6,16 +6,6 @@ from collections.abc import Sequence
 UNITS = {"nats": 1.0, "millinats": 1e3, "micronats": 1e6}
 
 
-def visible(text: object) -> str:
-    """The text on one line: what is not printable is escaped as in Python's strings, such as "\\n" and "\\x1b"."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def quoted(piece: str) -> str:
-    """A token's text as Python writes it, long indentation as "' ' * 15"."""
-    return f"' ' * {len(piece)}" if len(piece) > 4 and set(piece) == {" "} else repr(piece)
-
-
 def significant(value: float, digits: int = 3, *, signed: bool = False) -> str:
     """A figure with so many significant digits, whatever its size: 12.3, 0.0123, 1.2e-5; zero is 0."""
     if value == 0 or not math.isfinite(value):

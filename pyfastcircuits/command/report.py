@@ -22,7 +22,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pyfastcircuits.command.plain import significant, visible
+from pyfastcircuits.adapters.texts import visible
+from pyfastcircuits.command.plain import significant
 
 SECONDS = 10.0  # between two lines of progress where there is no terminal
 _AVERAGED = 3600.0  # seconds over which the speed is averaged: phases differ in theirs

@@ -11,15 +11,13 @@ from rich.text import Text
 from torch import Tensor
 
 from pyfastcircuits import Circuit, CopyingAccuracy, Faithfulness, Result, SkipTrigrams, Sweep, positivity
+from pyfastcircuits.adapters.texts import TokenText
 from pyfastcircuits.command.plain import in_nats, percent, significant
-from pyfastcircuits.command.text import TokenText
+from pyfastcircuits.experiments.orders import ARTICLE_MARGINALS, ARTICLE_ORDERS
 from pyfastcircuits.ops import TopEntries
 from pyfastcircuits.result import label_name
 from pyfastcircuits.sweeps.sweep import Example
 
-# Elhage et al. 2021, "Term importance analysis", two layers: fall of the loss in nats.
-ARTICLE_ORDERS = (1.8, 5.2, 0.3)
-ARTICLE_MARGINALS = ((1.3, 0.05), (5.2, 4.0))
 METRIC_NAMES = {"nll": "loss", "kl": "divergence", "top1": "top-1 accuracy"}  # of the others, their own in words
 HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
 COLUMNS = 80  # of a window in which tables keep words whole,

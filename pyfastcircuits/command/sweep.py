@@ -4,13 +4,14 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import typer
 
 import pyfastcircuits as fc
-from pyfastcircuits.command import options, show, text, write
+from pyfastcircuits.adapters import texts
+from pyfastcircuits.command import options, processes, show, text, write
 from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.guard import Failed
 from pyfastcircuits.command.made import check_files, check_folder, made_by
@@ -38,13 +39,14 @@ from pyfastcircuits.sweeps.store import StoreError
 from pyfastcircuits.sweeps.work import SweepScope, experiments
 
 SEQUENCES, LENGTH = 256, 512
+SHORT = 1 << 16  # tokens of a vocabulary whose ids a .bin holds in two bytes
 SCOPES = (
     "what is taken out. Of a pair of heads: the one path through both (path), all that the first writes through the "
     "second (direct), every path with that step (edge), or both heads (joint); one head; a layer's heads"
 )
 MODES = "what stands in its place: nothing (zero), its mean over the text, or what it was in another sequence"
 PATTERNS_BEHIND = "attention patterns behind what is taken out: as they were, as the article has it, or computed again"
-SHORT = 1 << 16  # tokens of a vocabulary whose ids a .bin holds in two bytes
+CORPUS = "a corpus of any size in their place: text, .jsonl, .parquet, .npy, .bin, a folder of one kind or a data set"
 
 
 @command(task=RUNS, example="pyfastcircuits sweep induction-2l --top 5")
@@ -54,17 +56,10 @@ def sweep(
     option: ModelOption = None,
     text_file: TextFile = None,
     tokens_file: TokensFile = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option(
-            help="a corpus of any size: text, .jsonl, .parquet, .npy, .bin, or a folder", rich_help_panel=READS
-        ),
-    ] = None,
+    corpus: Annotated[Path | None, typer.Option(help=CORPUS, rich_help_panel=READS)] = None,
     column: Annotated[
         str | None,
-        typer.Option(
-            help="of --corpus: texts or tokens", show_default="input_ids, tokens or text", rich_help_panel=READS
-        ),
+        typer.Option(help="the column of --corpus", show_default="input_ids, tokens or text", rich_help_panel=READS),
     ] = None,
     scope: Annotated[SweepScope, typer.Option(help=SCOPES)] = "path",
     mode: Annotated[Mode, typer.Option(help=MODES)] = "zero",
@@ -79,18 +74,18 @@ def sweep(
     out: Out = Path("out"),
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="go on with the sweep that --out holds, if it does", rich_help_panel=GIVES),
+        typer.Option("--resume", help="go on with the sweep that --out holds, if there is one", rich_help_panel=GIVES),
     ] = False,
     force: Force = False,
     settle: Annotated[
-        int | None, typer.Option(min=1, help="end when so many that matter most, and their order, are known")
+        int | None, typer.Option(min=1, help="end as soon as so many that matter most, and their order, are known")
     ] = None,
     confidence: Annotated[float, typer.Option(help="with which --settle knows them")] = 0.95,
     sequences: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="at most so many sequences: of --text and --tokens evenly spaced, of --corpus the first",
+            help="at most so many sequences: evenly spaced ones, of --corpus the first",
             show_default=f"of a text {SEQUENCES}; all of --tokens and --corpus",
             rich_help_panel=READS,
         ),
@@ -104,6 +99,10 @@ def sweep(
             rich_help_panel=READS,
         ),
     ] = None,
+    split: Annotated[
+        Literal["auto", "none", "sequences", "experiments", "vocabulary"],
+        typer.Option(help="by what the processes of torchrun share the work", rich_help_panel=HOW),
+    ] = "auto",
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
@@ -114,8 +113,8 @@ def sweep(
     """Run a text, and take out the path through every pair of heads, every head or every layer: what gets worse?
 
     First comes the article's term importance: the loss with all paths up to each order, and what each layer's heads
-    add. Then every ablation, ranked, each with the token that it hits hardest. It writes effects/ and manifest.json,
-    which --resume goes on from, orders.parquet, sweep.parquet, and pairs.png, heads.png or layers.png.
+    add. Then every ablation, ranked, each with the token that it hits hardest. It writes orders.parquet, sweep.parquet,
+    and pairs.png, heads.png or layers.png; and as it runs, what it finds on each sequence (effects/, manifest.json).
     """
     sources = {"--text": text_file, "--tokens": tokens_file, "--corpus": corpus}
     given = [option for option, file in sources.items() if file]
@@ -123,9 +122,10 @@ def sweep(
         raise ValueError(f"{' and '.join(given)}: give one of them")
     model, device = options.named(name, option), options.device_of(backend, precision, dtype)
     check_folder(out)
-    with report.bar as bar:
+    resume = resume or processes.restarted()
+    with processes.group(device), report.bar as bar:
         run, weights = options.model_of(model, dtype, device)
-        shown = text.TokenText(model)
+        shown = texts.TokenText(model)
         size = min(length or LENGTH, _positions(run, weights) or LENGTH)
         source: Sequences
         if corpus:
@@ -134,11 +134,11 @@ def sweep(
             source = fc.corpus(corpus, size, tokenizer=tokenizer, column=column, dtype=width, sequences=sequences)
         elif tokens_file:
             tokens = text.read_tokens(tokens_file, weights.d_vocab)[:, :length]
-            source = Given(text.evenly(tokens, sequences or len(tokens)))
+            source = Given(texts.evenly(tokens, sequences or len(tokens)))
         else:
-            content = text.read_text(text_file) if text_file else text.held_out_text()
-            source = Given(text.sequences_of(shown, content, size, sequences or SEQUENCES))
-            unknown = text.check_known(source.tokens, shown, weights.d_vocab)
+            content = text.read_text(text_file) if text_file else texts.held_out_text()
+            source = Given(texts.sequences_of(shown, content, size, sequences or SEQUENCES))
+            unknown = texts.check_known(source.tokens, shown, weights.d_vocab)
             if unknown > 0.01:
                 report.warn(f"--text: {unknown:.0%} of its tokens are unknown to the model's tokenizer")
         against_token = None if against is None else options.token_of("--against", against, shown, weights)
@@ -175,6 +175,7 @@ def sweep(
                 force=force,
                 settle=settle,
                 confidence=confidence,
+                split=split,
                 progress=bar.advance,
                 metric=metric,
                 against=against_token,
@@ -185,6 +186,8 @@ def sweep(
         except StoreError as error:
             raise Failed(f"--{error}") from error
         report.going_on = ""
+        if processes.rank():
+            return
         bar.plan({"examples": min(top, count), "writing": len(files)})
         report.show(show.order_table(found))
         if weights.n_layers:

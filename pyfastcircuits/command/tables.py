@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters import texts
 from pyfastcircuits.command import check as checks
-from pyfastcircuits.command import options, show, text, write
+from pyfastcircuits.command import options, show, write
 from pyfastcircuits.command.app import WEIGHTS, command, end
 from pyfastcircuits.command.made import check_files, check_folder, made_by
 from pyfastcircuits.command.options import GIVES, Backend, Dtype, Force, Model, ModelOption, Out
@@ -50,7 +51,7 @@ def tables(
         raise ValueError("--source goes with --head, or alone")
     model, device = options.named(name, option), options.device_of(backend)
     with report.bar as bar:
-        weights, shown = options.weights_of(model, dtype, device), text.TokenText(model)
+        weights, shown = options.weights_of(model, dtype, device), texts.TokenText(model)
         sources = [options.token_of("--source", piece, shown, weights) for piece in source] if source else None
         count = weights.n_layers * weights.n_heads
         if check:

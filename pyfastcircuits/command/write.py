@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 import pyfastcircuits as fc
+from pyfastcircuits.adapters.texts import TokenText
 from pyfastcircuits.command.guard import Failed
 from pyfastcircuits.command.made import KEY
-from pyfastcircuits.command.text import TokenText
 from pyfastcircuits.ops import Backend, TopEntries
 from pyfastcircuits.result import label_name
 from pyfastcircuits.sweeps.sweep import Example

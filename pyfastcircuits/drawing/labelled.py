@@ -65,6 +65,16 @@ def grid(labels: Sequence[Any], values: Any) -> tuple[list[Any], list[Any], Any]
     return sides[0], sides[1], out
 
 
+def one_point(labels: Sequence[Any]) -> list[Any] | None:
+    """The head of each label, if all are of heads, or all of one point of a head each, such as its queries."""
+    if not labels or not all(isinstance(x, tuple) and 0 < len(x) < 3 and is_head(x[0]) for x in labels):
+        return None
+    points = {x[1:] for x in labels}
+    if len(points) > 1 or any(not isinstance(x, str) for point in points for x in point):
+        return None
+    return [x[0] for x in labels]
+
+
 def picture(
     labels: Sequence[Any],
     values: Any,
@@ -90,7 +100,8 @@ def picture(
     """
     values = array(values)
     how: dict[str, Any] = {"title": title, "scale": scale, "rising": rising, "bound": bound}
-    found = grid(labels, values)
+    heads = one_point(labels)
+    found = grid(labels, values) if heads is None else None
     if found is not None:
         down, across, cells = found
         if all(map(is_head, down)) and all(map(is_head, across)):
@@ -103,10 +114,9 @@ def picture(
                 **how,
             )
         return matrix(cells, Side("", list(map(name, down))), Side("", list(map(name, across))), **how)
-    if labels and all(isinstance(x, tuple) and len(x) == 1 and is_head(x[0]) for x in labels):
-        cells = np.full([1 + max(label[0][i] for label in labels) for i in (0, 1)], np.nan)
-        for label, value in zip(labels, values, strict=True):
-            cells[label[0]] = value
+    if heads is not None:
+        cells = np.full([1 + max(head[i] for head in heads) for i in (0, 1)], np.nan)
+        cells[tuple(zip(*heads, strict=True))] = values
         return by_layer(cells, **how)
     if labels and all(isinstance(label, int) for label in labels):
         return curve(list(labels), {scale: values}, title=title, x="layer", y=scale)

@@ -102,7 +102,7 @@ def curve(
 def bars(names: Sequence[str], values: Any, *, title: str, x: str, caption: str = "") -> Picture:
     """Draw a bar for each name, from top to bottom, with its value at its end; negative ones in another colour."""
     with matplotlib.rc_context(STYLE):
-        values, names = array(values), [shown(name) for name in names]
+        values, names = array(values), [shown(name, 60) for name in names]
         finite = values[np.isfinite(values)]
         bound = float(np.abs(finite).max(initial=0))
         texts = [number(float(v), bound) for v in values]

@@ -78,7 +78,7 @@ def direct_logit_attribution(
     checked = [parse_path(weights, path) for path in paths or ()]
     targets, against = _tokens_of(metric, targets, against)
     where = asked(trace, positions, targets=targets, against=against)
-    directions, bias = _toward_targets(trace, where, center)
+    directions, bias = toward_targets(trace, where, center)
     if by == "path":
         labels: list[Label] = list(checked)
         values = _along_paths(trace, checked, directions, bias, where)
@@ -231,7 +231,7 @@ def _tokens_of(metric: Metric | Literal["logit"] | None, targets: Tokens, agains
     return spec.targets, spec.against
 
 
-def _toward_targets(trace: FrozenTrace, where: Asked, center: bool) -> tuple[Tensor, Tensor]:
+def toward_targets(trace: FrozenTrace, where: Asked, center: bool) -> tuple[Tensor, Tensor]:
     """Each target's logit as a function of the final residual stream: its product with [N, d], plus [N]."""
     weights, unembedding, tokens = trace.weights, Unembedding(trace.weights), where.tokens()
     bias = trace.embedded.new_zeros(weights.d_vocab_out) if unembedding.bias is None else unembedding.bias

@@ -9,11 +9,13 @@ run.memory's size, whatever the number of experiments.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.experiments import cuts
 from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.learning import learned_losses
 from pyfastcircuits.experiments.metrics import KL, Asked
@@ -24,6 +26,7 @@ from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.losses import CleanLogits, LogitBasis, Unembedding, basis_group, changed_partial, slices
+from pyfastcircuits.run.processes import vocabulary_shared
 from pyfastcircuits.run.trace import FrozenTrace
 
 
@@ -79,9 +82,8 @@ class _Part:
 
     def narrow(self, intervention: Intervention) -> bool:
         """Whether making W_O @ W_U is less work than multiplying removals by W_O and then, wide, by W_U."""
-        r, d, heads = self.weights.d_value, self.weights.d_model, len(intervention.write_heads)
         removals = len(intervention.places) * len(self.rows)
-        return heads > 0 and heads * r * d <= removals * (d - r)
+        return cuts.narrow(self.weights.d_value, self.weights.d_model, len(intervention.write_heads), removals)
 
     def slices(self, basis: LogitBasis) -> list[slice]:
         """Slices of the vocabulary in which the bases, and clean logits that are not held, stay within two blocks."""
@@ -156,7 +158,7 @@ class _ChangedRows:
                 self.clean.clean(part), self.delta, bases, tokens - part.start, own,
                 group=basis_group(self.delta, bases), precision=how.precision, backend=how.backend,
             )  # fmt: skip
-        return total
+        return self.clean.unembedding.processes.summed(total)
 
     def _products(self, tokens: Tensor) -> Tensor:
         """The entries of delta @ basis at one token [N] of each row, fp64 [P, N]."""
@@ -316,8 +318,8 @@ def _experiments_at_once(intervention: Intervention, part: _Part) -> int:
     """The number of experiments whose deltas fill a block."""
     weights, narrow = part.weights, part.narrow(intervention)
     width = weights.d_value if narrow and part.measurement.final_norm == "frozen" else weights.d_model
-    block = memory.block_bytes(part.rows.device)
-    at_once = max(1, block // (len(part.rows) * max(width, 8) * part.rows.element_size()))
+    row, block = width * part.rows.element_size(), memory.block_bytes(part.rows.device)
+    at_once = cuts.experiments_at_once(len(part.rows), row, block)
     if intervention.has_own_heads and narrow:  # their W_O together at most four times W_U's slice in depth
         at_once = min(at_once, max(1, 4 * weights.d_model // weights.d_value))
     return at_once
@@ -329,7 +331,7 @@ def _sequences_at_once(trace: FrozenTrace, interventions: Sequence[Intervention]
     widths = [
         max(i.extra_floats_per_position, weights.d_value if i.write_heads else weights.d_model) for i in interventions
     ]
-    rows = min(memory.block_bytes(weights.device) // (size * max(widths, default=1)), memory.ROWS)
-    if not how.low_memory:
-        rows = min(rows, memory.clean_logits_bytes(weights.device) // (size * weights.d_vocab_out))
-    return max(1, rows // (trace.tokens.shape[1] - 1))
+    shared = ceil(weights.d_vocab_out / vocabulary_shared().size)
+    clean = 0 if how.low_memory else size * shared
+    bounds = memory.block_bytes(weights.device), memory.clean_logits_bytes(weights.device)
+    return cuts.sequences_at_once(trace.tokens.shape[1], size * max(widths, default=1), clean, *bounds)

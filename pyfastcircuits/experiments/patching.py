@@ -13,7 +13,7 @@ from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver
 from pyfastcircuits.experiments.edges import Effect, edge_removals, mixed_z, place, removed_writes
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metric_gradient import metric_mean
-from pyfastcircuits.experiments.metrics import Asked, At, at_mask
+from pyfastcircuits.experiments.metrics import Asked, At, Positions, at_mask
 from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.experiments.points import What, patches
 from pyfastcircuits.result import Label, Result
@@ -35,7 +35,7 @@ def composition_ablation(
     effect: Effect = "total",
     *,
     pairs: Iterable[Any] | None = None,
-    at: At | None = None,
+    at: Positions | None = None,
     reference: FrozenTrace | None = None,
     over: AverageOver = "all",
     **options: "Unpack[MeasureOptions]",
@@ -57,18 +57,16 @@ def composition_ablation(
             A source is any node (see head_ablation). A destination is a head, whose `kind` of input is cut, or says
             which, ((layer, head), "K"); an MLP ("mlp", layer), of whose output all that follows is the effect; or
             "logits", where an edge is the source's own write to them.
-        at: the positions where the source's output is taken out, as in head_ablation, but not "each".
+        at: the positions where the source's output is taken out, as in head_ablation; not each on its own.
 
     Returns:
         values [P]; `pairs` is [P, 2, 2] where all are of heads; `labels` holds a frozenset for several.
 
     Raises:
-        ValueError: an unknown kind, mode, effect or metric; pairs that are none; at="each".
+        ValueError: an unknown kind, mode, effect or metric; pairs that are none.
         IndexError: no such head, layer or position.
         RuntimeError: a backend or precision that is not there.
     """
-    if isinstance(at, str):
-        raise ValueError(f"at is {at!r}, expected positions that go together: edges are cut at all of them")
     weights, labels, cuts = trace.weights, list[Label](), []
     for entry in enumerate_paths(weights.n_layers, weights.n_heads, 2) if pairs is None else pairs:
         given, several = one_or_several(entry, is_pair)
@@ -96,7 +94,7 @@ def path_patching(
     *,
     direction: Direction = "denoise",
     pairs: Iterable[Any] | None = None,
-    at: At | None = None,
+    at: Positions | None = None,
     **options: "Unpack[MeasureOptions]",
 ) -> Result:
     """Patch every edge between two heads: the destination's input is made with the source's output of the other run.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyfastcircuits.experiments.ablation_value import AblationValue
 from pyfastcircuits.experiments.intervention import Intervention
-from pyfastcircuits.experiments.rerun import Start, again, clean_z, first_of, removed_rows
+from pyfastcircuits.experiments.rerun import Start, again, clean_qkv, clean_z, first_of, removed_rows
 from pyfastcircuits.result import Label
 from pyfastcircuits.run.forward import layer_after
 from pyfastcircuits.run.nodes import MLP, Bias, heads_written, written
@@ -44,7 +44,7 @@ class PointOutputs:
             return run.z(layer)
         if self.what == "pattern":
             return run.pattern(layer).transpose(0, 1)
-        return run.forward.qkv(layer, run.normed(stream, layer)[None])["qkv".index(self.what)][0].transpose(0, 1)
+        return clean_qkv(run, layer)["qkv".index(self.what)][0].transpose(0, 1)
 
 
 class Point(NamedTuple):
@@ -113,7 +113,7 @@ class Patched:
         if self.what == "z":
             change = -gone[:, :, position:]
         else:
-            qkv = list(part.forward.qkv(layer, part.normed(part.streams[layer], layer)[None]))
+            qkv = list(clean_qkv(part, layer))
             if self.what == "pattern":
                 v = qkv[2][0].repeat_interleave(weights.n_heads // qkv[2].shape[2], 1).transpose(0, 1)
                 if self.points[members[0]].source is not None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pyfastcircuits.experiments.ablation_value import AblationValue
 from pyfastcircuits.model.norms import normalized
+from pyfastcircuits.run import memory
+from pyfastcircuits.run.dictionary import Feature
 from pyfastcircuits.run.forward import layer_after
 from pyfastcircuits.run.losses import slices
 from pyfastcircuits.run.nodes import MLP, Bias, Embedding, Head, Node, grouped
@@ -104,11 +106,30 @@ def again(part: FrozenTrace, layer: int, position: int, stream: Tensor) -> Tenso
 
 def mixed_again(part: FrozenTrace, layer: int, position: int, stream: Tensor) -> Tensor:
     """z [n, B, H, T - position, r] of a layer that reads a stream that is the clean one in front of a position."""
+    forward, count = part.forward, len(stream)
+    if position and not forward.places_alike:
+        before = part.streams[layer][:, :position].expand(count, -1, -1, -1)
+        stream, position, skipped = torch.cat((before, stream), 2), 0, position
+    else:
+        skipped = position
+    made = forward.qkv(layer, normalized(stream, part.weights))
     if position:
-        before = part.streams[layer][:, :position].expand(len(stream), -1, -1, -1)
-        stream = torch.cat((before, stream), 2)
-    qkv = part.forward.qkv(layer, normalized(stream, part.weights))
-    return part.forward.apply(layer, *qkv)[..., position:, :]
+        in_front = [x[..., :position, :].expand(count, *x.shape[1:3], -1, -1) for x in clean_qkv(part, layer)]
+        q, k, v = (torch.cat(both, 3) for both in zip(in_front, made, strict=True))
+    else:
+        q, k, v = made
+    return forward.apply(layer, q, k, v)[..., skipped:, :]
+
+
+def clean_qkv(part: FrozenTrace, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [1, B, H or Hkv, T, r] of a layer in the clean run; a part keeps a few."""
+    kept = part.clean_qkv.get(layer)
+    if kept is None:
+        kept = part.forward.qkv(layer, part.normed(part.streams[layer], layer)[None])
+        floats = sum(x.numel() for x in kept) * part.weights.n_layers
+        if 2 * floats * part.final.itemsize <= memory.clean_logits_bytes(part.final.device):
+            part.clean_qkv[layer] = kept
+    return kept
 
 
 def clean_z(part: FrozenTrace, layer: int, position: int = 0) -> Tensor:
@@ -157,7 +178,7 @@ class NodesOut:
         """See Changes."""
         if layer < 0:
             own = self.part.embedded[:, position:]
-            return torch.stack([own - self._gone(i, Embedding(), own, position) for i in members])
+            return torch.stack([self._without_embedding(i, own, position) for i in members])
         stream, z = self.part.streams[layer][None, :, position:], clean_z(self.part, layer, position)
         return self._after(layer, members, position, stream, z, entering=True)
 
@@ -168,12 +189,37 @@ class NodesOut:
         z = mixed_again(self.part, layer, position, stream)
         return self._after(layer, members, position, stream, z, entering=False)
 
+    def _without_embedding(self, member: int, own: Tensor, position: int) -> Tensor:
+        nodes = self._nodes(member, -1)
+        out = own - self._gone(member, Embedding(), own, position) if Embedding() in nodes else own
+        return self._without_features(member, -1, out, own, position)
+
+    def _without_features(self, member: int, layer: int, after: Tensor, middle: Tensor, position: int) -> Tensor:
+        """The stream after a layer without its features, which read that stream or, as an MLP, one before its end."""
+        left = after
+        for node in self._nodes(member, layer):
+            if isinstance(node, Feature):
+                read = after if node.dictionary.reads == "stream" else middle
+                gone = self._gone(member, node, node.activation(self.part, read), position)
+                left = left - node.write(self.part, gone)
+        return left
+
     def _nodes(self, member: int, layer: int) -> list[Node]:
         return [node for node in self.sites[member].nodes if node.layer == layer]
 
     def _after(
         self, layer: int, members: Sequence[int], position: int, stream: Tensor, z: Tensor, *, entering: bool
     ) -> Tensor:
+        after, middle = self._with_heads_and_mlps(layer, members, position, stream, z, entering=entering)
+        if not any(isinstance(node, Feature) for member in members for node in self._nodes(member, layer)):
+            return after
+        places = enumerate(members)
+        return torch.stack([self._without_features(x, layer, after[i], middle[i], position) for i, x in places])
+
+    def _with_heads_and_mlps(
+        self, layer: int, members: Sequence[int], position: int, stream: Tensor, z: Tensor, *, entering: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The stream after a layer whose heads, bias and MLP are replaced where they are out; what its MLP reads."""
         forward, weights, site = self.part.forward, self.part.weights, self.sites
         added = stream.new_zeros(len(members), *stream.shape[1:])
         for i, member in enumerate(members):
@@ -185,19 +231,19 @@ class NodesOut:
                     added[i] -= self._gone(member, node, node(self.part)[0, :, position:], position)
         written = forward.write(layer, z, added)
         out = [i for i, member in enumerate(members) if MLP(layer) in site[member].nodes]
+        middle = stream + written
+        read = stream.expand_as(middle) if forward.mlp_reads(layer) == "before heads" else middle
         if not out:
-            return layer_after(forward, layer, stream, written)
+            return layer_after(forward, layer, stream, written), read
         whole = {i for i in out if self.mask is None and site[members[i]].position is None}
         alone = {i for i in out if entering and len(self._nodes(members[i], layer)) == 1}
         computed = [i for i in range(len(members)) if i not in whole and i not in alone]
-        middle = stream + written
-        read = stream.expand_as(middle) if forward.mlp_reads(layer) == "before heads" else middle
         mlp = MLP(layer)(self.part)[:, :, position:].repeat(len(members), 1, 1, 1)
         if computed:
             mlp[computed] = forward.mlp(layer, read[computed])
         for i in out:
             mlp[i] -= self._gone(members[i], MLP(layer), mlp[i], position)
-        return middle + mlp
+        return middle + mlp, read
 
     def _gone(self, member: int, node: Node, own: Tensor, position: int) -> Tensor:
         """What a node loses that would give `own` [B, T - position, x], at the positions where it is out."""

@@ -104,8 +104,8 @@ class _Cached:
 
     def removal(self, outputs: PointOutputs, part: FrozenTrace) -> Tensor:
         """See AblationValue."""
-        own = outputs(part)
-        theirs = self.cache[self.name, outputs.layer].to(own.device, own.dtype)
+        own: Tensor = outputs(part)
+        theirs: Tensor = self.cache[self.name, outputs.layer].to(own.device, own.dtype)
         if outputs.what == "pattern":
             theirs = theirs.transpose(0, 1)
         elif theirs.dim() == 4:  # [B, T, H, r]
@@ -119,10 +119,16 @@ def _values(
 ) -> list[float]:
     """The metric of each patch."""
     changes, found = Patched(run, what, points, value), [0.0] * len(points)
-    unchanged = _Unembedded(run)
+    unembedded = _Unembedded(run)
     for members, position, streams in rerun(run, changes.starts, changes):
-        for member, stream in zip(members, streams, strict=True):
-            found[member] = metric(LazyLogits(unchanged, position, stream)).item()
+        final = run.final.repeat(len(members), 1, 1, 1)
+        final[:, :, position:] = streams
+        rows = unembedded.expected()
+        known = unembedded(final.flatten(1, 2)[:, rows])  # together, because one row takes as long as many
+        for i, member in enumerate(members):
+            logits = LazyLogits(unembedded, position, final[i])
+            logits.keep(rows, known[i])
+            found[member] = metric(logits).item()
     return found
 
 
@@ -131,9 +137,15 @@ class _Unembedded:
 
     def __init__(self, run: FrozenTrace) -> None:
         self.run, self.bias, self.kept = run, run.weights.whole_unembed_bias(), dict[str, Tensor]()
+        self.read = torch.zeros(run.tokens.numel(), dtype=torch.bool, device=run.final.device)  # by the metric, so far
+
+    def expected(self) -> Tensor:
+        """The rows [n] that a metric is expected to read: those that it has read, unless they are many."""
+        rows = self.read.nonzero()[:, 0]
+        return rows if 4 * len(rows) <= len(self.read) else rows[:0]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """[n, d] -> [n, V']."""
+        """[..., d] -> [..., V']."""
         weights = self.run.weights
         read = final_norm_gain(rows, weights) * norm_scale(rows, weights)[..., None]
         logits = read @ weights.W_U.to(read.dtype)
@@ -153,32 +165,42 @@ class LazyLogits(Tensor):
     """Logits [B, T, V'] that are computed where they are indexed, and whole for any other use."""
 
     @staticmethod
-    def __new__(cls, unembedded: _Unembedded, position: int, stream: Tensor) -> "LazyLogits":
-        """Of a final residual stream [B, T - position, d] that is the unchanged run's in front of a position."""
-        run = unembedded.run
-        shape = (*run.tokens.shape, run.weights.d_vocab_out)
-        out: LazyLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=stream.dtype, device=stream.device)
-        out._made = unembedded, position, stream
+    def __new__(cls, unembedded: _Unembedded, position: int, final: Tensor) -> "LazyLogits":
+        """Of a final residual stream [B, T, d] that is the unchanged run's in front of a position."""
+        shape = (*final.shape[:2], unembedded.run.weights.d_vocab_out)
+        out: LazyLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=final.dtype, device=final.device)
+        out._made = unembedded, position, final
+        out._known = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=final.device)
+        out._logits = final.new_empty(shape[0] * shape[1], shape[2])  # memory is taken where it is written
         return out
 
     _made: tuple[_Unembedded, int, Tensor]
+    _known: Tensor
+    _logits: Tensor
+
+    def keep(self, rows: Tensor, logits: Tensor) -> None:
+        """Store the logits of some rows of [B * T]."""
+        self._known[rows] = True
+        self._logits[rows] = logits
 
     def whole(self) -> Tensor:
         """All of them."""
-        unembedded, position, stream = self._made
-        return torch.cat((unembedded.whole()[:, :position], unembedded(stream)), 1)
+        unembedded, position, final = self._made
+        unembedded.read[:] = True
+        return torch.cat((unembedded.whole()[:, :position], unembedded(final[:, position:])), 1)
 
     def picked(self, index: Any) -> Tensor:
         """Some of them, of rows that are computed for it."""
-        unembedded, position, stream = self._made
+        unembedded, _, final = self._made
         batch, length, vocabulary = self.shape
-        of_rows = torch.arange(batch * length, device=stream.device).view(batch, length, 1)
-        rows = of_rows.expand(batch, length, vocabulary)[index].unique()
-        final = unembedded.run.final.clone()
-        final[:, position:] = stream
-        logits = stream.new_empty(batch * length, vocabulary)
-        logits[rows] = unembedded(final.flatten(0, 1)[rows])
-        chosen: Tensor = logits.view(batch, length, vocabulary)[index]
+        of_rows = torch.arange(batch * length, device=final.device).view(batch, length, 1)
+        asked = torch.zeros_like(self._known)
+        asked[of_rows.expand(batch, length, vocabulary)[index].flatten()] = True
+        unembedded.read |= asked
+        missing = (asked & ~self._known).nonzero()[:, 0]
+        if len(missing):
+            self.keep(missing, unembedded(final.flatten(0, 1)[missing]))
+        chosen: Tensor = self._logits.view(batch, length, vocabulary)[index]
         return chosen
 
     @classmethod

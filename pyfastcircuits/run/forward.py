@@ -37,6 +37,11 @@ class Forward(Protocol):
         """
         ...
 
+    @property
+    def places_alike(self) -> bool:
+        """Whether `qkv` takes a stream of fewer positions, because it makes the same of a row at any position."""
+        ...
+
     def score_scale(self, layer: int) -> float:
         """The factor of the attention scores: score_scale * queries @ keys.T, before any cap and mask."""
         ...
@@ -101,6 +106,11 @@ class WeightsForward:
         """See Forward."""
         v, bias = normed.unsqueeze(-3) @ self.weights.layer("W_V", layer), self.weights.bias("V", layer)
         return *self.queries_and_keys(layer, normed), v if bias is None else v + bias[:, None]
+
+    @property
+    def places_alike(self) -> bool:
+        """See Forward."""
+        return self.weights.positional in ("none", "standard")
 
     def queries_and_keys(self, layer: int, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The first two of `qkv`."""

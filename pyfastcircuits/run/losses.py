@@ -2,11 +2,12 @@
 
 A row is one position of the normed final residual stream, [d]; N rows have logits [N, V] that are never stored whole
 unless they are asked for. What an experiment does to the logits is a low-rank change of them, delta @ basis. Scratch
-beyond the clean logits stays within run.memory's bounds, whatever the number of rows and experiments.
+beyond the clean logits stays within run.memory's bounds, whatever the number of rows and experiments. Processes that
+share the vocabulary (see run.processes) have slices of it each.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pyfastcircuits.ops.library import stripe_columns
 from pyfastcircuits.ops.logits_lse import clean_logsumexp
 from pyfastcircuits.ops.sweep_nll import clean_logits, longest
 from pyfastcircuits.run import memory
+from pyfastcircuits.run.processes import vocabulary_shared
 
 Columns = slice | Tensor  # of the vocabulary
 
@@ -31,9 +33,14 @@ def slices(size: int, width: int) -> Iterator[slice]:
 
 
 class Unembedding:
-    """W_U and the bias of the logits, read by columns in the computing dtype."""
+    """W_U and the bias of the logits, read by columns in the computing dtype.
+
+    `own`: the columns that this process multiplies, all of them unless processes share the vocabulary.
+    """
 
     def __init__(self, weights: CircuitWeights, *, biased: bool = True) -> None:
+        self.processes = vocabulary_shared()
+        self.own = self.processes.columns(weights.d_vocab_out)
         self.weights, self.dtype, self.cap = weights, weights.compute_dtype, weights.logit_cap
         with torch.no_grad():
             self.bias = weights.whole_unembed_bias() if biased else None
@@ -53,10 +60,12 @@ class Unembedding:
         blocks = self.slices(4 * self.weights.d_model, multiplied=False)
         total = sum(self.columns(some).sum(-1, keepdim=True) for some in blocks)
         assert isinstance(total, Tensor)
-        center = total / self.weights.d_vocab_out
-        most, rest = (
+        center = self.processes.summed(total) / self.weights.d_vocab_out
+        lengths = [
             max(longest(self.columns(some) - less) for some in blocks) for less in (torch.zeros_like(center), center)
-        )
+        ]
+        everywhere = [x for (x,) in self.processes.gathered(total.new_tensor(lengths))]
+        most, rest = torch.stack(everywhere).amax(0).tolist()
         return center if 2 * rest <= most else None
 
     def centered(self, columns: Columns) -> Tensor:
@@ -64,7 +73,7 @@ class Unembedding:
         return self.columns(columns) if self.center is None else self.columns(columns) - self.center
 
     def slices(self, depth: int, multiplied: bool) -> list[slice]:
-        """Slices of the vocabulary in whole stripes of the kernels: [depth, columns] takes at most two blocks.
+        """Slices of the own columns in whole stripes of the kernels: [depth, columns] takes at most two blocks.
 
         `multiplied`: a product with W_U's slice is made, for which up to two copies of the slice are.
         """
@@ -72,7 +81,8 @@ class Unembedding:
         block = memory.block_bytes(self.weights.device)
         width = 2 * block // (self.dtype.itemsize * max(depth + copies * self.weights.d_model, 1))
         stripe = 2 * stripe_columns()
-        return list(slices(self.weights.d_vocab_out, max(stripe, width // stripe * stripe)))
+        parts = slices(self.own.stop - self.own.start, max(stripe, width // stripe * stripe))
+        return [slice(self.own.start + part.start, self.own.start + part.stop) for part in parts]
 
 
 class CleanLogits:
@@ -81,19 +91,25 @@ class CleanLogits:
     def __init__(self, rows: Tensor, unembedding: Unembedding, *, held: bool) -> None:
         self.rows, self.unembedding = rows, unembedding
         self.held: Tensor | None = None
+        own = unembedding.own
         if held and unembedding.weights.W_U.dtype == unembedding.dtype:
-            self.held = rows @ unembedding.weights.W_U
+            self.held = rows @ unembedding.weights.W_U[:, own]
         elif held:
-            self.held = rows.new_empty(len(rows), unembedding.weights.d_vocab_out)
+            self.held = rows.new_empty(len(rows), own.stop - own.start)
             for columns in unembedding.slices(1, multiplied=True):
-                self.held[:, columns] = rows @ unembedding.columns(columns)
+                self._held(columns).copy_(rows @ unembedding.columns(columns))
         if self.held is not None and unembedding.bias is not None:
-            self.held += unembedding.bias
+            self.held += unembedding.bias[own]
+
+    def _held(self, columns: slice) -> Tensor:
+        assert self.held is not None
+        first = self.unembedding.own.start
+        return self.held[:, columns.start - first : columns.stop - first]
 
     def __call__(self, columns: slice) -> Tensor:
         """[N, columns]."""
         if self.held is not None:
-            return self.held[:, columns]
+            return self._held(columns)
         logits, bias = self.rows @ self.unembedding.columns(columns), self.unembedding.bias
         return logits if bias is None else logits + bias[columns]
 
@@ -107,7 +123,8 @@ class CleanLogits:
             base, cap = self(part), self.unembedding.cap
             lse = torch.logaddexp(lse, clean_logsumexp(base, cap=cap, backend=backend))
             picked += clean_logits(base, tokens - part.start, cap)
-        return lse, picked
+        every, everywhere = zip(*self.unembedding.processes.gathered(lse, picked), strict=True)
+        return reduce(torch.logaddexp, every), torch.stack(everywhere).sum(0)
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
         """The logit of one token [N] of each row, fp64 [N]."""
@@ -194,7 +211,8 @@ def changed_partial(
             partial = joint_partial(base, delta, bases, here, pairs, clean_lse, group=group, **options)
         total = partial if total is None else total.merged(partial)
     assert total is not None
-    return total
+    parts = clean.unembedding.processes.gathered(*total)
+    return reduce(SweepPartial.merged, (SweepPartial(*part) for part in parts))
 
 
 def row_losses(

@@ -9,6 +9,7 @@ from typing import Any
 
 from pyfastcircuits.arguments import as_integer, describe
 from pyfastcircuits.result import Label
+from pyfastcircuits.run.dictionary import Feature
 from pyfastcircuits.run.nodes import (
     KINDS,
     MLP,
@@ -30,7 +31,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 
 
 def parse_node(run: FrozenTrace, entry: Any, name: str = "node") -> Node:
-    """A node as users write it: (layer, head), ("mlp", layer), ("bias", layer) or "embed".
+    """A node as users write it: (layer, head), ("mlp", layer), ("bias", layer), "embed", or a feature of a Dictionary.
 
     Raises:
         ValueError: something else.
@@ -38,6 +39,9 @@ def parse_node(run: FrozenTrace, entry: Any, name: str = "node") -> Node:
     """
     if isinstance(entry, str) and entry == Embedding.label:
         return Embedding()
+    if isinstance(entry, Feature):
+        entry.dictionary.check(run.weights)
+        return entry
     kinds: dict[str, type[MLP] | type[Bias]] = {"mlp": MLP, "bias": Bias}
     if isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str) and entry[0] in kinds:
         try:
@@ -60,7 +64,7 @@ def parse_node(run: FrozenTrace, entry: Any, name: str = "node") -> Node:
 
 def parse_nodes(run: FrozenTrace, entry: Any, name: str = "head") -> tuple[Node, ...]:
     """One node, or several that go together, in the order of layers and each once; errors as parse_node."""
-    if isinstance(entry, str):
+    if isinstance(entry, (str, Feature)):
         return (parse_node(run, entry, name),)
     if not isinstance(entry, Iterable):
         raise ValueError(f"{name} is {describe(entry)}, expected (layer, head) or several of them")
@@ -130,4 +134,4 @@ def _name(node: Node) -> Label:
 
 
 def _is_node(entry: Any) -> bool:
-    return isinstance(entry, (tuple, list)) or (isinstance(entry, str) and entry == Embedding.label)
+    return isinstance(entry, (tuple, list, Feature)) or (isinstance(entry, str) and entry == Embedding.label)

@@ -343,6 +343,8 @@ def one_or_several(entry: Any, is_one: Callable[[Any], bool] = _is_path) -> tupl
     """
     if isinstance(entry, (set, frozenset)):
         return list(entry), True
+    if not isinstance(entry, Iterable):
+        return [entry], False
     members = list(entry)
     several = len(members) > 0 and is_one(members[0])
     return (members, True) if several else ([tuple(members)], False)

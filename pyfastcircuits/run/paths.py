@@ -74,7 +74,7 @@ def path_z(trace: FrozenTrace, paths: Sequence[Path]) -> Tensor:
                 virtual_weights = centered(W_O, weights) @ W_V
                 values[span(inner)] = (carried @ virtual_weights[:, None]) * trace.value_scale(layer)[..., None]
             else:
-                values[span(inner)] = trace.read_by_values(trace.non_head_stream(layer), layer) @ W_V
+                values[span(inner)] = _non_head_read(trace, layer) @ W_V
         z = apply_pattern(head_pattern(trace.patterns[layer], head), values[:, :, None])[:, :, 0]
         out[span(members)] = trace.apply_post_norm(z, layer)
     return out
@@ -95,6 +95,17 @@ def _prefix_z(trace: FrozenTrace, path: Path) -> Tensor:
         if not z.requires_grad and (len(trace.prefix_z) + 1) * z.nbytes <= memory.block_bytes(z.device):
             trace.prefix_z[path] = z
     return z
+
+
+def _non_head_read(trace: FrozenTrace, layer: int) -> Tensor:
+    """What a layer's values read of everything that is no head [B, T, d]; kept until another layer is asked about."""
+    read = trace.non_head_reads.get(layer)
+    if read is None:
+        read = trace.read_by_values(trace.non_head_stream(layer), layer)
+        if not read.requires_grad:
+            trace.non_head_reads.clear()
+            trace.non_head_reads[layer] = read
+    return read
 
 
 @public

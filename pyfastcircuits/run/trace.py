@@ -218,6 +218,16 @@ class FrozenTrace(FrozenModel):
         """The store of ablation values: means of outputs over all sequences and positions."""
         return {}
 
+    @derived
+    def non_head_reads(self) -> dict[int, Tensor]:
+        """The store of paths: what the values of the last layer asked about read of everything that is no head."""
+        return {}
+
+    @derived
+    def clean_qkv(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """The store of rerun.clean_qkv."""
+        return {}
+
     @public
     def non_head_stream(self, layer: int) -> Tensor:
         """The sum of everything that is no attention head and is written before `layer` reads, [B, T, d].

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfastcircuits.adapters.tokenizer import read_tokenizer, tokenizer_file
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.sweeps.documents import Documents, Encoder, packed
 from pyfastcircuits.sweeps.identity import tokens_hash
 
@@ -158,7 +158,11 @@ def corpus(
     if sequences is not None and sequences < 1:
         raise ValueError(f"sequences is {sequences}, expected at least 1")
     path = Path(path)
-    files = _files(path)
+    try:
+        files = _files(path)
+    except OSError as error:
+        missing = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise missing(f"path is {describe(str(path))}: it cannot be read ({error.strerror})") from error
     how = {"length": length, "column": column, "dtype": dtype, "sequences": sequences}
     kind = files[0].suffix
     if kind in (".npy", ".bin"):
@@ -181,6 +185,8 @@ def corpus(
 
 def _files(path: Path) -> list[Path]:
     """The files of a corpus, all of one kind."""
+    if "\0" in str(path):
+        raise ValueError(f"path is {describe(str(path))}, expected the path of a file or folder")
     if not path.is_dir():
         with path.open("rb"):
             return [path]

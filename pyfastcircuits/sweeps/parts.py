@@ -90,7 +90,9 @@ def decoded(name: str, content: bytes) -> list[Findings]:
         positions, clean, losses = (_unpacked(x) for x in numbers)
         rows = slice(first, first + sequences * count)
         here = {name.removeprefix("delta_"): x[rows].view(sequences, count) for name, x in effects.items()}
-        found.append(Findings(chunk, positions.long(), here, clean, losses.view(sequences, -1)))
+        found.append(
+            Findings(chunk, positions.long(), here, clean, losses.view(sequences, len(losses) // max(sequences, 1)))
+        )
         first = rows.stop
     if first != table.num_rows:
         raise Torn(name)
@@ -113,4 +115,5 @@ def _packed(numbers: Tensor) -> str:
 
 
 def _unpacked(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float64)
+    content = bytearray(base64.b64decode(text))
+    return torch.frombuffer(content, dtype=torch.float64) if content else torch.empty(0, dtype=torch.float64)

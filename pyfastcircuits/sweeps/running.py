@@ -1,13 +1,13 @@
 """Runs the chunks of a sweep in their order: what is stored already is read, the rest is run and stored."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from pyfastcircuits.run.processes import ALONE, Processes
 from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Sequences
 from pyfastcircuits.sweeps.moments import Moments
@@ -28,6 +28,8 @@ class Runner:
         progress: called with the number of sequences finished since the last call.
         warn: called with what the user should know.
         most: how many sequences and experiments are run at a time; less when memory runs out.
+        processes: that share the chunks.
+        writes: whether this one stores what it finds.
     """
 
     work: Work
@@ -35,35 +37,74 @@ class Runner:
     progress: Callable[[float], None]
     warn: Callable[[str], None]
     most: Cut
+    processes: Processes = ALONE
+    writes: bool = True
+    _block: "_Block | None" = None  # the last one read
 
     def run(self, cut: Cut, store: Store | None = None, ranking: Ranking | None = None) -> Moments:
-        """Run all chunks, or those up to where the ranking is settled; the sums over them."""
+        """Run all chunks, or those up to where the ranking is settled; the sums over them.
+
+        Each process runs one of the next chunks that are not stored, and then all tell the others what they have found:
+        so all have the same sums, those of one process alone, and end together.
+        """
         total, count = Moments.of(self.work), len(self.work.labels)
-        chunks = cut.chunks(self.source.count, count)
         if store is not None:  # at once, so that it does not count as fast
             self.progress(sum(shape[0] * self._share(shape) for shape in store.shapes.values()))
-        for start, group in groupby(chunks, key=lambda chunk: chunk.sequences.start):
-            block: _Block | None = None
-            effects: list[Tensor] = []
-            for chunk in group:
-                if store is not None and chunk.index in store:
-                    found = store.find(chunk.index)
-                else:
-                    block = block or _Block.read(self.work, self.source, start, chunk.sequences.stop)
-                    if not len(block.tokens):
-                        return total
-                    found = self._found(replace(chunk, sequences=slice(start, start + len(block.tokens))), block)
-                    if store is not None:
-                        store.add(found)
-                total.add(found)
-                effects.append(found.effects[self.work.metric.name])
-            if ranking is not None:
-                ranking.add(torch.cat(effects, 1))
-                if ranking.settled:
+        effects: dict[int, list[Tensor]] = {}  # of the sequences whose chunks have not all been seen, by the first
+        every = cut.chunks(self.source.count, count, self.processes.size)
+        for chunks, found in self._rounds(every, store):
+            for chunk in chunks:
+                here = found.get(chunk.index) or (store.find(chunk.index) if store and chunk.index in store else None)
+                if here is None or not here.chunk.shape[0]:
                     return total
-            if found.chunk.shape[0] < cut.sequences:
-                return total
+                total.add(here)
+                start = chunk.sequences.start
+                effects.setdefault(start, []).append(here.effects[self.work.metric.name])
+                if chunk.experiments.stop < count:
+                    continue
+                all_of_them = torch.cat(effects.pop(start), 1)
+                if ranking is not None:
+                    ranking.add(all_of_them)
+                    if ranking.settled:
+                        return total
+                if here.chunk.shape[0] < cut.sequences:
+                    return total
         return total
+
+    def _rounds(
+        self, chunks: Iterator[Chunk], store: Store | None
+    ) -> Iterator[tuple[list[Chunk], dict[int, Findings]]]:
+        """The next chunks, and what processes have found of those that are not stored, of which each runs one."""
+        following: list[Chunk] = []
+        new: list[Chunk] = []
+        for chunk in chunks:
+            following.append(chunk)
+            if store is None or chunk.index not in store:
+                new.append(chunk)
+            if len(new) == self.processes.size or not new:
+                yield following, self._round(new, store)
+                following, new = [], []
+        yield following, self._round(new, store)
+
+    def _round(self, new: Sequence[Chunk], store: Store | None) -> dict[int, Findings]:
+        if not new:
+            return {}
+        mine = self._of_source(new[self.processes.rank]) if self.processes.rank < len(new) else None
+        if mine is not None and store is not None and self.writes:
+            store.add(mine)
+        told = self.processes.told(mine)
+        others = (x.chunk.shape for rank, x in enumerate(told) if x is not None and rank != self.processes.rank)
+        self.progress(sum(shape[0] * self._share(shape) for shape in others))
+        return {x.chunk.index: x for x in told if x is not None}
+
+    def _of_source(self, chunk: Chunk) -> Findings | None:
+        """The findings of a chunk; None where the source has ended before it."""
+        start = chunk.sequences.start
+        if self._block is None or self._block.start != start:
+            self._block = None  # before the next one is there
+            self._block = _Block.read(self.work, self.source, start, chunk.sequences.stop)
+        count = len(self._block.tokens)
+        return self._found(replace(chunk, sequences=slice(start, start + count)), self._block) if count else None
 
     def _share(self, shape: tuple[int, int]) -> float:
         """The part of a sequence's work that a chunk does."""

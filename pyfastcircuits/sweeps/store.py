@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyfastcircuits.arguments import describe
 from pyfastcircuits.result import Label
 from pyfastcircuits.sweeps.identity import difference, versions
 from pyfastcircuits.sweeps.parts import Torn, decoded, encoded, is_part, part_name
@@ -75,8 +76,8 @@ class Store:
             self._effects.mkdir(parents=True, exist_ok=True)
             if leader:
                 self._lock = self._locked()
-        except OSError as error:
-            raise self._failed(_EFFECTS, error) from error
+        except (OSError, ValueError) as error:  # a path that is none
+            raise error if str(error).startswith("out is") else self._failed(_EFFECTS, error) from error
         try:
             self._start(json.loads(json.dumps(identity)), resume, force)
         except BaseException:
@@ -208,13 +209,13 @@ class Store:
 
     def _refused(self, why: str, *, over: bool = True) -> ValueError:
         instead = "take another folder, or delete what is there: force=True (--force)" if over else "wait for its end"
-        return ValueError(f"out is {str(self.folder)!r}: {why}; {instead}")
+        return ValueError(f"out is {describe(str(self.folder))}: {why}; {instead}")
 
-    def _failed(self, name: str, error: OSError) -> StoreError:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+    def _failed(self, name: str, error: Exception) -> StoreError:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return StoreError(
-            f"out is {str(self.folder)!r}: {name} cannot be written ({reason}); what is stored is whole: make room, or "
-            f"make the folder writable, and {GO_ON}"
+            f"out is {describe(str(self.folder))}: {name} cannot be written ({reason}); what is stored is whole: make "
+            f"room, or make the folder writable, and {GO_ON}"
         )
 
 

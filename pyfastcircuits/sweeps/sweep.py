@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,14 +20,16 @@ from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, o
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
 from pyfastcircuits.result import Result
+from pyfastcircuits.run.processes import ALONE, Processes, everybody
 from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Corpus, Given, Sequences
 from pyfastcircuits.sweeps.identity import model_hash, told
 from pyfastcircuits.sweeps.moments import Moments
 from pyfastcircuits.sweeps.ranking import Ranking
 from pyfastcircuits.sweeps.running import Runner
+from pyfastcircuits.sweeps.sharing import Sharing
 from pyfastcircuits.sweeps.store import Store
-from pyfastcircuits.sweeps.work import SweepScope, Work, ablate, experiments, work
+from pyfastcircuits.sweeps.work import Split, SweepScope, Work, ablate, experiments, work
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def sweep(
     force: bool = False,
     settle: int | None = None,
     confidence: float = 0.95,
+    split: Literal["auto", "none", "sequences", "experiments", "vocabulary"] = "auto",
     **options: "Unpack[MeasureOptions]",
 ) -> Sweep:
     """Term importance order by order and layer by layer, and the ablation of all heads, layers or pairs of heads.
@@ -152,6 +155,10 @@ def sweep(
         settle: end as soon as the `settle` experiments that matter most, and their order, are known; see
             sweeps.ranking, and what it assumes of the sequences.
         confidence: with which they are to be known.
+        split: by what the processes of a group share the sweep, where the program has initialised torch.distributed (as
+            under torchrun) and all processes make this call: chunks of "sequences" or of "experiments" are dealt out,
+            or each process multiplies its own part of the "vocabulary"; "none": each runs it all. "auto" is the fastest
+            by `plan`. All processes return the same.
 
     Returns:
         A Sweep, without gradients; its result has KL(clean || ablated) beside the metric. Orders and marginals are
@@ -168,10 +175,20 @@ def sweep(
     """
     if out is None and (resume or force):
         raise ValueError(f"out is None, but {'resume' if resume else 'force'} is True: give the folder of the sweep")
-    if isinstance(tokens, Corpus) or out is not None or settle is not None:
+    processes = ALONE if split == "none" else everybody()
+    if split not in ("auto", "none") and processes is ALONE:
+        raise ValueError(f"split is {split!r}, but there is one process: start several, as torchrun does")
+    if isinstance(tokens, Corpus) or out is not None or settle is not None or processes is not ALONE:
         place = None if out is None else Path(out)
         return _in_chunks(
-            model, tokens, (scope, mode, attention), options, place, (resume, force), (settle, confidence)
+            model,
+            tokens,
+            (scope, mode, attention),
+            options,
+            place,
+            (resume, force),
+            (settle, confidence),
+            (split, processes),
         )
     run = trace(model, tokens)
     progress = options.get("progress")
@@ -198,6 +215,7 @@ def _in_chunks(
     out: Path | None,
     there: tuple[bool, bool],
     until: tuple[int | None, float],
+    shared: tuple[Split | Literal["auto"], Processes],
 ) -> Sweep:
     """See `sweep`."""
     scope, mode, attention = what
@@ -209,26 +227,35 @@ def _in_chunks(
     weights = model if isinstance(model, CircuitWeights) else CircuitWeights.from_model(model)
     source = _sequences(weights, tokens, options)
     made = work(model, weights, scope, mode, attention, options, source)
-    cut = made.cut(source.length)
+    sharing = Sharing.of(made, source, shared[1], shared[0])
+    cut = sharing.cut(made.cut(source.length), source.count, len(made.labels))
     progress = options.get("progress") or (lambda steps: None)
-    runner = Runner(made, source, progress, lambda text: warnings.warn(text, stacklevel=2), cut)
+    runner = Runner(
+        made, source, progress, lambda text: warnings.warn(text, stacklevel=2), cut, sharing.dealt, sharing.writes
+    )
     ranking = None
     if settle is not None:
         ranking = Ranking(settle, confidence, len(made.labels), -1 if made.metric.harm == "fall" else 1)
     start = time.perf_counter()
     if out is None:
-        total = runner.run(cut, None, ranking)
+        with sharing.vocabulary:
+            total = runner.run(cut, None, ranking)
     else:
         identity = {
             "model_sha256": model_hash(made.first), "tokens": source.fingerprint, "length": source.length,
             "scope": scope, "mode": mode, "attention": attention, "metric": made.metric.name,
             "options": told({**vars(made.metric), **made.options}), "version": build_info()["version"],
         }  # fmt: skip
-        with Store(out, identity, cut, made.labels, resume=resume, force=force) as store:
+
+        def opened(leader: bool) -> Store:
+            return Store(out, identity, cut, made.labels, resume=resume, force=force, leader=leader)
+
+        with sharing.opened(opened) as store:
             if store.torn:
                 runner.warn(f"out: {len(store.torn)} of its files are not what was written; their chunks run again")
             runner.most = store.cut
-            total = runner.run(store.cut, store, ranking)
+            with sharing.vocabulary:
+                total = runner.run(store.cut, store, ranking)
     seconds = time.perf_counter() - start
     settled = None if ranking is None else ranking.settled
     return _told(made, total, options, seconds, settled)

@@ -28,6 +28,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Sequences
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
+Split = Literal["none", "sequences", "experiments", "vocabulary"]
 WORK = {"cpu": 2e11, "cuda": 2e13}  # multiply-adds of a chunk: some seconds
 PATTERNS = 1 << 29  # bytes of attention patterns of the sequences of a chunk, at least one sequence's
 FIRST = 64  # sequences, those at the beginning, over which mean ablation takes its means
@@ -55,18 +56,66 @@ class Cut:
     sequences: int
     experiments: int
 
-    def chunks(self, sequences: int | None, experiments: int) -> Iterator[Chunk]:
-        """The chunks of a sweep in their order: sequence by sequence, all experiments of some before the next.
+    @staticmethod
+    def of(
+        sizes: tuple[int, int, int, int],
+        scope: SweepScope,
+        attention: Attention,
+        experiments: int,
+        length: int,
+        patterns: int,
+        most: float,
+    ) -> "Cut":
+        """Chunks of at most so many multiply-adds.
+
+        Args:
+            sizes: of the model: n_layers, d_model, d_value and d_vocab_out.
+            scope, attention, experiments: of the sweep.
+            length: of a sequence.
+            patterns: bytes of a sequence's attention patterns.
+            most: multiply-adds.
+        """
+        layers, d, r, vocabulary = sizes
+        width = r if scope in ("path", "direct") and attention == "frozen" else d
+        others = 3 * layers + 5  # losses of rows of the residual stream, beside the experiments'
+        rerun = 6 * layers * d**2 * (attention == "recomputed")  # half the layers
+        each = length * (vocabulary * width + rerun)
+        whole = experiments * each + others * length * vocabulary * d
+        if whole <= 4 * most:
+            at_once = int(min(most // max(whole, 1), PATTERNS // max(patterns, 1)))
+            return Cut(max(1, at_once), max(1, experiments))
+        return Cut(1, min(experiments, max(ceil(_WIDE * d / width), int(most // each))))
+
+    def for_processes(self, split: Split, size: int, sequences: int | None, experiments: int) -> "Cut":
+        """Chunks no larger than these, of which as many processes have as many each."""
+        if split == "sequences" and sequences is not None:
+            return Cut(_even(sequences, self.sequences, size), self.experiments)
+        if split == "experiments":
+            return Cut(self.sequences, _even(experiments, self.experiments, size))
+        return self
+
+    def chunks(self, sequences: int | None, experiments: int, processes: int = 1) -> Iterator[Chunk]:
+        """The chunks of a sweep: all experiments of some sequences before the next.
 
         Args:
             sequences: how many; None: nobody knows, and the chunks never end.
             experiments: how many; with none there is a chunk for some sequences all the same.
+            processes: among which they are dealt out in turn: then so many parts of the sequences come together, so
+                that each process goes on with the clean run that it has. The sequences of an experiment stay in order.
         """
-        index = count()
-        for start in count(0, self.sequences) if sequences is None else range(0, sequences, self.sequences):
-            stop = start + self.sequences if sequences is None else min(start + self.sequences, sequences)
-            for some in slices(experiments, self.experiments) if experiments else (slice(0, 0),):
-                yield Chunk(next(index), slice(start, stop), some)
+        parts = list(slices(experiments, self.experiments)) if experiments else [slice(0, 0)]
+        together = 1 if sequences is None else processes
+        for first in count(0, together):
+            blocks = range(first, first + together)
+            for number, some in enumerate(parts):
+                for block in blocks:
+                    start, stop = block * self.sequences, (block + 1) * self.sequences
+                    if sequences is not None:
+                        stop = min(stop, sequences)
+                    if start < stop:
+                        yield Chunk(block * len(parts) + number, slice(start, stop), some)
+            if sequences is not None and blocks.stop * self.sequences >= sequences:
+                return
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +177,11 @@ class Work:
 
         All experiments of some sequences are a chunk, unless those of one sequence take long already.
         """
-        weights, total = self.weights, len(self.labels)
-        narrow = self.scope in ("path", "direct") and self.attention == "frozen"
-        width = weights.d_value if narrow else weights.d_model
-        others = 3 * weights.n_layers + 5  # losses of rows of the residual stream, beside the experiments'
-        rerun = 6 * weights.n_layers * weights.d_model**2 * (self.attention == "recomputed")  # half the layers
-        each = length * (weights.d_vocab_out * width + rerun)
-        whole = total * each + others * length * weights.d_vocab_out * weights.d_model
-        patterns = _pattern_bytes(weights, length)
+        weights = self.weights
+        sizes = weights.n_layers, weights.d_model, weights.d_value, weights.d_vocab_out
         most = WORK[weights.device.type if weights.device.type in WORK else "cuda"]
-        if whole <= 4 * most:
-            return Cut(max(1, int(min(most // max(whole, 1), PATTERNS // max(patterns, 1)))), max(1, total))
-        least = ceil(_WIDE * weights.d_model / width)
-        return Cut(1, min(total, max(least, int(most // each))))
+        patterns = pattern_bytes(weights, length)
+        return Cut.of(sizes, self.scope, self.attention, len(self.labels), length, patterns, most)
 
     def trace(self, tokens: Tensor, start: int = 0) -> FrozenTrace:
         """The clean run of sequences that begin with number `start`; errors name them."""
@@ -224,7 +265,7 @@ def work(
     metric = metric_spec(options.get("metric", "nll"), options.get("targets"), options.get("against"))
     left_out = ("metric", "targets", "against", "progress", "kl", "per_token", "per_sequence")
     others = {name: value for name, value in {**DEFAULTS, **options}.items() if name not in left_out}
-    most = PATTERNS // max(1, _pattern_bytes(weights, source.length))
+    most = PATTERNS // max(1, pattern_bytes(weights, source.length))
     first = source.read(0, max(2, min(FIRST, most))).to(weights.device)
     if not len(first):
         raise ValueError(f"tokens is {source!r}, which has no sequence")
@@ -266,9 +307,15 @@ def _trace(model: Any, weights: CircuitWeights, tokens: Tensor, start: int) -> F
         raise type(error)(f"{error} (of sequences {start} to {start + len(tokens) - 1})") from error
 
 
-def _pattern_bytes(weights: CircuitWeights, length: int) -> int:
+def pattern_bytes(weights: CircuitWeights, length: int) -> int:
     """The size of one sequence's attention patterns."""
     return weights.n_layers * weights.n_heads * length**2 * weights.compute_dtype.itemsize
+
+
+def _even(total: int, most: int, size: int) -> int:
+    """The size of equal parts of a total, none larger than `most`, in rounds of `size` parts."""
+    rounds = max(1, ceil(total / (most * size)))
+    return max(1, ceil(total / (rounds * size)))
 
 
 def _reversed(pair: Any) -> tuple[Any, ...]:

@@ -248,7 +248,7 @@ def test_the_command_names_what_is_wrong(tmp_path):
     folder = saved(tmp_path / "model", "llama", torch.float32)
     assert "model is given twice" in run("sweep", folder, "--model", folder, "--out", tmp_path).output
     assert (
-        "has no tokenizer.json, so it reads token ids and no text; pass --tokens"
+        "has no tokenizer.json, so it reads token ids and no text; give tokens"
         in run("sweep", "--model", folder, "--out", tmp_path).output
     )
     without(folder, "model.layers.1.mlp.up_proj.weight")

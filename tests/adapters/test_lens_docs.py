@@ -1,4 +1,4 @@
-"""The snippets of README and docs that need TransformerLens, on a small random model in the place of GPT-2."""
+"""The snippets of README and docs that need TransformerLens, on a small random model in the place of GPT-2, or transformers."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch
 lens = pytest.importorskip("transformer_lens", reason="pip install 'pyfastcircuits[transformer-lens]'")
 transformers = pytest.importorskip("transformers")
 
-from test_docs import PAGES, ROOT, snippets  # noqa: E402
+from support.pages import blocks  # noqa: E402
+from test_docs import PAGES, ROOT  # noqa: E402
 
 import pyfastcircuits as fc  # noqa: E402
 
@@ -27,9 +28,20 @@ def test_snippets_that_need_transformer_lens_run(monkeypatch, tmp_path):
     if "HookedTransformer" not in vars(lens):
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     monkeypatch.setattr(lens.HookedTransformer, "from_pretrained", lambda name: small_model(tmp_path))
-    marked = [text for page in PAGES for text, needs_lens in snippets(page) if needs_lens]
-    assert marked
-    for text in marked:
+    pages = {page: [x.code for x in blocks(page) if x.needs == "transformer-lens"] for page in PAGES}
+    assert sum(map(len, pages.values())) >= 3
+    for page, marked in pages.items():
         names = {"fc": fc, "torch": torch}
-        exec(compile(text, "snippet", "exec"), names)
-        assert torch.allclose(names["trace"].loss, names["again"].loss)
+        for code in marked:
+            exec(compile(code, page.name, "exec"), names)
+        if marked:
+            assert torch.allclose(names["trace"].loss, names["again"].loss)
+
+
+def test_snippets_that_need_transformers_run():
+    pages = {page: [x.code for x in blocks(page) if x.needs == "transformers"] for page in PAGES}
+    assert sum(map(len, pages.values())) >= 3
+    for page, marked in pages.items():
+        names = {}
+        for code in marked:
+            exec(compile(code, page.name, "exec"), names)

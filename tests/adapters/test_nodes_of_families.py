@@ -155,3 +155,19 @@ def node_writes(run):
     from pyfastcircuits.run.nodes import MLP, Embedding, written
 
     return [written(run, node) for node in (Embedding(), MLP(0), MLP(1))]
+
+
+def test_a_feature_of_a_transcoder_is_taken_out_of_the_mlp():
+    model, given = build("gpt2"), tokens(2)
+    with nothing_in_fp32(model):
+        run, plain = fc.trace(model, given), Plain(model, given)
+        g = torch.Generator().manual_seed(0)
+        encoder, decoder = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((24, 7), (7, 24)))
+        dictionary = fc.Dictionary(encoder, decoder, layer=1, reads="mlp")
+        middle = run.streams[1] + run.forward.write(1, run.z(1).transpose(0, 1)[None])[0]
+        read = torch.nn.functional.layer_norm(middle, (24,), eps=1e-5)
+        active = (read @ encoder).clamp_min(0)
+        exact(dictionary.activations(run), active)
+        gone = active[..., 3:4] * decoder[3]
+        ours = fc.head_ablation(run, "zero", "recomputed", heads=[dictionary.feature(3)], per_token=True)
+        exact(ours.values[0], nll(plain.run(mlp={1: lambda out: out - gone}), given))

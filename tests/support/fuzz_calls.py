@@ -27,7 +27,8 @@ OPERATORS = {
 }
 WITH_METHODS = (
     fc.CircuitWeights, fc.FrozenTrace, fc.FactoredMatrix, fc.Result, fc.QKTerms, fc.Subspaces, fc.Sweep,
-    fc.SkipTrigrams, fc.Circuit, fc.Faithfulness, fc.Task, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1, fc.LayerMarginals,
+    fc.SkipTrigrams, fc.Circuit, fc.Faithfulness, fc.Task, fc.Corpus, fc.Dictionary, fc.NLL, fc.KL, fc.LogitDifference, fc.Probability, fc.Rank, fc.Top1,
+    fc.LayerMarginals,
 )  # fmt: skip
 TYPES = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str, "List[Tensor]": list}
 STRINGS = {
@@ -167,7 +168,7 @@ class Call:
         hostiles = choices.pick(0, 0, 1, 1, 2) if self.arguments and bare not in OF_ROWS else 0  # whose rows we make
         for _ in range(hostiles):
             name = choices.pick(*self.arguments)
-            if name == "seconds":  # it would last as long
+            if name in ("seconds", "out"):  # it would last as long, or write there
                 continue
             self.arguments[name] = hostile(choices, self.arguments[name])
             self.valid, self.replaced = False, [*self.replaced, name]
@@ -260,6 +261,7 @@ def instance(owner: type, world: World) -> Any:
     made |= {fc.EdgeScores: scores, fc.Circuit: circuit, fc.Faithfulness: explained}
     made |= {fc.Curve: lambda: explained().curve, fc.Task: lambda: fc.Task(**TASK)}
     made |= {fc.Overlap: lambda: fc.Overlap((), (), ()), fc.WrongScore: lambda: fc.WrongScore("embed", 0.0, 0.0, 0.0)}
+    made |= {fc.Dictionary: world.dictionary}
     made |= {fc.SkipTrigram: lambda: fc.SkipTrigram(0, 0, 0, 1.0, 1.0)}
     if owner in made:
         return made[owner]()

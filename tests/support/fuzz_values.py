@@ -127,6 +127,9 @@ class World:
     def pair(self) -> Any:
         return (self.source, self.destination)
 
+    def dictionary(self) -> fc.Dictionary:
+        return fc.Dictionary(self.normal(self.width, 5), self.normal(5, self.width), layer=0, top=self.pick(None, 2))
+
     def finding(self, kinds: Sequence[Any]) -> Any:
         """What a figure is drawn of."""
         made = {
@@ -162,43 +165,48 @@ class World:
             "source": lambda: self.source, "destination": lambda: self.destination, "head": self.head,
             "heads": lambda: pick(None, [self.source], [self.head(), [self.source, self.destination] if groups else self.head()]),
             "pairs": lambda: pick([self.pair()], None if NoneType in options else []), "paths": lambda: [(), self.pair(), (self.head(),)],
-            "path": self.pair, "sources": lambda: [self.source], "destinations": lambda: [self.destination],
+            "path": lambda: self.corpus() if Path in options else self.pair(), "column": lambda: pick(None, "tokens"),
+            "tokenizer": lambda: None, "out": lambda: pick(None, None, self.folder / "out") if NoneType in options else self.folder / "report.html", "settle": lambda: pick(None, 1),
+            "sources": lambda: [self.source], "destinations": lambda: [self.destination],
             "targets": self.tokens_asked, "against": lambda: pick(0, self.integers(V, self.batch, T)),
             "positions": lambda: pick(None, 0, -1, [0, T - 1], torch.ones(T, dtype=torch.bool, device="cpu")),
             "metric": lambda: pick(*("nll", "kl", "logit_difference", "probability", "rank", "top1"),
                                    *(kind(self.tokens_asked()) for kind in metrics), fc.LogitDifference(0, 0)),
             "scores": lambda: fc.head_scores(self.weights, length=4, batch=2, batches=1) if fc.Result in options else fc.edge_scores(self.trace, self.other),
             "circuit": lambda: fc.circuit(fc.edge_scores(self.trace, self.other), top=3), "sizes": lambda: pick(None, 2, [0, 1]),
-            "file": lambda: self.folder / "circuit.json", "tokenizer": lambda: lambda text: [0], "threshold": lambda: 0.5,
+            "threshold": lambda: 0.5,
             "eigenvalues": lambda: self.normal(3, 4, dtype=torch.complex128), "layer": lambda: pick(0, 1),
             "gain": lambda: self.normal(self.layers, self.width), "final_gain": lambda: self.normal(self.width),
             "bias": lambda: self.normal(self.layers, self.width), "final_bias": lambda: self.normal(self.width),
-            "direction": lambda: self.normal(self.width), "text": lambda: str, "among": lambda: some(V),
+            "direction": lambda: self.normal(self.width), "text": lambda: None if str in options else str,
+            "among": lambda: some(V),
             "rows": lambda: some(1), "columns": lambda: some(1), "source_tokens": lambda: some(V),
             "row_weights": lambda: None, "name_or_path": self.saved, "path_to": self.saved, "screen": lambda: "auto",
-            "index": lambda: pick(0, ..., slice(1), (0, 0)), "sequences": lambda: pick(slice(1), slice(0, 2)),
+            "index": lambda: pick(0, ..., slice(1), (0, 0)), "sequences": lambda: pick(1, 5) if int in options else pick(slice(1), slice(0, 2)),
+            "machine": lambda: pick("H100", "laptop"),
             "target": lambda: pick(torch.float64, "cpu"), "args": lambda: torch.float64, "dim": lambda: pick(-1, 0),
             "scalar": lambda: pick(2.0, 3), "shape": lambda: [2, 3, 4], "name": lambda: pick("W_Q", "Q", "W_O", "V"),
             "stream": lambda: self.trace.final, "streams": lambda: self.trace.final[None], "kind": lambda: "Q",
             "losses": lambda: self.trace.token_losses, "values": lambda: self.normal(2, 3), "device": lambda: torch.device("cpu"),
             "found": lambda: self.finding(options), "x": lambda: "nll", "y": lambda: "kl", "quantity": lambda: None,
             "title": lambda: pick(None, "$x_1$"), "scale": lambda: "nats", "layers": lambda: pick(None, [0]),
-            "rows_measured": lambda: None, "logit_difference": lambda: None, "length": lambda: pick(4, 7),
+            "dictionary": self.dictionary, "at": lambda: pick(None, -1, [0, 1]), "what": lambda: "z", "sequence": lambda: 0,
+            "file": self.saved, "rows_measured": lambda: None, "logit_difference": lambda: None, "length": lambda: pick(4, 7),
         }  # fmt: skip
         if fc.FrozenTrace in options and name == "model":
             return pick(self.weights, self.trace)
         choices = [x for option in options if get_origin(option) is Literal for x in get_args(option)]
         if "triton" in choices:
             return "auto" if self.chance(70) else pick(*choices)
-        if choices and name not in ("metric", "source", "destination"):
+        if choices and name not in ("metric", "source", "destination", "at", "what"):
             return pick(*choices)
-        if name in named and not (name == "head" and hint is int):
+        if name in named and not (name in ("head", "source", "destination") and hint is int):
             return named[name]()
         for option in options:
             if option is bool:
                 return pick(False, True)
             if option is int:
-                return pick(1, 2, 3, 0)
+                return pick(1, 2, 3, 0) if name not in ("source", "destination") else 0
             if option is float:
                 return pick(1.0, 0.5)
             if option is Tensor:
@@ -206,6 +214,15 @@ class World:
             if get_origin(option) is not None and issubclass(get_origin(option), Callable):
                 return lambda *x: None
         return None
+
+    def corpus(self) -> Any:
+        """The path of tokens on disk."""
+        name = self.pick("c.npy", "c.jsonl")
+        if name == "c.npy":
+            np.save(self.folder / name, np.arange(60) % self.vocabulary)
+        else:
+            (self.folder / name).write_text('{"tokens": [0, 1, 2, 3, 2, 1, 0, 2]}\n' * 9)
+        return self.folder / name
 
     def saved(self) -> Any:
         """A path: of a bundled model, of what is no model, or of what was saved."""

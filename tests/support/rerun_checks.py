@@ -65,6 +65,13 @@ def check_clean(run):
 def check_halves(run):
     """A layer is its heads' write and its MLP, composed, wherever the MLP reads; the MLP's part is the rest of it."""
     layer = run.weights.n_layers - 1
+    if run.forward.places_alike:
+        some = run.streams[layer][None, :, 3:6]
+        made = run.forward.qkv(layer, normalized(some, run.weights))
+        for few, all_of_them in zip(
+            made, run.forward.qkv(layer, run.normed(run.streams[layer], layer)[None]), strict=True
+        ):
+            assert_exact(few, all_of_them[..., 3:6, :])
     total = sum(written(run, node) for node in nodes_before(run, layer + 1))
     assert_exact(real(run, total[None]), real(run, run.final[None]))
     stream = run.streams[layer] + noise(2, *run.embedded.shape)

@@ -1,0 +1,103 @@
+"""What the processes of tests/test_distributed.py run: everything that they share, against one process alone."""
+
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import pyfastcircuits as fc
+from pyfastcircuits.sweeps import work
+from support.random_models import random_tokens, random_weights
+
+WEIGHTS = random_weights(3, norm="rmsnorm")
+TOKENS = random_tokens(5, 11)
+SWEEPS = {
+    "path": {},
+    "direct recomputed": {"scope": "direct", "attention": "recomputed"},
+    "joint mean": {"scope": "joint", "mode": "mean"},
+    "head resample": {"scope": "head", "mode": "resample"},
+    "rank": {"scope": "layer", "metric": "rank"},
+}
+
+
+def apart(found: fc.Sweep, alone: fc.Sweep) -> float:
+    """The largest difference of any number of two sweeps."""
+    pairs = [(found.result.delta, alone.result.delta), (found.result.kl, alone.result.kl)]
+    pairs += [
+        (found.orders, alone.orders),
+        (found.loss, alone.loss),
+        *zip(found.marginals, alone.marginals, strict=True),
+    ]
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+
+
+def everything(folder: Path) -> dict[str, float | bool | str]:
+    """By what was compared: the largest difference from one process alone."""
+    splits = ("sequences", "experiments", "vocabulary")
+    found: dict[str, float | bool | str] = {}
+    for name, options in SWEEPS.items():
+        alone = fc.sweep(WEIGHTS, TOKENS, split="none", **options)
+        for split in splits:
+            found[f"{name} by {split}"] = apart(fc.sweep(WEIGHTS, TOKENS, split=split, **options), alone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(work.WORK, "cpu", 1.0)  # so that each sequence is cut into several chunks
+        patch.setattr(work, "_WIDE", 1)
+        pieces = fc.sweep(WEIGHTS, TOKENS, split="sequences")
+    found["pieces by sequences"] = apart(pieces, fc.sweep(WEIGHTS, TOKENS, split="none"))
+    kinds = ["Q", "K", "V"]
+    one = [(2, 1), (1, 0)]
+    scores = fc.composition_scores(WEIGHTS, kinds), fc.composition_scores(WEIGHTS, "K", destinations=one)
+    for split in splits:  # stored, and read again by all
+        out = folder / split
+        stored = fc.sweep(WEIGHTS, TOKENS, out=out, split=split)
+        again = fc.sweep(WEIGHTS, TOKENS, out=out, resume=True, split=split)
+        found[f"stored by {split}"] = apart(again, stored)
+    try:
+        fc.sweep(WEIGHTS, TOKENS, out=folder / "vocabulary")
+    except ValueError as error:
+        found["refused"] = str(error)
+    settled = fc.sweep(WEIGHTS, random_tokens(40, 11), "layer", settle=1, confidence=0.5)
+    found["settled alike"] = len(set(map(str, _told((settled.sequences, settled.result.top(3)))))) == 1
+    found["composition alike"] = len(set(map(str, _told([x.tolist() for x in scores])))) == 1
+    dist.barrier()
+    size = dist.get_world_size()
+    dist.destroy_process_group()
+    whole = fc.composition_scores(WEIGHTS, kinds), fc.composition_scores(WEIGHTS, "K", destinations=one)
+    found["composition"] = max(float((a - b).abs().max()) for a, b in zip(scores, whole, strict=True))
+    found["size"] = size
+    return found
+
+
+def _told(mine: object) -> list[object]:
+    every: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
+def _process(folder: Path, rank: int, size: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    (folder / f"{rank}.json").write_text(json.dumps(everything(folder)))
+
+
+def main(folder: Path, sizes: list[int]) -> None:
+    """Forks processes, so that each costs no start of an interpreter; one thread has run so far."""
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    for size in sizes:
+        here = folder / str(size)
+        here.mkdir()
+        children = [context.Process(target=_process, args=(here, rank, size)) for rank in range(size)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        if any(child.exitcode for child in children):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])
