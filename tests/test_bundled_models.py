@@ -41,7 +41,7 @@ def test_small_enough_to_ship():
         sum(f.stat().st_size for f in model_folder(name).iterdir() if f.name != "checkpoint.pt") for name in BUNDLED
     ]
     assert max(sizes) <= 12e6
-    assert sum(sizes) <= 34e6
+    assert sum(sizes) <= 25e6
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -66,7 +66,7 @@ def test_the_deep_model_has_induction_heads_and_paths_of_every_order():
     scores = train.induction_scores(w, sequences=16)
     assert scores["second"] <= scores["first"] / 2
     assert scores["induction"].max() >= 0.4
-    assert scores["previous"].max() >= 0.4
+    assert scores["previous"][0].sum() >= 1.5  # its eight heads share what one could do
     tokens = sequences_of(TokenText("deep-4l"), held_out_text(), 128, 4)
     losses = fc.order_losses(fc.trace(w, tokens))
     assert losses[-1] < losses[0] - 1
