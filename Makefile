@@ -32,7 +32,7 @@ $(BIN)/developed: $(BIN)/pyfastcircuits
 	@touch $@
 
 sweep: build
-	$(BIN)/pyfastcircuits sweep induction-2l
+	$(BIN)/pyfastcircuits sweep induction-2l --resume
 
 # The tests by $(JOBS) processes of a thread each, most being too small for two (those of threads set their number);
 # kernels in Triton's interpreter; and, one by one on a machine that does nothing else, those of time and memory.
