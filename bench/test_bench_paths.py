@@ -5,7 +5,7 @@ import torch
 
 import pyfastcircuits as fc
 from bench.timing import interleaved, ratio
-from pyfastcircuits.command.text import TokenText, held_out_text, sequences_of
+from pyfastcircuits.adapters.texts import TokenText, held_out_text, sequences_of
 
 MODEL, N = "deep-4l", 50
 

@@ -10,7 +10,7 @@ LABEL = 300  # bytes of the label of an experiment and of its values
 def footprint(task: Task, weight_bytes: int) -> dict[str, int]:
     """Bytes of what is there at once when most is: while the model runs, or while its ablations are measured.
 
-    Scratch counts in full, as run.memory bounds it.
+    Of the blocks of scratch that run.memory allows, half count: rarely are more of them full at once.
     """
     a, positions = task.architecture, task.sequences * task.length
     pattern = FLOAT * a.heads * task.sequences * task.length**2
@@ -27,7 +27,7 @@ def footprint(task: Task, weight_bytes: int) -> dict[str, int]:
 
 def _measuring(task: Task) -> dict[str, int]:
     a, rows = task.architecture, task.at_once * (task.length - 1)
-    scratch = memory.BLOCKS * task.block
+    scratch = memory.BLOCKS * task.block // 2
     if task.scope != "path":  # see FrozenTrace.streams and z
         scratch += FLOAT * rows * (a.d_model + a.d_head * a.heads) * a.layers
     if task.attention == "recomputed":  # of scores, scaled ones, hidden ones and patterns
