@@ -111,7 +111,7 @@ def test_targets_of_make_exist():
 def test_extras_that_pip_is_told_exist():
     extras = re.findall(r"^([\w-]+) = \[\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     named = {extra for page in PAGES for line in code(page) for extra in re.findall(r"'\.\[([\w-]+)\]'", line)}
-    assert named >= {"cli", "hf", "transformer-lens"}
+    assert named >= {"report", "hf", "transformer-lens"}
     assert named <= set(extras)
 
 

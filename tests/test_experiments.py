@@ -11,6 +11,7 @@ from support.random_models import KINDS, random_tokens, random_weights
 import pyfastcircuits as fc
 from pyfastcircuits.experiments.metrics import METRICS
 from pyfastcircuits.run import losses, memory
+from pyfastcircuits.run.nodes import Head
 from pyfastcircuits.run.paths import path_z
 
 AGAINST = 5
@@ -299,7 +300,7 @@ def written(run, path):
     """What a path writes to the final residual stream."""
     if not path:
         return run.non_head_stream(run.weights.n_layers)
-    return path_z(run, [path])[0] @ run.weights.head("W_O", *path[-1])
+    return path_z(run, [tuple(Head(*head) for head in path)])[0] @ run.weights.head("W_O", *path[-1])
 
 
 def test_the_last_position_with_given_targets():

@@ -4,7 +4,10 @@ import json
 import re
 
 import numpy as np
+import pytest
 import torch
+
+pytest.importorskip("transformers")
 from support.command import run
 from support.configurations import build, tokens
 
