@@ -29,8 +29,8 @@ _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model
 def load_weights(name_or_path: str | Path) -> CircuitWeights:
     """Weights of a bundled model, or of a safetensors file or folder.
 
-    Bundled are "bigram-0l", "skip-trigram-1l", "induction-2l" and "deep-4l", of zero to four layers; the last comes with
-    the source, not with wheels.
+    Bundled are "bigram-0l", "skip-trigram-1l", "induction-2l" and "deep-4l", of zero to four layers. The last comes
+    with the source, not with wheels.
 
     A folder is one that CircuitWeights.save has written to, or one of a Hugging Face model, whose files stay
     memory-mapped. Of such a model only the circuits are read; `trace` needs the model itself. Weights keep the dtype of
