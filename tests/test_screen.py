@@ -14,11 +14,12 @@ from pyfastcircuits.run.nodes import Head
 from pyfastcircuits.run.paths import path_z
 
 
-@pytest.mark.parametrize("chosen", ["spread", "covariance", "none", None])
+@pytest.mark.parametrize("pays", [(True, False), (True, True), (False, False), None])  # screen, covariance
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_top_as_the_sweep(kind, chosen, monkeypatch):
-    if chosen is not None:
-        monkeypatch.setattr(screen, "cheapest", lambda *_: chosen)
+def test_the_same_top_as_the_sweep(kind, pays, monkeypatch):
+    if pays is not None:
+        monkeypatch.setattr(screen, "screen_pays", lambda *_: pays[0])
+        monkeypatch.setattr(screen, "covariance_pays", lambda _, open_cells, __: pays[1] and open_cells > 0)
     run = run_of(kind)
     whole = fc.pair_ablation(run)
     for n in (1, 9):
@@ -29,7 +30,7 @@ def test_the_same_top_as_the_sweep(kind, chosen, monkeypatch):
         assert ((found.delta - torch.tensor([x for _, x in best], dtype=torch.float64)).abs() <= errors).all()
         if kind != "silent":  # there some are the same
             assert found.labels == [label for label, _ in best]
-    assert (found.share == 1) == (chosen == "none")
+    assert (found.share == 1) == (pays == (False, False))
     torch.testing.assert_close(found.baseline, whole.baseline)
 
 
@@ -70,6 +71,15 @@ def test_most_cells_are_left_alone():
     assert found.share < 0.5
 
 
+def test_covariances_leave_fewer_cells(monkeypatch):
+    run = run_of("plain", layers=4)
+    shares = []
+    for pays in (False, True):
+        monkeypatch.setattr(screen, "covariance_pays", lambda *_, pays=pays: pays)
+        shares.append(fc.screened_pairs(run, 3).share)
+    assert 2 * shares[1] < shares[0]
+
+
 def test_several_parts_and_some_pairs(monkeypatch):
     run = run_of("plain")
     pairs = [((0, h), (2, k)) for h in range(4) for k in range(3)]
@@ -83,13 +93,23 @@ def test_several_parts_and_some_pairs(monkeypatch):
     assert len(fc.screened_pairs(run, 50, pairs=pairs).labels) == 12
 
 
+def test_intervals_that_overlap():
+    low = torch.randint(30, (40,), generator=torch.Generator().manual_seed(1)).double()
+    high = low + torch.arange(40) % 3
+    pairwise = (low[:, None] <= high) & (low <= high[:, None])
+    found = screen._overlapping(low, high)
+    assert found.equal(pairwise.fill_diagonal_(False).any(1))
+    assert not found.all()
+
+
 def test_arithmetic_chooses():
     sizes = torch.zeros(1)
     few = fc.CircuitWeights(*(sizes.expand(*shape) for shape in ((7, 24), (2, 8, 24, 24), (2, 8, 24, 24), (2, 8, 24, 24), (2, 8, 24, 24), (24, 7))))  # fmt: skip
-    assert screen.cheapest(few, 1, 500) == "none"
-    assert screen.cheapest(few, 16, 500) == "spread"
-    assert screen.cheapest(few, 200, 500) == "covariance"
-    assert screen.cheapest(few, 16, 1) == "none"  # the metric would be made for a single position
+    assert not screen.screen_pays(few, 1, 500)
+    assert screen.screen_pays(few, 16, 500)
+    assert not screen.screen_pays(few, 16, 1)  # the metric would be made for a single position
+    assert not screen.covariance_pays(few, 12 * 500, 500)
+    assert screen.covariance_pays(few, 14 * 500, 500)
 
 
 def test_wrong_arguments():

@@ -1,13 +1,13 @@
 """The pairs that matter most, certified by second order: exact only in cells that the bounds leave open.
 
 A cell is a pair at a position. Moments of a destination's basis under the clean probabilities are shared by all its
-sources; they bound the rise of the loss in every cell (see `second_order`). Cells are evaluated exactly only while the
-intervals of pairs that could be among the top n overlap.
+sources; they bound the rise of the loss in every cell (see `second_order`): first those that cost next to nothing.
+Where the intervals of pairs that could be among the top n still overlap, cells are evaluated exactly, or all bounded
+once more by the covariance of the basis, whichever is less work.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from pyfastcircuits.run.nodes import Head, Path, grouped
 from pyfastcircuits.run.paths import path_z
 from pyfastcircuits.run.trace import FrozenTrace
 
-Screen = Literal["none", "spread", "covariance"]
-EXPECTED_EXACT = {"spread": 0.3, "covariance": 0.05}  # the share of cells that are left to evaluate, as work
+LEFT_BY_SPREAD = 0.3  # the share of the cells, as work, that is expected to be evaluated after bounds by spread
+LEFT_BY_COVARIANCE = 0.05  # and of the cells still open, after bounds by covariance
 A_ROUND = 0.75  # of the open width of a pair's interval is closed before intervals are compared again
 
 
@@ -70,9 +70,9 @@ def screened_pairs(
 
     The rise of the loss in a cell, a pair at a position, is bounded from its first and second order. Exact ablations
     are made only of cells of pairs whose intervals overlap where the order of the top n depends on it, the widest cells
-    first, until it is settled. Arithmetic chooses for each destination: the covariance of its basis at each position,
-    where it has sources enough to share that; bounds from the columns' mean squared length alone, where not; and no
-    screen, where ablating its few sources is less work than either (see `cheapest`).
+    first, until it is settled. Arithmetic chooses for each destination: no screen, where ablating its few sources is
+    less work (see `screen_pays`); else bounds from the mean squared length of its basis' columns; and where these leave
+    many cells open, bounds from the columns' covariance at each position (see `covariance_pays`).
 
     Args:
         trace: a frozen run.
@@ -101,7 +101,7 @@ def screened_pairs(
         cells = _Cells(trace, chosen, how)
         open_cells = cells.to_settle(n)
         while open_cells.any():
-            cells.evaluate(open_cells)
+            cells.narrow(open_cells)
             open_cells = cells.to_settle(n)
     best = cells.order()[:n]
     low, high = cells.means()
@@ -112,25 +112,25 @@ def screened_pairs(
         [chosen[i] for i in best.tolist()], (baseline + middle).to(dtype), baseline.to(dtype), "nll",
         setup={"scope": "path", "mode": "zero", "attention": "frozen"}, rise=middle.to(dtype),
         error=((high - low)[best] / 2).to(dtype), exact=int(cells.exact.sum()), cells=cells.exact.numel(),
-        screened=tuple(head for head, screen in cells.screens.items() if screen != "none"),
+        screened=tuple(head for head, screened in cells.screened.items() if screened),
     )  # fmt: skip
 
 
-def cheapest(weights: CircuitWeights, sources: int, positions: int) -> Screen:
-    """The screen that takes the fewest multiply-adds over the vocabulary (here in units of V) for one destination.
+def screen_pays(weights: CircuitWeights, sources: int, positions: int) -> bool:
+    """Whether to bound the cells of a destination is less work than to ablate all its sources everywhere.
 
-    An ablation is r at each position. Bounds need the mean, r at each position, and the basis' metric, 2 r^2 once; the
-    covariances are r (r + 1) / 2 more at each. Then some cells are exact all the same.
+    In multiply-adds over the vocabulary: an ablation is r at each position; bounds need the mean of the basis, r at
+    each position, and its metric, 2 r^2 once. Then some cells are evaluated all the same.
     """
     r = weights.d_value
     exact = sources * positions * r
-    bounds = positions * r + 2 * r * r
-    work: dict[Screen, float] = {
-        "none": exact,
-        "spread": bounds + EXPECTED_EXACT["spread"] * exact,
-        "covariance": bounds + positions * r * (r + 1) / 2 + EXPECTED_EXACT["covariance"] * exact,
-    }
-    return min(work, key=lambda screen: work[screen])
+    return positions * r + 2 * r * r + LEFT_BY_SPREAD * exact < exact
+
+
+def covariance_pays(weights: CircuitWeights, open_cells: int, positions: int) -> bool:
+    """Whether the covariances of a destination's basis, r (r + 1) / 2 a position, are less work than its open cells."""
+    r = weights.d_value
+    return positions * r * (r + 1) / 2 + LEFT_BY_COVARIANCE * open_cells * r < open_cells * r
 
 
 class _Cells:
@@ -147,38 +147,43 @@ class _Cells:
         self.unembedding = Unembedding(trace.weights)
         self.by_destination = grouped(destination for _, destination in pairs)
         self.shared = trace.weights.n_heads // trace.weights.W_V.shape[1]  # query heads that have the same values
-        self.by_values = grouped((to.layer, to.head // self.shared) for _, to in pairs)
+        groups = grouped((to.layer, to.head // self.shared) for _, to in pairs)
+        # sources in order: destinations with the same values share what is read of a source while it is at hand
+        self.by_values = [sorted(places, key=lambda i: pairs[i]) for places in groups.values()]
         shape, device = (len(pairs), how.asked.count), trace.tokens.device
         self.low = torch.zeros(shape, dtype=torch.float64, device=device)
         self.high = torch.zeros_like(self.low)
         self.exact = torch.zeros(shape, dtype=torch.bool, device=device)
         self.nll = self.low.new_zeros(how.asked.count)
-        self.screens = {
-            head: cheapest(trace.weights, len(places), how.asked.count) for head, places in self.by_destination.items()
+        self.screened = {
+            head: screen_pays(trace.weights, len(places), how.asked.count)
+            for head, places in self.by_destination.items()
         }
+        self.by_covariance: set[Head] = set()
         self.kept: list[tuple[Rows, slice]] = []
         self.bases: dict[Head, Basis] = {}
         for rows, span in self._parts():
             self.nll[span] = rows.nll
-            for places in self.by_values.values():
-                self._bound(rows, span, places)
+            for head, places in self.by_destination.items():
+                if not self.screened[head]:
+                    everywhere = torch.ones_like(self.exact[places, span])
+                    self._evaluate(rows, span, self._basis(head), places, everywhere)
+            for places in self.by_values:
+                self._bound(rows, span, [i for i in places if self.screened[pairs[i][1]]], squares=False)
                 if how.progress is not None:
                     how.progress(len(places) * len(rows.targets) / how.asked.count)
 
-    def _bound(self, rows: Rows, span: slice, places: Sequence[int]) -> None:
+    def _bound(self, rows: Rows, span: slice, places: Sequence[int], *, squares: bool) -> None:
         """The intervals of pairs whose destinations share their values."""
-        moments: dict[Head, Moments] = {}
-        for head in {self.pairs[i][1] for i in places}:
-            if self.screens[head] == "none":
-                mine = self.by_destination[head]
-                self._evaluate(rows, span, self._basis(head), mine, torch.ones_like(self.exact[mine, span]))
-            else:
-                squares = self.screens[head] == "covariance"
-                moments[head] = Moments.of(rows, self._basis(head), squares=squares)
-        for some, delta in self._deltas(rows, [i for i in places if self.pairs[i][1] in moments]):
+        heads = dict.fromkeys(self.pairs[i][1] for i in places)
+        moments = {head: Moments.of(rows, self._basis(head), squares=squares) for head in heads}
+        for some, delta in self._deltas(rows, places):
             for head, members in grouped(self.pairs[i][1] for i in some).items():
                 mine = [some[i] for i in members]
-                self.low[mine, span], self.high[mine, span] = moments[head].interval(delta[members])
+                low, high = moments[head].interval(delta[members])
+                if squares:
+                    low, high = low.maximum(self.low[mine, span]), high.minimum(self.high[mine, span])
+                self.low[mine, span], self.high[mine, span] = low, high
 
     def _basis(self, head: Head) -> Basis:
         """A destination's basis, of which as many are kept as clean logits may be."""
@@ -220,28 +225,36 @@ class _Cells:
     def to_settle(self, n: int) -> Tensor:
         """The cells to evaluate next, [P, N]: the widest of each pair whose place among the top n is open; or none."""
         low, high = self.means()
-        count = len(low)
-        if not count:
-            return self.exact.clone()
-        least = low.sort(descending=True).values[min(n, count) - 1]
-        near = high >= least
-        overlap = (low[:, None] <= high[None, :]) & (low[None, :] <= high[:, None]) & near[:, None] & near[None, :]
-        overlap.fill_diagonal_(False)
-        width = self.high - self.low
-        left = torch.where(self.exact, 0.0, width)
-        unsettled = overlap.any(1) & (left.sum(1) > 0)
+        chosen = torch.zeros_like(self.exact)
+        if not len(low):
+            return chosen
+        least = low.sort(descending=True).values[min(n, len(low)) - 1]
+        near = (high >= least).nonzero()[:, 0]
+        near = near[_overlapping(low[near], high[near])]
+        left = torch.where(self.exact[near], 0.0, self.high[near] - self.low[near])
         ranked = left.sort(dim=1, descending=True)
         before = ranked.values.cumsum(1) - ranked.values
         wanted = (before < A_ROUND * left.sum(1, keepdim=True)) & (ranked.values > 0)
-        chosen = torch.zeros_like(self.exact).scatter_(1, ranked.indices, wanted)
-        return chosen & unsettled[:, None]
+        chosen[near] = torch.zeros_like(wanted).scatter_(1, ranked.indices, wanted)
+        return chosen
 
-    def evaluate(self, cells: Tensor) -> None:
-        """Ablate these cells [P, N] exactly."""
+    def narrow(self, cells: Tensor) -> None:
+        """Ablate these cells [P, N] exactly; of destinations with many, bound their pairs by covariances instead."""
+        weights, counts = self.trace.weights, cells.sum(1)
+        many = {
+            head
+            for head, places in self.by_destination.items()
+            if head not in self.by_covariance
+            and covariance_pays(weights, int(counts[places].sum()), self.how.asked.count)
+        }
+        self.by_covariance |= many
         for rows, span in self._parts():
+            for places in self.by_values:
+                again = [i for i in places if self.pairs[i][1] in many and counts[i]]
+                self._bound(rows, span, again, squares=True)
             for head, places in self.by_destination.items():
                 here = cells[places, span]
-                if here.any():
+                if head not in many and here.any():
                     self._evaluate(rows, span, self._basis(head), places, here)
 
     def _evaluate(self, rows: Rows, span: slice, basis: Basis, places: Sequence[int], cells: Tensor) -> None:
@@ -274,3 +287,15 @@ class _Cells:
             sums = sweep_partial(base, delta, columns, tokens[at], lse, group=group[:1], backend=backend)
             out.append(sums.nll[0])
         return torch.cat(out)
+
+
+def _overlapping(low: Tensor, high: Tensor) -> Tensor:
+    """Which of the intervals [P] have a value in common with another one."""
+    order = low.argsort()
+    low, furthest = low[order], high[order].cummax(0).values
+    touches = low[1:] <= furthest[:-1]  # one that begins earlier
+    reached = low[1:] <= high[order][:-1]  # by the next one's beginning
+    out = torch.zeros_like(low, dtype=torch.bool)
+    out[order[1:]] |= touches
+    out[order[:-1]] |= reached
+    return out
