@@ -80,6 +80,30 @@ def test_covariances_leave_fewer_cells(monkeypatch):
     assert 2 * shares[1] < shares[0]
 
 
+def test_covariances_keep_what_was_exact(monkeypatch):
+    run = run_of("plain", layers=4)
+    whole, exact, enclosed = fc.pair_ablation(run, per_token=True), [], []
+    where = measurement(run, {}).asked.where
+    true = whole.delta[:, where[:, : whole.delta.shape[2]]]
+
+    class Watched(screen._Cells):
+        def narrow(self, cells):
+            again = bool(exact)
+            monkeypatch.setattr(screen, "covariance_pays", lambda *_: again)
+            super().narrow(cells)
+            exact.append(self.exact.clone())
+            enclosed.append((self.low[self.exact] == self.high[self.exact]).all())
+            assert (self.low <= true + 1e-9).all()
+            assert (true <= self.high + 1e-9).all()
+
+    monkeypatch.setattr(screen, "_Cells", Watched)
+    assert fc.screened_pairs(run, 3).labels == [label for label, _ in fc.pair_ablation(run).top(3)]
+    assert len(exact) > 2
+    assert exact[0].any()
+    assert exact[1].equal(exact[0])  # all destinations were bounded by covariances
+    assert all(enclosed)
+
+
 def test_several_parts_and_some_pairs(monkeypatch):
     run = run_of("plain")
     pairs = [((0, h), (2, k)) for h in range(4) for k in range(3)]
