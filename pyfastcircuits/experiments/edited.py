@@ -16,6 +16,7 @@ from pyfastcircuits.experiments.outside import HELD, Changes, Outside
 from pyfastcircuits.model.norms import norm_scale, normalized
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.graph import Graph
+from pyfastcircuits.run.losses import slices
 from pyfastcircuits.run.nodes import KINDS, MLP, span, written
 from pyfastcircuits.run.split_inputs import SplitInputs, mixed_by_head
 from pyfastcircuits.run.trace import FrozenTrace
@@ -56,8 +57,8 @@ def edited(
 def _mask(graph: Graph, circuit: Iterable[Place], without: bool) -> Tensor:
     """Whether each node's edge to each receiver is inside, [nodes, receivers]."""
     mask = torch.zeros(len(graph.nodes), len(graph.receivers), dtype=torch.bool)
-    for node, receiver in circuit:
-        mask[node, receiver] = True
+    nodes, receivers = zip(*places, strict=True) if (places := list(circuit)) else ((), ())
+    mask[list(nodes), list(receivers)] = True
     if not without:
         return mask
     there = torch.arange(len(mask))[:, None] < torch.tensor(graph.before)
@@ -144,7 +145,8 @@ class _Edited:
         if not count:
             return stream.expand(len(receivers), *stream.shape)
         mix = self.mix[span(list(receivers)), :count]
-        return torch.addmm(stream.flatten(), mix, self.more[:count]).view(len(receivers), *stream.shape)
+        read = stream.new_empty(len(receivers), stream.numel())
+        return torch.addmm(stream.flatten(), mix, self.more[:count], out=read).view(-1, *stream.shape)
 
     def final(self) -> Tensor:
         """The final residual stream, [B, T, d]."""
@@ -195,18 +197,22 @@ class _Edited:
 
     def _mixed(self, layer: int, stream: Tensor, made: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """z [B, H, T, r] of heads that make `made` of a stream, but for what they read by edges of their own."""
-        heads, begin, changed = self.graph.heads, self.graph.receivers_at[layer], False
-        inputs = []
-        for number, (kind, common) in enumerate(zip(KINDS, made, strict=True)):
-            some = [head for head in range(heads) if self.wrong[begin + number * heads + head]]
-            by_head = common[0].repeat_interleave(heads // common.shape[2], 1)
-            if some:
-                changed = True
-                streams = self._put_right([begin + number * heads + head for head in some], stream)
-                by_head = by_head.clone()
-                by_head[:, some] = self.outer.split(layer).read(kind, some, streams).transpose(0, 1)
-            inputs.append(by_head)
-        return mixed_by_head(self.part, layer, *inputs) if changed else self.part.forward.apply(layer, *made)[0]
+        heads, begin = self.graph.heads, self.graph.receivers_at[layer]
+        own = [[head for head in range(heads) if self.wrong[begin + i * heads + head]] for i in range(len(KINDS))]
+        if not any(own):
+            return self.part.forward.apply(layer, *made)[0]
+        inputs = [common[0].repeat_interleave(heads // common.shape[2], 1) for common in made]
+        at_once = len(KINDS) if len(KINDS) * heads * stream.nbytes <= HELD else 1
+        for kinds in (range(len(KINDS))[some] for some in slices(len(KINDS), at_once)):
+            receivers = [begin + i * heads + head for i in kinds for head in own[i]]
+            if receivers:
+                streams = self._put_right(receivers, stream).split([len(own[i]) for i in kinds])
+                for i, read in zip(kinds, streams, strict=True):
+                    if own[i]:
+                        made_by_head = self.outer.split(layer).read(KINDS[i], own[i], read)
+                        inputs[i] = inputs[i].clone()
+                        inputs[i][:, own[i]] = made_by_head.transpose(0, 1)
+        return mixed_by_head(self.part, layer, *inputs)
 
     def _mlp(self, layer: int, before: Tensor, behind: Tensor) -> Tensor:
         """The stream behind a layer's MLP, in front of whose heads is `before` and behind them `behind`."""
