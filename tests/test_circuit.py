@@ -198,10 +198,32 @@ def test_the_induction_circuit():
     assert kept.right[2] >= 0.9 * kept.right[0]
 
 
+def test_twenty_edges_choose_as_the_model_does():
+    """Chosen by running the model: on the prompts it was chosen on, and on others."""
+    w = fc.load_weights("induction-2l")
+    task, other = fc.Task.induction(w.d_vocab), fc.Task.induction(w.d_vocab, batch=64, seed=1)
+    runs = task.runs(w)
+    start = fc.circuit(fc.edge_scores(*runs, "eap-ig", **task.options), top=60)
+    found = fc.prune_circuit(start, *runs, top=20, **task.options)
+    assert len(found) <= 20
+    heads = fc.head_scores(w, batches=1)
+    into_heads = [(source, to) for source, to in found.edges if to != "logits" and source != "embed"]
+    assert len(into_heads) >= 8
+    for source, (reader, kind) in into_heads:
+        assert kind == "K"
+        assert heads.previous_token[source] > 0.2 < heads.induction[reader]
+    by_scores = fc.faithfulness(start.top(20), *runs, **task.options)
+    for asked, pair in ((task, runs), (other, other.runs(w))):
+        kept = fc.faithfulness(found, *pair, **asked.options)
+        assert kept.right[2] >= 0.9 * kept.right[0]
+        assert kept.faithfulness > 1.5 * by_scores.faithfulness
+
+
 def test_the_command(tmp_path):
     done = command("circuit", "--pairs", 4, "--edges", 12, "--top", 3, "--out", tmp_path / "out", "--steps", 2)
     assert done.exit_code == 0, done.output
     assert "Faithfulness" in done.output
+    assert "of its right choices between the two answers" in done.output
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert written == {"circuit.json", "circuit.png", "curve.png", "edges.parquet", "curve.parquet"}
     assert len(fc.Circuit.load(tmp_path / "out" / "circuit.json")) == 12

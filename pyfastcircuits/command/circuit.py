@@ -48,8 +48,12 @@ def circuit(
     ] = False,
     prune: Annotated[
         bool,
-        typer.Option("--prune", help="choose among three times as many by running the model", rich_help_panel=HOW),
-    ] = False,
+        typer.Option(
+            "--prune/--no-prune",
+            help="choose among three times as many by running the model hundreds of times, or by scores alone",
+            rich_help_panel=HOW,
+        ),
+    ] = True,
     out: Out = Path("out"),
     force: Force = False,
     backend: Backend = "auto",
@@ -57,9 +61,9 @@ def circuit(
 ) -> None:
     """Find the edges between nodes that a task needs, and measure how much of the model they explain.
 
-    Each edge is scored to first order; the best make the circuit, and all other edges are patched from the corrupted
-    prompt. It writes circuit.json (for circuit-tracer's viewer), circuit.png, curve.png, edges.parquet and
-    curve.parquet.
+    Each edge is scored to first order. Of the best ones the circuit is chosen by running the model with all other edges
+    patched from the corrupted prompt (--no-prune: by the scores alone). It writes circuit.json (for circuit-tracer's
+    viewer), circuit.png, curve.png, edges.parquet and curve.parquet.
     """
     model, device = options.named(name, option), options.device_of(backend)
     check_folder(out)
@@ -88,6 +92,7 @@ def circuit(
         explained = fc.faithfulness(found, clean, corrupted, random=5, **how)
         bar.advance()
         report.line(f"{model}: {given.name}, {len(given)} pairs of prompts; {len(found)} of {len(scores.labels)} edges")
+        report.line(show.kept(explained))
         report.show(show.circuit_table(found, top))
         report.show(show.faithfulness_table(explained, whole))
         assert whole.curve is not None
@@ -98,6 +103,7 @@ def circuit(
         paths.append(write.picture(whole.curve.plot(), out / "curve.png", made))
         bar.advance(5)
     report.found({"circuit": [label_name(edge) for edge in found.edges], "faithfulness": explained.faithfulness})
+    report.found({"right": explained.right})
     report.found({"completeness": explained.completeness, "cpr": whole.curve.cpr, "cmd": whole.curve.cmd})
     end(report, made, tables, paths)
 

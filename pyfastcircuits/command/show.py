@@ -236,6 +236,14 @@ def circuit_table(found: Circuit, top: int) -> Table:
     return make_table("The circuit: its best edges", ("source", "receiver"), ("score",), rows, caption)
 
 
+def kept(found: Faithfulness) -> str:
+    """What a circuit keeps of the task, in a sentence: of the metric, and of right choices between two tokens."""
+    of_metric = f"The circuit keeps {percent(found.faithfulness)} of the model's {metric_name(found.metric)}"
+    if found.right is None or not found.right[0]:
+        return f"{of_metric}."
+    return f"{of_metric}, and {percent(found.right[2] / found.right[0])} of its right choices between the two answers."
+
+
 def faithfulness_table(found: Faithfulness, whole: Faithfulness) -> Table:
     """How much of the model a circuit explains, and circuits of other sizes by the same scores."""
     curve = whole.curve

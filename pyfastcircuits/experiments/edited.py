@@ -5,16 +5,19 @@ node adds to that; or it reads the stream of what all nodes now write, less that
 fewer edges to put right is taken: a small circuit costs little, and so does one that lacks few edges.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.experiments.intervention import Intervention
-from pyfastcircuits.experiments.outside import Changes, Outside
+from pyfastcircuits.experiments.outside import HELD, Changes, Outside
 from pyfastcircuits.model.norms import norm_scale, normalized
+from pyfastcircuits.run import memory
 from pyfastcircuits.run.graph import Graph
-from pyfastcircuits.run.nodes import KINDS, MLP, written
+from pyfastcircuits.run.losses import slices
+from pyfastcircuits.run.nodes import KINDS, MLP, span, written
 from pyfastcircuits.run.split_inputs import SplitInputs, mixed_by_head
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -46,15 +49,16 @@ def edited(
             kept[part] = _Outer(part, outside)
         return torch.stack([part.final - _Edited(kept[part], mask).final() for mask in some])
 
-    floats = 2 * len(graph.nodes) * clean.weights.d_model  # changes, and what nodes write more
+    block = memory.block_bytes(weights.device)  # of what nodes write HELD is filled, where others fill a block
+    floats = max(1, 2 * len(graph.nodes) * weights.d_model * block // HELD)
     return [Intervention(places=range(len(masks)), items=masks, remove=remove, extra_floats_per_position=floats)]
 
 
 def _mask(graph: Graph, circuit: Iterable[Place], without: bool) -> Tensor:
     """Whether each node's edge to each receiver is inside, [nodes, receivers]."""
     mask = torch.zeros(len(graph.nodes), len(graph.receivers), dtype=torch.bool)
-    for node, receiver in circuit:
-        mask[node, receiver] = True
+    nodes, receivers = zip(*places, strict=True) if (places := list(circuit)) else ((), ())
+    mask[list(nodes), list(receivers)] = True
     if not without:
         return mask
     there = torch.arange(len(mask))[:, None] < torch.tensor(graph.before)
@@ -66,7 +70,7 @@ class _Outer:
 
     def __init__(self, part: FrozenTrace, outside: Outside) -> None:
         self.part, self.graph, self.changes = part, outside.graph, Changes(part, outside)
-        self._writes: dict[int, Tensor] = {}
+        self._writes: dict[int, Tensor] = {}  # by group
         self._made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._split: dict[int, SplitInputs] = {}
         self.before = [self.changes.of(slice(0, 1))[0]]  # what the stream in front of each group has changed by
@@ -88,13 +92,17 @@ class _Outer:
         """What the first nodes write more than in the clean run."""
         return next(x for (where, _), x in zip(self.changes.groups, self.before, strict=True) if where.stop == count)
 
-    def write(self, node: int) -> Tensor:
-        """What a node writes, [B, T, d]."""
-        if node not in self._writes:
-            where, nodes = next(group for group in self.changes.groups if node < group[0].stop)
-            change = self.changes.of(slice(node, node + 1))[0]
-            self._writes[node] = written(self.part, nodes[node - where.start]) + change
-        return self._writes[node]
+    def writes(self, some: Sequence[int]) -> Tensor:
+        """What some nodes of one group write, [n, B, T, d]."""
+        number, (where, nodes) = next(x for x in enumerate(self.changes.groups) if some[0] < x[1][0].stop)
+        writes = self._writes.get(number)
+        if writes is None:
+            outputs = nodes[0].outputs(self.part)
+            writes = torch.stack([node.write(self.part, outputs[node.index]) for node in nodes])
+            writes += self.changes.of(where)
+            if self.changes.held is not None:
+                self._writes[number] = writes
+        return writes[span([node - where.start for node in some])]
 
     def made(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The queries [1, B, H, T, r], keys and values [1, B, Hkv, T, r] of a layer."""
@@ -114,30 +122,38 @@ class _Edited:
 
     def __init__(self, outer: _Outer, inside: Tensor) -> None:
         self.outer, self.part, self.graph = outer, outer.part, outer.graph
-        missing = [count - int(n) for count, n in zip(self.graph.before, inside.sum(0), strict=True)]
+        there = torch.arange(len(inside))[:, None] < torch.tensor(self.graph.before)
+        self.running = 2 * int(inside.sum()) > int(there.sum())  # receivers read the stream of what nodes now write
         self.alive = _reached(self.graph, inside)
-        self.running = sum(missing) < int(inside.sum())  # whether receivers read the stream of what nodes now write
-        wrong = ~inside if self.running else inside
-        self.sources = [wrong[:count, i].nonzero().flatten().tolist() for i, count in enumerate(self.graph.before)]
-        self.needed = {node for nodes in self.sources for node in nodes}
-        self.more = {0: -outer.changes.of(slice(0, 1))[0]}  # what nodes write more than outside; absent: nothing
+        wrong = (there & ~inside if self.running else inside) & self.alive[:, None]
+        self.needed = wrong.any(1).nonzero().flatten().tolist()
+        mix = wrong[self.needed].mT.to(self.part.embedded)
+        self.mix = -mix if self.running else mix  # what receivers read more than the stream, [receivers, needed nodes]
+        self.wrong = wrong.any(0).tolist()  # whether a receiver reads something else
+        self.more = self.part.embedded.new_empty(len(self.needed), self.part.embedded.numel())  # ... than outside
+        if self.needed and not self.needed[0]:
+            self.more[0] = outer.changes.of(slice(0, 1)).flatten().neg()
+
+    def _rows(self, nodes: Sequence[int]) -> tuple[list[int], slice]:
+        """Which of some nodes, that follow one another, are needed, and where they lie among those."""
+        first, last = (bisect_left(self.needed, x) for x in (nodes[0], nodes[-1] + 1))
+        return self.needed[first:last], slice(first, last)
 
     def _put_right(self, receivers: Sequence[int], stream: Tensor) -> Tensor:
-        """What receivers read [n, B, T, d] beside a stream that is the same for all [B, T, d]."""
-        union = sorted({node for i in receivers for node in self.sources[i]} & self.more.keys())
-        if not union:
+        """What receivers of one layer read [n, B, T, d] beside a stream that is the same for all [B, T, d]."""
+        count = bisect_left(self.needed, self.graph.before[receivers[0]])
+        if not count:
             return stream.expand(len(receivers), *stream.shape)
-        mix = torch.tensor([[float(node in self.sources[i]) for node in union] for i in receivers])
-        writes = torch.stack([self.more[node] for node in union]).flatten(1)
-        mix = (-mix if self.running else mix).to(writes)
-        return torch.addmm(stream.flatten(), mix, writes).view(len(receivers), *stream.shape)
+        mix = self.mix[span(list(receivers)), :count]
+        read = stream.new_empty(len(receivers), stream.numel())
+        return torch.addmm(stream.flatten(), mix, self.more[:count], out=read).view(-1, *stream.shape)
 
     def final(self) -> Tensor:
         """The final residual stream, [B, T, d]."""
         stream, unchanged = self.part.embedded, self.running
         for layer in range(self.graph.layers):
             first, last = self.graph.receivers_at[layer : layer + 2]
-            if unchanged and not any(self.sources[first:last]):
+            if unchanged and not any(self.wrong[first:last]):
                 self._leave(layer)
                 stream = self.part.streams[layer + 1]
                 continue
@@ -149,66 +165,75 @@ class _Edited:
 
     def _leave(self, layer: int) -> None:
         """Note what the nodes of a layer, which write what they do in the clean run, write more than outside."""
-        for node in range(*self.graph.heads_at[layer : layer + 2]):
-            if node in self.needed:
-                self.more[node] = -self.outer.changes.of(slice(node, node + 1))[0]
+        for where, _ in self.outer.changes.groups:
+            if self.graph.heads_at[layer] <= where.start < self.graph.heads_at[layer + 1]:
+                own, rows = self._rows(range(where.start, where.stop))
+                if own:
+                    changes = self.outer.changes.of(where)[span([node - where.start for node in own])]
+                    self.more[rows] = changes.flatten(1).neg()
 
     def _heads(self, layer: int, stream: Tensor) -> Tensor:
         """The stream behind a layer's heads that read `stream`; in the other form it stays as it is."""
         graph, part, first = self.graph, self.part, self.graph.heads_at[layer]
         nodes = range(first, first + graph.heads)
+        own, rows = self._rows(nodes)
         if not self.running:
-            if not self.alive & self.needed & set(nodes):
+            if not own:
                 return stream
             stream, made = self.outer.stream(layer), self.outer.made(layer)
         else:
             made = part.forward.qkv(layer, normalized(stream, part.weights)[None])
         z = self._mixed(layer, stream, made)
-        own = [node for node in nodes if node in self.alive & self.needed]
-        dead = [node for node in nodes if node not in self.alive] if self.running else []
-        writes = dict(zip([*own, *dead], _writes(part, layer, z, [i - first for i in (*own, *dead)]), strict=True))
-        self.more |= {node: writes[node] - self.outer.write(node) for node in own}
+        if own:
+            writes = _writes(part, layer, z, [node - first for node in own])
+            torch.sub(writes.flatten(1), self.outer.writes(own).flatten(1), out=self.more[rows])
         if not self.running:
             return stream
         behind = stream + part.forward.write(layer, z[None])[0]
-        for node in dead:
-            behind = behind + self.outer.write(node) - writes[node]
+        if dead := [node for node in nodes if not self.alive[node]]:
+            writes = _writes(part, layer, z, [node - first for node in dead])
+            behind += (self.outer.writes(dead) - writes).sum(0)
         return behind
 
     def _mixed(self, layer: int, stream: Tensor, made: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """z [B, H, T, r] of heads that make `made` of a stream, but for what they read by edges of their own."""
-        heads, begin, changed = self.graph.heads, self.graph.receivers_at[layer], False
-        inputs = []
-        for number, (kind, common) in enumerate(zip(KINDS, made, strict=True)):
-            some = [head for head in range(heads) if self.sources[begin + number * heads + head]]
-            by_head = common[0].repeat_interleave(heads // common.shape[2], 1)
-            if some:
-                changed = True
-                streams = self._put_right([begin + number * heads + head for head in some], stream)
-                by_head = by_head.clone()
-                by_head[:, some] = self.outer.split(layer).read(kind, some, streams).transpose(0, 1)
-            inputs.append(by_head)
-        return mixed_by_head(self.part, layer, *inputs) if changed else self.part.forward.apply(layer, *made)[0]
+        heads, begin = self.graph.heads, self.graph.receivers_at[layer]
+        own = [[head for head in range(heads) if self.wrong[begin + i * heads + head]] for i in range(len(KINDS))]
+        if not any(own):
+            return self.part.forward.apply(layer, *made)[0]
+        inputs = [common[0].repeat_interleave(heads // common.shape[2], 1) for common in made]
+        at_once = len(KINDS) if len(KINDS) * heads * stream.nbytes <= HELD else 1
+        for kinds in (range(len(KINDS))[some] for some in slices(len(KINDS), at_once)):
+            receivers = [begin + i * heads + head for i in kinds for head in own[i]]
+            if receivers:
+                streams = self._put_right(receivers, stream).split([len(own[i]) for i in kinds])
+                for i, read in zip(kinds, streams, strict=True):
+                    if own[i]:
+                        made_by_head = self.outer.split(layer).read(KINDS[i], own[i], read)
+                        inputs[i] = inputs[i].clone()
+                        inputs[i][:, own[i]] = made_by_head.transpose(0, 1)
+        return mixed_by_head(self.part, layer, *inputs)
 
     def _mlp(self, layer: int, before: Tensor, behind: Tensor) -> Tensor:
         """The stream behind a layer's MLP, in front of whose heads is `before` and behind them `behind`."""
         node, receiver = self.graph.heads_at[layer + 1] - 1, self.graph.receivers_at[layer + 1] - 1
         if self.running:
             common = before if self.graph.mlps[layer] == "before heads" else behind
-        elif node in self.alive & self.needed:
+        elif self._rows([node])[0]:
             common = self.outer.read_by_mlp(layer)
         else:
             return behind
-        write = self.outer.write(node)
-        if node in self.alive:
-            write = self.part.forward.mlp(layer, self._put_right([receiver], common))[0]
-            if node in self.needed:
-                self.more[node] = write - self.outer.write(node)
+        if not self.alive[node]:
+            return behind + self.outer.writes([node])[0]
+        write = self.part.forward.mlp(layer, self._put_right([receiver], common))[0]
+        own, rows = self._rows([node])
+        if own:
+            self.more[rows] = (write - self.outer.writes(own)).flatten(1)
         return behind + write if self.running else behind
 
 
-def _reached(graph: Graph, inside: Tensor) -> set[int]:
-    """The nodes that edges inside lead to from the embedding, and the embedding."""
+def _reached(graph: Graph, inside: Tensor) -> Tensor:
+    """Whether edges inside lead to each node from the embedding, [nodes]; the embedding is one of them."""
     reached = inside.new_zeros(len(graph.nodes))
     reached[0] = True
     for layer in range(graph.layers):
@@ -217,7 +242,7 @@ def _reached(graph: Graph, inside: Tensor) -> set[int]:
         reached[first : first + graph.heads] = reads[: len(KINDS) * graph.heads].view(len(KINDS), -1).any(0)
         if graph.mlps[layer] is not None:
             reached[graph.heads_at[layer + 1] - 1] = (inside[:, end - 1] & reached).any()
-    return set(reached.nonzero().flatten().tolist())
+    return reached
 
 
 def _writes(part: FrozenTrace, layer: int, z: Tensor, heads: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """How much of a model a circuit explains: everything outside of it is patched or ablated, and the metric measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -263,9 +263,10 @@ def prune_circuit(
 
     With a `threshold` this is automatic circuit discovery (ACDC, Conmy et al. 2023): from the logits down, of each
     receiver the edge with the smallest score first, the model is run without the edge, which stays if the metric gets
-    worse by at least so much. With `top` the model is run without each of the edges in turn and a tenth of those that
-    are not needed, of those there are too many, is taken out, again and again. Begin with a circuit that scores have
-    made small: there is one edited pass for each edge.
+    worse by at least so much. With `top` the model is run without each of the edges in turn and of those that are too
+    many a quarter, the least needed ones, is taken out, again and again; then, as long as it helps, the edge that helps
+    most is taken back, for the one that is then needed least. Begin with a circuit that scores have made small: there
+    is one edited pass for each edge.
 
     Args:
         circuit: where to start.
@@ -297,18 +298,41 @@ def prune_circuit(
         found: list[float] = (measure(clean, experiments, how, range(len(circuits))).values * worse).tolist()
         return found
 
-    kept = list(circuit.pruned().edges)
+    start = list(circuit.pruned().edges)
     if top is None:
-        now = values(kept)[0]
+        kept, now = start, values(start)[0]
         for edge in sorted(kept, key=lambda edge: (-places[edge][1], abs(circuit.scores[edge]))):
-            left = [other for other in kept if other != edge]
-            without = values(left)[0]
+            others = [other for other in kept if other != edge]
+            without = values(others)[0]
             if threshold is not None and without - now < threshold:
-                kept, now = left, without
-    while top is not None and len(kept) > top:
-        without_each = values(*(kept[:i] + kept[i + 1 :] for i in range(len(kept))))
-        order = sorted(range(len(kept)), key=without_each.__getitem__)
-        gone = set(order[: max(1, (len(kept) - top) // 10)])
-        kept = [edge for i, edge in enumerate(kept) if i not in gone]
-        kept = list(replace(circuit, scores={edge: circuit.scores[edge] for edge in kept}).pruned().edges)
-    return replace(circuit, scores={edge: circuit.scores[edge] for edge in kept}).pruned()
+                kept, now = others, without
+    else:
+        kept = _best(start, top, values)
+    left = set(kept)
+    return replace(circuit, scores={edge: x for edge, x in circuit.scores.items() if edge in left}).pruned()
+
+
+def _best(start: Sequence[EdgeLabel], top: int, values: Callable[..., list[float]]) -> list[EdgeLabel]:
+    """At most `top` edges of those to start with, by the values of circuits, of which the least is the best."""
+
+    def without_each(edges: list[EdgeLabel]) -> list[float]:
+        return values(*(edges[:i] + edges[i + 1 :] for i in range(len(edges))))
+
+    kept = list(start)
+    while len(kept) > top:
+        found = without_each(kept)
+        gone = sorted(range(len(kept)), key=found.__getitem__)[: max(1, (len(kept) - top) // 4)]
+        kept = list(Circuit({edge: 0.0 for i, edge in enumerate(kept) if i not in set(gone)}, 0).pruned().edges)
+    if not kept:
+        return kept
+    (now,) = values(kept)
+    while others := [edge for edge in start if edge not in set(kept)]:
+        found = values(*([*kept, edge] for edge in others))
+        tried = [*kept, others[found.index(min(found))]]
+        if len(tried) > top:
+            found = without_each(tried)
+            del tried[found.index(min(found))]
+        if not min(found) < now:  # NaN is no better
+            break
+        kept, now = tried, min(found)
+    return kept

@@ -32,6 +32,7 @@ class SplitInputs:
         self.part, self.layer, self.weights = part, layer, part.weights
         self.positions = _positions(part)
         self.group = self.weights.n_heads // self.weights.W_K.shape[1]
+        self._biases: dict[Kind, Tensor | None] = {}
         self.by_weights = self._agrees(stream, made)
 
     def _agrees(self, stream: Tensor, made: Made) -> bool:
@@ -55,25 +56,27 @@ class SplitInputs:
             return read
         return read + weights.W_pos[self.positions].to(read.dtype)
 
-    def _finished(self, kind: Kind, made: Tensor, head: int | None = None) -> Tensor:
-        """Queries, keys or values [..., n, T, r], from what their weight alone makes."""
-        if kind == "V":
-            bias = self.weights.bias("V", self.layer)
-            return made if bias is None else made + (bias if head is None else bias[head : head + 1])[:, None]
-        return finished(made, self.weights, kind, self.layer, self.positions, head=head)
+    def _finished(self, kind: Kind, made: Tensor) -> Tensor:
+        """Queries, keys or values [..., n, T, r] of all heads, from what their weight alone makes."""
+        if kind not in self._biases:
+            self._biases[kind] = self.weights.bias(kind, self.layer)
+        bias = self._biases[kind]
+        made = made if bias is None else made + bias[:, None]
+        return made if kind == "V" else finished(made, self.weights, kind, self.layer, self.positions, biased=False)
 
     def read(self, kind: Kind, heads: Sequence[int], streams: Tensor) -> Tensor:
         """Queries, keys or values [n, B, T, r] of n heads that read a stream [n, B, T, d] each."""
+        own = [self._own(kind, head) for head in heads]
         if not self.by_weights:
             made = self._made(kind, streams)
-            return torch.stack([made[i, :, self._own(kind, head)] for i, head in enumerate(heads)])
+            return torch.stack([made[i, :, head] for i, head in enumerate(own)])
         read, weight = self._read(kind, streams), self.weights.layer(_WEIGHT[kind], self.layer)
-        return torch.stack(
-            [
-                self._finished(kind, (read[i] @ weight[own])[..., None, :, :], own)[..., 0, :, :]
-                for i, own in enumerate(self._own(kind, head) for head in heads)
-            ]
-        )
+        members = 1 if kind == "Q" else self.group  # heads that share keys and values have a place of their own each
+        made = read.new_zeros(members, *read.shape[1:-2], len(weight), read.shape[-2], weight.shape[-1])
+        places = [head % members for head in heads]
+        for i, (place, head) in enumerate(zip(places, own, strict=True)):
+            made[place, :, head] = read[i] @ weight[head]
+        return self._finished(kind, made)[places, :, own]
 
     def _own(self, kind: Kind, head: int) -> int:
         return head if kind == "Q" else head // self.group
