@@ -37,7 +37,8 @@ def test_snippets_that_need_transformer_lens_run(monkeypatch, tmp_path):
         if "again" in names:
             assert torch.allclose(names["trace"].loss, names["again"].loss)
         if "rows" in names:
-            assert names["rows"].shape[0] == 3 and names["rows"].isfinite().all()
+            assert names["rows"].shape[0] == 3
+            assert names["rows"].isfinite().all()
 
 
 def test_snippets_that_need_transformers_run():
