@@ -7,7 +7,6 @@ it, and a sweep or a report reads it unless it is given another. Tokenizers need
 import hashlib
 import json
 import re
-import sysconfig
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -127,6 +126,8 @@ def stdlib_files(held_out: bool) -> list[Path]:
     Raises:
         FileNotFoundError: the interpreter ships no source of its standard library (a zipped or stripped install).
     """
+    import sysconfig  # which takes as long as all of this package's modules
+
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for path in sorted(root.rglob("*.py")):
