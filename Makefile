@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build developed site wheels sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build arm-check gpu clean
+.PHONY: build developed report site wheels sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build arm-check gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -33,6 +33,11 @@ $(BIN)/developed: $(BIN)/pyfastcircuits
 
 sweep: build
 	$(BIN)/pyfastcircuits sweep induction-2l --resume
+
+# One page of the bundled model's circuits, for a browser.
+report: build
+	$(BIN)/pip install -q 'pyfastcircuits[report]'
+	$(BIN)/pyfastcircuits report induction-2l --out out/report.html
 
 # The tests by $(JOBS) processes of a thread each, most being too small for two (those of threads set their number);
 # kernels in Triton's interpreter; and, one by one on a machine that does nothing else, those of time and memory.
