@@ -33,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment; torch is this one's, by a link to each of its packages, and safetensors' reader is with it."""
+    """A new environment with torch, and safetensors to read the bundled models."""
     folder = tmp_path_factory.mktemp("fresh") / "environment"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     run(folder, "-m", "pip", "install", "-q", "torch==2.13.0", "safetensors")

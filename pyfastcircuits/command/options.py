@@ -16,7 +16,6 @@ from pyfastcircuits.run.nodes import Head
 MODEL = "a bundled model, a safetensors file or its folder, or the local folder of a Hugging Face model"
 READS, HOW = "What it reads", "How it computes"  # groups of options in the help, beside GIVES
 MOST, LONGEST = "how many sequences, at most", "how many tokens in a sequence, at most"
-SPLIT = "by what the processes of torchrun share the work"
 
 
 def _bundled(incomplete: str) -> list[str]:
@@ -62,6 +61,14 @@ Dtype = Annotated[
 Precision = Annotated[
     ops.Precision,
     typer.Option(help="of products; ieee: all digits of the numbers, the others: fewer", rich_help_panel=HOW),
+]
+
+Split = Annotated[
+    Literal["auto", "none", "sequences", "experiments", "vocabulary"],
+    typer.Option(help="by what the processes of torchrun share the work", rich_help_panel=HOW),
+]
+LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="never hold logits of all tokens at once", rich_help_panel=HOW)
 ]
 
 

@@ -1,6 +1,6 @@
 """The command `plan`: what a sweep costs, before it runs."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -8,7 +8,7 @@ from rich.table import Table
 import pyfastcircuits as fc
 from pyfastcircuits.command import options
 from pyfastcircuits.command.app import RUNS, command
-from pyfastcircuits.command.options import HOW, READS, Dtype, Model, ModelOption, Precision
+from pyfastcircuits.command.options import READS, Dtype, Model, ModelOption, Precision
 from pyfastcircuits.command.report import Report
 from pyfastcircuits.command.sweep import MODES, PATTERNS_BEHIND, SCOPES
 from pyfastcircuits.experiments.ablation_value import Mode
@@ -33,15 +33,10 @@ def plan(
         str, typer.Option(help="here: this CPU, measured once; A100, H100, H200, B200, laptop: from data sheets")
     ] = "here",
     processes: Annotated[int, typer.Option(min=1, help="that share the sweep")] = 1,
-    split: Annotated[
-        Literal["auto", "none", "sequences", "experiments", "vocabulary"],
-        typer.Option(help=options.SPLIT, rich_help_panel=HOW),
-    ] = "auto",
+    split: options.Split = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
-    low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="never hold logits of all tokens at once", rich_help_panel=HOW)
-    ] = False,
+    low_memory: options.LowMemory = False,
 ) -> None:
     """What a sweep would take, before it runs: operations, memory and time, here or on another machine.
 

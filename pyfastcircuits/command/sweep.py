@@ -4,7 +4,7 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pyarrow as pa
 import typer
@@ -17,7 +17,6 @@ from pyfastcircuits.command.guard import Failed
 from pyfastcircuits.command.made import check_files, check_folder, made_by
 from pyfastcircuits.command.options import (
     GIVES,
-    HOW,
     READS,
     Backend,
     Dtype,
@@ -99,16 +98,11 @@ def sweep(
             rich_help_panel=READS,
         ),
     ] = None,
-    split: Annotated[
-        Literal["auto", "none", "sequences", "experiments", "vocabulary"],
-        typer.Option(help=options.SPLIT, rich_help_panel=HOW),
-    ] = "auto",
+    split: options.Split = "auto",
     backend: Backend = "auto",
     dtype: Dtype = "float32",
     precision: Precision = "ieee",
-    low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="never hold logits of all tokens at once", rich_help_panel=HOW)
-    ] = False,
+    low_memory: options.LowMemory = False,
 ) -> None:
     """Run a text, and take out the path through every pair of heads, every head or every layer: what gets worse?
 
