@@ -27,6 +27,20 @@ EXPERIMENTS: dict[str, Callable[[fc.FrozenTrace], object]] = {
     "pair_ablation, path": lambda t: fc.pair_ablation(t, "path").values,
     "pair_ablation, joint": lambda t: fc.pair_ablation(t, "joint").values,
     "pair_ablation, edge": lambda t: fc.pair_ablation(t, "edge").values,
+    "activation_patching": lambda t: fc.activation_patching(t, reversed_run(t), what="resid_pre", at="each").values,
+    "path_patching": lambda t: fc.path_patching(t, reversed_run(t), "K").values,
+    "edge_attribution": lambda t: fc.edge_attribution(t, reversed_run(t), "K").values,
+    "edge_scores": lambda t: fc.edge_scores(t, reversed_run(t)).values,
+    "edge_scores, integrated": lambda t: fc.edge_scores(t, reversed_run(t), "eap-ig", metric="kl").values,
+    "faithfulness": lambda t: torch.tensor(
+        fc.faithfulness(fc.circuit(fc.edge_scores(t, reversed_run(t)), top=9), t, reversed_run(t)).faithfulness,
+        dtype=t.weights.compute_dtype,
+        device=t.weights.device,
+    ),
+    "top_paths": lambda t: fc.top_paths(t, 5).values,
+    "sample_paths": lambda t: fc.sample_paths(t, 8, order=2).values,
+    "path_groups": lambda t: fc.path_groups(t, budget=8).values,
+    "screened_pairs": lambda t: torch.tensor(fc.screened_pairs(t, 4).labels, device=t.weights.device),
     "direct_logit_attribution": lambda t: fc.direct_logit_attribution(t).values,
     "logit_lens": lambda t: fc.logit_lens(t).values,
     "head_scores": lambda t: fc.head_scores(t.weights, length=10, batches=1).values,
@@ -39,6 +53,10 @@ EXPERIMENTS: dict[str, Callable[[fc.FrozenTrace], object]] = {
     "top_per_row": lambda t: fc.top_per_row(fc.ov_circuit(t.weights, (1, 1)), 5).values,
     "diagonal_ranks": lambda t: fc.diagonal_ranks(fc.ov_circuit(t.weights, (0, 3))),
 }
+
+
+def reversed_run(trace: fc.FrozenTrace) -> fc.FrozenTrace:
+    return fc.trace(trace.weights, trace.tokens.flip(-1))
 
 
 def run(name: str, weights: fc.CircuitWeights, tokens: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ def instance(owner: type, world: World) -> Any:
     made |= {fc.FactoredMatrix: world.matrix, fc.Result: lambda: fc.head_ablation(world.trace, kl=True)}
     made |= {fc.Dictionary: world.dictionary}
     made |= {found: lambda: of_result(owner, world) for found in (fc.PathSearch, fc.PathGroups, fc.ScreenedPairs)}
-    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    one = torch.ones(1, dtype=torch.float64, device=world.device)
     made |= {fc.PathSample: lambda: fc.PathSample([((0, 0),)], one, one, 1, "rise")}
     scores = lambda: fc.edge_scores(world.trace, world.other)  # noqa: E731
     circuit = lambda: fc.circuit(scores(), top=3)  # noqa: E731

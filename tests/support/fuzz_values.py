@@ -47,7 +47,9 @@ DOUBLE = {"clean_lse", "thresholds", "lse"}
 
 
 class World:
-    """A model, runs of it, and every argument that fits them."""
+    """A model, runs of it, and every argument that fits them, on a device that tests may change."""
+
+    device = "cpu"
 
     def __init__(self, choices: Choices, folder: Path) -> None:
         self.pick, self.chance, self.folder = choices.pick, choices.chance, folder
@@ -68,10 +70,10 @@ class World:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, learns: bool = False) -> Tensor:
         numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") * 0.5
-        return numbers.to(dtype or self.dtype).requires_grad_(learns)
+        return numbers.to(self.device, dtype or self.dtype).requires_grad_(learns)
 
     def integers(self, end: int, *shape: int) -> Tensor:
-        return torch.randint(0, max(end, 1), shape, generator=self.generator, device="cpu")
+        return torch.randint(0, max(end, 1), shape, generator=self.generator, device="cpu").to(self.device)
 
     @cached_property
     def fields(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class World:
     def mask(self) -> Tensor | None:
         if not self.masked:
             return None
-        here = torch.ones(self.batch, self.length, dtype=torch.bool, device="cpu")
+        here = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
         here[0, : self.pick(0, 1) * (self.length - 2)] = False
         return here
 
@@ -145,7 +147,7 @@ class World:
         shape, _, end = SHAPES[name].partition(" < ")
         sizes = [self.sizes[size] for size in shape.split()]
         if name == "mask":
-            return torch.ones(sizes, dtype=torch.bool, device="cpu")
+            return torch.ones(sizes, dtype=torch.bool, device=self.device)
         if end:
             return self.integers(self.sizes[end], *sizes)
         return self.normal(*sizes, dtype=torch.float64 if name in DOUBLE else None, learns=self.learns)
@@ -155,7 +157,7 @@ class World:
         V, T, pick = self.vocabulary, self.length, self.pick
         options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         groups = any(Any in get_args(option) for option in options)  # of heads that go together
-        some = lambda end: pick(None, [0], list(range(end)), torch.arange(end, device="cpu"))  # noqa: E731
+        some = lambda end: pick(None, [0], list(range(end)), torch.arange(end, device=self.device))  # noqa: E731
         metrics = (fc.NLL, fc.KL, fc.Probability, fc.Rank, fc.Top1)
         named: dict[str, Callable[[], Any]] = {
             "weights": lambda: self.weights, "model": lambda: self.weights, "cls": lambda: None,
@@ -171,7 +173,7 @@ class World:
             "settle": lambda: pick(None, 1),
             "sources": lambda: [self.source], "destinations": lambda: [self.destination],
             "targets": self.tokens_asked, "against": lambda: pick(0, self.integers(V, self.batch, T)),
-            "positions": lambda: pick(None, 0, -1, [0, T - 1], torch.ones(T, dtype=torch.bool, device="cpu")),
+            "positions": lambda: pick(None, 0, -1, [0, T - 1], torch.ones(T, dtype=torch.bool, device=self.device)),
             "metric": lambda: pick(*("nll", "kl", "logit_difference", "probability", "rank", "top1"),
                                    *(kind(self.tokens_asked()) for kind in metrics), fc.LogitDifference(0, 0)),
             "scores": lambda: fc.head_scores(self.weights, length=4, batch=2, batches=1) if fc.Result in options else fc.edge_scores(self.trace, self.other),
@@ -186,10 +188,10 @@ class World:
             "row_weights": lambda: None, "name_or_path": self.saved, "path_to": self.saved, "screen": lambda: "auto",
             "index": lambda: pick(0, ..., slice(1), (0, 0)), "sequences": lambda: pick(1, 5) if int in options else pick(slice(1), slice(0, 2)),
             "machine": lambda: pick("H100", "laptop"),
-            "target": lambda: pick(torch.float64, "cpu"), "args": lambda: torch.float64, "dim": lambda: pick(-1, 0),
+            "target": lambda: pick(torch.float64, self.device), "args": lambda: torch.float64, "dim": lambda: pick(-1, 0),
             "scalar": lambda: pick(2.0, 3), "shape": lambda: [2, 3, 4], "name": lambda: pick("W_Q", "Q", "W_O", "V"),
             "stream": lambda: self.trace.final, "streams": lambda: self.trace.final[None], "kind": lambda: "Q",
-            "losses": lambda: self.trace.token_losses, "values": lambda: self.normal(2, 3), "device": lambda: torch.device("cpu"),
+            "losses": lambda: self.trace.token_losses, "values": lambda: self.normal(2, 3), "device": lambda: torch.device(self.device),
             "found": lambda: self.finding(options), "x": lambda: "nll", "y": lambda: "kl", "quantity": lambda: None,
             "title": lambda: pick(None, "$x_1$"), "scale": lambda: "nats", "layers": lambda: pick(None, [0]),
             "dictionary": self.dictionary, "at": lambda: pick(None, -1, [0, 1]), "what": lambda: "z", "sequence": lambda: 0,
