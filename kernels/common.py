@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyfastcircuits.kernels.configs import Config, arithmetic, choose
+from pyfastcircuits.kernels.configs import BY_COLUMNS, Config, arithmetic, choose
 
 ALIGNMENT = 16  # elements between rows of a factor, so that loads are wide and can run ahead
 
@@ -35,6 +35,24 @@ def rounded(factor: Tensor, kind: str) -> Tensor:
         return factor
     nearest = ((factor.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
     return torch.where(factor.isnan(), factor, nearest)  # some NaN would be carried over into a number
+
+
+def for_products(delta: Tensor, basis: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Contiguous factors [P, T, r] and [G, r, V], rounded for `kind`, as `tile.multiply_basis` takes them.
+
+    For TF32 the basis is [G, V, r], because tensor cores read it from shared memory only where its inner index is
+    contiguous; for "tf32x3" rows of both are parted.
+    """
+    if kind not in BY_COLUMNS:
+        return delta, laid_out(basis, kind)
+    turned = laid_out(basis.mT, "fp32")
+    return (parted(delta), parted(turned)) if kind == "tf32x3" else (delta, turned)
+
+
+def parted(factor: Tensor) -> Tensor:
+    """An fp32 factor [..., r] as [..., 2 r] of TF32: it rounded, and what that left, rounded."""
+    high = rounded(factor, "tf32")
+    return torch.cat((high, rounded(torch.where(high.isfinite(), factor - high, 0.0), "tf32")), -1)
 
 
 def laid_out(factor: Tensor, kind: str) -> Tensor:

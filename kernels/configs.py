@@ -17,6 +17,7 @@ DEEPEST = {
     "fp32": 32,
     "fp64": 16,
 }  # inner indices of a tile that holds all there are
+BY_COLUMNS = ("tf32", "tf32x3")  # arithmetic that reads a basis column by column
 CUDA_CORES = ("factored_topk", "diagonal_ranks")  # what they compare is multiplied as fp32 is everywhere else
 
 
@@ -91,13 +92,14 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
     # Four warps hold a tile on sm_90, but not beside a left factor that is in two parts, or loaded anew at every step.
     crowded = rows > 64 and (rank > DEEPEST[dtype] or arch != 90)
-    num_warps = 8 if dtype == "tf32x3" or crowded else 4
+    num_warps = 8 if crowded or (dtype == "tf32x3" and arch != 90) else 4
     return Config(blocks, splits, num_warps, num_stages=3 if dtype == "bf16" else 2)
 
 
 def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     positions, vocabulary, rank = (shape[name] for name in "TVr")
-    block_t, block_v = min(ROWS[dtype], 64, max(16, _power_above(positions))), 32
+    rows, block_v = (32, 64) if arch == 90 else (64, 32)
+    block_t = min(ROWS[dtype], rows, max(16, _power_above(positions)))
     # There are no more programs than can run at a time: each has a scratch, and all of those have to fit the L2 cache.
     wanted = _blocks(2 * MULTIPROCESSORS.get(arch, 132), _blocks(positions, block_t))
     splits = max(1, min(wanted, _blocks(vocabulary, block_v)))

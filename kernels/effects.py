@@ -16,14 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastcircuits.kernels.exp_sums import LOG2E, capped
-from pyfastcircuits.kernels.logits_lse import logits_lse_triton
+from pyfastcircuits.kernels.tile import work_type
 
 SMALL = tl.constexpr(0.45)  # the largest |x| of which the polynomial makes exp(x) - 1
 DIRECT = 40.0  # past this |x| a probability below fp32's range could matter
 LOWEST = tl.constexpr(-87.0)  # of the logarithms of probabilities that are not 0
-PROBABLE = 1 / 16  # from where on a token is summed in fp64
+PROBABLE = tl.constexpr(1 / 16)  # from where on a token is summed in fp64
 RAISED = 4.0  # times as large as the clean run expects, a change that the changed one expects has roundings that show
 MEAN_ELEMENTS = 1 << 22  # of a slice's fp64 copies
+CLEAN_OPTIONS = {"BLOCK_V": 1024, "num_warps": 4}
 
 
 @triton.jit
@@ -138,21 +139,53 @@ def stretched(bounds: Tensor, scale: Tensor, base: Tensor, clean_lse: Tensor, ca
     return scale.abs() * bounds + (scale - 1).abs() * reach
 
 
-def probable(base: Tensor, clean_lse: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that are summed in fp64 [T, N], their probabilities, 0 of those that are not, and the least of their
-    logits [T]."""
-    logits, tokens = base.topk(min(round(1 / PROBABLE), base.shape[1]), dim=1)
-    wide = logits.double()
-    p = ((wide if cap is None else cap * (wide / cap).tanh()) - clean_lse[:, None]).exp()
-    p = torch.where(p >= PROBABLE, p, 0.0)
-    return tokens, p, torch.where(p > 0, logits, torch.inf).amin(1)
+@triton.jit
+def clean_kernel(
+    base,  # [T, V]
+    clean_lse,  # [T], fp64
+    tokens,  # [T, COUNT], zeros
+    probabilities,  # [T, COUNT], zeros
+    bar,  # [T]
+    mass,  # [T]
+    vocabulary,
+    CAP: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """What `clean_run` returns, of one position; lanes of a tile stay apart until the end."""
+    t = tl.program_id(0).to(tl.int64)
+    lse = tl.load(clean_lse + t)
+    count = tl.zeros([BLOCK_V], tl.int32)
+    least = tl.full([BLOCK_V], float("inf"), work_type(base.dtype.element_ty))
+    total = tl.zeros([BLOCK_V], tl.float64)
+    for start in range(0, vocabulary, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        clean = tl.load(base + t * vocabulary + columns, columns < vocabulary, float("-inf"))
+        clean = clean.to(least.dtype)
+        p = tl.exp(capped(clean.to(tl.float64), CAP) - lse)
+        here = p >= PROBABLE
+        place = count + tl.cumsum(here.to(tl.int32), 0) - 1
+        stored = here & (place < COUNT)
+        tl.store(tokens + t * COUNT + place, columns.to(tl.int64), stored)
+        tl.store(probabilities + t * COUNT + place, p, stored)
+        count += tl.sum(here.to(tl.int32))
+        least = tl.minimum(least, tl.where(here, clean, float("inf")))
+        total += p
+    tl.store(bar + t, tl.min(least))
+    tl.store(mass + t, tl.sum(total))
 
 
-def mass_of(base: Tensor, clean_lse: Tensor, cap: float | None) -> Tensor:
-    """The sums [T] of the clean run's probabilities of this slice of the vocabulary."""
-    nothing = torch.zeros(1, dtype=torch.long, device=base.device)
-    delta, basis = base.new_empty(1, len(base), 0), base.new_empty(1, 0, base.shape[1])
-    return (logits_lse_triton(base, delta, basis, nothing, "ieee", cap)[0] - clean_lse).exp()
+def clean_run(base: Tensor, clean_lse: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tokens that are summed in fp64 [T, N], their probabilities (0: of no token), the least of their logits [T],
+    and the sum [T] of the probabilities of this slice of the vocabulary."""
+    count = round(1 / PROBABLE.value)
+    tokens = torch.zeros(len(base), count, dtype=torch.long, device=base.device)
+    p = torch.zeros(tokens.shape, dtype=torch.float64, device=base.device)
+    bar, mass = base.new_empty(len(base)), clean_lse.new_empty(len(base))
+    clean_kernel[(len(base),)](
+        base, clean_lse, tokens, p, bar, mass, base.shape[1], CAP=cap, COUNT=count, **CLEAN_OPTIONS
+    )
+    return tokens, p, bar, mass
 
 
 def clean_means(base: Tensor, basis: Tensor, clean_lse: Tensor) -> tuple[Tensor, Tensor]:

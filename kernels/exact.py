@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.effects import RAISED, SMALL, clean_means, limit, mass_of, probable
+from pyfastcircuits.kernels.effects import RAISED, SMALL, clean_means, clean_run, limit
 from pyfastcircuits.kernels.exp_sums import capped, finite
 from pyfastcircuits.kernels.sweep import existing
 from pyfastcircuits.shapes import Four
@@ -262,7 +262,7 @@ def effects(
     """
     base, clean_lse = rows.base, rows.clean_lse
     bounds = torch.where(clean_lse.isfinite(), bounds, torch.inf)
-    found, p, bar = probable(base, clean_lse, cap)
+    found, p, bar, mass = clean_run(base, clean_lse, cap)
     gains, totals, raised, sizes, *changes = summed(bar)
     gain, total, moved = bounds.new_empty(3, *bounds.shape, dtype=torch.float64)
     picked = gain.new_zeros(*gain.shape, tokens.shape[1])
@@ -282,7 +282,7 @@ def effects(
     if changes:
         moved += changes[0].sum(0, dtype=torch.float64)
     doubtful = (bounds > SMALL.value) & (raised.sum(0) > RAISED * total * sizes.sum(0))
-    log_total = torch.where(bounds <= SMALL.value, mass_of(base, clean_lse, cap) + gain, total).log()
+    log_total = torch.where(bounds <= SMALL.value, mass + gain, total).log()
     bounds = torch.where(doubtful, torch.inf, bounds)
     full_kernel[(gain.numel(),)](
         *rows, bounds, gain, log_total, moved if changes else None,

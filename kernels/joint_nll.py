@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.common import configure, laid_out, rounded
+from pyfastcircuits.kernels.common import configure, for_products, rounded
 from pyfastcircuits.kernels.effects import (
     SMALL,
     bounds_of,
@@ -23,7 +23,7 @@ from pyfastcircuits.kernels.effects import (
 )
 from pyfastcircuits.kernels.exact import Rows, effects, nothing
 from pyfastcircuits.kernels.sweep import clean_tile, existing
-from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of
+from pyfastcircuits.kernels.tile import load_parts, multiply_basis, row_length, tiles_of
 from pyfastcircuits.shapes import check_shapes, joint_nll_outputs, register_outputs, work_dtype
 
 CAPPED_WARPS = 8  # the registers of fewer would spill
@@ -32,8 +32,8 @@ CAPPED_WARPS = 8  # the registers of fewer would spill
 @triton.jit
 def joint_nll_kernel(
     base,  # [T, V]
-    delta,  # [S, T, r]
-    basis,  # [G, r, stride]
+    delta,  # this and basis as `common.for_products` makes them
+    basis,
     group,  # [S]
     starts,  # [S + 1]: where each single's pairs, of which it is the first, start and end
     second,  # [P], sorted by the first
@@ -76,10 +76,9 @@ def joint_nll_kernel(
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         for single in range(singles):
             home, _poison = existing(tl.load(group + single), groups)
-            rows = delta + (single * positions + t) * RANK
-            left = load_left(rows, 0, RANK, BLOCK_K)
-            start = basis + home * RANK * stride
-            product = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
+            rows = delta + (single * positions + t) * row_length(RANK, PRECISION)
+            left, left_rest = load_parts(rows, RANK, BLOCK_K, PRECISION)
+            product = multiply_basis(left, left_rest, rows, basis, home, stride, columns, vocabulary, RANK, PRECISION)
             tl.store(products + single * TILE + cell, product)
         tl.debug_barrier()
 
@@ -160,12 +159,13 @@ def joint_nll_triton(
     first, second = chosen[order].T.contiguous()
     starts = torch.searchsorted(first, torch.arange(singles + 1, device=base.device))
     base, group, clean_lse = base.contiguous(), group.contiguous(), clean_lse.double().contiguous()
-    delta, basis = rounded(delta, kind), laid_out(basis, kind)
+    delta, basis = rounded(delta, kind), rounded(basis, kind)
+    left, right = for_products(delta, basis, kind)
     of_singles = bounds_of(delta, basis, group, work)
     bounds = of_singles[first] + of_singles[second]
     programs = config.count(positions, "BLOCK_T") * config.splits
     tile = config.blocks["BLOCK_T"] * config.blocks["BLOCK_V"]
-    counts = singles, len(pairs), *base.shape, len(basis), basis.shape[2], config.splits
+    counts = singles, len(pairs), *base.shape, len(basis), right.shape[2], config.splits
     constants = {"RANK": sizes["r"], "PRECISION": kind, "CAP": cap}
     options = config.options | {"num_warps": CAPPED_WARPS if cap else config.num_warps}
 
@@ -173,7 +173,7 @@ def joint_nll_triton(
         products = base.new_empty(programs, singles, tile, dtype=work)
         sums = base.new_zeros(5 if mean and cap else 4, 2, config.splits, *bounds.shape, dtype=work).unbind()
         joint_nll_kernel[(programs,)](
-            base, delta, basis, group, starts, second, clean_lse, bar, bounds, products, *sums,
+            base, left, right, group, starts, second, clean_lse, bar, bounds, products, *sums,
             *[None] * (5 - len(sums)), *counts, config.tiles(base.shape[1], "BLOCK_V"), **constants, **options,
         )  # fmt: skip
         return tuple(each[0] for each in sums)

@@ -9,16 +9,25 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastcircuits.kernels.exp_sums import logsumexp, online_sum, reference
-from pyfastcircuits.kernels.sweep import OPTIONS, block_and_split, clean_rows, logits_of, next_group, prepared, rows_of
-from pyfastcircuits.kernels.tile import load_left, tiles_of, work_type
+from pyfastcircuits.kernels.sweep import (
+    OPTIONS,
+    block_and_split,
+    clean_rows,
+    clean_tile,
+    logits_of,
+    next_group,
+    prepared,
+    rows_of,
+)
+from pyfastcircuits.kernels.tile import load_parts, row_length, tiles_of, work_type
 from pyfastcircuits.shapes import check_sweep, logits_lse_outputs, register_outputs, work_dtype
 
 
 @triton.jit
 def logits_lse_kernel(
     base,  # [T, V]
-    delta,  # [P, T, r]
-    basis,  # [G, r, stride]
+    delta,  # this and basis as `common.for_products` makes them
+    basis,
     order,  # [P] ablations sorted by group
     group,  # [P]
     references,  # [S, P, T] partial
@@ -43,18 +52,23 @@ def logits_lse_kernel(
     block, split = block_and_split(pairs, splits, BLOCK_P)
     out, _t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
-    rows = delta + out * RANK
-    left = load_left(rows, 0, RANK, BLOCK_K)
+    rows = delta + out * row_length(RANK, PRECISION)
+    left, left_rest = load_parts(rows, RANK, BLOCK_K, PRECISION)
     first, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
     g = next_group(home, -1, groups)
     while g < groups:
-        start = basis + g * RANK * stride
         highest = tl.full([BLOCK_P * BLOCK_T], float("-inf"), T)
         total = tl.zeros([BLOCK_P * BLOCK_T], T)
+        clean = clean_tile(base, first * BLOCK_V + tl.arange(0, BLOCK_V), vocabulary)
         for tile in range(first, end):
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            logits = logits_of(base, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, CAP)
+            # The next tile's clean logits come while this one's product is made.
+            following = clean_tile(base, columns + BLOCK_V, vocabulary)
+            logits = logits_of(
+                clean, left, left_rest, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION, CAP
+            )
             highest, total = online_sum(highest, total, logits)
+            clean = following
         here = inside & (home == g)
         place = split.to(tl.int64) * pairs * positions + out
         tl.store(references + place, reference(highest) + poison.to(T), here)

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.common import configure, laid_out, rounded
+from pyfastcircuits.kernels.common import configure, for_products, rounded
 from pyfastcircuits.kernels.configs import Config
 from pyfastcircuits.kernels.exp_sums import capped
-from pyfastcircuits.kernels.tile import multiply, work_type
+from pyfastcircuits.kernels.tile import multiply_basis, work_type
 
 OPTIONS = {"maxnreg": 255}  # left to itself, ptxas would rather spill than have few warps
 
@@ -87,10 +87,12 @@ def spread(x, P: tl.constexpr):
 
 @triton.jit
 def logits_of(
-    clean_rows,  # [BLOCK_T] pointers
+    clean,  # [BLOCK_T, N]
     left,
+    left_rest,
     rows,
-    start,
+    basis,
+    g,
     stride,
     columns,  # [N]
     end,
@@ -99,10 +101,9 @@ def logits_of(
     CAP: tl.constexpr,
 ):
     """The ablated logits [M, N]; -inf in columns from `end` on."""
-    # Loaded before the product, while which it comes, and added after: a sum that starts from a large logit would round
-    # at every step.
-    clean = spread(clean_tile(clean_rows, columns, end), rows.shape[0] // clean_rows.shape[0])
-    logits = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION) + clean
+    # Added after the product: a sum that starts from a large logit would round at every step.
+    clean = spread(clean, rows.shape[0] // clean.shape[0])
+    logits = multiply_basis(left, left_rest, rows, basis, g, stride, columns, end, RANK, PRECISION) + clean
     if CAP is not None:
         logits = tl.where((columns < end)[None, :], capped(logits, CAP), float("-inf"))
     return logits
@@ -111,8 +112,8 @@ def logits_of(
 def prepared(
     op: str, sizes: dict[str, int], base: Tensor, delta: Tensor, basis: Tensor, group: Tensor, precision: str
 ) -> tuple[Config, str, tuple[Tensor, ...], tuple[int, ...], int]:
-    """How `op` is launched; what multiplies; base, delta, basis, the order of ablations by group, and group, as kernels
-    read them; the sizes P, T, V, G and the basis' row stride; and the number of blocks of rows.
+    """How `op` is launched; what multiplies; base, delta, basis, the order of ablations by group, and group,
+    as kernels read them; the sizes P, T, V, G and that basis' stride; and the number of blocks of rows.
 
     Raises:
         ValueError: no group at all, or a precision that float64 does not have.
@@ -120,7 +121,7 @@ def prepared(
     if len(basis) == 0:
         raise ValueError(f"basis has shape {list(basis.shape)}: no groups")
     config, kind = configure(op, sizes, base, precision)
-    basis = laid_out(basis, kind)
-    tensors = base.contiguous(), rounded(delta, kind), basis, group.argsort(stable=True), group.contiguous()
+    factors = for_products(rounded(delta, kind), rounded(basis, kind), kind)
+    tensors = base.contiguous(), *factors, group.argsort(stable=True), group.contiguous()
     row_blocks = config.count(len(delta), "BLOCK_P") * config.count(len(base), "BLOCK_T")
-    return config, kind, tensors, (len(delta), *base.shape, len(basis), basis.shape[2]), row_blocks
+    return config, kind, tensors, (len(delta), *base.shape, len(basis), factors[1].shape[2]), row_blocks

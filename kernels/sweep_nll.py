@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfastcircuits.kernels.common import rounded
 from pyfastcircuits.kernels.effects import (
     SMALL,
     bounds_of,
@@ -33,7 +34,7 @@ from pyfastcircuits.kernels.sweep import (
     rows_of,
     spread,
 )
-from pyfastcircuits.kernels.tile import load_left, multiply, tiles_of, work_type
+from pyfastcircuits.kernels.tile import load_parts, multiply_basis, row_length, tiles_of, work_type
 from pyfastcircuits.shapes import check_sweep, register_outputs, sweep_nll_outputs, work_dtype
 
 LANES = tl.constexpr(8)  # partial sums of a row: a thread shares none of them while it walks over tiles
@@ -48,8 +49,10 @@ def _walk(
     lse,  # [BLOCK_T]
     bar,  # [BLOCK_T]
     left,
+    left_rest,
     rows,
-    start,
+    basis,
+    g,
     stride,
     vocabulary,
     first,
@@ -70,12 +73,14 @@ def _walk(
     raised = tl.zeros([M, LANES], T)
     size = tl.zeros([M, LANES], T)
     mean = tl.zeros([M, LANES], T)
+    clean = clean_tile(base, first * BLOCK_V + tl.arange(0, BLOCK_V), vocabulary)
     for tile in range(first, end):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        clean = clean_tile(base, columns, vocabulary)
+        # The next tile's clean logits come while this one's product is made.
+        following = clean_tile(base, columns + BLOCK_V, vocabulary)
         log_p = log_probability(clean, lse, CAP)
         p = spread(probability(log_p, clean, bar), P)
-        x = multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
+        x = multiply_basis(left, left_rest, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION)
         if scale is not None:
             x = x * scale[:, None] + spread(stretchable(log_p, clean, CAP), P) * less_1[:, None]
         if CAP is not None:
@@ -89,14 +94,15 @@ def _walk(
             size += sums[3]
         if MEANS:
             mean += lanes(p * x, LANES)
+        clean = following
     return tl.sum(gain, 1), tl.sum(total, 1), tl.sum(raised, 1), tl.sum(size, 1), tl.sum(mean, 1)
 
 
 @triton.jit
 def sweep_nll_kernel(
     base,  # [T, V]
-    delta,  # [P, T, r]
-    basis,  # [G, r, stride]
+    delta,  # this and basis as `common.for_products` makes them
+    basis,
     order,  # [P] ablations sorted by group
     group,  # [P]
     scale,  # [P, T] or None
@@ -131,8 +137,8 @@ def sweep_nll_kernel(
     place = tl.minimum(block // tl.cdiv(pairs, BLOCK_P) * BLOCK_T + tl.arange(0, BLOCK_T), positions - 1)
     lse = tl.load(clean_lse + place)
     bar = tl.load(bar + place)
-    rows = delta + out * RANK
-    left = load_left(rows, 0, RANK, BLOCK_K)
+    rows = delta + out * row_length(RANK, PRECISION)
+    left, left_rest = load_parts(rows, RANK, BLOCK_K, PRECISION)
     less_1 = None
     if scale is not None:
         stretch = tl.load(scale + out).to(tl.float64)
@@ -143,18 +149,17 @@ def sweep_nll_kernel(
     MEANS: tl.constexpr = means is not None
     g = next_group(home, -1, groups)
     while g < groups:
-        start = basis + g * RANK * stride
         here = inside & (home == g)
         where = split.to(tl.int64) * pairs * positions + out
         if far:
             gain, total, more, size, mean = _walk(
-                base, scale, less_1, lse, bar, left, rows, start, stride, vocabulary, first, end,
-                RANK, BLOCK_V, PRECISION, CAP, True, MEANS,
+                base, scale, less_1, lse, bar, left, left_rest, rows, basis, g, stride, vocabulary, first,
+                end, RANK, BLOCK_V, PRECISION, CAP, True, MEANS,
             )  # fmt: skip
         else:
             gain, total, more, size, mean = _walk(
-                base, scale, less_1, lse, bar, left, rows, start, stride, vocabulary, first, end,
-                RANK, BLOCK_V, PRECISION, CAP, False, MEANS,
+                base, scale, less_1, lse, bar, left, left_rest, rows, basis, g, stride, vocabulary, first,
+                end, RANK, BLOCK_V, PRECISION, CAP, False, MEANS,
             )  # fmt: skip
         tl.store(gains + where, gain, here)
         tl.store(totals + where, total, here)
@@ -190,7 +195,8 @@ def sweep_nll_triton(
     if 0 in (sizes["P"], *base.shape):
         return nothing(sweep_nll_outputs(base, delta, basis, tokens, group, scale, clean_lse, mean))
     config, kind, tensors, counts, row_blocks = prepared("sweep_nll", sizes, base, delta, basis, group, precision)
-    base, delta, basis, order, group = tensors
+    base, left, right, order, group = tensors
+    delta, basis = rounded(delta, kind), rounded(basis, kind)
     work, clean_lse = work_dtype(base), clean_lse.double().contiguous()
     bounds = bounds_of(delta, basis, group, work)
     if scale is not None:
@@ -203,7 +209,7 @@ def sweep_nll_triton(
     def summed(bar: Tensor) -> tuple[Tensor, ...]:
         sums = base.new_empty(5 if mean and cap else 4, config.splits, *bounds.shape, dtype=work).unbind()
         sweep_nll_kernel[(row_blocks * config.splits,)](
-            base, delta, basis, order, group, scale, clean_lse, bar, bounds, *sums, *[None] * (5 - len(sums)),
+            base, left, right, order, group, scale, clean_lse, bar, bounds, *sums, *[None] * (5 - len(sums)),
             *counts, config.splits, tiles, **constants, **options,
         )  # fmt: skip
         return sums

@@ -5,16 +5,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.sweep import block_and_split, clean_rows, logits_of, next_group, prepared, rows_of
-from pyfastcircuits.kernels.tile import load_left, tiles_of
+from pyfastcircuits.kernels.sweep import (
+    block_and_split,
+    clean_rows,
+    clean_tile,
+    logits_of,
+    next_group,
+    prepared,
+    rows_of,
+)
+from pyfastcircuits.kernels.tile import load_parts, row_length, tiles_of
 from pyfastcircuits.shapes import check_sweep, register_outputs, target_ranks_outputs, work_dtype
 
 
 @triton.jit
 def target_ranks_kernel(
     base,  # [T, V]
-    delta,  # [P, T, r]
-    basis,  # [G, r, stride]
+    delta,  # this and basis as `common.for_products` makes them
+    basis,
     order,  # [P] ablations sorted by group
     group,  # [P]
     tokens,  # [T]
@@ -38,20 +46,25 @@ def target_ranks_kernel(
     block, split = block_and_split(pairs, splits, BLOCK_P)
     out, t, home, _poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
-    rows = delta + out * RANK
-    left = load_left(rows, 0, RANK, BLOCK_K)
+    rows = delta + out * row_length(RANK, PRECISION)
+    left, left_rest = load_parts(rows, RANK, BLOCK_K, PRECISION)
     bar = tl.load(thresholds + out)
     token = tl.load(tokens + t)
     first, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
     g = next_group(home, -1, groups)
     while g < groups:
-        start = basis + g * RANK * stride
         count = tl.zeros([BLOCK_P * BLOCK_T], tl.int32)
+        clean = clean_tile(base, first * BLOCK_V + tl.arange(0, BLOCK_V), vocabulary)
         for tile in range(first, end):
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            logits = logits_of(base, left, rows, start, stride, columns, vocabulary, RANK, PRECISION, None)
+            # The next tile's clean logits come while this one's product is made.
+            following = clean_tile(base, columns + BLOCK_V, vocabulary)
+            logits = logits_of(
+                clean, left, left_rest, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION, None
+            )
             others = (columns < vocabulary)[None, :] & (columns[None, :] != token[:, None])
             count += tl.sum(((logits > bar[:, None]) & others).to(tl.int32), 1)
+            clean = following
         # Integers add up to the same in any order.
         tl.atomic_add(ranks + out, count.to(tl.int64), inside & (home == g), sem="relaxed")
         g = next_group(home, g, groups)

@@ -10,6 +10,8 @@ import os
 import triton
 import triton.language as tl
 
+from pyfastcircuits.kernels.configs import BY_COLUMNS
+
 # The interpreter multiplies the bit patterns of bfloat16 operands.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -24,6 +26,12 @@ def work_type(element):
 def input_precision(kind):
     """How tl.dot multiplies fp32 operands, by the name that `configs.arithmetic` has for it; others it does not ask."""
     return kind if kind in ("tf32", "tf32x3") else "ieee"
+
+
+@triton.constexpr_function
+def by_columns(kind):
+    """Whether a basis is read column by column."""
+    return kind in BY_COLUMNS
 
 
 @triton.jit
@@ -118,3 +126,83 @@ def multiply(
             right = load_right(start, stride, columns, end, first, DEPTH, BLOCK_K)
             total = dot(here, right, total, PRECISION)
     return total
+
+
+@triton.jit
+def multiply_parts(
+    left,  # [M, BLOCK_K], used where DEPTH <= BLOCK_K, as is the next
+    left_rest,
+    rows,  # [M] pointers to rows of two parts of DEPTH
+    start,
+    rest,  # from the first part of a column to the second
+    columns,  # [N] offsets
+    end,
+    DEPTH: tl.constexpr,
+):
+    """The product [M, N] in fp32 of factors in two parts of TF32, but for that of both second parts."""
+    BLOCK_K: tl.constexpr = left.shape[1]
+    total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    if DEPTH <= BLOCK_K:
+        right = load_right(start, 1, columns, end, 0, DEPTH, BLOCK_K)
+        right_rest = load_right(start + rest, 1, columns, end, 0, DEPTH, BLOCK_K)
+        total = dot(left_rest, right, total, "tf32")
+        total = dot(left, right_rest, total, "tf32")
+        total = dot(left, right, total, "tf32")
+    else:
+        for first in range(0, DEPTH, BLOCK_K):
+            here = load_left(rows, first, DEPTH, BLOCK_K)
+            here_rest = load_left(rows + DEPTH, first, DEPTH, BLOCK_K)
+            right = load_right(start, 1, columns, end, first, DEPTH, BLOCK_K)
+            right_rest = load_right(start + rest, 1, columns, end, first, DEPTH, BLOCK_K)
+            total = dot(here_rest, right, total, "tf32")
+            total = dot(here, right_rest, total, "tf32")
+            total = dot(here, right, total, "tf32")
+    return total
+
+
+@triton.constexpr_function
+def row_length(rank, kind):
+    """Numbers in a row of the left factor, as `common.for_products` lays it out."""
+    return 2 * rank if kind == "tf32x3" else rank
+
+
+@triton.jit
+def load_parts(
+    rows,  # [M] pointers
+    RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The first tile of the left factor, and that of its second part; where there is none, the first again."""
+    left = load_left(rows, 0, RANK, BLOCK_K)
+    if PRECISION == "tf32x3":
+        return left, load_left(rows + RANK, 0, RANK, BLOCK_K)
+    else:  # a branch that is not compiled
+        return left, left
+
+
+@triton.jit
+def multiply_basis(
+    left,  # from load_parts
+    left_rest,
+    rows,
+    basis,  # as `common.for_products` lays it out
+    g,  # group
+    stride,
+    columns,  # [N]
+    vocabulary,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The product [M, N] of rows of the left factor and columns of a group's basis."""
+    if by_columns(PRECISION):
+        start = basis + g * vocabulary * stride
+        columns = columns.to(tl.int64) * stride
+        end = tl.cast(vocabulary, tl.int64) * stride
+        if PRECISION == "tf32x3":
+            return multiply_parts(left, left_rest, rows, start, stride // 2, columns, end, RANK)
+        else:
+            return multiply(left, rows, start, 1, columns, end, RANK, PRECISION)
+    else:  # a branch that is not compiled
+        start = basis + g * RANK * stride
+        return multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
