@@ -20,6 +20,7 @@ import pyfastcircuits
 from pyfastcircuits.kernels.common import ALIGNMENT
 from pyfastcircuits.kernels.configs import arithmetic, choose
 from pyfastcircuits.kernels.diagonal_ranks import diagonal_ranks_kernel
+from pyfastcircuits.kernels.effects import CLEAN_OPTIONS, clean_kernel
 from pyfastcircuits.kernels.exact import FULL_OPTIONS, TOKENS_OPTIONS, full_kernel, tokens_kernel
 from pyfastcircuits.kernels.factored_topk import (
     factored_topk_entries_kernel,
@@ -50,6 +51,8 @@ KERNELS = {
     "tokens_of_pairs_capped": tokens_kernel,
     "full": full_kernel,
     "full_of_pairs_capped": full_kernel,
+    "clean": clean_kernel,
+    "clean_capped": clean_kernel,
 }
 PRODUCTS = {
     "factored_topk_screen": factored_topk_screen_kernel,
@@ -62,7 +65,8 @@ ATTENTION_KERNELS = {
     "frozen_attention": frozen_attention_kernel,
     "frozen_attention_transposed": frozen_attention_kernel,
 }
-EXACT = ("tokens", "tokens_of_pairs_capped", "full", "full_of_pairs_capped")  # in fp64, whatever the precision
+OPTIONS_OF_EXACT = {"tokens": TOKENS_OPTIONS, "full": FULL_OPTIONS, "clean": CLEAN_OPTIONS}
+EXACT = tuple(name for name in KERNELS if name.partition("_")[0] in OPTIONS_OF_EXACT)  # in fp64, whatever the precision
 OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "FFMA", "FFMA2", "LDGSTS")
 
 
@@ -260,8 +264,9 @@ def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
     if name in EXACT:
         types |= dict.fromkeys(("gains", "totals", "means", "gain", "log_total", "mean"), "*fp64")
         constants |= dict.fromkeys(("mean_base", "mean_basis", "scale") if limited else ("first", "second"))
-        options = dict(TOKENS_OPTIONS if name.startswith("tokens") else FULL_OPTIONS)
-        constants |= {"LIMIT": 40.0} | {block: options.pop(block) for block in list(options) if block.isupper()}
+        options = dict(OPTIONS_OF_EXACT[name.partition("_")[0]])
+        types |= {"mass": "*fp64"}
+        constants |= {"LIMIT": 40.0, "COUNT": 16} | {block: options.pop(block) for block in list(options) if block.isupper()}
     elif not limited:
         constants |= {"means": None}
     if not whole:
@@ -270,7 +275,7 @@ def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
         options |= WIDE_OPTIONS if kernel is sweep_nll_kernel and whole else SWEEP_OPTIONS
     if name == "joint_nll_capped":
         options["num_warps"] = CAPPED_WARPS
-    return _compiled(kernel, types, constants, {"stride"}, options, arch, ones)
+    return _compiled(kernel, types, constants, {"stride"} & set(kernel.arg_names), options, arch, ones)
 
 
 def _compiled(
