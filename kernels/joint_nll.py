@@ -77,8 +77,8 @@ def joint_nll_kernel(
         for single in range(singles):
             home, _poison = existing(tl.load(group + single), groups)
             rows = delta + (single * positions + t) * row_length(RANK, PRECISION)
-            left, left_rest = load_parts(rows, RANK, BLOCK_K, PRECISION)
-            product = multiply_basis(left, left_rest, rows, basis, home, stride, columns, vocabulary, RANK, PRECISION)
+            left = load_parts(rows, RANK, BLOCK_K, PRECISION)
+            product = multiply_basis(left, rows, basis, home, stride, columns, vocabulary, RANK, PRECISION)
             tl.store(products + single * TILE + cell, product)
         tl.debug_barrier()
 

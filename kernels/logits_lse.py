@@ -53,7 +53,7 @@ def logits_lse_kernel(
     out, _t, home, poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
     rows = delta + out * row_length(RANK, PRECISION)
-    left, left_rest = load_parts(rows, RANK, BLOCK_K, PRECISION)
+    left = load_parts(rows, RANK, BLOCK_K, PRECISION)
     first, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
     g = next_group(home, -1, groups)
     while g < groups:
@@ -64,9 +64,7 @@ def logits_lse_kernel(
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
             # The next tile's clean logits come while this one's product is made.
             following = clean_tile(base, columns + BLOCK_V, vocabulary)
-            logits = logits_of(
-                clean, left, left_rest, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION, CAP
-            )
+            logits = logits_of(clean, left, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION, CAP)
             highest, total = online_sum(highest, total, logits)
             clean = following
         here = inside & (home == g)

@@ -88,8 +88,7 @@ def spread(x, P: tl.constexpr):
 @triton.jit
 def logits_of(
     clean,  # [BLOCK_T, N]
-    left,
-    left_rest,
+    left,  # from tile.load_parts
     rows,
     basis,
     g,
@@ -103,7 +102,7 @@ def logits_of(
     """The ablated logits [M, N]; -inf in columns from `end` on."""
     # Added after the product: a sum that starts from a large logit would round at every step.
     clean = spread(clean, rows.shape[0] // clean.shape[0])
-    logits = multiply_basis(left, left_rest, rows, basis, g, stride, columns, end, RANK, PRECISION) + clean
+    logits = multiply_basis(left, rows, basis, g, stride, columns, end, RANK, PRECISION) + clean
     if CAP is not None:
         logits = tl.where((columns < end)[None, :], capped(logits, CAP), float("-inf"))
     return logits

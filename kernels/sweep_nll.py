@@ -48,8 +48,7 @@ def _walk(
     less_1,  # [M]: the scale less 1
     lse,  # [BLOCK_T]
     bar,  # [BLOCK_T]
-    left,
-    left_rest,
+    left,  # from tile.load_parts
     rows,
     basis,
     g,
@@ -65,7 +64,7 @@ def _walk(
     MEANS: tl.constexpr,
 ):
     """What `sums_of` gives and, with MEANS, p * change, summed over tiles of the vocabulary; [M] each."""
-    T: tl.constexpr = work_type(left.dtype)
+    T: tl.constexpr = work_type(left[0].dtype)
     M: tl.constexpr = rows.shape[0]
     P: tl.constexpr = M // base.shape[0]
     gain = tl.zeros([M, LANES], T)
@@ -80,7 +79,7 @@ def _walk(
         following = clean_tile(base, columns + BLOCK_V, vocabulary)
         log_p = log_probability(clean, lse, CAP)
         p = spread(probability(log_p, clean, bar), P)
-        x = multiply_basis(left, left_rest, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION)
+        x = multiply_basis(left, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION)
         if scale is not None:
             x = x * scale[:, None] + spread(stretchable(log_p, clean, CAP), P) * less_1[:, None]
         if CAP is not None:
@@ -138,7 +137,7 @@ def sweep_nll_kernel(
     lse = tl.load(clean_lse + place)
     bar = tl.load(bar + place)
     rows = delta + out * row_length(RANK, PRECISION)
-    left, left_rest = load_parts(rows, RANK, BLOCK_K, PRECISION)
+    left = load_parts(rows, RANK, BLOCK_K, PRECISION)
     less_1 = None
     if scale is not None:
         stretch = tl.load(scale + out).to(tl.float64)
@@ -153,12 +152,12 @@ def sweep_nll_kernel(
         where = split.to(tl.int64) * pairs * positions + out
         if far:
             gain, total, more, size, mean = _walk(
-                base, scale, less_1, lse, bar, left, left_rest, rows, basis, g, stride, vocabulary, first,
+                base, scale, less_1, lse, bar, left, rows, basis, g, stride, vocabulary, first,
                 end, RANK, BLOCK_V, PRECISION, CAP, True, MEANS,
             )  # fmt: skip
         else:
             gain, total, more, size, mean = _walk(
-                base, scale, less_1, lse, bar, left, left_rest, rows, basis, g, stride, vocabulary, first,
+                base, scale, less_1, lse, bar, left, rows, basis, g, stride, vocabulary, first,
                 end, RANK, BLOCK_V, PRECISION, CAP, False, MEANS,
             )  # fmt: skip
         tl.store(gains + where, gain, here)

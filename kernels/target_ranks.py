@@ -47,7 +47,7 @@ def target_ranks_kernel(
     out, t, home, _poison, inside = rows_of(order, group, pairs, positions, groups, block, BLOCK_P, BLOCK_T)
     base = clean_rows(base, pairs, positions, vocabulary, block, BLOCK_P, BLOCK_T)
     rows = delta + out * row_length(RANK, PRECISION)
-    left, left_rest = load_parts(rows, RANK, BLOCK_K, PRECISION)
+    left = load_parts(rows, RANK, BLOCK_K, PRECISION)
     bar = tl.load(thresholds + out)
     token = tl.load(tokens + t)
     first, end = tiles_of(split, tiles_a_split, vocabulary, BLOCK_V)
@@ -59,9 +59,7 @@ def target_ranks_kernel(
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
             # The next tile's clean logits come while this one's product is made.
             following = clean_tile(base, columns + BLOCK_V, vocabulary)
-            logits = logits_of(
-                clean, left, left_rest, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION, None
-            )
+            logits = logits_of(clean, left, rows, basis, g, stride, columns, vocabulary, RANK, PRECISION, None)
             others = (columns < vocabulary)[None, :] & (columns[None, :] != token[:, None])
             count += tl.sum(((logits > bar[:, None]) & others).to(tl.int32), 1)
             clean = following

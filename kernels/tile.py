@@ -130,8 +130,7 @@ def multiply(
 
 @triton.jit
 def multiply_parts(
-    left,  # [M, BLOCK_K], used where DEPTH <= BLOCK_K, as is the next
-    left_rest,
+    left,  # the first parts of all its tiles [M, BLOCK_K], then the second ones; used where they are all there are
     rows,  # [M] pointers to rows of two parts of DEPTH
     start,
     rest,  # from the first part of a column to the second
@@ -139,25 +138,44 @@ def multiply_parts(
     end,
     DEPTH: tl.constexpr,
 ):
-    """The product [M, N] in fp32 of factors in two parts of TF32, but for that of both second parts."""
-    BLOCK_K: tl.constexpr = left.shape[1]
-    total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    if DEPTH <= BLOCK_K:
-        right = load_right(start, 1, columns, end, 0, DEPTH, BLOCK_K)
-        right_rest = load_right(start + rest, 1, columns, end, 0, DEPTH, BLOCK_K)
-        total = dot(left_rest, right, total, "tf32")
-        total = dot(left, right_rest, total, "tf32")
-        total = dot(left, right, total, "tf32")
+    """The product [M, N] in fp32 of factors in two parts of TF32, but for that of both second parts.
+
+    Tiles are summed by themselves: tensor cores cut off what they add up, and fp32 rounds it.
+    """
+    M: tl.constexpr = rows.shape[0]
+    BLOCK_K: tl.constexpr = left[0].shape[1]
+    COUNT: tl.constexpr = len(left) // 2
+    total = tl.zeros([M, columns.shape[0]], tl.float32)
+    if DEPTH <= BLOCK_K * COUNT:
+        for tile in tl.static_range(COUNT):
+            total += dot_of_parts(left[tile], left[COUNT + tile], start, rest, columns, end, tile * BLOCK_K, DEPTH)
     else:
         for first in range(0, DEPTH, BLOCK_K):
             here = load_left(rows, first, DEPTH, BLOCK_K)
             here_rest = load_left(rows + DEPTH, first, DEPTH, BLOCK_K)
-            right = load_right(start, 1, columns, end, first, DEPTH, BLOCK_K)
-            right_rest = load_right(start + rest, 1, columns, end, first, DEPTH, BLOCK_K)
-            total = dot(here_rest, right, total, "tf32")
-            total = dot(here, right_rest, total, "tf32")
-            total = dot(here, right, total, "tf32")
+            total += dot_of_parts(here, here_rest, start, rest, columns, end, first, DEPTH)
     return total
+
+
+@triton.jit
+def dot_of_parts(
+    left,  # [M, BLOCK_K]
+    left_rest,
+    start,
+    rest,
+    columns,  # [N] offsets
+    end,
+    first,  # inner index
+    DEPTH: tl.constexpr,
+):
+    """What one tile adds to multiply_parts."""
+    BLOCK_K: tl.constexpr = left.shape[1]
+    right = load_right(start, 1, columns, end, first, DEPTH, BLOCK_K)
+    right_rest = load_right(start + rest, 1, columns, end, first, DEPTH, BLOCK_K)
+    total = tl.zeros([left.shape[0], columns.shape[0]], tl.float32)
+    total = dot(left_rest, right, total, "tf32")
+    total = dot(left, right_rest, total, "tf32")
+    return dot(left, right, total, "tf32")
 
 
 @triton.constexpr_function
@@ -173,18 +191,23 @@ def load_parts(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The first tile of the left factor, and that of its second part; where there is none, the first again."""
-    left = load_left(rows, 0, RANK, BLOCK_K)
-    if PRECISION == "tf32x3":
-        return left, load_left(rows + RANK, 0, RANK, BLOCK_K)
+    """What multiply_basis keeps of the left factor: a tile; of one in two parts two tiles of each, if that is all."""
+    if PRECISION != "tf32x3":
+        return (load_left(rows, 0, RANK, BLOCK_K),)
+    elif RANK > BLOCK_K and RANK <= 2 * BLOCK_K:
+        return (
+            load_left(rows, 0, RANK, BLOCK_K),
+            load_left(rows, BLOCK_K, RANK, BLOCK_K),
+            load_left(rows + RANK, 0, RANK, BLOCK_K),
+            load_left(rows + RANK, BLOCK_K, RANK, BLOCK_K),
+        )
     else:  # a branch that is not compiled
-        return left, left
+        return load_left(rows, 0, RANK, BLOCK_K), load_left(rows + RANK, 0, RANK, BLOCK_K)
 
 
 @triton.jit
 def multiply_basis(
     left,  # from load_parts
-    left_rest,
     rows,
     basis,  # as `common.for_products` lays it out
     g,  # group
@@ -200,9 +223,9 @@ def multiply_basis(
         columns = columns.to(tl.int64) * stride
         end = tl.cast(vocabulary, tl.int64) * stride
         if PRECISION == "tf32x3":
-            return multiply_parts(left, left_rest, rows, start, stride // 2, columns, end, RANK)
+            return multiply_parts(left, rows, start, stride // 2, columns, end, RANK)
         else:
-            return multiply(left, rows, start, 1, columns, end, RANK, PRECISION)
+            return multiply(left[0], rows, start, 1, columns, end, RANK, PRECISION)
     else:  # a branch that is not compiled
         start = basis + g * RANK * stride
-        return multiply(left, rows, start, stride, columns, stride, RANK, PRECISION)
+        return multiply(left[0], rows, start, stride, columns, stride, RANK, PRECISION)
