@@ -100,7 +100,7 @@ multiply-adds, integers and comparisons, exponentials, shared memory, issue slot
 is a lower bound, and of all pipes in turn, as where barriers part what a program does. A test fails where a change moves
 one by more than a tenth. They are predicted, not measured: no warp waits in them, and of a call only its largest kernels
 are counted. Nearest are products in fp32, which loads from shared memory bind and not multiply-adds; farthest is
-`joint_nll`, whose programs wait for what they have just stored.
+`frozen_attention` in "ieee", whose weights are parted anew for every product.
 
 """
 

@@ -93,7 +93,7 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     blocks = {"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
     # Four warps hold a tile on sm_90, but not beside a left factor that is in two parts, or loaded anew at every step.
     crowded = rows > 64 and (rank > DEEPEST[dtype] or arch != 90)
-    num_warps = 8 if crowded or dtype == "tf32x3" else 4
+    num_warps = 8 if crowded or dtype in BY_COLUMNS else 4
     # Copies that run ahead of products in parts would take the last registers but on sm_90.
     num_stages = {"bf16": 3, "tf32x3": 2 if arch == 90 else 1}.get(dtype, 2)
     return Config(blocks, splits, num_warps, num_stages)
@@ -101,15 +101,17 @@ def _sweep_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
 
 def _joint_nll(shape: dict[str, int], dtype: str, arch: int) -> Config:
     positions, vocabulary, rank = (shape[name] for name in "TVr")
-    rows, block_v = (64 if dtype == "bf16" else 32, 64) if arch == 90 else (32 if dtype == "tf32x3" else 64, 32)
-    block_t = min(ROWS[dtype], rows, max(16, _power_above(positions)))
-    # There are no more programs than can run at a time: each has a scratch, and all of those have to fit the L2 cache.
+    block_t = min(ROWS[dtype], 64, max(16, _power_above(positions)))
+    parted = dtype == "tf32x3" and arch != 90
+    block_v = 64 if dtype == "bf16" and arch == 90 else 16 if parted and arch >= 100 else 32
+    # Each program has a scratch, so there are few, that scratches may stay in the L2 cache; on an H200 twice as many as
+    # fit it were faster still.
     wanted = _blocks((4 if arch == 90 else 2) * MULTIPROCESSORS.get(arch, 132), _blocks(positions, block_t))
     splits = max(1, min(wanted, _blocks(vocabulary, block_v)))
     block_k = min(_depth(rank, dtype), 32 if dtype == "tf32x3" else 128)
     blocks = {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k}
-    num_warps = 8 if dtype == "fp64" else 4
-    return Config(blocks, splits, num_warps, num_stages=2)
+    num_warps = 8 if parted or dtype == "fp64" else 4
+    return Config(blocks, splits, num_warps, num_stages=1 if parted and arch >= 100 else 2)
 
 
 def _pair_norms(shape: dict[str, int], dtype: str, arch: int) -> Config:

@@ -154,4 +154,4 @@ def test_predictions_stand_beside_measurements() -> None:
     gpu, ratios = predictions.ratios(RESULTS.read_text(), list(CAPTIONS), predictions.committed())
     assert gpu in GPUS
     assert {"pairs: triton bf16", "entries: ranks: triton", "attention: triton tf32"} <= ratios.keys()
-    assert "sweep: triton bf16" not in ratios  # its kernel is another now
+    assert "joint: r=64: triton bf16" not in ratios  # its kernel is another now

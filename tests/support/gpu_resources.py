@@ -266,7 +266,9 @@ def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
         constants |= dict.fromkeys(("mean_base", "mean_basis", "scale") if limited else ("first", "second"))
         options = dict(OPTIONS_OF_EXACT[name.partition("_")[0]])
         types |= {"mass": "*fp64"}
-        constants |= {"LIMIT": 40.0, "COUNT": 16} | {block: options.pop(block) for block in list(options) if block.isupper()}
+        constants |= {"LIMIT": 40.0, "COUNT": 16} | {
+            block: options.pop(block) for block in list(options) if block.isupper()
+        }
     elif not limited:
         constants |= {"means": None}
     if not whole:
