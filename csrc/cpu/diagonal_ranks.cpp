@@ -81,7 +81,6 @@ struct Ranks {
       if (panel % kPanelsALook == 0) look_for_interrupt();
       walk.panel(panel, 0, blocks);
     }
-    walk.finish();
     for (int64_t row = first_row; row < end_row; ++row) s.ranks[row] += counts.data[row - first_row];
   }
 

@@ -269,7 +269,6 @@ struct Search {
       }
       walk.panel(panel, 0, blocks);
     }
-    walk.finish();
   }
 
   static void search(const TopkArguments& s, const Stripe& stripe, int64_t first, int64_t end, Candidates* candidates) {

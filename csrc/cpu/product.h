@@ -38,18 +38,18 @@ struct Tile {
 };
 
 // How many panels a tile may span: what is done once for each row of a tile is little beside several panels of it.
-inline constexpr int64_t kTogether = kSpareRegisters ? 1 : 4;
+inline constexpr int64_t kTogether = 4;
 static_assert(kPanelsAStripe % kTogether == 0);
 static inline int64_t tiles_of(int64_t panels) { return (panels + kTogether - 1) / kTogether; }
 
-// The walk over the tiles of a product, block after block for each panel. With spare registers two buffers take turns:
-// while multiply() fills one, the op consumes the tile in the other, in the shadow of the multiply-adds. Else a tile is
-// consumed when it is made. An Op has
-//   Tile: what it needs to know of a tile; `products` is where they are, or null in a Tile{};
+// The walk over the tiles of a product, block after block for each panel. A tile is consumed when it is made. To
+// consume it in the shadow of the next one's multiply-adds was slower where it was measured (AVX-512): the accumulators
+// leave too few registers for two loops at once. An Op has
+//   Tile: what it needs to know of a tile; `products` is where they are;
 //   next(products, block, panel): the Tile to make next; its products may go to memory of the op's own;
 //   more(tile, i): where the products of the i-th panel after the tile's go, if it has several;
-//   consume(tile, i): takes row i of a tile. It must be always_inline: a call would spill the accumulators it runs
-//     beside. It returns nothing, or whether the row is to be looked at again: then the op also has
+//   consume(tile, i): takes row i of a tile. It returns nothing, or whether the row is to be looked at again: then the
+//     op also has
 //   revisit(tile, rows): looks at rows of a consumed tile again, a bit for each.
 template <class Scheme, class Op>
 class Walk {
@@ -63,54 +63,33 @@ class Walk {
   Walk(Op& op, const Left* blocks, const Right* panels, int64_t depth)
       : op(op), blocks(blocks), panels(panels), depth(depth) {}
 
-  // Multiplies blocks first..end by one panel; without spare registers by up to kTogether panels, next() permitting.
+  // Multiplies blocks first..end by one panel, or by up to kTogether panels, next() permitting.
   void panel(int64_t panel, int64_t first_block, int64_t end_block, int64_t count = 1) {
     for (int64_t block = first_block; block < end_block; ++block) {
-      T* const free = kSpareRegisters && waiting.products == buffers[0] ? buffers[1] : buffers[0];
-      const Tile next = op.next(free, block, panel);
+      const Tile tile = op.next(buffer, block, panel);
       const Left* rows = blocks + block * kRows * depth;
       const Right* columns = panels + panel * kWidth<Scheme> * depth;
-      if (kSpareRegisters && waiting.products != nullptr)
-        look_again(advance(op, waiting, next.products, rows, columns, depth));
-      else
-        start(next.products, rows, columns, depth);
-      if constexpr (requires { op.more(next, 1); })
+      make(tile.products, rows, columns);
+      if constexpr (requires { op.more(tile, 1); })
         for (int64_t more = 1; more < count; ++more)
-          start(op.more(next, more), rows, columns + more * kWidth<Scheme> * depth, depth);
-      waiting = next;
-      if (!kSpareRegisters) finish();
+          make(op.more(tile, more), rows, columns + more * kWidth<Scheme> * depth);
+      consume(tile);
     }
   }
 
-  // Consumes the last tile.
-  void finish() {
-    unsigned rows = 0;
-    for (int i = 0; i < kRows && waiting.products != nullptr; ++i) rows |= consume(op, waiting, i);
-    look_again(rows);
-    waiting.products = nullptr;
-  }
-
  private:
-  [[gnu::always_inline]] static unsigned consume(Op& op, const Tile& tile, int i) {
-    if constexpr (requires { op.revisit(tile, 0U); }) return static_cast<unsigned>(op.consume(tile, i)) << i;
-    op.consume(tile, i);
-    return 0;
+  void consume(const Tile& tile) {
+    if constexpr (requires { op.revisit(tile, 0U); }) {
+      unsigned again = 0;
+      for (int i = 0; i < kRows; ++i) again |= static_cast<unsigned>(op.consume(tile, i)) << i;
+      if (again != 0) op.revisit(tile, again);
+    } else {
+      for (int i = 0; i < kRows; ++i) op.consume(tile, i);
+    }
   }
 
-  void look_again(unsigned rows) {
-    if constexpr (requires { op.revisit(waiting, rows); })
-      if (rows != 0) op.revisit(waiting, rows);
-  }
-
-  // Multiplies a block by a panel while the tile before is consumed. Not inlined: the accumulators need every register.
-  [[gnu::noinline]] static unsigned advance(Op& op, const Tile before, T* products, const Left* rows,
-                                            const Right* columns, int64_t depth) {
-    unsigned again = 0;
-    multiply<Scheme>(products, rows, columns, depth, FromZero{},
-                     [&](int i) __attribute__((always_inline)) { again |= consume(op, before, i); });
-    return again;
-  }
-  [[gnu::noinline]] static void start(T* products, const Left* rows, const Right* columns, int64_t depth) {
+  // Not inlined: the accumulators need every register.
+  [[gnu::noinline]] void make(T* products, const Left* rows, const Right* columns) const {
     multiply<Scheme>(products, rows, columns, depth);
   }
 
@@ -118,8 +97,7 @@ class Walk {
   const Left* const blocks;
   const Right* const panels;
   const int64_t depth;
-  alignas(64) T buffers[2][kTogether * kRows * kWidth<Scheme>];
-  Tile waiting{};  // to be consumed
+  alignas(64) T buffer[kTogether * kRows * kWidth<Scheme>];
 };
 
 // Panels that a task walks over between two looks for an interrupt.

@@ -32,12 +32,6 @@ inline constexpr int kRows = 6;  // 18 accumulators of 32 registers
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRows = 3;
 #endif
-// Whether registers are left beside the accumulators, for what consumes one tile while the next is multiplied.
-#if defined(__AVX512F__) || defined(__aarch64__)
-inline constexpr bool kSpareRegisters = true;
-#else
-inline constexpr bool kSpareRegisters = false;
-#endif
 inline constexpr int kVectors = 3;  // rows divide the columns of a panel, for every type
 
 template <class T>

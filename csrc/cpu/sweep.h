@@ -69,10 +69,10 @@ struct SweepGroup {
 //     is -1 where the row only fills a block.
 //   plain(columns): whether a stripe of so many columns asks for nothing special. consume<true> is for such stripes
 //     alone, and has no code for the rest.
-//   consume<kPlain>(tile, i): takes row i of a tile. It must be always_inline, as everything that Walk calls.
+//   consume<kPlain>(tile, i): takes row i of a tile.
 struct Epilogue {
   static constexpr bool kBounds = false;  // whether norms of rows and of columns are wanted
-  // Where to leave the products of a tile; those in `given` last until the tile after the next is made.
+  // Where to leave the products of a tile; those in `given` last until the next tile is made.
   template <class T>
   T* place(T* given, int64_t /*block*/, int64_t panel) const {
     return given + panel % kTogether * kRows * kColumns<T>;
@@ -273,7 +273,6 @@ struct Sweep {
                     last ? first + columns : first, mine * tiles_of(across));
       for (int64_t panel = 0; panel < across; panel += kTogether)
         walk.panel(panel, done, done + mine, smaller(kTogether, across - panel));
-      walk.finish();
       op.group_done(SweepGroup<Scheme>{left.data, panels.data, depth, done * kRows, end - o});
       done += mine;
     }

@@ -237,10 +237,9 @@ struct Nothing {
 // tile = start + block times panel, [kRows][kColumns].
 // start(i) points at the kColumns values that row i starts from, or is null for zeros. A sum of many products starts
 // from zeros or from a part of that sum, since every multiply-add rounds at the size of what it adds to.
-// meanwhile(i) is called for i in 0..kRows-1, spread over the multiply-adds: an epilogue that consumes row i of the
-// tile before this one runs in the shadow of this one's arithmetic. kStride is the distance between the block's steps,
-// for a block that is a part of something wider; kAcross is how many vectors of a panel's row are multiplied, for a
-// tile and a panel that begin within wider ones.
+// meanwhile(i) is called for i in 0..kRows-1, spread over the multiply-adds, to fetch what comes next. kStride is the
+// distance between the block's steps, for a block that is a part of something wider; kAcross is how many vectors of a
+// panel's row are multiplied, for a tile and a panel that begin within wider ones.
 template <class Scheme, int kStride = kRows, int kAcross = kVectors, class Start = FromZero, class Meanwhile = Nothing>
 static inline void multiply(typename Scheme::Accumulator* tile, const typename Scheme::Left* block,
                             const typename Scheme::Right* panel, int64_t count, Start start = {},
