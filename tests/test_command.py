@@ -156,8 +156,8 @@ class TestProgress:
         assert "/s" in bar._console.file.getvalue()
 
     def test_lines_without_a_terminal(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(report, "SECONDS", 0.05)
-        result = CliRunner().invoke(app, ["sweep", "--sequences", "40", "--out", str(tmp_path / ("deep" * 40))])
+        monkeypatch.setattr(report, "SECONDS", 0.01)
+        result = CliRunner().invoke(app, ["sweep", "--sequences", "12", "--out", str(tmp_path / ("deep" * 40))])
         assert result.exit_code == 0, result.output
         lines = [line for line in result.stderr.splitlines() if " so far" in line]
         assert len(lines) > 3
