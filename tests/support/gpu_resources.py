@@ -376,7 +376,9 @@ def main() -> None:
         [(arch, _, used)] = resources(compiled.cubin)
         name = f"triton {name}{' '.join(map(str, variant[:-1]))}"
         instructions = " ".join(sorted(compiled.tensor_instructions()))
-        print(f"{name:76} {arch:6} {used.registers:>9} {compiled.shared:>7} {used.stack:>5}  {instructions}", flush=True)
+        print(
+            f"{name:76} {arch:6} {used.registers:>9} {compiled.shared:>7} {used.stack:>5}  {instructions}", flush=True
+        )
     for arch, name, used in resources(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else []:
         print(f"{'cuda ' + name:76} {arch:6} {used.registers:>9} {used.shared:>7} {used.stack:>5}")
 
