@@ -13,7 +13,7 @@ SEED ?= 0
 LENS_BIN = .venv-lens-$*/bin
 FIRST = $(firstword $(LENS))
 
-.PHONY: build developed report site wheels sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize arm arm-build arm-check gpu clean
+.PHONY: build developed report site wheels sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize sanitized arm arm-build arm-check gpu clean
 
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -124,10 +124,12 @@ format: developed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # AddressSanitizer and UBSan over the op tests, on a build of its own.
-sanitize: developed
-	PYFASTCIRCUITS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+sanitize: sanitized developed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -s -m sanitize
+
+sanitized: | $(BIN)/pyfastcircuits
+	PYFASTCIRCUITS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 
 # Compiled for 64-bit Arm on another machine, and the op tests run there on every tier, in qemu: for once a week.
 arm: | $(BIN)/pyfastcircuits

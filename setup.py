@@ -71,9 +71,13 @@ class CMakeBuild(build_ext):
             for file in (*folder.glob("cpython-*"), folder / "CMakeCache.txt"):
                 file.unlink(missing_ok=True)
         definitions = [f"-D{key}={value}" for key, value in settings.items()]
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), "-GNinja", *definitions], check=True)
+        # Those of this environment, active or not: another version of CMake would compile everything again.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        cmake, environment = shutil.which("cmake", path=path) or "cmake", os.environ | {"PATH": path}
+        configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-GNinja", *definitions]
+        subprocess.run(configure, check=True, env=environment)
         made_for.touch()
-        subprocess.run(["cmake", "--build", str(folder)], check=True)
+        subprocess.run([cmake, "--build", str(folder)], check=True, env=environment)
 
 
 setup(

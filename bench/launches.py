@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from support.gpu_resources import (
     AttentionVariant,
+    Compiled,
     PairVariant,
     ProductVariant,
     Variant,
@@ -53,7 +54,7 @@ class Launch:
     nests: tuple[Nest, ...]
     memory: float  # bytes that are read or written at least once
     variant: object = None
-    compiler: Callable[..., tuple[bytes, int]] | None = None
+    compiler: Callable[..., Compiled] | None = None
     marks: str = ARITHMETIC  # opcodes of what it has to do, for sass.way_through
     most: int = 1 << 30
     skips: bool = False  # nearly all tiles, without multiplying them

@@ -76,7 +76,7 @@ def machine_code(launch: Launch) -> tuple[list[Instruction], int]:
     if launch.compiler is None:
         [code] = [code for name, code in _library(launch.arch) if f"{launch.name}Iff" in name]
         return code, CUDA_THREADS // 32
-    cubin, _ = launch.compiler(launch.variant)
+    cubin = launch.compiler(launch.variant).cubin
     [(_, _, code)] = functions(sass(cubin))
     threads = struct.unpack_from("<3I", cubin, cubin.index(REQUIRED_THREADS) + len(REQUIRED_THREADS))
     return code, prod(threads) // 32

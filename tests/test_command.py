@@ -156,8 +156,8 @@ class TestProgress:
         assert "/s" in bar._console.file.getvalue()
 
     def test_lines_without_a_terminal(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(report, "SECONDS", 0.05)
-        result = CliRunner().invoke(app, ["sweep", "--sequences", "40", "--out", str(tmp_path / ("deep" * 40))])
+        monkeypatch.setattr(report, "SECONDS", 0.01)
+        result = CliRunner().invoke(app, ["sweep", "--sequences", "12", "--out", str(tmp_path / ("deep" * 40))])
         assert result.exit_code == 0, result.output
         lines = [line for line in result.stderr.splitlines() if " so far" in line]
         assert len(lines) > 3
@@ -341,7 +341,14 @@ class TestOutput:
     def test_a_check_that_fails(self, monkeypatch):
         from pyfastcircuits.command import check, validation
 
-        monkeypatch.setattr(check, "corpus_tokens", lambda shown, held_out: texts.corpus_tokens(shown, True))
+        tokens = []  # the same each time
+
+        def held_out_tokens(shown, held_out):
+            if not tokens:
+                tokens.append(texts.corpus_tokens(shown, True))
+            return tokens[0]
+
+        monkeypatch.setattr(check, "corpus_tokens", held_out_tokens)
         for errors, code in (((0.0, 1e-9), 0), ((0.0, 1e-3), 1), ((0.0, float("nan")), 1)):
             monkeypatch.setattr(validation, "rebuilt_errors", lambda *a, errors=errors: errors)
             result = run("tables", "bigram-0l", "--check", "--json")

@@ -266,9 +266,7 @@ ADVERSARIES = [
 
 
 @pytest.mark.bf16_dots
-@pytest.mark.parametrize("make", ADVERSARIES)
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("shift", [None, 0.0, 1.0, 1e5, 1e38])
+@pytest.mark.matrix(make=ADVERSARIES, largest=[True, False], shift=[None, 0.0, 1.0, 1e5, 1e38])
 def test_a_screen_changes_nothing(make, largest, shift):
     """Repeated far enough that thresholds stand long before the last entries come."""
     A, B = make(torch.Generator().manual_seed(1))

@@ -35,11 +35,11 @@ def test_ranks(r: int) -> None:
     check(joint(make(S := 3, T=19, V=147, r=r), 2 * S))
 
 
-@pytest.mark.parametrize(
-    ("S", "T", "V", "G", "K", "P"), [(1, 1, 1, 1, 0, 1), (5, 5, 65, 4, 3, 12), (2, 70, 100, 2, 2, 3)]
+@pytest.mark.matrix(
+    shape=[(1, 1, 1, 1, 0, 1), (5, 5, 65, 4, 3, 12), (2, 70, 100, 2, 2, 3)], mean=[False, True], cap=[None, 30.0]
 )
-@pytest.mark.matrix(mean=[False, True], cap=[None, 30.0])
-def test_shapes(S: int, T: int, V: int, G: int, K: int, P: int, mean: bool, cap: float | None) -> None:
+def test_shapes(shape: tuple[int, ...], mean: bool, cap: float | None) -> None:
+    S, T, V, G, K, P = shape
     check(joint(make(S, T, V, r=6, G=G, K=K, mean=mean, cap=cap), P), cap)
 
 

@@ -39,9 +39,11 @@ def test_ranks(r: int) -> None:
     check(make(P=3, T=19, V=147, r=r, mean=True))
 
 
-@pytest.mark.parametrize(("P", "T", "V", "G", "K"), [(1, 1, 1, 1, 0), (11, 5, 65, 4, 3), (2, 40, 90, 2, 2)])
-@pytest.mark.matrix(scale=[False, True], mean=[False, True])
-def test_shapes(P: int, T: int, V: int, G: int, K: int, scale: bool, mean: bool) -> None:
+@pytest.mark.matrix(
+    shape=[(1, 1, 1, 1, 0), (11, 5, 65, 4, 3), (2, 40, 90, 2, 2)], scale=[False, True], mean=[False, True]
+)
+def test_shapes(shape: tuple[int, ...], scale: bool, mean: bool) -> None:
+    P, T, V, G, K = shape
     check(make(P, T, V, r=6, G=G, K=K, scale=scale, mean=mean))
 
 
@@ -52,10 +54,9 @@ def test_empty(shape: tuple[int, int, int]) -> None:
         assert torch.equal(ours, right)
 
 
-@pytest.mark.matrix(dtype=[torch.float32, torch.bfloat16, torch.float64], cap=[None, 0.3, 30.0])
-def test_dtypes_and_caps(dtype: torch.dtype, cap: float | None) -> None:
-    for scale in (False, True):
-        check(make(P=5, T=9, V=70, r=21, G=2, K=2, scale=scale, mean=True, dtype=dtype, cap=cap), cap=cap)
+@pytest.mark.matrix(dtype=[torch.float32, torch.bfloat16, torch.float64], cap=[None, 0.3, 30.0], scale=[False, True])
+def test_dtypes_and_caps(dtype: torch.dtype, cap: float | None, scale: bool) -> None:
+    check(make(P=5, T=9, V=70, r=21, G=2, K=2, scale=scale, mean=True, dtype=dtype, cap=cap), cap=cap)
 
 
 @pytest.mark.matrix(bound=[1e-9, 1e-4, 0.44, 0.46, 14.9, 15.1, 39.9, 40.1, 500.0], cap=[None, 30.0])

@@ -3,7 +3,6 @@
 `python tests/support/gpu_resources.py` prints the table.
 """
 
-import functools
 import re
 import shutil
 import subprocess
@@ -67,7 +66,7 @@ ATTENTION_KERNELS = {
 }
 OPTIONS_OF_EXACT = {"tokens": TOKENS_OPTIONS, "full": FULL_OPTIONS, "clean": CLEAN_OPTIONS}
 EXACT = tuple(name for name in KERNELS if name.partition("_")[0] in OPTIONS_OF_EXACT)  # in fp64, whatever the precision
-OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "FFMA", "FFMA2", "LDGSTS")
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}  # as PTX names their instructions
 
 
 class Variant(NamedTuple):
@@ -113,6 +112,21 @@ class AttentionVariant(NamedTuple):
     rank: int
     whole: bool  # with pre, post, mask and a soft cap
     arch: int
+
+
+class Compiled(NamedTuple):
+    """What is made of one specialisation."""
+
+    cubin: bytes
+    shared: int  # dynamic shared memory, in bytes
+    ptx: str  # which ptxas has made the cubin of
+
+    def tensor_instructions(self) -> set[str]:
+        """The kinds of tensor-core instructions, with types and most shapes; each becomes one of the machine code's.
+
+        They are read from the PTX, because machine code takes as long to print as to compile.
+        """
+        return set(re.findall(rf"^\s*(?:@\S+\s+)?((?:{'|'.join(TENSOR_CORES.values())})\.[\w.:]+)", self.ptx, re.M))
 
 
 class Resources(NamedTuple):
@@ -179,8 +193,8 @@ def product_variants() -> Iterator[ProductVariant]:
                     yield ProductVariant(kernel, dtype, precision, rank, segment, segment == 16, 90)
 
 
-def compile_product(variant: ProductVariant, ones: bool = False) -> tuple[bytes, int]:
-    """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small's vocabulary."""
+def compile_product(variant: ProductVariant, ones: bool = False) -> Compiled:
+    """Compiled as the launcher would for GPT-2 small's vocabulary."""
     name, dtype, precision, rank, segment, whole, arch = variant
     op = "diagonal_ranks" if name == "diagonal_ranks" else "factored_topk"
     kind = arithmetic(op, dtype, precision)
@@ -210,8 +224,8 @@ def attention_variants() -> Iterator[AttentionVariant]:
             yield AttentionVariant(kernel, dtype, precision, 128, True, 90)
 
 
-def compile_attention(variant: AttentionVariant, ones: bool = False) -> tuple[bytes, int]:
-    """The cubin and its dynamic shared memory, compiled as the launcher would for 12 heads and 7 streams."""
+def compile_attention(variant: AttentionVariant, ones: bool = False) -> Compiled:
+    """Compiled as the launcher would for 12 heads and 7 streams."""
     name, dtype, precision, rank, whole, arch = variant
     kind = arithmetic("frozen_attention", "float32" if dtype == "bfloat16" else dtype, precision)
     config = choose("frozen_attention", {"r": rank, "C": 7 * rank}, kind, arch)
@@ -227,8 +241,8 @@ def compile_attention(variant: AttentionVariant, ones: bool = False) -> tuple[by
     return _compiled(ATTENTION_KERNELS[name], types, constants, {"positions", "window"}, options, arch, ones)
 
 
-def compile_pairs(variant: PairVariant, ones: bool = False) -> tuple[bytes, int]:
-    """The cubin and its dynamic shared memory, compiled as the launcher would for 144 heads."""
+def compile_pairs(variant: PairVariant, ones: bool = False) -> Compiled:
+    """Compiled as the launcher would for 144 heads."""
     dtype, precision, rank, depth, bounded, arch = variant
     kind = arithmetic("pair_norms", dtype, precision)
     config = choose("pair_norms", {"N": 144, "M": 144, "r": rank, "d": depth, "s": rank}, kind, arch)
@@ -242,8 +256,8 @@ def compile_pairs(variant: PairVariant, ones: bool = False) -> tuple[bytes, int]
     return _compiled(pair_norms_kernel, types, constants, {"lefts", "rights"}, options, arch, ones)
 
 
-def compile_sweep(variant: Variant, ones: bool = False) -> tuple[bytes, int]:
-    """The cubin and its dynamic shared memory, compiled as the launcher would for GPT-2 small."""
+def compile_sweep(variant: Variant, ones: bool = False) -> Compiled:
+    """Compiled as the launcher would for GPT-2 small."""
     name, dtype, precision, rank, whole, arch = variant
     kernel = KERNELS[name]
     op = "sweep_nll" if name in EXACT else name.removesuffix("_capped")
@@ -288,8 +302,8 @@ def _compiled(
     options: dict[str, int],
     arch: int,
     ones: bool,
-) -> tuple[bytes, int]:
-    """The cubin and its dynamic shared memory; all pointers, and the integers named `divisible`, are aligned.
+) -> Compiled:
+    """All pointers, and the integers named `divisible`, are aligned.
 
     With `ones` all integers are 1, of which the launcher makes constants.
     """
@@ -308,7 +322,7 @@ def _compiled(
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     check_loops(compiled.asm)
-    return compiled.asm["cubin"], compiled.metadata.shared
+    return Compiled(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"])
 
 
 def check_loops(asm: dict[str, str]) -> None:
@@ -343,55 +357,30 @@ def resources(file: Path | bytes) -> list[tuple[str, str, Resources]]:
     return found
 
 
-@functools.lru_cache(maxsize=4)
 def sass(cubin: bytes) -> str:
     """Its machine code as text, which takes as long to make as the cubin."""
     return cuobjdump(cubin, "-sass")
 
 
-def opcodes(cubin: bytes) -> dict[str, int]:
-    """How often each instruction of interest stands in the machine code."""
-    counts = {name: len(re.findall(rf"\b{name}\b", sass(cubin))) for name in OPCODES}
-    return {name: count for name, count in counts.items() if count}
-
-
-def tensor_instructions(cubin: bytes) -> set[str]:
-    """The kinds of tensor-core instructions in the machine code, with the shapes of what they multiply."""
-    return set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|DMMA)\b\S*", sass(cubin)))
-
-
 def main() -> None:
     """Print the table."""
-    print(f"{'kernel':58} {'arch':6} {'registers':>9} {'shared':>7} {'stack':>5}  instructions")
-    for v in variants():
-        cubin, shared = compile_sweep(v)
-        name = f"triton {v.kernel} {v.dtype} {v.precision} r={v.rank}{' scale' if v.whole else ''}"
-        [(_, _, used)] = resources(cubin)
-        print(f"{name:58} sm_{v.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True)
-    for pair in pair_variants():
-        cubin, shared = compile_pairs(pair)
-        name = f"triton pair_norms {pair.dtype} {pair.precision} r={pair.rank} d={pair.depth}"
-        name += " before" if pair.bounded else ""
-        [(_, _, used)] = resources(cubin)
+    kernels = [
+        *((compile_sweep, "", v) for v in variants()),
+        *((compile_pairs, "pair_norms ", v) for v in pair_variants()),
+        *((compile_product, "", v) for v in product_variants()),
+        *((compile_attention, "", v) for v in attention_variants()),
+    ]
+    print(f"{'kernel':76} {'arch':6} {'registers':>9} {'shared':>7} {'stack':>5}  tensor cores")
+    for make, name, variant in kernels:
+        compiled = make(variant)
+        [(arch, _, used)] = resources(compiled.cubin)
+        name = f"triton {name}{' '.join(map(str, variant[:-1]))}"
+        instructions = " ".join(sorted(compiled.tensor_instructions()))
         print(
-            f"{name:58} sm_{pair.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True
+            f"{name:76} {arch:6} {used.registers:>9} {compiled.shared:>7} {used.stack:>5}  {instructions}", flush=True
         )
-    for product in product_variants():
-        cubin, shared = compile_product(product)
-        name = f"triton {product.kernel} {product.dtype} {product.precision} r={product.rank} segment={product.segment}"
-        name += " shift" if product.whole else ""
-        [(_, _, used)] = resources(cubin)
-        print(
-            f"{name:58} sm_{product.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}",
-            flush=True,
-        )
-    for v in attention_variants():
-        cubin, shared = compile_attention(v)
-        name = f"triton {v.kernel} {v.dtype} {v.precision} r={v.rank}{' whole' if v.whole else ''}"
-        [(_, _, used)] = resources(cubin)
-        print(f"{name:58} sm_{v.arch:<3} {used.registers:>9} {shared:>7} {used.stack:>5}  {opcodes(cubin)}", flush=True)
     for arch, name, used in resources(CUDA_LIBRARY) if CUDA_LIBRARY.exists() else []:
-        print(f"{'cuda ' + name:58} {arch:6} {used.registers:>9} {used.shared:>7} {used.stack:>5}")
+        print(f"{'cuda ' + name:76} {arch:6} {used.registers:>9} {used.shared:>7} {used.stack:>5}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A pytest plugin (-p support.ours_in_place): our FactoredMatrix wherever TransformerLens' own tests meet theirs."""
 
+import gc
 import sys
 
 import transformer_lens
@@ -8,6 +9,7 @@ from pyfastcircuits import FactoredMatrix
 
 
 def pytest_configure() -> None:
+    gc.freeze()  # they collect garbage after every test: without all that is imported here
     theirs = transformer_lens.FactoredMatrix
     for name, module in list(sys.modules.items()):
         if name.startswith("transformer_lens") and getattr(module, "FactoredMatrix", None) is theirs:
