@@ -102,7 +102,7 @@ MUTATIONS = {
         r"(?=\s+total \+= tl\.sum\(tl\.exp2\(logits \* LOG2E - level\[:, None\]\), 1\)"
         r"(?:\s+return|\s+highest = tallest\s+here = inside & \(home == g\)\s+place = split))",
         r"\1)",
-        "tests/interpreted/test_triton_sweep_nll.py tests/interpreted/test_triton_joint_nll.py",
+        "tests/interpreted/test_triton_logits_lse.py",
     ),
     "mean over padding": Mutation(
         "pyfastcircuits/**/*.py",
@@ -119,8 +119,8 @@ MUTATIONS = {
     ),
     "norm scale of a path": Mutation(
         "pyfastcircuits/**/*.py",
-        r"(values\[[\w()]+\] = \(carried @ [\w\[\]:, ]+\)) \* trace\.(scales\[layer\]|value_scale\(layer\))",
-        r"\1 * trace.scales[layer - 1]",
+        r"(= carried \* trace\.value_scale\()layer\)",
+        r"\1layer - 1)",
         "tests/test_paths.py -k all_paths",
     ),
     # Queries are read where keys are asked for, and keys where queries.
