@@ -25,6 +25,7 @@ def test_equals_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(4):
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            monkeypatch.chdir(folder)  # some calls save
             choices = Choices(Random(f"{name} {seed}").randrange)
             plain = made(choices, [name], folder)
             if plain is None or not plain.valid:
