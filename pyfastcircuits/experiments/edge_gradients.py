@@ -5,7 +5,7 @@ of every layer. A receiver's gradient goes through its own norm, and no further:
 layer is the gradient behind it and the sum of those of the layer's receivers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from pyfastcircuits.experiments.options import Measurement
 from pyfastcircuits.model.norms import normalized
 from pyfastcircuits.run.graph import MLP, Graph, NodeLabel
 from pyfastcircuits.run.nodes import KINDS
-from pyfastcircuits.run.split_inputs import SplitInputs, mixed_by_head
+from pyfastcircuits.run.losses import slices
+from pyfastcircuits.run.split_inputs import SplitInputs, mixed_gradients
 from pyfastcircuits.run.trace import FrozenTrace
 
-Found = Callable[[slice, int, Tensor], None]  # numbers of receivers; how many nodes they read; gradients [n, B, T, d]
+GRADIENTS = 64 << 20  # bytes of the gradients of a layer's heads that are made at a time, at least those of one position
+
+# numbers of receivers; how many nodes they read; some positions; gradients there, [n, B, t, d]
+Found = Callable[[slice, int, slice, Tensor], None]
 
 
 def receiver_gradients(
@@ -31,7 +35,7 @@ def receiver_gradients(
     found: Found,
     held: tuple[NodeLabel | int, Tensor] | None = None,
 ) -> None:
-    """Give `found` the gradient of the metric's mean by what each receiver reads, of all receivers, a few at a time.
+    """Give `found` the gradient of the metric's mean by what each receiver reads: a few receivers and positions at a time.
 
     Args:
         part: some sequences of the clean run.
@@ -43,7 +47,9 @@ def receiver_gradients(
             [B, T, d].
     """
     gradient = metric_gradient(part, streams[-1], asked, how)
-    found(slice(graph.receivers_at[-1], graph.receivers_at[-1] + 1), graph.heads_at[-1], gradient[None])
+    logits = slice(graph.receivers_at[-1], graph.receivers_at[-1] + 1)
+    for places in _places(part, graph):
+        found(logits, graph.heads_at[-1], places, gradient[None, :, places])
     for layer in reversed(range(graph.layers)):
         gradient = _through_layer(part, graph, layer, streams[layer], gradient, found, held)
 
@@ -61,30 +67,40 @@ def _through_layer(
     forward, (fixed, value) = part.forward, held or (None, None)
     q, k, v = made = forward.qkv(layer, normalized(stream, part.weights)[None])
     group = q.shape[2] // k.shape[2]
-    with torch.enable_grad():
-        inputs = [x[0].repeat_interleave(n, 1).detach().requires_grad_() for x, n in ((q, 1), (k, group), (v, group))]
-        z = mixed_by_head(part, layer, *inputs)
-        written = forward.write(layer, z[None])[0]
+    inputs = [x[0].repeat_interleave(n, 1) for x, n in ((q, 1), (k, group), (v, group))]
     behind, reads = gradient, graph.mlps[layer]
+    z = forward.apply(layer, *made).requires_grad_()
+    with torch.enable_grad():
+        written = forward.write(layer, z)[0]
     if reads is not None and fixed != (MLP, layer):
         read = stream
         if reads == "after heads":
             read = stream + (value if fixed == layer and value is not None else written.detach())
         by_mlp = _by_mlp(part, layer, read, gradient)
-        found(_mlp(graph, layer), graph.read_by_mlp(layer), by_mlp[None])
+        for places in _places(part, graph):
+            found(_mlp(graph, layer), graph.read_by_mlp(layer), places, by_mlp[None, :, places])
         behind = gradient + by_mlp
     if fixed == layer:  # heads that are constants read nothing
         return behind
-    by_write = behind if reads != "before heads" else gradient
-    by_inputs = torch.autograd.grad(written, inputs, by_write)
-    split = SplitInputs(part, layer, stream, made)
-    total = behind.clone()
-    for number, (kind, by_input) in enumerate(zip(KINDS, by_inputs, strict=True)):
-        by_stream = split.pull_back(kind, stream, by_input)
-        first = graph.receivers_at[layer] + number * graph.heads
-        found(slice(first, first + graph.heads), graph.heads_at[layer], by_stream)
-        total += by_stream.sum(0)
+    (by_z,) = torch.autograd.grad(written, z, behind if reads != "before heads" else gradient)
+    by_inputs = mixed_gradients(part, layer, inputs, by_z[0])
+    split, total = SplitInputs(part, layer, stream, made), behind.clone()
+    pulled = [split.pull_back(kind, stream, by_input) for kind, by_input in zip(KINDS, by_inputs, strict=True)]
+    receivers = slice(graph.receivers_at[layer], graph.receivers_at[layer] + len(KINDS) * graph.heads)
+    for places in _places(part, graph):
+        by_stream = stream.new_empty(len(KINDS), graph.heads, *stream[:, places].shape)
+        for out, pull_back in zip(by_stream, pulled, strict=True):
+            out.copy_(pull_back(places))
+        by_stream = by_stream.flatten(0, 1)
+        found(receivers, graph.heads_at[layer], places, by_stream)
+        total[:, places] += by_stream.sum(0)
     return total
+
+
+def _places(part: FrozenTrace, graph: Graph) -> Iterator[slice]:
+    """Positions that are worked on at a time."""
+    one = len(KINDS) * graph.heads * part.embedded[:, :1].nbytes
+    return slices(part.tokens.shape[1], max(1, GRADIENTS // one))
 
 
 def _by_mlp(part: FrozenTrace, layer: int, read: Tensor, gradient: Tensor) -> Tensor:

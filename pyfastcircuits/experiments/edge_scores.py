@@ -146,9 +146,9 @@ def _add_scores(
     for run in runs:
         streams, held = run.streams(part, graph, changes)
 
-        def add(receivers: slice, reads: int, gradients: Tensor) -> None:
+        def add(receivers: slice, reads: int, places: slice, gradients: Tensor) -> None:
             by_receiver = gradients.flatten(1).mT
-            for nodes, change in changes.blocks(reads):
+            for nodes, change in changes.blocks(reads, places):
                 total[nodes, receivers] += share * (change.flatten(1) @ by_receiver).double()
 
         receiver_gradients(part, graph, streams, how.asked, how, add, held)
@@ -177,13 +177,12 @@ class _Run(NamedTuple):
             embedded = part.embedded + self.corrupted * changes.of(slice(0, 1))[0]
             return streams_from(part, graph, 0, embedded), None
         if isinstance(self.node, int):
-            layer, first = self.node, graph.heads_at[self.node]
-            clean, nodes = heads_written(part, layer) + written(part, Bias(layer)), slice(first, first + graph.heads)
+            layer = self.node
+            clean, first = heads_written(part, layer) + written(part, Bias(layer)), graph.heads_at[layer]
         else:
             layer = self.node[1]
-            last = graph.heads_at[layer + 1]
-            clean, nodes = written(part, MLPNode(layer)), slice(last - 1, last)
-        held = (self.node, clean + self.corrupted * changes.of(nodes).sum(0))
+            clean, first = written(part, MLPNode(layer)), graph.heads_at[layer + 1] - 1
+        held = (self.node, clean + self.corrupted * changes.summed(changes.number(first)))
         return [*part.streams[:layer], *streams_from(part, graph, layer, part.streams[layer], held)], held
 
 

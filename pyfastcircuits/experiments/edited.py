@@ -7,6 +7,8 @@ fewer edges to put right is taken: a small circuit costs little, and so does one
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -73,9 +75,19 @@ class _Outer:
         self._writes: dict[int, Tensor] = {}  # by group
         self._made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._split: dict[int, SplitInputs] = {}
-        self.before = [self.changes.of(slice(0, 1))[0]]  # what the stream in front of each group has changed by
-        for where, _ in self.changes.groups[1:]:
-            self.before.append(self.before[-1] + self.changes.of(where).sum(0))
+
+    @cached_property
+    def before(self) -> list[Tensor]:
+        """What the stream behind each group has changed by, [B, T, d]."""
+        return list(accumulate(map(self.changes.summed, range(len(self.changes.groups)))))
+
+    @cached_property
+    def end(self) -> Tensor:
+        """The final residual stream, [B, T, d]."""
+        stream = self.part.final.clone()
+        for number in range(len(self.changes.groups)):
+            stream += self.changes.summed(number)
+        return stream
 
     def stream(self, layer: int) -> Tensor:
         """The residual stream in front of a layer, [B, T, d]."""
@@ -160,7 +172,7 @@ class _Edited:
             unchanged = False
             behind = self._heads(layer, stream)
             stream = behind if self.graph.mlps[layer] is None else self._mlp(layer, stream, behind)
-        end = stream if self.running else self.outer.stream(self.graph.layers)
+        end = stream if self.running else self.outer.end
         return self._put_right([self.graph.receivers_at[-1]], end)[0]
 
     def _leave(self, layer: int) -> None:

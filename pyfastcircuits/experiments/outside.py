@@ -1,13 +1,14 @@
 """What nodes write when they are outside of a circuit: their writes of the corrupted run, zero, or a mean."""
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode, check_same_model
 from pyfastcircuits.run.graph import Graph
-from pyfastcircuits.run.nodes import MLP, Embedding, Head, Node
+from pyfastcircuits.run.nodes import MLP, Embedding, Head, Node, has_mlp
 from pyfastcircuits.run.trace import FrozenTrace
 
 HELD = 256 << 20  # bytes of the changes of all nodes that are held at a time; where they take more, they are made again
@@ -29,25 +30,31 @@ class Outside:
         self.value = AblationValue(clean, mode, None if mode == "zero" else corrupted, over)
         self.graph = Graph.of(clean)
 
-    def changes(self, part: FrozenTrace, nodes: Sequence[Node]) -> Tensor:
-        """What a group of nodes writes outside of the circuit, less what it writes in the clean run: [n, B, T, d]."""
-        outputs = nodes[0].outputs
-        if self.mode != "resample" or part.post_scales is None:
-            removal = self.value.removal(outputs, part)
-            return -torch.stack([node.write(part, removal[node.index]) for node in nodes])
-        assert self.corrupted is not None
-        other = self.corrupted[part.sequences]
-        clean, theirs = outputs(part), outputs(other)
-        return torch.stack(
-            [node.write(other, theirs[node.index]) - node.write(part, clean[node.index]) for node in nodes]
-        )
+    def change(self, part: FrozenTrace, nodes: Sequence[Node], other: FrozenTrace | None) -> Tensor:
+        """What a group of nodes gives outside of the circuit, less what it gives in the clean run: [n, B, T, x].
+
+        Of heads it is z, with the scale of a norm after them, and W_O makes it what they write. `other`: the same part
+        of the corrupted run; None: what takes the place is zero or a mean.
+        """
+        outputs, layer = nodes[0].outputs, nodes[0].layer
+        through = isinstance(nodes[0], Head)
+
+        def scaled(run: FrozenTrace, x: Tensor) -> Tensor:
+            return run.apply_post_norm(x, layer) if through else x
+
+        if other is None:
+            return -scaled(part, self.value.removal(outputs, part))
+        return scaled(other, outputs(other)) - scaled(part, outputs(part))
 
 
 class Changes:
-    """The changes of all nodes of a part of a run: held, if they fit, or made again for each use."""
+    """The changes of what all nodes of a part of a run write.
+
+    Held are the changes themselves, if they fit, or else what heads have mixed, of which they are made for each use.
+    """
 
     def __init__(self, part: FrozenTrace, outside: Outside) -> None:
-        self.part, self.outside, graph = part, outside, outside.graph
+        self.part, graph = part, outside.graph
         self.groups: list[tuple[slice, Sequence[Node]]] = [(slice(0, 1), [Embedding()])]  # outputs are made by group
         for layer, mlp in enumerate(graph.mlps):
             first, last = graph.heads_at[layer : layer + 2]
@@ -57,23 +64,62 @@ class Changes:
                 self.groups.append((slice(last - 1, last), [MLP(layer)]))
         self.held: Tensor | None = None
         if len(graph.nodes) * part.embedded.nbytes <= HELD:
-            held = part.embedded.new_empty(len(graph.nodes), *part.embedded.shape)
-            for where, nodes in self.groups:
-                held[where] = outside.changes(part, nodes)
-            self.held = held
+            self.held = part.embedded.new_empty(len(graph.nodes), *part.embedded.shape)
+        self._outputs = self._room()
+        self._make(outside)
 
-    def blocks(self, count: int) -> Iterator[tuple[slice, Tensor]]:
-        """The changes of the first `count` nodes [n, B, T, d], a few at a time."""
+    def _room(self) -> list[Tensor]:
+        """What each group's changes are put into: parts of one tensor, between which no other memory lies."""
         if self.held is not None:
+            return [self.held[where] for where, _ in self.groups]
+        heads, d_value = self.part.weights.n_heads, self.part.weights.d_value
+        places = self.part.embedded.shape
+        shapes = [(heads, *places[:2], d_value) if isinstance(x[0], Head) else (1, *places) for _, x in self.groups]
+        room = self.part.embedded.new_empty(sum(map(prod, shapes))).split([*map(prod, shapes)])
+        return [some.view(shape) for some, shape in zip(room, shapes, strict=True)]
+
+    def _make(self, outside: Outside) -> None:
+        """Make the changes of every group; of both runs no layer's z outlives its turn."""
+        corrupted = outside.corrupted if outside.mode == "resample" else None
+        other = None if corrupted is None else corrupted[self.part.sequences]
+        runs = [self.part] if other is None else [self.part, other]
+        for out, (_, nodes) in zip(self._outputs, self.groups, strict=True):
+            change = outside.change(self.part, nodes, other)
+            out.copy_(change if self.held is None else self._written(nodes[0], change))
+            if isinstance(nodes[0], MLP) or (isinstance(nodes[0], Head) and not has_mlp(self.part, nodes[0].layer)):
+                for run in runs:
+                    run.forget_z(nodes[0].layer)
+
+    def _written(self, node: Node, change: Tensor) -> Tensor:
+        """What a group, of which this is a node, writes [n, B, t, d] of the change of what it gives."""
+        return change @ self.part.weights.heads("W_O", node.layer)[:, None] if isinstance(node, Head) else change
+
+    def blocks(self, count: int, places: slice) -> Iterator[tuple[slice, Tensor]]:
+        """The changes of the first `count` nodes at some positions [n, B, t, d], a few nodes at a time."""
+        whole = places.start == 0 and places.stop >= self.part.tokens.shape[1]
+        if self.held is not None and whole:
             yield slice(0, count), self.held[:count]
             return
-        for where, nodes in self.groups:
+        for out, (where, nodes) in zip(self._outputs, self.groups, strict=True):
             if where.start < count:
-                yield where, self.outside.changes(self.part, nodes)
+                some = out[:, :, places]
+                yield where, some if self.held is not None else self._written(nodes[0], some)
 
     def of(self, some: slice) -> Tensor:
         """The changes of some nodes of one group, [n, B, T, d]."""
         if self.held is not None:
             return self.held[some]
-        where, nodes = next(group for group in self.groups if some.start < group[0].stop)
-        return self.outside.changes(self.part, nodes)[some.start - where.start : some.stop - where.start]
+        number = self.number(some.start)
+        where, nodes = self.groups[number]
+        return self._written(nodes[0], self._outputs[number])[some.start - where.start : some.stop - where.start]
+
+    def number(self, node: int) -> int:
+        """The number of the group that a node is in."""
+        return next(i for i, (where, _) in enumerate(self.groups) if node < where.stop)
+
+    def summed(self, number: int) -> Tensor:
+        """The change of what a group of nodes writes together, [B, T, d]."""
+        nodes = self.groups[number][1]
+        if self.held is not None or not isinstance(nodes[0], Head):
+            return self._outputs[number].sum(0)
+        return torch.einsum("hbtr,hrd->btd", self._outputs[number], self.part.weights.heads("W_O", nodes[0].layer))

@@ -6,7 +6,7 @@ the weights do not hold, norms over all heads at once, positions of the caller's
 from each head's stream, and one of them is taken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -85,25 +85,37 @@ class SplitInputs:
         made: Tensor = self.part.forward.qkv(self.layer, normalized(streams, self.weights))["QKV".index(kind)]
         return made
 
-    def pull_back(self, kind: Kind, stream: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient [H, B, T, d] by each head's own stream, from that by its queries, keys or values.
+    def pull_back(self, kind: Kind, stream: Tensor, gradient: Tensor) -> Callable[[slice], Tensor]:
+        """The gradient by each head's own stream, from that by its queries, keys or values: by positions.
 
         Args:
             kind: which of them.
             stream: [B, T, d], what all heads read.
             gradient: [B, H, T, r].
+
+        Returns:
+            A function of positions, t of the T, that makes their gradients, [H, B, t, d].
         """
         if not self.by_weights:
-            return self._pulled_back_by_model(kind, stream, gradient)
-        weights, scale = self.weights, head_norm_scale(stream, self.weights)[..., None]
-        normed, weight = centered(stream, weights) * scale, weights.layer(_WEIGHT[kind], self.layer)
-        by_made = self._by_made(kind, stream, weight, gradient)
-        spread = weight if kind == "Q" else weight.repeat_interleave(self.group, 0)
-        out = (by_made * scale[:, None]).transpose(0, 1) @ centered(spread.mT, weights)[:, None]
-        if weights.norm is not None and weights.norm_before_heads:  # the scale falls where the stream grows
-            along = torch.einsum("bhtr,bhtr->hbt", by_made, normed[:, None] @ spread) / weights.d_model
-            out.addcmul_((normed * scale).expand_as(out), along[..., None], value=-1)
-        return out
+            whole = self._pulled_back_by_model(kind, stream, gradient)
+            return lambda places: whole[:, :, places]
+        weights, scales = self.weights, head_norm_scale(stream, self.weights)[..., None]
+        weight = weights.layer(_WEIGHT[kind], self.layer)
+        by_made, group = self._by_made(kind, stream, weight, gradient), 1 if kind == "Q" else self.group
+        into_stream = centered(weight.mT, weights)  # [H or Hkv, r, d]
+
+        def pulled_back(places: slice) -> Tensor:
+            here, scale = by_made[:, :, places].transpose(0, 1), scales[:, places]
+            by_group = (here * scale).unflatten(0, (-1, group)).flatten(1, -2)
+            out = (by_group @ into_stream).view(*here.shape[:-1], -1)
+            if weights.norm is not None and weights.norm_before_heads:  # the scale falls where the stream grows
+                normed = centered(stream[:, places], weights) * scale
+                made = (normed[:, None] @ weight).repeat_interleave(group, 1)
+                along = torch.einsum("hbtr,bhtr->hbt", here, made) / weights.d_model
+                out.addcmul_((normed * scale).expand_as(out), along[..., None], value=-1)
+            return out
+
+        return pulled_back
 
     def _by_made(self, kind: Kind, stream: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
         """The gradient [B, H, T, r] by what the weight alone makes."""
@@ -138,11 +150,35 @@ def _positions(part: FrozenTrace) -> Tensor:
 
 def mixed_by_head(part: FrozenTrace, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """z [B, H, T, r] of heads that each have queries, keys and values [B, H, T, r] of their own; differentiable."""
-    heads, kv = q.shape[1], part.weights.W_K.shape[1]
-    group = heads // kv
-    if group == 1:
-        return part.forward.apply(layer, q[None], k[None], v[None])[0]
-    own_k, own_v = (x.unflatten(1, (kv, group)).movedim(2, 0) for x in (k, v))  # a rerun for each member of a group
-    z = part.forward.apply(layer, q[None], own_k, own_v)
-    members = torch.arange(heads, device=z.device)
-    return z[members % group, :, members].transpose(0, 1)
+    made = [_mixed_by_members(part, layer, q, k, v, member) for member in range(_members(part))]
+    return torch.stack(made, 2).flatten(1, 2)
+
+
+def mixed_gradients(
+    part: FrozenTrace, layer: int, inputs: Sequence[Tensor], gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by the three inputs of `mixed_by_head` [B, H, T, r] from that by its z.
+
+    Heads that share keys and values are run one after another, so that the patterns of a layer are held once.
+    """
+    out = tuple(torch.empty_like(x) for x in inputs)
+    for member in range(_members(part)):
+        own = slice(member, None, _members(part))
+        with torch.enable_grad():
+            q, k, v = leaves = [x.detach().requires_grad_() for x in inputs]
+            z = _mixed_by_members(part, layer, q, k, v, member)
+            for whole, some in zip(out, torch.autograd.grad(z, leaves, gradient[:, own]), strict=True):
+                whole[:, own] = some[:, own]
+    return out
+
+
+def _members(part: FrozenTrace) -> int:
+    """How many heads share keys and values."""
+    return part.weights.n_heads // part.weights.W_K.shape[1]
+
+
+def _mixed_by_members(part: FrozenTrace, layer: int, q: Tensor, k: Tensor, v: Tensor, member: int) -> Tensor:
+    """z [B, Hkv, T, r] of one head of each group that shares keys and values: the model is run with that head's own."""
+    own = slice(member, None, _members(part))
+    z: Tensor = part.forward.apply(layer, q[None], k[None, :, own], v[None, :, own])
+    return z[0][:, own]

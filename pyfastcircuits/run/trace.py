@@ -197,6 +197,10 @@ class FrozenTrace(FrozenModel):
                 self._z[layer] = self._mixed(layer)
         return self._z[layer]
 
+    def forget_z(self, layer: int) -> None:
+        """Let go of what `z` keeps of a layer; it is computed again when it is asked for."""
+        self._z.pop(layer, None)
+
     def _mixed(self, layer: int) -> Tensor:
         read = self.read_by_values(self.streams[layer], layer)
         values = torch.einsum("btd,hdr->bhtr", read, self.weights.layer("W_V", layer))
