@@ -1,5 +1,6 @@
 """Scratch stays bounded: of a sweep, whatever the number of ablations, and what is kept between calls."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,38 @@ def test_scratch_is_kept_within_bounds_and_counted():
     packed = 2 * 175 * 256 * 768 * 4  # of the last call, taken again
     assert kept <= 256 << 20
     assert again >= packed
+
+SCORED = """
+import sys
+sys.path.extend({paths})
+import torch
+from bench.timing import peak_bytes
+from support.random_models import random_weights
+import pyfastcircuits as fc
+from pyfastcircuits.experiments import edge_gradients, outside
+from pyfastcircuits.sweeps.architectures import Architecture
+from pyfastcircuits.sweeps.footprint import scores_footprint
+
+outside.HELD, edge_gradients.GRADIENTS = 0, 8 << 20
+w = random_weights({layers}, 16, 4, 1024, 64, 500, norm="rmsnorm", positional="rotary", dtype=torch.float32)
+runs = [fc.trace(w, torch.randint(0, 500, (1, 512)), store="qk") for _ in range(2)]
+asked = dict(metric=fc.LogitDifference(3, 5), positions=-1)
+fc.edge_scores(*runs, **asked)
+planned = scores_footprint(Architecture.of(w, "weights"), 1, 512)
+print(peak_bytes(lambda: fc.edge_scores(*runs, **asked)), sum(planned.values()) - planned["runs"])
+"""
+
+
+def test_scores_of_all_edges_hold_what_is_planned():
+    """Of each layer a stream, and what its heads have mixed: 2 MiB each here. Every tensor has pages of its own."""
+    found = []
+    for layers in (2, 10):
+        code = SCORED.format(paths=PATHS, layers=layers)
+        out = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        ).stdout  # fmt: skip
+        found.append([*map(int, out.split())])
+    (few, planned), (many, _) = found
+    assert many - few <= 8 * 5 << 20
+    assert planned / 2 <= few <= planned

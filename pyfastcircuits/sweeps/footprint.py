@@ -1,7 +1,9 @@
-"""The memory that a sweep holds at its peak, counted as costs counts its work."""
+"""The memory that a sweep, or the scores of all edges, hold at their peak, counted as costs counts work."""
 
+from pyfastcircuits.experiments import edge_gradients, edge_scores, outside
 from pyfastcircuits.experiments.edges import SCORES
 from pyfastcircuits.run import memory
+from pyfastcircuits.sweeps.architectures import Architecture
 from pyfastcircuits.sweeps.costs import FLOAT, Task
 
 LABEL = 300  # bytes of the label of an experiment and of its values
@@ -34,3 +36,30 @@ def _measuring(task: Task) -> dict[str, int]:
         sources = (a.layers - 1) * a.heads if task.scope in ("direct", "edge") else 1
         scratch += 4 * min(max(SCORES, (one := FLOAT * a.heads * task.at_once * task.length**2)), sources * one)
     return {"clean logits": 0 if task.low_memory else FLOAT * rows * task.columns, "scratch": scratch}
+
+
+def scores_footprint(a: Architecture, sequences: int, length: int) -> dict[str, int]:
+    """Bytes beyond the weights that `edge_scores` of two runs with `store="qk"` holds at its peak, in fp32.
+
+    Of a part of the sequences the streams and the changes of all layers are held, and of one layer at a time its folded
+    weights, what its heads and its MLP make and their gradients.
+    """
+    positions = sequences * length
+    part = length * min(sequences, max(1, edge_scores.ROWS // length))
+    mlps, z = a.layers * (a.d_mlp > 0), FLOAT * a.heads * a.d_head
+    stream, keys, nodes = FLOAT * a.d_model, FLOAT * a.kv_heads * a.d_head, 1 + a.layers * a.heads + mlps
+    holds = nodes * part * stream <= outside.HELD
+    run = a.layers * (z + keys + FLOAT * (a.heads + 1)) + (2 + mlps) * stream
+    gradients = max(min(part * 3 * a.heads * stream, edge_gradients.GRADIENTS), part // length * 3 * a.heads * stream)
+    layer = {
+        "weights": FLOAT * a.d_model * a.d_head * (2 * a.heads + 2 * a.kv_heads),
+        "gradients": gradients * 5 // 3,  # of queries, keys and values, of one of them, and the changes that they meet
+        "heads": part * (10 * z + 4 * stream) + 4 * FLOAT * a.heads * part * length,
+        "mlp": 4 * FLOAT * part * a.d_mlp,
+    }
+    return {
+        "runs": 2 * positions * run,
+        "streams": part * a.layers * stream,
+        "changes": part * (nodes * stream if holds else (1 + mlps) * stream + a.layers * z),
+        "one layer": max(sum(layer.values()), part * a.layers * stream),  # or the streams of the corrupted run
+    }
