@@ -1,6 +1,10 @@
 """All edges of GPT-2 small's shape with random weights: EAP beside plain autograd over TransformerLens, and circuits."""
 
+import os
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ import torch
 import pyfastcircuits as fc
 from bench.test_bench_models import V, lens  # noqa: F401 (a fixture)
 from bench.timing import interleaved, peak_bytes, ratio
+from pyfastcircuits.sweeps.architectures import ARCHITECTURES
+from pyfastcircuits.sweeps.footprint import scores_footprint
 
 B, T = 8, 64
 WHERE = f"GPT-2 small shape, T={T}, batch {B}"
@@ -107,21 +113,45 @@ def test_integrated_gradients_and_a_curve(lens, prompts, found):  # noqa: F811
     found(f"{WHERE}, a faithfulness curve of {SIZES} sizes / a forward pass", f"{ratio(times, 'curve', 'forward'):.0f}", "<= 25")  # fmt: skip
 
 
+MEASURED = """
+import torch, transformers
+import pyfastcircuits as fc
+from bench.timing import peak_bytes
+config = transformers.LlamaConfig(
+    vocab_size=2048, hidden_size=4096, intermediate_size=14336, num_hidden_layers={layers}, num_attention_heads=32,
+    num_key_value_heads=8, attn_implementation="eager",
+)
+model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+block = model.model.layers[0]
+for layer in model.model.layers[1:]:
+    for name, parameter in block.named_parameters():
+        layer.get_parameter(name).data = parameter.data
+weights = fc.CircuitWeights.from_model(model)
+tokens = torch.randint(0, 2048, (2, 1, {length}), generator=torch.Generator().manual_seed(0))
+def scores():
+    runs = [fc.trace(model, one, store="qk", weights=weights) for one in tokens]
+    return fc.edge_scores(*runs, metric=fc.LogitDifference(3, 5), positions=-1)
+print(peak_bytes(scores))
+"""
+
+
 def test_memory_does_not_grow_with_depth(found):
-    """Llama-3-8B's width and heads, few layers, fp32: what EAP takes beside weights and runs, and 32 layers would."""
-    transformers = pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
+    """Llama-3-8B's layers, few of them, fp32: what EAP and its two runs take beside weights, and 32 layers would.
+
+    Every tensor has pages of its own, so that what is counted is what is alive.
+    """
+    pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
     taken, length = {}, 512
-    for layers in (1, 2):
-        config = transformers.LlamaConfig(
-            vocab_size=2048, hidden_size=4096, intermediate_size=2048, num_hidden_layers=layers,
-            num_attention_heads=32, num_key_value_heads=8, attn_implementation="eager",
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-        tokens = torch.randint(0, 2048, (2, 1, length), generator=torch.Generator().manual_seed(0))
-        runs = [fc.trace(model, one, store="qk") for one in tokens]
-        taken[layers] = peak_bytes(lambda runs=runs: fc.edge_scores(*runs, metric=fc.LogitDifference(3, 5), positions=-1))  # fmt: skip
-        del model, runs
-    each = max(0, taken[2] - taken[1])
-    found(f"Llama-3-8B's width, T={length}, EAP beside weights and runs: of one layer", f"{taken[1] / 2**20:.0f} MiB")
+    for layers in (1, 3):
+        code = MEASURED.format(layers=layers, length=length)
+        out = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}, cwd=Path(__file__).parents[1],
+        ).stdout  # fmt: skip
+        taken[layers] = int(out)
+    each = max(0, (taken[3] - taken[1]) // 2)
+    planned = scores_footprint(ARCHITECTURES["llama-3-8b"], 1, length)
+    found(f"Llama-3-8B's layers, T={length}, EAP and its runs beside weights: of one layer", f"{taken[1] / 2**20:.0f} MiB")  # fmt: skip
     found("  what each further layer adds", f"{each / 2**20:.0f} MiB")
-    found("  32 layers, by that", f"{(taken[1] + 31 * each) / 2**30:.1f} GiB", "<= 4")
+    found("  32 layers, by that", f"{(taken[1] + 31 * each) / 1e9:.1f} GB", "<= 4")
+    found("  32 layers, by the plan's arithmetic", f"{sum(planned.values()) / 1e9:.1f} GB", "<= 4")
