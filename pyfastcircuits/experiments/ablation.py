@@ -9,7 +9,7 @@ backward pass makes each few experiments again. Other metrics, and recomputed at
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, Literal
 
 import torch
@@ -208,6 +208,7 @@ def layer_ablation(
     mode: Mode = "zero",
     attention: Attention = "frozen",
     *,
+    at: At | None = None,
     reference: FrozenTrace | None = None,
     over: AverageOver = "all",
     **options: "Unpack[MeasureOptions]",
@@ -215,18 +216,22 @@ def layer_ablation(
     """Ablate all heads of each layer at once, and all that follows from them; see head_ablation.
 
     Args:
-        trace, mode, attention, reference, over: as in head_ablation.
+        trace, mode, attention, at, reference, over: as in head_ablation.
 
     Returns:
-        values [L], differentiable (see head_ablation); `labels` holds the layers.
+        values [L], differentiable (see head_ablation); `labels` holds the layers. With at="each" [L, T], and labels are
+        (layer, position).
 
     Raises:
-        ValueError, RuntimeError: as head_ablation.
+        ValueError, IndexError, RuntimeError: as head_ablation.
     """
     weights = trace.weights
     layers = [[(layer, head) for head in range(weights.n_heads)] for layer in range(weights.n_layers)]
-    found: Result = head_ablation(trace, mode, attention, heads=layers, reference=reference, over=over, **options)
-    return replace(found, labels=range(weights.n_layers))
+    found: Result = head_ablation(
+        trace, mode, attention, heads=layers, at=at, reference=reference, over=over, **options
+    )
+    numbers, each = range(weights.n_layers), range(trace.tokens.shape[1])
+    return replace(found, labels=list(product(numbers, each)) if at == "each" else numbers)
 
 
 def all_pairs(weights: CircuitWeights, within_layers: bool) -> Iterator[Path]:

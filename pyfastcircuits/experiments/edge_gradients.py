@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from pyfastcircuits.experiments.edges import Effect
 from pyfastcircuits.experiments.metric_gradient import metric_gradient
 from pyfastcircuits.experiments.metrics import Asked
 from pyfastcircuits.experiments.options import Measurement
@@ -34,6 +35,7 @@ def receiver_gradients(
     how: Measurement,
     found: Found,
     held: tuple[NodeLabel | int, Tensor] | None = None,
+    effect: Effect = "total",
 ) -> None:
     """Give `found` the gradient of the metric's mean by what each receiver reads: a few receivers and positions at a time.
 
@@ -45,13 +47,15 @@ def receiver_gradients(
         found: takes the gradients.
         held: a layer, whose heads, or ("mlp", layer), whose MLP, are constants in that run; and what they write,
             [B, T, d].
+        effect: "direct": what receivers then write goes straight to the logits.
     """
     gradient = metric_gradient(part, streams[-1], asked, how)
     logits = slice(graph.receivers_at[-1], graph.receivers_at[-1] + 1)
     for places in _places(part, graph):
         found(logits, graph.heads_at[-1], places, gradient[None, :, places])
     for layer in reversed(range(graph.layers)):
-        gradient = _through_layer(part, graph, layer, streams[layer], gradient, found, held)
+        behind = _through_layer(part, graph, layer, streams[layer], gradient, found, held, effect)
+        gradient = behind if effect == "total" else gradient
 
 
 def _through_layer(
@@ -62,6 +66,7 @@ def _through_layer(
     gradient: Tensor,
     found: Found,
     held: tuple[NodeLabel | int, Tensor] | None,
+    effect: Effect,
 ) -> Tensor:
     """The gradient by the stream in front of a layer, from that by the stream behind it."""
     forward, (fixed, value) = part.forward, held or (None, None)
@@ -82,8 +87,12 @@ def _through_layer(
         behind = gradient + by_mlp
     if fixed == layer:  # heads that are constants read nothing
         return behind
-    (by_z,) = torch.autograd.grad(written, z, behind if reads != "before heads" else gradient)
-    by_inputs = mixed_gradients(part, layer, inputs, by_z[0])
+    if effect == "direct":
+        W_O = part.weights.heads("W_O", layer)
+        by_z = torch.einsum("btd,hrd->bhtr", part.apply_post_norm(gradient, layer), W_O)
+    else:
+        by_z = torch.autograd.grad(written, z, behind if reads != "before heads" else gradient)[0][0]
+    by_inputs = mixed_gradients(part, layer, inputs, by_z)
     split, total = SplitInputs(part, layer, stream, made), behind.clone()
     pulled = [split.pull_back(kind, stream, by_input) for kind, by_input in zip(KINDS, by_inputs, strict=True)]
     receivers = slice(graph.receivers_at[layer], graph.receivers_at[layer] + len(KINDS) * graph.heads)

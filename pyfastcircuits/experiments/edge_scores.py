@@ -10,6 +10,7 @@ from torch import Tensor
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation_value import AverageOver, Mode
 from pyfastcircuits.experiments.edge_gradients import receiver_gradients, streams_from
+from pyfastcircuits.experiments.edges import Effect
 from pyfastcircuits.experiments.edited import edited
 from pyfastcircuits.experiments.measure import measure
 from pyfastcircuits.experiments.metrics import KL
@@ -107,13 +108,8 @@ def edge_scores(
     outside = Outside(clean, corrupted, mode, over)
     how = measurement(clean, options, "recomputed")
     _check_metric(how, method)
-    graph = outside.graph
-    total = torch.zeros(len(graph.nodes), len(graph.receivers), dtype=torch.float64, device=clean.tokens.device)
-    for sequences in slices(len(clean.tokens), max(1, ROWS // clean.tokens.shape[1])):
-        asked = how.asked[sequences]
-        if asked.count:
-            _add_scores(total, clean[sequences], outside, replace(how, asked=asked), method, steps, how.asked.count)
-    values = torch.cat([total[:count, i] for i, count in enumerate(graph.before)]).to(clean.weights.compute_dtype)
+    graph, total = outside.graph, first_order(clean, outside, how, method, steps)
+    values = torch.cat([total[:count, i] for i, count in enumerate(graph.before)])
     plain = replace(how, progress=None, learns=False)
     ends = measure(clean, edited(clean, outside, [[]]), plain, ["empty"])
     setup: dict[str, str | int | float] = {"metric": how.metrics[0].name, "method": method, "mode": mode}
@@ -121,6 +117,20 @@ def edge_scores(
     setup |= {"clean": float(ends.baseline), "empty": float(ends.values[0])}
     found = EdgeScores(graph.edges, values, values.new_zeros(()), "score", {}, setup, "size")
     return _checked(found, clean, outside, plain, exact) if exact else found
+
+
+def first_order(
+    clean: FrozenTrace, outside: Outside, how: Measurement, method: Method = "eap", steps: int = 1, effect: Effect = "total"
+) -> Tensor:
+    """The scores of all edges, [nodes, receivers], see edge_scores; 0 where there is no edge."""
+    graph = outside.graph
+    total = torch.zeros(len(graph.nodes), len(graph.receivers), dtype=torch.float64, device=clean.tokens.device)
+    for sequences in slices(len(clean.tokens), max(1, ROWS // clean.tokens.shape[1])):
+        asked = how.asked[sequences]
+        if asked.count:
+            of_part = replace(how, asked=asked)
+            _add_scores(total, clean[sequences], outside, of_part, method, steps, effect, how.asked.count)
+    return total.to(clean.weights.compute_dtype)
 
 
 def _check_metric(how: Measurement, method: Method) -> None:
@@ -137,7 +147,14 @@ def _check_metric(how: Measurement, method: Method) -> None:
 
 
 def _add_scores(
-    total: Tensor, part: FrozenTrace, outside: Outside, how: Measurement, method: Method, steps: int, count: int
+    total: Tensor,
+    part: FrozenTrace,
+    outside: Outside,
+    how: Measurement,
+    method: Method,
+    steps: int,
+    effect: Effect,
+    count: int,
 ) -> None:
     """Add the share of some sequences, of `count` positions in all, to the scores [nodes, receivers]."""
     graph, changes = outside.graph, Changes(part, outside)
@@ -151,7 +168,7 @@ def _add_scores(
             for nodes, change in changes.blocks(reads, places):
                 total[nodes, receivers] += share * (change.flatten(1) @ by_receiver).double()
 
-        receiver_gradients(part, graph, streams, how.asked, how, add, held)
+        receiver_gradients(part, graph, streams, how.asked, how, add, held, effect)
         if how.progress is not None:
             how.progress(len(graph.edges) * share)
 

@@ -27,11 +27,6 @@ def metric_gradient(part: FrozenTrace, final: Tensor, asked: Asked, how: Measure
     return gradient
 
 
-def metric_mean(part: FrozenTrace, final: Tensor, asked: Asked, how: Measurement) -> Tensor:
-    """The metric's mean over the positions measured, differentiable by the final residual stream [B, T, d]; not KL."""
-    return _metric_of_rows(part, asked.rows(_normed(part, final, how)), asked, how).mean()
-
-
 def _normed(part: FrozenTrace, final: Tensor, how: Measurement) -> Tensor:
     """What W_U reads of a final stream [B, T, d], differentiable."""
     scale = part.scales[-1] if how.final_norm == "frozen" else norm_scale(final, part.weights)

@@ -5,20 +5,20 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from pyfastcircuits.arguments import public
 from pyfastcircuits.experiments.ablation import head_ablation
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode, check_same_model
-from pyfastcircuits.experiments.edges import Effect, edge_removals, mixed_z, place, removed_writes
+from pyfastcircuits.experiments.edge_scores import first_order
+from pyfastcircuits.experiments.edges import Effect, edge_removals, place
 from pyfastcircuits.experiments.measure import measure
-from pyfastcircuits.experiments.metric_gradient import metric_mean
-from pyfastcircuits.experiments.metrics import Asked, At, Positions, at_mask
-from pyfastcircuits.experiments.options import Measurement, MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.metrics import At, Positions, at_mask
+from pyfastcircuits.experiments.options import MeasureOptions, Unpack, measured, measurement
+from pyfastcircuits.experiments.outside import Outside
 from pyfastcircuits.experiments.points import What, patches
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run.node_names import edge_label, is_pair, parse_edge
-from pyfastcircuits.run.nodes import Head, Kind, one_or_several
+from pyfastcircuits.run.nodes import Edge, Kind, one_or_several
 from pyfastcircuits.run.paths import enumerate_paths
 from pyfastcircuits.run.trace import FrozenTrace
 
@@ -67,8 +67,20 @@ def composition_ablation(
         IndexError: no such head, layer or position.
         RuntimeError: a backend or precision that is not there.
     """
-    weights, labels, cuts = trace.weights, list[Label](), []
-    for entry in enumerate_paths(weights.n_layers, weights.n_heads, 2) if pairs is None else pairs:
+    weights = trace.weights
+    entries = enumerate_paths(weights.n_layers, weights.n_heads, 2) if pairs is None else pairs
+    labels, cuts = _parse_pairs(trace, entries, kind, effect)
+    value = AblationValue(trace, mode, reference, over, at_mask(trace, at))
+    how = measurement(trace, options, "recomputed")
+    return measure(trace, edge_removals(weights, cuts, value, effect), how, labels, kind=kind, mode=mode, effect=effect)
+
+
+def _parse_pairs(
+    trace: FrozenTrace, entries: Iterable[Any], kind: Kind, effect: Effect
+) -> tuple[list[Label], list[list[Edge]]]:
+    """The label of each entry, and its edges; errors as composition_ablation."""
+    labels, cuts = list[Label](), list[list[Edge]]()
+    for entry in entries:
         given, several = one_or_several(entry, is_pair)
         cut = [parse_edge(trace, pair, kind) for pair in given]
         if len({place(edge.receiver) for edge in cut}) != 1 or (several and effect == "direct"):
@@ -78,9 +90,7 @@ def composition_ablation(
         named = [edge_label(edge, kind) for edge in cut]
         labels.append(frozenset(named) if several else named[0])
         cuts.append(cut)
-    value = AblationValue(trace, mode, reference, over, at_mask(trace, at))
-    how = measurement(trace, options, "recomputed")
-    return measure(trace, edge_removals(weights, cuts, value, effect), how, labels, kind=kind, mode=mode, effect=effect)
+    return labels, cuts
 
 
 @public
@@ -183,19 +193,21 @@ def edge_attribution(
     kind: Kind,
     effect: Effect = "total",
     *,
+    pairs: Iterable[Any] | None = None,
     exact: int = 0,
     direction: Direction = "denoise",
     **options: "Unpack[MeasureOptions]",
 ) -> Result:
-    """path_patching of every pair to first order: one gradient for each destination instead of a run for each pair.
+    """path_patching of every pair to first order: one backward pass instead of a run for each pair.
 
     Edge attribution patching (Syed et al. 2023; Nanda 2023): the source's output less its output in the other run,
     times the gradient of the metric by the destination's input. It is a screen: attention and norms saturate, so check
-    what matters with `exact`.
+    what matters with `exact`. `edge_scores` has the same of all edges at once, with integrated gradients too.
 
     Args:
         clean, corrupted, kind, effect, direction: as in path_patching. The metric must have a gradient, so not "rank",
             "top1" or "kl" (which has none at the clean run), and values are means.
+        pairs: as in composition_ablation, of the nodes that edge_scores knows; several that go together add up.
         exact: the number of pairs, of those that seem to matter most, that are patched exactly too.
 
     Returns:
@@ -214,17 +226,20 @@ def edge_attribution(
             f"metric is {how.metrics[0].name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}, per_sequence "
             f"{how.per_sequence}: expected the mean of a metric with a gradient, nll, logit_difference or probability"
         )
-    weights = into.weights
-    pairs = enumerate_paths(weights.n_layers, weights.n_heads, 2)
-    changes = _first_order(into, AblationValue(into, "resample", source), kind, effect, how)
-    where = tuple(torch.tensor(pairs, dtype=torch.long).view(-1, 4).mT)
+    outside, weights = Outside(into, source, "resample", "all"), into.weights
+    entries = list(enumerate_paths(weights.n_layers, weights.n_heads, 2) if pairs is None else pairs)
+    labels, cuts = _parse_pairs(into, entries, kind, effect)
+    with torch.no_grad():
+        scores = first_order(into, outside, how, effect=effect)
+    places = [[outside.graph.place((edge_label(edge, kind)[0], edge.receiver.label)) for edge in cut] for cut in cuts]
+    rise = torch.stack([scores[tuple(zip(*cut, strict=True))].sum() for cut in places]) if places else scores.new_zeros(0)
     found = measure(into, [], how, [], kind=kind, effect=effect)
-    values = found.baseline + changes[where]
-    found = replace(found, labels=pairs, values=values, rise=changes[where], harm="size")
+    values = found.baseline + rise
+    found = replace(found, labels=labels, values=values, rise=rise, harm="size")
     if exact:
         best = found.means().abs().sort(descending=True, stable=True).indices[:exact]
         patched: Result = path_patching(
-            clean, corrupted, kind, effect, pairs=[pairs[i] for i in best.tolist()], direction=direction, **options
+            clean, corrupted, kind, effect, pairs=[entries[i] for i in best.tolist()], direction=direction, **options
         )
         known = torch.full_like(values, torch.nan)
         known[best] = patched.values
@@ -263,58 +278,3 @@ def _with_runs(
     for name, run in (("clean", clean), ("corrupted", corrupted)):
         setup[name] = float(measure(run, [], measurement(run, plain, "recomputed"), []).baseline)
     return replace(found, setup=setup)
-
-
-def _first_order(trace: FrozenTrace, value: AblationValue, kind: Kind, effect: Effect, how: Measurement) -> Tensor:
-    """The first-order change of the metric for every pair, [L, H, L, H]."""
-    weights = trace.weights
-    by_layer = [[Head(layer, head) for head in range(weights.n_heads)] for layer in range(weights.n_layers)]
-    out = trace.embedded.new_zeros((weights.n_layers, weights.n_heads) * 2, dtype=torch.float64)
-    for first in range(len(trace.tokens)):  # the gradients of one sequence at a time
-        asked = how.asked[first : first + 1]
-        if not asked.count:
-            continue
-        part = trace[first : first + 1]
-        with torch.no_grad():
-            gone = [torch.stack(list(removed_writes(part, heads, value).values())) for heads in by_layer]
-        by_z = _gradients_by_z(part, asked, how, asked.count / how.asked.count, effect)
-        for layer in range(1, weights.n_layers):
-            by_input = _gradients_by_input(part, layer, by_z[layer], kind)
-            for earlier in range(layer):
-                out[earlier, :, layer] -= torch.einsum("sbtd,hbtd->sh", gone[earlier].double(), by_input.double())
-    return out.to(weights.compute_dtype)
-
-
-def _gradients_by_z(part: FrozenTrace, asked: Asked, how: Measurement, share: float, effect: Effect) -> list[Tensor]:
-    """The gradient of the metric's mean, times `share`, by z of each layer: L of [H, B, T, r]."""
-    weights, layers = part.weights, range(part.weights.n_layers)
-    if not layers:
-        return []
-    with torch.enable_grad():
-        if effect == "direct":
-            final = part.final.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(metric_mean(part, final, asked, how) * share, final)
-            by_write = [part.apply_post_norm(gradient, layer) for layer in layers]
-            W_O = [weights.heads("W_O", layer) for layer in layers]
-        else:
-            zeros = [torch.zeros_like(part.embedded[None]).requires_grad_() for _ in layers]
-            stream = part.embedded[None]
-            for layer, zero in enumerate(zeros):
-                stream = part.forward.block(layer, stream, zero)
-            gradients = torch.autograd.grad(metric_mean(part, stream[0], asked, how) * share, zeros)
-            by_write = [gradient[0] for gradient in gradients]
-            W_O = [weights.W_O[layer].to(weights.compute_dtype) for layer in layers]
-    return [torch.einsum("btd,hrd->hbtr", gradient, out) for gradient, out in zip(by_write, W_O, strict=True)]
-
-
-def _gradients_by_input(part: FrozenTrace, layer: int, by_z: Tensor, kind: Kind) -> Tensor:
-    """The gradient by the residual stream that each head of a layer makes its input of, [H, B, T, d]."""
-    heads = part.weights.n_heads
-    with torch.no_grad():
-        clean = part.forward.qkv(layer, part.normed(part.streams[layer], layer)[None])
-    with torch.enable_grad():
-        stream = part.streams[layer].expand(heads, *part.embedded.shape).detach().requires_grad_()
-        z = mixed_z(part, layer, stream, kind, clean)  # [H, B, H, T, r]: each copy of the stream for one head
-        own = torch.stack([z[head, :, head] for head in range(heads)])
-        (gradient,) = torch.autograd.grad((own * by_z).sum(), stream)
-    return gradient
