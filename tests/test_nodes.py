@@ -81,6 +81,19 @@ def test_experiments_on_a_part_of_a_run_are_those_of_the_part(cut):
         torch.testing.assert_close(call(run[cut], reference).values, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("attention", ["frozen", "recomputed"])
+def test_layers_are_ablated_at_positions(attention):
+    run = fc.trace(random_weights(3, norm="layernorm"), random_tokens())
+    layers = [[(layer, head) for head in range(4)] for layer in range(3)]
+    for at in (4, [2, 5], torch.arange(9) > 6, "each"):
+        found = fc.layer_ablation(run, "mean", attention, at=at)
+        expected = fc.head_ablation(run, "mean", attention, heads=layers, at=at)
+        torch.testing.assert_close(found.values, expected.values)
+        assert float((found.values - fc.layer_ablation(run, "mean", attention).values[:, None]).abs().max()) > 0
+    assert found.labels[10] == (1, 1)
+    assert found.values.shape == (3, 9)
+
+
 @pytest.mark.parametrize("head", [(1, 2), [1, 2], torch.tensor([1, 2]), np.array([1, 2]), (np.int64(1), np.int32(2))])
 def test_a_head_is_a_pair_of_integers(head):
     found = parse_head(random_weights(), head)

@@ -17,16 +17,27 @@ HELD = 256 << 20  # bytes of the changes of all nodes that are held at a time; w
 class Outside:
     """See `edge_scores` for mode, corrupted and over.
 
+    `clean_norms`: where there is a norm after the heads, z of the corrupted run goes through the clean run's, as in
+    `path_patching`, and not through its own.
+
     Raises:
         TypeError, ValueError: runs of different models or shapes; no corrupted run where one is needed.
     """
 
-    def __init__(self, clean: FrozenTrace, corrupted: FrozenTrace | None, mode: Mode, over: AverageOver) -> None:
+    def __init__(
+        self,
+        clean: FrozenTrace,
+        corrupted: FrozenTrace | None,
+        mode: Mode = "resample",
+        over: AverageOver = "all",
+        *,
+        clean_norms: bool = False,
+    ) -> None:
         if corrupted is not None:
             check_same_model("corrupted", corrupted, clean)
         elif mode == "resample":
             raise ValueError("corrupted is None, but mode is 'resample': give the run that writes are taken from")
-        self.mode, self.corrupted = mode, corrupted
+        self.writes_from = corrupted if mode == "resample" and not clean_norms else None
         self.value = AblationValue(clean, mode, None if mode == "zero" else corrupted, over)
         self.graph = Graph.of(clean)
 
@@ -34,7 +45,7 @@ class Outside:
         """What a group of nodes gives outside of the circuit, less what it gives in the clean run: [n, B, T, x].
 
         Of heads it is z, with the scale of a norm after them, and W_O makes it what they write. `other`: the same part
-        of the corrupted run; None: what takes the place is zero or a mean.
+        of the corrupted run; None: what takes the place is scaled as the clean run's.
         """
         outputs, layer = nodes[0].outputs, nodes[0].layer
         through = isinstance(nodes[0], Head)
@@ -80,8 +91,7 @@ class Changes:
 
     def _make(self, outside: Outside) -> None:
         """Make the changes of every group; of both runs no layer's z outlives its turn."""
-        corrupted = outside.corrupted if outside.mode == "resample" else None
-        other = None if corrupted is None else corrupted[self.part.sequences]
+        other = None if outside.writes_from is None else outside.writes_from[self.part.sequences]
         runs = [self.part] if other is None else [self.part, other]
         for out, (_, nodes) in zip(self._outputs, self.groups, strict=True):
             change = outside.change(self.part, nodes, other)

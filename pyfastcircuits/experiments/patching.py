@@ -226,7 +226,7 @@ def edge_attribution(
             f"metric is {how.metrics[0].name!r}, kl {len(how.metrics) > 1}, per_token {how.per_token}, per_sequence "
             f"{how.per_sequence}: expected the mean of a metric with a gradient, nll, logit_difference or probability"
         )
-    outside, weights = Outside(into, source, "resample", "all"), into.weights
+    outside, weights = Outside(into, source, clean_norms=True), into.weights
     entries = list(enumerate_paths(weights.n_layers, weights.n_heads, 2) if pairs is None else pairs)
     labels, cuts = _parse_pairs(into, entries, kind, effect)
     with torch.no_grad():

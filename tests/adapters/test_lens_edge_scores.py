@@ -62,6 +62,16 @@ def test_integrated_scores_are_those_of_the_package(name):
         assert_same(fc.edge_scores(*runs, "eap-ig", steps=3, **asked), expected, graph)
 
 
+@pytest.mark.parametrize("name", [*FAMILIES[:3], FAMILIES[4]])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_scores_of_integrated_activations_are_those_of_the_package(name, steps):
+    model, prompts, runs = both(name)
+    graph, model = Graph.of(runs[0]), split(model)
+    for asked, metric in ((ASKED, difference), ({"metric": "kl"}, divergence))[: steps - 1 or 1]:
+        expected = package_scores(model, *prompts, metric, steps, activations=True)
+        assert_same(fc.edge_scores(*runs, "eap-ig-activations", steps=steps, **asked), expected, graph)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_edited_model_is_a_plain_rerun(name):
     model, prompts, runs = both(name)
@@ -77,6 +87,28 @@ def test_the_edited_model_is_a_plain_rerun(name):
         expected = float(difference(edited_lens_logits(model, *prompts, mask)))
         assert found.value == pytest.approx(expected, rel=1e-8, abs=1e-9)
     assert found.faithfulness == pytest.approx(1, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("effect", ["total", "direct"])
+def test_any_pair_to_first_order(name, effect):
+    """As the corrupted run nears the clean one, what first order leaves falls faster than the change itself."""
+    pairs = [("embed", ("mlp", 0)), ("embed", ((0, 1), "Q")), ((0, 1), "logits"), ((0, 0), ((1, 1), "V"))]
+    pairs += [(("mlp", 0), (1, 0)), (("mlp", 0), ("mlp", 1))]
+    pairs += [[("embed", (1, 0)), ((0, 1), (1, 1))]] if effect == "total" else []
+    errors = []
+    for share in (1e-2, 1e-3):
+        model = both(name)[0]
+        W_E, clean = model.W_E.data, tokens() % 8
+        W_E[8:16] = W_E[:8] + share * (W_E[8:16] - W_E[:8])
+        runs = fc.trace(model, clean), fc.trace(model, clean + 8)
+        found = fc.edge_attribution(*runs, "K", effect, pairs=pairs, exact=len(pairs), **ASKED)
+        exact = fc.path_patching(*runs, "K", effect, pairs=pairs, **ASKED)
+        assert torch.equal(found.extra["exact"], exact.values)
+        assert found.labels == exact.labels
+        errors.append((found.delta - exact.delta).abs() / exact.delta.abs().max())
+    assert bool((errors[1] <= 0.2 * errors[0] + 1e-6).all())
+    assert float(errors[0].max()) < 0.2
 
 
 def test_a_bias_in_front_of_a_norm_is_refused():

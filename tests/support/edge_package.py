@@ -39,8 +39,12 @@ def node_outputs(model, tokens, **options):
     return torch.cat(out, 2), logits
 
 
-def package_scores(model, clean, corrupted, metric, steps=None, **options):
-    """Scores [nodes, receivers]; metric(logits, clean logits) is a mean. `steps`: of EAP-IG (inputs)."""
+def package_scores(model, clean, corrupted, metric, steps=None, activations=False, **options):
+    """Scores [nodes, receivers]; metric(logits, clean logits) is a mean. `steps`: of EAP-IG, of inputs or activations.
+
+    Of activations: the input, all heads of a layer and each MLP in turn give (1 - k / steps) of the corrupted output
+    and k / steps of the clean one, k = 1 to steps; the scores of all these runs are averaged.
+    """
     ours, clean_logits = node_outputs(model, clean, **options)
     theirs, _ = node_outputs(model, corrupted, **options)
     change, layers, heads = theirs - ours, model.cfg.n_layers, model.cfg.n_heads
@@ -65,15 +69,31 @@ def package_scores(model, clean, corrupted, metric, steps=None, **options):
         if mlps:
             hooks.append((f"blocks.{layer}.hook_mlp_in", watch(at + 3 * heads, before + (0 if parallel else heads))))
     hooks.append((f"blocks.{layers - 1}.hook_resid_post", watch(receivers - 1, change.shape[2])))
-    for k in range(steps or 1):
-        away = 0 if steps is None else 1 - k / steps
+    def start(x, hook):
+        return x.detach().requires_grad_()
 
-        def embedded(x, hook, away=away):
-            return (x + away * change[:, :, 0]).detach().requires_grad_()
+    def mixed(name, some, away):
+        def give(x, hook):
+            value = (1 - away) * ours[:, :, some] + away * theirs[:, :, some]
+            return value.reshape(x.shape).detach().requires_grad_(name == "blocks.0.hook_resid_pre")
 
-        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", embedded)], bwd_hooks=hooks):
+        return name, give
+
+    if activations:
+        groups = [("blocks.0.hook_resid_pre", slice(0, 1))]
+        for layer in range(layers):
+            at = 1 + layer * width
+            groups.append((f"blocks.{layer}.attn.hook_result", slice(at, at + heads)))
+            groups += [(f"blocks.{layer}.hook_mlp_out", slice(at + heads, at + width))] * mlps
+        runs = [mixed(*group, 1 - k / steps) for group in groups for k in range(1, steps + 1)]
+    else:
+        aways = [0] if steps is None else [1 - k / steps for k in range(steps)]
+        runs = [mixed("blocks.0.hook_resid_pre", slice(0, 1), away) for away in aways]
+    for run in runs:
+        first = ("blocks.0.hook_resid_pre", start)
+        with model.hooks(fwd_hooks=[run] if run[0] == first[0] else [first, run], bwd_hooks=hooks):
             metric(model(clean, **options), clean_logits).backward()
-    return scores / (steps or 1)
+    return scores / len(runs)
 
 
 @torch.no_grad()
