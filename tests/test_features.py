@@ -142,11 +142,32 @@ def test_files_of_both_layouts(tmp_path):
     exact(traced.activations(run), made(threshold=one.threshold).activations(run))
     with pytest.raises(ValueError, match="has 2 safetensors files"):
         fc.Dictionary.load(str(tmp_path), layer=1)
-    save_file({**tensors, "W_skip": one.W_enc.clone()}, tmp_path / "layer_1.safetensors")
-    with pytest.raises(ValueError, match="which holds W_skip: not supported"):
+    save_file({**tensors, "W_other": one.W_enc.clone()}, tmp_path / "layer_1.safetensors")
+    with pytest.raises(ValueError, match="which holds W_other: not supported"):
         fc.Dictionary.load(str(tmp_path / "layer_1.safetensors"), layer=1)
     with pytest.raises(OSError, match="where there is no file"):
         fc.Dictionary.load(str(tmp_path / "none"), layer=1)
+
+
+def test_gated_features(tmp_path):
+    """An ablated feature of a gated dictionary in SAELens' layout, beside its definition and a hook on the stream."""
+    one, gate, scale = made(), normal(F, seed=6), normal(F, seed=7) / 2
+    tensors = {name: getattr(one, name) for name in ("W_enc", "W_dec", "b_dec")}
+    save_file({**tensors, "b_mag": one.b_enc, "b_gate": gate, "r_mag": scale}, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "gated", "apply_b_dec_to_input": True}))
+    dictionary = fc.Dictionary.load(tmp_path, layer=1)
+    w, tokens = random_weights(3, norm="layernorm"), random_tokens()
+    run, clean = fc.trace(w, tokens), Hooked(w, tokens)
+    product = (clean.streams[1] - one.b_dec) @ one.W_enc
+    active = (product + gate > 0) * (product * scale.exp() + one.b_enc).relu()
+    differs = (product * scale.exp() + one.b_enc > 0) & (product + gate <= 0)
+    number = int((differs.any(0).any(0) & (active > 0).any(0).any(0)).nonzero()[0])
+    exact(dictionary.activations(run), active)
+    exact(dictionary.reconstruction(run), active @ one.W_dec + one.b_dec)
+    gone = active[..., [number]] * one.W_dec[number]
+    without = Hooked(w, tokens, lambda name, layer, h, x: x - gone if name in "QKV" and layer else x)
+    ours = fc.head_ablation(run, "zero", "recomputed", heads=[dictionary.feature(number)], per_token=True)
+    exact(ours.values[0], losses(w, without, gone, tokens, None))
 
 
 def test_bad_dictionaries_are_named():
@@ -163,6 +184,12 @@ def test_bad_dictionaries_are_named():
         fc.feature_qk_terms(run, (0, 1), made(), sequence=0, destination=1, source=0)
     with pytest.raises(IndexError, match="source is 9, expected 0 to 8"):
         fc.feature_qk_terms(run, (1, 1), made(), sequence=0, destination=1, source=9)
+    with pytest.raises(ValueError, match="r_mag is None, but a gated dictionary has both"):
+        made(b_gate=normal(F))
+    with pytest.raises(ValueError, match="threshold is given, but b_gate is too"):
+        made(b_gate=normal(F), r_mag=normal(F), threshold=normal(F))
+    with pytest.raises(ValueError, match="W_skip is given, but reads is 'stream'"):
+        made(W_skip=normal(D, D))
     other = fc.Dictionary(normal(7, F), normal(F, 7), layer=0)
     with pytest.raises(ValueError, match=r"W_dec has shape \[31, 7\], but d is 20"):
         fc.head_ablation(run, heads=[other.feature(0)])

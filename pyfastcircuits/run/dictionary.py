@@ -20,6 +20,7 @@ from pyfastcircuits.result import Label
 from pyfastcircuits.run.trace import FrozenTrace
 
 Reads = Literal["stream", "mlp"]
+TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "r_mag", "W_skip"}  # by their names in files
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,8 @@ class Dictionary:
     """Features of the residual stream before a layer (an SAE), or of a layer's MLP (a transcoder).
 
     A feature's activation is (x - b_dec) @ W_enc + b_enc where that is above its threshold, and 0 elsewhere; of the
-    activations of a position, `top` keep the largest alone.
+    activations of a position, `top` keep the largest alone. A gated one (Rajamanoharan et al. 2024) is active where
+    (x - b_dec) @ W_enc + b_gate is above 0, as strongly as (x - b_dec) @ W_enc * exp(r_mag) + b_enc is above 0.
 
     Args:
         W_enc, W_dec: [d, F] and [F, d].
@@ -38,12 +40,14 @@ class Dictionary:
         threshold: [F], what an activation must exceed (JumpReLU); None: 0.
         top: how many activations a position keeps; None: all.
         subtracts_b_dec: whether the encoder reads the stream less b_dec.
+        b_gate, r_mag: [F], of a gated dictionary, whose b_enc is the bias of magnitudes; None: it is not gated.
+        W_skip: [d, d], of a transcoder whose reconstruction has x @ W_skip.T in it too; it is no feature's.
 
     Raises:
         ValueError: shapes that do not fit, a layer or top below 0.
         TypeError: arguments of other types.
 
-    Source: Bricken et al. 2023 (SAEs); Dunefsky et al. 2024 (transcoders).
+    Source: Bricken et al. 2023 (SAEs); Dunefsky et al. 2024 (transcoders); Paulo et al. 2025 (with a skip).
     """
 
     W_enc: Tensor
@@ -56,6 +60,9 @@ class Dictionary:
     threshold: Tensor | None = None
     top: int | None = None
     subtracts_b_dec: bool = False
+    b_gate: Tensor | None = None
+    r_mag: Tensor | None = None
+    W_skip: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check shapes."""
@@ -63,13 +70,22 @@ class Dictionary:
         if self.W_dec.dim() != 2 or not self.W_dec.is_floating_point():
             raise ValueError(f"W_dec is {describe(self.W_dec)}, expected floating point of [F, d]")
         features, d = self.W_dec.shape
-        shapes = {"W_enc": [d, features], "b_enc": [features], "b_dec": [d], "threshold": [features]}
+        shapes = {"W_enc": [d, features], "b_dec": [d], "W_skip": [d, d]}
+        shapes |= {name: [features] for name in ("b_enc", "threshold", "b_gate", "r_mag")}
         for name, shape in shapes.items():
             tensor: Tensor | None = getattr(self, name)
             if tensor is not None and list(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {shape} for W_dec [{features}, {d}]")
         if self.layer < 0 or (self.top is not None and self.top < 0):
             raise ValueError(f"layer is {self.layer} and top {self.top}, expected at least 0")
+
+        if (self.b_gate is None) != (self.r_mag is None):
+            missing = "r_mag" if self.r_mag is None else "b_gate"
+            raise ValueError(f"{missing} is None, but a gated dictionary has both b_gate and r_mag")
+        if self.b_gate is not None and self.threshold is not None:
+            raise ValueError("threshold is given, but b_gate is too: a gated dictionary has no threshold")
+        if self.W_skip is not None and self.reads != "mlp":
+            raise ValueError(f"W_skip is given, but reads is {self.reads!r}: it is a transcoder's, which reads 'mlp'")
 
     @staticmethod
     @public
@@ -82,7 +98,7 @@ class Dictionary:
 
         Raises:
             OSError: no such file.
-            ValueError: a file without encoder and decoder; an architecture that is not supported (gated, skip).
+            ValueError: a file without encoder and decoder; one that holds something else besides.
             ImportError: safetensors is missing.
         """
         try:
@@ -107,7 +123,9 @@ class Dictionary:
             raise ValueError(f"file is {describe(str(file))}, which holds {', '.join(held)}: expected W_enc and W_dec")
         if "scaling_factor" in held and bool((held["scaling_factor"] == 1).all()):  # SAELens keeps ones
             del held["scaling_factor"]
-        refused = held.keys() - {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+        if "b_mag" in held:  # SAELens' name of a gated one's
+            held["b_enc"] = held.pop("b_mag")
+        refused = held.keys() - TENSORS
         if refused:
             raise ValueError(f"file is {describe(str(file))}, which holds {', '.join(sorted(refused))}: not supported")
         settings = path.with_name("cfg.json")
@@ -117,7 +135,8 @@ class Dictionary:
             encoder = encoder.mT
         return Dictionary(
             encoder.contiguous(), decoder, held.get("b_enc"), held.get("b_dec"), layer=layer, reads=reads,
-            threshold=held.get("threshold"), top=config.get("k"),
+            threshold=held.get("threshold"), top=config.get("k"), b_gate=held.get("b_gate"), r_mag=held.get("r_mag"),
+            W_skip=held.get("W_skip"),
             subtracts_b_dec=bool(config.get("apply_b_dec_to_input", False)),
         )  # fmt: skip
 
@@ -131,6 +150,18 @@ class Dictionary:
         """How active every feature is at each position of a run, [B, T, F]; errors as `feature`."""
         self.check(trace.weights)
         return self._of(trace, self._read_by(trace))
+
+    @public
+    def reconstruction(self, trace: FrozenTrace) -> Tensor:
+        """What the dictionary makes of the stream, or of the MLP's output, in a run: features, b_dec, skip; [B, T, d].
+
+        What is left of the stream or output is the reconstruction's error. Errors as `feature`.
+        """
+        self.check(trace.weights)
+        stream = self._read_by(trace)
+        out = self._of(trace, stream) @ self.W_dec.to(stream.dtype)
+        out = out if self.b_dec is None else out + self.b_dec.to(stream.dtype)
+        return out if self.W_skip is None else out + self._read(trace, stream) @ self.W_skip.mT.to(stream.dtype)
 
     @public
     def feature(self, number: int) -> "Feature":
@@ -171,18 +202,24 @@ class Dictionary:
             return stream
         return stream + run.forward.write(self.layer, run.z(self.layer).transpose(0, 1)[None])[0]
 
+    def _read(self, run: FrozenTrace, stream: Tensor) -> Tensor:
+        """What the encoder multiplies where it reads a stream [..., d]: of a transcoder, through the model's norm."""
+        if self.reads == "stream":
+            return stream
+        return centered(stream, run.weights) * norm_scale(stream, run.weights)[..., None]
+
     def _of(self, run: FrozenTrace, stream: Tensor, number: int | None = None) -> Tensor:
         """Activations [..., F], or [..., 1] of one feature, where the encoder reads a stream [..., d]."""
-        dtype, weights = stream.dtype, run.weights
-        if self.reads == "mlp":
-            stream = centered(stream, weights) * norm_scale(stream, weights)[..., None]
+        dtype, stream = stream.dtype, self._read(run, stream)
         if self.subtracts_b_dec and self.b_dec is not None:
             stream = stream - self.b_dec.to(dtype)
         some = slice(None) if number is None or self.top is not None else slice(number, number + 1)
         made = stream @ self.W_enc[:, some].to(dtype)
+        passed = None if self.b_gate is None else made + self.b_gate[some].to(dtype) > 0
+        made = made if self.r_mag is None else made * self.r_mag[some].to(dtype).exp()
         made = made if self.b_enc is None else made + self.b_enc[some].to(dtype)
-        bar = made.new_zeros(()) if self.threshold is None else self.threshold[some].to(dtype)
-        active = made.where(made > bar, 0)
+        above = made > (0 if self.threshold is None else self.threshold[some].to(dtype))
+        active = made.where(above if passed is None else above & passed, 0)
         if self.top is not None and self.top < self.size:
             kept = active.topk(self.top, -1)
             active = torch.zeros_like(active).scatter(-1, kept.indices, kept.values)

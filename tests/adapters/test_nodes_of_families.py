@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("transformers", reason="pip install 'pyfastcircuits[hf]'")
 
@@ -157,17 +158,23 @@ def node_writes(run):
     return [written(run, node) for node in (Embedding(), MLP(0), MLP(1))]
 
 
-def test_a_feature_of_a_transcoder_is_taken_out_of_the_mlp():
+def test_a_feature_of_a_transcoder_is_taken_out_of_the_mlp(tmp_path):
+    """In circuit-tracer's layout, with a skip, which is left in as the reconstruction's error is."""
     model, given = build("gpt2"), tokens(2)
     with nothing_in_fp32(model):
         run, plain = fc.trace(model, given), Plain(model, given)
         g = torch.Generator().manual_seed(0)
         encoder, decoder = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((24, 7), (7, 24)))
-        dictionary = fc.Dictionary(encoder, decoder, layer=1, reads="mlp")
+        skip = torch.randn(24, 24, generator=g, dtype=torch.float64)
+        bias = torch.randn(24, generator=g, dtype=torch.float64)
+        tensors = {"W_enc": encoder.mT.contiguous(), "W_dec": decoder, "b_dec": bias, "W_skip": skip}
+        save_file(tensors, tmp_path / "layer_1.safetensors")
+        dictionary = fc.Dictionary.load(tmp_path, layer=1, reads="mlp")
         middle = run.streams[1] + run.forward.write(1, run.z(1).transpose(0, 1)[None])[0]
         read = torch.nn.functional.layer_norm(middle, (24,), eps=1e-5)
         active = (read @ encoder).clamp_min(0)
         exact(dictionary.activations(run), active)
+        exact(dictionary.reconstruction(run), active @ decoder + bias + torch.einsum("btd,ed->bte", read, skip))
         gone = active[..., 3:4] * decoder[3]
         ours = fc.head_ablation(run, "zero", "recomputed", heads=[dictionary.feature(3)], per_token=True)
         exact(ours.values[0], nll(plain.run(mlp={1: lambda out: out - gone}), given))
