@@ -1,6 +1,7 @@
 """Circuits as values, and tasks: what is chosen, pruned, compared, drawn and written; prompts, answers and padding."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from support.command import run as command
 from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits as fc
+from pyfastcircuits.experiments.faithfulness import pruning_runs
 
 LATE, EARLY, SIDE = (1, 1), (0, 2), (0, 0)
 SCORES = {
@@ -204,8 +206,10 @@ def test_twenty_edges_choose_as_the_model_does():
     task, other = fc.Task.induction(w.d_vocab), fc.Task.induction(w.d_vocab, batch=64, seed=1)
     runs = task.runs(w)
     start = fc.circuit(fc.edge_scores(*runs, "eap-ig", **task.options), top=60)
-    found = fc.prune_circuit(start, *runs, top=20, **task.options)
+    ran = []
+    found = fc.prune_circuit(start, *runs, top=20, progress=ran.append, **task.options)
     assert len(found) <= 20
+    assert 0.9 * pruning_runs(60, 20) < sum(ran) <= pruning_runs(60, 20) + 5 * 61
     heads = fc.head_scores(w, batches=1)
     into_heads = [(source, to) for source, to in found.edges if to != "logits" and source != "embed"]
     assert len(into_heads) >= 8
@@ -223,7 +227,11 @@ def test_the_command(tmp_path):
     done = command("circuit", "--pairs", 4, "--edges", 12, "--top", 3, "--out", tmp_path / "out", "--steps", 2)
     assert done.exit_code == 0, done.output
     assert "Faithfulness" in done.output
-    assert "of its right choices between the two answers" in done.output
+    assert "Choosing 12 of 36 edges runs the model up to 286 times, and 37 times more" in done.output
+    kept = [line for line in done.output.splitlines() if "of its right choices between the two answers" in line]
+    assert len(kept) == 2
+    assert "on 4 other pairs of prompts" in kept[1]
+    assert re.search(r"Of the sizes on the curve, the \d+ best edges by their scores keep 90.0%", done.output)
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert written == {"circuit.json", "circuit.png", "curve.png", "edges.parquet", "curve.parquet"}
     assert len(fc.Circuit.load(tmp_path / "out" / "circuit.json")) == 12

@@ -1,5 +1,6 @@
 """The command `circuit`: the edges that a task needs, and how much of the model they explain."""
 
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,9 +15,11 @@ from pyfastcircuits.command.app import RUNS, command, end
 from pyfastcircuits.command.made import check_files, check_folder, made_by
 from pyfastcircuits.command.options import GIVES, HOW, READS, Backend, Dtype, Force, Model, ModelOption, Out, Top
 from pyfastcircuits.command.report import Report
+from pyfastcircuits.experiments.faithfulness import pruning_runs
 from pyfastcircuits.result import label_name
 
 TaskName = Literal["induction", "indirect-object", "greater-than"]
+CANDIDATES, SIZES = 3, 12  # edges that one in the circuit is chosen of; sizes on the curve
 FILES = ["edges.parquet", "curve.parquet", "circuit.png", "curve.png"]  # that say what made them
 
 
@@ -78,21 +81,45 @@ def circuit(
         prompts_hash = sha256(b"".join(x.numpy().tobytes() for x in (given.clean, given.corrupted))).hexdigest()
         made = made_by("circuit", model, asked, prompts_hash, given.name)
         check_files(out, FILES, made, force=force)
-        bar.plan({"runs": 2, "scores": 1, "circuit": 1, "writing": 5})
+        choosing = pruning_runs(CANDIDATES * edges, edges) if prune else 0
+        bar.plan({"runs": 2, "scores": 1, "curve": 1, "choosing edges": choosing, "circuit": 2, "writing": 5})
         clean, corrupted = given.runs(run, weights=weights)
         bar.advance(2)
         how: dict[str, Any] = {**given.options, "backend": backend}
         scores = fc.edge_scores(clean, corrupted, method, steps=steps, **how)
         bar.advance()
         ranked = fc.circuit(scores)
-        found = fc.circuit(scores, top=(3 if prune else 1) * edges, greedy=greedy)
+        began = time.perf_counter()
+        whole = fc.faithfulness(ranked, clean, corrupted, sizes=SIZES, **how)
+        seconds = (time.perf_counter() - began) / SIZES
+        bar.advance()
+        found = fc.circuit(scores, top=(CANDIDATES if prune else 1) * edges, greedy=greedy)
         if prune:
-            found = fc.prune_circuit(found, clean, corrupted, top=edges, **how)
-        whole = fc.faithfulness(ranked, clean, corrupted, sizes=12, **how)
+            runs = pruning_runs(len(found), edges)
+            report.line(show.choosing(len(found), edges, runs, seconds))
+            left = float(choosing)
+
+            def chosen(runs: float) -> None:
+                nonlocal left
+                bar.advance(min(runs, left))
+                left -= min(runs, left)
+
+            found = fc.prune_circuit(found, clean, corrupted, top=edges, progress=chosen, **how)
+            bar.advance(left)
         explained = fc.faithfulness(found, clean, corrupted, random=5, **how)
+        bar.advance()
+        others = None
+        if prompts is None:  # which the circuit was not chosen on
+            asked_too = _task(task, None, run, weights, shown, batch, seed + 1)
+            others = fc.faithfulness(
+                found, *asked_too.runs(run, weights=weights), **asked_too.options, backend=backend
+            )
         bar.advance()
         report.line(f"{model}: {given.name}, {len(given)} pairs of prompts; {len(found)} of {len(scores.labels)} edges")
         report.line(show.kept(explained))
+        if others is not None:
+            report.line(show.kept(others, f" on {batch} other pairs of prompts"))
+        report.line(show.enough(whole))
         report.show(show.circuit_table(found, top))
         report.show(show.faithfulness_table(explained, whole))
         assert whole.curve is not None
@@ -104,6 +131,8 @@ def circuit(
         bar.advance(5)
     report.found({"circuit": [label_name(edge) for edge in found.edges], "faithfulness": explained.faithfulness})
     report.found({"right": explained.right})
+    if others is not None:
+        report.found({"on other prompts": {"faithfulness": others.faithfulness, "right": others.right}})
     report.found({"completeness": explained.completeness, "cpr": whole.curve.cpr, "cmd": whole.curve.cmd})
     end(report, made, tables, paths)
 

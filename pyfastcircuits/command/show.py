@@ -17,6 +17,7 @@ from pyfastcircuits.experiments.orders import ARTICLE_MARGINALS, ARTICLE_ORDERS
 from pyfastcircuits.ops import TopEntries
 from pyfastcircuits.result import label_name
 from pyfastcircuits.sweeps.sweep import Example
+from pyfastcircuits.sweeps.units import duration
 
 METRIC_NAMES = {"nll": "loss", "kl": "divergence", "top1": "top-1 accuracy"}  # of the others, their own in words
 HEAD_SCORES = ("induction", "prefix_matching", "previous_token", "duplicate_token", "copying")
@@ -236,12 +237,35 @@ def circuit_table(found: Circuit, top: int) -> Table:
     return make_table("The circuit: its best edges", ("source", "receiver"), ("score",), rows, caption)
 
 
-def kept(found: Faithfulness) -> str:
+def kept(found: Faithfulness, of: str = "") -> str:
     """What a circuit keeps of the task, in a sentence: of the metric, and of right choices between two tokens."""
     of_metric = f"The circuit keeps {percent(found.faithfulness)} of the model's {metric_name(found.metric)}"
     if found.right is None or not found.right[0]:
-        return f"{of_metric}."
-    return f"{of_metric}, and {percent(found.right[2] / found.right[0])} of its right choices between the two answers."
+        return f"{of_metric}{of}."
+    model, empty, circuit = found.right
+    return (
+        f"{of_metric}, and {percent(circuit / model)} of its right choices between the two answers{of} "
+        f"({percent(empty / model)} without any edge)."
+    )
+
+
+def choosing(candidates: int, edges: int, runs: int, seconds: float) -> str:
+    """What it costs to choose a circuit by running the model, of `seconds` a run; in time, where it is a minute."""
+    about = f", about {duration(runs * seconds)}" if runs * seconds >= 60 else ""
+    return (
+        f"Choosing {edges} of {candidates} edges runs the model up to {runs:,} times{about}, and {candidates + 1} times more for "
+        "each exchange that helps; --no-prune takes the best by their scores."
+    )
+
+
+def enough(whole: Faithfulness, share: float = 0.9) -> str:
+    """How many of the best edges keep such a share of the metric, as far as the curve tells."""
+    curve = whole.curve
+    assert curve is not None
+    there = [int(size) for size, x in zip(curve.sizes, curve.faithfulness, strict=True) if float(x) >= share]
+    what = f"keep {percent(share)} of the {metric_name(whole.metric)}"
+    few = f"the {there[0]} best edges by their scores" if there else "none"
+    return f"Of the sizes on the curve, {few} {what}."
 
 
 def faithfulness_table(found: Faithfulness, whole: Faithfulness) -> Table:

@@ -312,6 +312,23 @@ def prune_circuit(
     return replace(circuit, scores={edge: x for edge, x in circuit.scores.items() if edge in left}).pruned()
 
 
+def _at_once(edges: int, top: int) -> int:
+    """The number of edges that are taken out together, of those that are too many."""
+    return max(1, (edges - top) // 4)
+
+
+def pruning_runs(edges: int, top: int) -> int:
+    """How many edited passes prune_circuit(top=...) makes of a circuit with so many edges, if no exchange helps.
+
+    Each exchange that helps makes edges + 1 more.
+    """
+    runs = edges + 2
+    while edges > top:
+        runs += edges
+        edges -= _at_once(edges, top)
+    return runs
+
+
 def _best(start: Sequence[EdgeLabel], top: int, values: Callable[..., list[float]]) -> list[EdgeLabel]:
     """At most `top` edges of those to start with, by the values of circuits, of which the least is the best."""
 
@@ -321,7 +338,7 @@ def _best(start: Sequence[EdgeLabel], top: int, values: Callable[..., list[float
     kept = list(start)
     while len(kept) > top:
         found = without_each(kept)
-        gone = sorted(range(len(kept)), key=found.__getitem__)[: max(1, (len(kept) - top) // 4)]
+        gone = sorted(range(len(kept)), key=found.__getitem__)[: _at_once(len(kept), top)]
         kept = list(Circuit({edge: 0.0 for i, edge in enumerate(kept) if i not in set(gone)}, 0).pruned().edges)
     if not kept:
         return kept
