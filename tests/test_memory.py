@@ -123,6 +123,7 @@ def test_scratch_is_kept_within_bounds_and_counted():
     assert kept <= 256 << 20
     assert again >= packed
 
+
 SCORED = """
 import sys
 sys.path.extend({paths})

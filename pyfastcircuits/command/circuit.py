@@ -111,9 +111,7 @@ def circuit(
         others = None
         if prompts is None:  # which the circuit was not chosen on
             asked_too = _task(task, None, run, weights, shown, batch, seed + 1)
-            others = fc.faithfulness(
-                found, *asked_too.runs(run, weights=weights), **asked_too.options, backend=backend
-            )
+            others = fc.faithfulness(found, *asked_too.runs(run, weights=weights), **asked_too.options, backend=backend)
         bar.advance()
         report.line(f"{model}: {given.name}, {len(given)} pairs of prompts; {len(found)} of {len(scores.labels)} edges")
         report.line(show.kept(explained))

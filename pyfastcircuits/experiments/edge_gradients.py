@@ -16,12 +16,14 @@ from pyfastcircuits.experiments.metrics import Asked
 from pyfastcircuits.experiments.options import Measurement
 from pyfastcircuits.model.norms import normalized
 from pyfastcircuits.run.graph import MLP, Graph, NodeLabel
-from pyfastcircuits.run.nodes import KINDS
 from pyfastcircuits.run.losses import slices
+from pyfastcircuits.run.nodes import KINDS
 from pyfastcircuits.run.split_inputs import SplitInputs, mixed_gradients
 from pyfastcircuits.run.trace import FrozenTrace
 
-GRADIENTS = 64 << 20  # bytes of the gradients of a layer's heads that are made at a time, at least those of one position
+GRADIENTS = (
+    64 << 20
+)  # bytes of the gradients of a layer's heads that are made at a time, at least one position's
 
 # numbers of receivers; how many nodes they read; some positions; gradients there, [n, B, t, d]
 Found = Callable[[slice, int, slice, Tensor], None]
@@ -37,7 +39,7 @@ def receiver_gradients(
     held: tuple[NodeLabel | int, Tensor] | None = None,
     effect: Effect = "total",
 ) -> None:
-    """Give `found` the gradient of the metric's mean by what each receiver reads: a few receivers and positions at a time.
+    """Give `found` the gradient of the metric's mean by what receivers read, a few of them and of positions at a time.
 
     Args:
         part: some sequences of the clean run.

@@ -120,7 +120,12 @@ def edge_scores(
 
 
 def first_order(
-    clean: FrozenTrace, outside: Outside, how: Measurement, method: Method = "eap", steps: int = 1, effect: Effect = "total"
+    clean: FrozenTrace,
+    outside: Outside,
+    how: Measurement,
+    method: Method = "eap",
+    steps: int = 1,
+    effect: Effect = "total",
 ) -> Tensor:
     """The scores of all edges, [nodes, receivers], see edge_scores; 0 where there is no edge."""
     graph = outside.graph

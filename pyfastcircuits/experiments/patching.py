@@ -231,8 +231,11 @@ def edge_attribution(
     labels, cuts = _parse_pairs(into, entries, kind, effect)
     with torch.no_grad():
         scores = first_order(into, outside, how, effect=effect)
-    places = [[outside.graph.place((edge_label(edge, kind)[0], edge.receiver.label)) for edge in cut] for cut in cuts]
-    rise = torch.stack([scores[tuple(zip(*cut, strict=True))].sum() for cut in places]) if places else scores.new_zeros(0)
+    rise = scores.new_zeros(len(cuts))
+    for i, cut in enumerate(cuts):
+        for edge in cut:
+            named: Any = edge_label(edge, kind)
+            rise[i] += scores[outside.graph.place((named[0], edge.receiver.label))]
     found = measure(into, [], how, [], kind=kind, effect=effect)
     values = found.baseline + rise
     found = replace(found, labels=labels, values=values, rise=rise, harm="size")

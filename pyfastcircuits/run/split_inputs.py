@@ -107,7 +107,7 @@ class SplitInputs:
         def pulled_back(places: slice) -> Tensor:
             here, scale = by_made[:, :, places].transpose(0, 1), scales[:, places]
             by_group = (here * scale).unflatten(0, (-1, group)).flatten(1, -2)
-            out = (by_group @ into_stream).view(*here.shape[:-1], -1)
+            out: Tensor = (by_group @ into_stream).view(*here.shape[:-1], -1)
             if weights.norm is not None and weights.norm_before_heads:  # the scale falls where the stream grows
                 normed = centered(stream[:, places], weights) * scale
                 made = (normed[:, None] @ weight).repeat_interleave(group, 1)
@@ -154,14 +154,12 @@ def mixed_by_head(part: FrozenTrace, layer: int, q: Tensor, k: Tensor, v: Tensor
     return torch.stack(made, 2).flatten(1, 2)
 
 
-def mixed_gradients(
-    part: FrozenTrace, layer: int, inputs: Sequence[Tensor], gradient: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def mixed_gradients(part: FrozenTrace, layer: int, inputs: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
     """The gradients by the three inputs of `mixed_by_head` [B, H, T, r] from that by its z.
 
     Heads that share keys and values are run one after another, so that the patterns of a layer are held once.
     """
-    out = tuple(torch.empty_like(x) for x in inputs)
+    out = [torch.empty_like(x) for x in inputs]
     for member in range(_members(part)):
         own = slice(member, None, _members(part))
         with torch.enable_grad():

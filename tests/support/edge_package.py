@@ -69,6 +69,7 @@ def package_scores(model, clean, corrupted, metric, steps=None, activations=Fals
         if mlps:
             hooks.append((f"blocks.{layer}.hook_mlp_in", watch(at + 3 * heads, before + (0 if parallel else heads))))
     hooks.append((f"blocks.{layers - 1}.hook_resid_post", watch(receivers - 1, change.shape[2])))
+
     def start(x, hook):
         return x.detach().requires_grad_()
 
