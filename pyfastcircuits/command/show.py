@@ -253,8 +253,8 @@ def choosing(candidates: int, edges: int, runs: int, seconds: float) -> str:
     """What it costs to choose a circuit by running the model, of `seconds` a run; in time, where it is a minute."""
     about = f", about {duration(runs * seconds)}" if runs * seconds >= 60 else ""
     return (
-        f"Choosing {edges} of {candidates} edges runs the model up to {runs:,} times{about}, and {candidates + 1} times "
-        "more for each exchange that helps; --no-prune takes the best by their scores."
+        f"Choosing {edges} of {candidates} edges runs the model up to {runs:,} times{about}, and {candidates + 1} "
+        "times more for each exchange that helps; --no-prune takes the best by their scores."
     )
 
 

@@ -21,7 +21,7 @@ from pyfastcircuits.run.nodes import KINDS
 from pyfastcircuits.run.split_inputs import SplitInputs, mixed_gradients
 from pyfastcircuits.run.trace import FrozenTrace
 
-GRADIENTS = (
+GRADIENTS = 64 << 20  # bytes of gradients of a layer's heads made at a time, at least one position's
     64 << 20
 )  # bytes of the gradients of a layer's heads that are made at a time, at least one position's
 
