@@ -22,8 +22,6 @@ from pyfastcircuits.run.split_inputs import SplitInputs, mixed_gradients
 from pyfastcircuits.run.trace import FrozenTrace
 
 GRADIENTS = 64 << 20  # bytes of gradients of a layer's heads made at a time, at least one position's
-    64 << 20
-)  # bytes of the gradients of a layer's heads that are made at a time, at least one position's
 
 # numbers of receivers; how many nodes they read; some positions; gradients there, [n, B, t, d]
 Found = Callable[[slice, int, slice, Tensor], None]
