@@ -108,7 +108,7 @@ def test_integrated_gradients_and_a_curve(lens, prompts, found):  # noqa: F811
         "curve": lambda: fc.faithfulness(circuit, clean, corrupted, sizes=SIZES, **ASKED),
         "forward": lambda: lens(prompts[0], return_type="logits"),
     }
-    times = interleaved(ways, rounds=1)
+    times = interleaved(ways, rounds=2)
     found(f"{WHERE}, EAP-IG of 5 steps / EAP", f"{ratio(times, 'ig', 'eap'):.1f}", "<= 6")
     found(f"{WHERE}, a faithfulness curve of {SIZES} sizes / a forward pass", f"{ratio(times, 'curve', 'forward'):.0f}", "<= 25")  # fmt: skip
 

@@ -24,7 +24,7 @@ from pyfastcircuits.run.nodes import Bias, heads_written, written
 from pyfastcircuits.run.trace import FrozenTrace
 
 Method = Literal["eap", "eap-ig", "eap-ig-activations"]
-ROWS = 512  # positions worked on at a time, at least one sequence's: what a layer makes of them is held for every head
+ROWS = 256  # positions worked on at a time, at least one sequence's: what a layer makes of them is held for every head
 
 
 class WrongScore(NamedTuple):
