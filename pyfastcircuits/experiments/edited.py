@@ -32,16 +32,8 @@ def edited(
     """Experiments that run the edited model of each circuit: of the edges named, or `without` them of all others.
 
     A node that the circuit does not lead to from the embedding is outside of it: it writes what it does outside.
-
-    Raises:
-        ValueError: a model whose heads have a bias in front of a norm after them.
     """
     graph, weights = outside.graph, clean.weights
-    if weights.ln_post_w is not None and weights.b_O is not None and any(bool(bias.any()) for bias in weights.b_O):
-        raise ValueError(
-            "the model has a bias in front of a norm after its heads: what the bias writes depends on all heads, and "
-            "is no edge's to carry, so its circuits cannot be edited"
-        )
     masks = [_mask(graph, circuit, without) for circuit in circuits]
     kept: dict[FrozenTrace, _Outer] = {}  # of the last part
 
@@ -75,6 +67,14 @@ class _Outer:
         self._writes: dict[int, Tensor] = {}  # by group
         self._made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._split: dict[int, SplitInputs] = {}
+
+    @property
+    def bias_depends_on_heads(self) -> bool:
+        """Whether heads have a bias in front of a norm after them: what it writes, which no edge carries, is as it is
+        now, and only a stream of what is now written has it.
+        """
+        weights = self.part.weights
+        return weights.ln_post_w is not None and weights.b_O is not None
 
     @cached_property
     def before(self) -> list[Tensor]:
@@ -135,7 +135,8 @@ class _Edited:
     def __init__(self, outer: _Outer, inside: Tensor) -> None:
         self.outer, self.part, self.graph = outer, outer.part, outer.graph
         there = torch.arange(len(inside))[:, None] < torch.tensor(self.graph.before)
-        self.running = 2 * int(inside.sum()) > int(there.sum())  # receivers read the stream of what nodes now write
+        # receivers read the stream of what nodes now write
+        self.running = outer.bias_depends_on_heads or 2 * int(inside.sum()) > int(there.sum())
         self.alive = _reached(self.graph, inside)
         wrong = (there & ~inside if self.running else inside) & self.alive[:, None]
         self.needed = wrong.any(1).nonzero().flatten().tolist()
