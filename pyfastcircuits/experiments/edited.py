@@ -37,11 +37,16 @@ def edited(
     masks = [_mask(graph, circuit, without) for circuit in circuits]
     kept: dict[FrozenTrace, _Outer] = {}  # of the last part
 
-    def remove(part: FrozenTrace, some: Sequence[Tensor]) -> Tensor:
+    def final(part: FrozenTrace, mask: Tensor) -> Tensor:
+        if outside.writes_from is not None and not mask.any():
+            return outside.writes_from[part.sequences].final  # every node writes what it does in that run
         if part not in kept:
             kept.clear()
             kept[part] = _Outer(part, outside)
-        return torch.stack([part.final - _Edited(kept[part], mask).final() for mask in some])
+        return _Edited(kept[part], mask).final()
+
+    def remove(part: FrozenTrace, some: Sequence[Tensor]) -> Tensor:
+        return torch.stack([part.final - final(part, mask) for mask in some])
 
     block = memory.block_bytes(weights.device)  # of what nodes write HELD is filled, where others fill a block
     floats = max(1, 2 * len(graph.nodes) * weights.d_model * block // HELD)
