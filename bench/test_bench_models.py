@@ -97,7 +97,7 @@ def test_the_whole_sweep(lens, tokens, found):
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
 LATENTS = {
-    "q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,
+    "q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "head_dim": 32, "v_head_dim": 64,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1024, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 OLD = {"n_layer": 6, "n_head": HEADS, "n_embd": D}  # the names of sizes in older configurations
