@@ -7,6 +7,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu 
 SANITIZED := build/sanitized
 LENS ?= 3.9.0 4.3.0
 JOBS ?= 2
+TOGETHER ?= $(JOBS)
 CALLS ?= 20000
 SEED ?= 0
 
@@ -39,12 +40,12 @@ report: build
 	$(BIN)/pip install -q 'pyfastcircuits[report]'
 	$(BIN)/pyfastcircuits report induction-2l --out out/report.html
 
-# The tests by $(JOBS) processes of a thread each, most being too small for two (those of threads set their number);
+# The tests by $(TOGETHER) processes of a thread each, most being too small for two (those of threads set their number);
 # kernels in Triton's interpreter; and, one by one on a machine that does nothing else, those of time and memory.
 test: test-together test-interpreted test-alone
 
 test-together: developed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not alone"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TOGETHER) -m "not alone"
 
 test-interpreted: developed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) tests/interpreted
