@@ -85,7 +85,7 @@ def test_all_pairs_against_hooks(weights, tokens, benchmark, found):
     found(
         f"{shape}: one hooked forward pass / ours, a pair",
         f"{ratio(times, 'hooks', 'ours') * pairs / len(sample):.1f}",
-        ">= 25",
+        {"avx512": ">= 60", "avx512_bf16": ">= 60", "avx2": ">= 25"},
     )
     found(
         "  time, hooks",
