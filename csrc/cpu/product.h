@@ -43,8 +43,8 @@ static_assert(kPanelsAStripe % kTogether == 0);
 static inline int64_t tiles_of(int64_t panels) { return (panels + kTogether - 1) / kTogether; }
 
 // The walk over the tiles of a product, block after block for each panel. A tile is consumed when it is made. To
-// consume it in the shadow of the next one's multiply-adds was slower where it was measured (AVX-512): the accumulators
-// leave too few registers for two loops at once. An Op has
+// consume it in the shadow of the next one's multiply-adds was slower for sweep_nll and joint_nll, and hardly faster
+// for the others (AVX-512): the accumulators leave too few registers for two loops at once. An Op has
 //   Tile: what it needs to know of a tile; `products` is where they are;
 //   next(products, block, panel): the Tile to make next; its products may go to memory of the op's own;
 //   more(tile, i): where the products of the i-th panel after the tile's go, if it has several;
