@@ -31,16 +31,10 @@ namespace fc::cpu::FC_TIER {
 enum class Dots { none, fp32, all };
 
 // Op<Scheme, Source>::kernels() of an arithmetic: what the torch-facing half calls. Null where the op or the tier has
-// no such arithmetic.
+// no such arithmetic. A tier of bfloat16 dot products has nothing else: the rest is that of the tier below it.
 template <template <class Scheme, class Source> class Op, Dots kDots = Dots::all>
 static auto select(Arithmetic arithmetic) -> decltype(Op<Ieee<float>, float>::kernels()) {
   switch (arithmetic) {
-    case Arithmetic::fp32:
-      return Op<Ieee<float>, float>::kernels();
-    case Arithmetic::fp64:
-      return Op<Ieee<double>, double>::kernels();
-    case Arithmetic::bf16_inputs:
-      return Op<Ieee<float>, BFloat16>::kernels();
 #if defined(FC_BF16_DOTS)
     case Arithmetic::fp32_by_bf16:
       if constexpr (kDots != Dots::none) return Op<Bf16Dot, float>::kernels();
@@ -48,6 +42,13 @@ static auto select(Arithmetic arithmetic) -> decltype(Op<Ieee<float>, float>::ke
     case Arithmetic::bf16_by_bf16:
       if constexpr (kDots == Dots::all) return Op<Bf16Dot, BFloat16>::kernels();
       return nullptr;
+#else
+    case Arithmetic::fp32:
+      return Op<Ieee<float>, float>::kernels();
+    case Arithmetic::fp64:
+      return Op<Ieee<double>, double>::kernels();
+    case Arithmetic::bf16_inputs:
+      return Op<Ieee<float>, BFloat16>::kernels();
 #endif
     default:
       return nullptr;
@@ -67,8 +68,8 @@ static auto select(Arithmetic arithmetic) -> decltype(Op<Ieee<float>, float>::ke
 #include "caches.h"
 #include "tasks.h"
 
-// Declares `Result name(Argument)` of every tier, and pick_name(argument), which calls the one of the tier in force. To
-// be used in namespace fc::cpu.
+// Declares `Result name(Argument)` of every tier, and pick_name(argument), which calls the one of the tier in force, or
+// of the tier that it adds to. To be used in namespace fc::cpu.
 #define FC_DECLARE_OF_TIER(tier, Result, name, Argument) \
   namespace tier {                                       \
   Result name(Argument);                                 \
@@ -76,14 +77,19 @@ static auto select(Arithmetic arithmetic) -> decltype(Op<Ieee<float>, float>::ke
 #define FC_CASE_OF_TIER(tier, name) \
   case Tier::tier:                  \
     return tier::name(argument);
-#define FC_TIERS(Result, name, Argument)                       \
-  FC_FOR_EACH_TIER(FC_DECLARE_OF_TIER, Result, name, Argument) \
-  static Result pick_##name(Argument argument) {               \
-    switch (current_tier()) {                                  \
-      FC_FOR_EACH_TIER(FC_CASE_OF_TIER, name)                  \
-      default:                                                 \
-        fail("this build has no code for the tier in force");  \
-    }                                                          \
+#define FC_TIERS(Result, name, Argument)                              \
+  FC_FOR_EACH_TIER(FC_DECLARE_OF_TIER, Result, name, Argument)        \
+  static Result name##_of(Tier tier, Argument argument) {             \
+    switch (tier) {                                                   \
+      FC_FOR_EACH_TIER(FC_CASE_OF_TIER, name)                         \
+      default:                                                        \
+        fail("this build has no code for the tier in force");         \
+    }                                                                 \
+  }                                                                   \
+  static Result pick_##name(Argument argument) {                      \
+    const Tier tier = current_tier();                                 \
+    Result own = name##_of(tier, argument);                           \
+    return own == nullptr ? name##_of(base_of(tier), argument) : own; \
   }
 
 namespace fc::cpu {

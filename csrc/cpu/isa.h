@@ -65,6 +65,17 @@ inline Tier best_tier() {
   return Tier{};
 }
 
+// The tier to which a tier of bfloat16 dot products adds these and nothing else; itself for others.
+inline constexpr Tier base_of(Tier tier) {
+#if defined(__x86_64__)
+  return tier == Tier::avx512_bf16 ? Tier::avx512 : tier;
+#elif defined(__aarch64__)
+  return tier == Tier::neon_bf16 ? Tier::neon : tier;
+#else
+  return tier;
+#endif
+}
+
 // Bytes of a vector, and across a packed panel of the right factor: three vectors.
 inline constexpr int64_t vector_bytes([[maybe_unused]] Tier tier) {
 #if defined(__x86_64__)

@@ -30,7 +30,7 @@ int64_t multiply_loop(int64_t rounds, float* sink) {
   return int64_t{2} * Scheme::kDepth * kRegisters * kLanes<float>;
 }
 
-int64_t exp_loop(int64_t rounds, float* sink) {
+[[maybe_unused]] int64_t exp_loop(int64_t rounds, float* sink) {
   Vec<float> x = broadcast<float>(-1.5f), total{};
   for (int64_t n = 0; n < rounds; ++n) {
     in_register(x);
@@ -45,13 +45,14 @@ int64_t exp_loop(int64_t rounds, float* sink) {
 
 RateLoop rate_loop(Rate rate) {
   switch (rate) {
+#if defined(FC_BF16_DOTS)
+    case Rate::bf16:
+      return multiply_loop<Bf16Dot>;
+#else
     case Rate::fma:
       return multiply_loop<Ieee<float>>;
     case Rate::exp:
       return exp_loop;
-#if defined(FC_BF16_DOTS)
-    case Rate::bf16:
-      return multiply_loop<Bf16Dot>;
 #endif
     default:
       return nullptr;
