@@ -136,7 +136,7 @@ sanitized: | $(BIN)/pyfastcircuits
 arm: | $(BIN)/pyfastcircuits
 	PATH="$(abspath $(BIN)):$$PATH" .ci/arm test
 
-arm-check: | $(BIN)/pyfastcircuits
+arm-check: developed
 	PATH="$(abspath $(BIN)):$$PATH" .ci/arm check
 
 arm-build: | $(BIN)/pyfastcircuits

@@ -22,8 +22,10 @@ os.environ.pop("COLUMNS", None)  # xdist hands its workers the terminal's width,
 
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 TIERS = pyfastcircuits.build_info()["cpu_tiers"]
-if SANITIZED:  # the two best, as in CMakeLists.txt; avx512_bf16 has its code in avx512 for all but bfloat16 dot products
-    TIERS = [tier for tier in TIERS if tier != "avx512" or "avx512_bf16" not in TIERS][-2:]
+if "avx512_bf16" in TIERS:
+    TIERS.remove("avx512")  # whose code runs as that of avx512_bf16 too
+if SANITIZED:
+    TIERS = TIERS[-2:]  # as in CMakeLists.txt
 BEST = TIERS[-1]
 EMULATED = "QEMU_CPU" in os.environ
 FEW = SANITIZED or EMULATED or os.environ.get("TRITON_INTERPRET") == "1"

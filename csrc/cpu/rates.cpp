@@ -50,7 +50,7 @@ RateLoop rate_loop(Rate rate) {
       return multiply_loop<Bf16Dot>;
 #else
     case Rate::fma:
-      return multiply_loop<Ieee<float>>;
+      return multiply_loop<Ieee<float> >;
     case Rate::exp:
       return exp_loop;
 #endif

@@ -1,6 +1,10 @@
-// Host work that needs no torch: facts of the build and the CPU, how sweeps are cut into tasks, and what Python has to
-// say to an op that runs.
+// Host work that needs no torch: facts of the build and the CPU, how sweeps are cut into tasks, memory, and what Python
+// has to say to an op that runs.
 #include <pybind11/pybind11.h>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include <memory>
 
@@ -41,6 +45,13 @@ class Interrupted : public py::builtin_exception {
   std::shared_ptr<py::error_already_set> raised;
 };
 
+// Gives freed memory that the C library keeps for itself back to the system.
+void give_back() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
 unsigned long main_thread = 0;  // Python's name of it: signals are handled there alone
 
 // Lets the handlers of signals that have come run, and throws what one of them raises.
@@ -61,6 +72,7 @@ uintptr_t question(unsigned long main_thread_name) {
 PYBIND11_MODULE(_host, m) {
   m.def("question", &question, py::arg("main_thread"));
   m.def("build_facts", &build_facts);
+  m.def("give_back", &give_back, py::call_guard<py::gil_scoped_release>());
   m.def(
       "plan_tiles",
       [](int64_t pairs, int64_t positions, int64_t depth_bytes, int64_t threads) {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyfastcircuits.adapters.reading import own_eps
 from pyfastcircuits.adapters.recording import Call, Hooks, Recording
 from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.run import memory
 from pyfastcircuits.run.forward import MLPReads, heads_write
 
 PROVENANCE = ("_name_or_path", "name_or_path", "model_name", "architectures", "transformers_version", "tokenizer_name")
@@ -232,9 +233,10 @@ def _instead(module: nn.Module, out: Any) -> Iterator[None]:
 def watch(hooks: Hooks, seen: Recording, block: nn.Module, attention: nn.Module, norms: Sequence[nn.Module]) -> None:
     """Record what `layers_of` needs of a layer."""
 
-    def keep_block(_: Tensor, call: Call) -> None:
+    def keep_block(stream: Tensor, call: Call) -> None:
         seen.ran.append(block)
         seen.blocks.append(call)
+        memory.give_back(stream)
 
     hooks.before(block, keep_block)
     hooks.before(attention, lambda _, call: seen.attentions.append(call))

@@ -15,6 +15,7 @@ from pyfastcircuits.experiments.metric_gradient import metric_gradient
 from pyfastcircuits.experiments.metrics import Asked
 from pyfastcircuits.experiments.options import Measurement
 from pyfastcircuits.model.norms import normalized
+from pyfastcircuits.run import memory
 from pyfastcircuits.run.graph import MLP, Graph, NodeLabel
 from pyfastcircuits.run.losses import slices
 from pyfastcircuits.run.nodes import KINDS
@@ -56,6 +57,7 @@ def receiver_gradients(
     for layer in reversed(range(graph.layers)):
         behind = _through_layer(part, graph, layer, streams[layer], gradient, found, held, effect)
         gradient = behind if effect == "total" else gradient
+        memory.give_back(gradient)
 
 
 def _through_layer(

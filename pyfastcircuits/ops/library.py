@@ -34,6 +34,11 @@ def stripe_columns() -> int:
     return int(host.build_facts()["stripe_columns"])
 
 
+def give_back_memory() -> None:
+    """Give freed memory that the C library keeps for itself back to the system."""
+    host.give_back()
+
+
 def build_info() -> dict[str, Any]:
     """Facts of this build and machine.
 

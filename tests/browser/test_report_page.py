@@ -387,7 +387,9 @@ class TestSaving:
 
     def test_numbers_are_there_as_tables(self, page):
         page.click("#figure-curve summary")
-        assert page.locator("#numbers-curve tbody tr").count() == 4
+        rows = page.locator("#numbers-curve tbody tr")
+        rows.nth(3).wait_for()
+        assert rows.count() == 4
         page.click("#figure-curve summary")
 
     def test_everything_is_reached_by_tab(self, page):
