@@ -1,5 +1,5 @@
-// cpu_rate: what this machine can do, measured by loops that stay in registers. It is the denominator of every
-// "fraction of the limit" in the benches.
+// cpu_rate: what this machine does, on average over some time, in loops that stay in registers. It is the denominator
+// of every "fraction of the limit" in the benches: a burst at a higher clock is no limit of work that takes longer.
 #include "dispatch.h"
 
 namespace fc::cpu {
@@ -23,9 +23,18 @@ int64_t multiply_loop(int64_t rounds, float* sink) {
   alignas(64) typename Scheme::Right right[kLanes<float>] = {};
   typename Scheme::Left left{};
   asm volatile("" : "+m"(right), "+m"(left));
+#if defined(__FMA__) || defined(__aarch64__)
+  const auto step = [&](Vec<float>& total) { total = Scheme::step(total, left, right); };
+#else
+  Vec<float> factor = broadcast(left);
+  const auto step = [&](Vec<float>& total) {
+    in_register(factor);  // else one product would do for all
+    total += factor * load(right);
+  };
+#endif
   for (int64_t n = 0; n < rounds; ++n)
 #pragma GCC unroll 24
-    for (int i = 0; i < kRegisters; ++i) c[i] = Scheme::step(c[i], left, right);
+    for (int i = 0; i < kRegisters; ++i) step(c[i]);
   for (int i = 0; i < kRegisters; ++i) *sink += sum<float>(c[i]);
   return int64_t{2} * Scheme::kDepth * kRegisters * kLanes<float>;
 }
@@ -80,11 +89,11 @@ double cpu_rate(const std::string& kind, double seconds) {
   using Clock = std::chrono::steady_clock;
   constexpr int64_t rounds = 1 << 18;
   const int64_t threads = torch::stable::get_num_threads();
-  double best = 0;
-  for (const auto start = Clock::now(); Clock::now() - start < std::chrono::duration<double>(seconds);) {
+  double operations = 0;
+  std::chrono::duration<double> taken{};
+  for (const auto start = Clock::now(); taken < std::chrono::duration<double>(seconds);) {
     look_for_interrupt();
-    const auto before = Clock::now();
-    int64_t operations = 0;
+    int64_t of_a_round = 0;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         volatile float sink = 0;
@@ -92,13 +101,13 @@ double cpu_rate(const std::string& kind, double seconds) {
         const int64_t mine = loop(rounds, &out);
         sink = out;
         (void)sink;
-        if (i == 0) operations = mine;
+        if (i == 0) of_a_round = mine;
       }
     });
-    const std::chrono::duration<double> taken = Clock::now() - before;
-    best = std::max(best, static_cast<double>(operations * rounds * threads) / taken.count());
+    operations += static_cast<double>(of_a_round * rounds * threads);
+    taken = Clock::now() - start;
   }
-  return best;
+  return operations / taken.count();
 }
 
 }  // namespace
