@@ -11,7 +11,7 @@ from functools import wraps
 from math import isfinite
 from operator import index
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ def public(function: Function) -> Function:
     names = tuple(name for name, x in parameters.items() if x.kind is not x.KEYWORD_ONLY)
     closed = all(x.kind is not x.VAR_KEYWORD for x in parameters.values())
     kinds = _kinds({name: x.annotation for name, x in parameters.items()})
+    whole = () if getattr(function, "takes_sharded", False) else _may_be_sharded(parameters)
     run = in_plain_modes(function)
 
     @wraps(function)
@@ -74,22 +75,49 @@ def public(function: Function) -> Function:
             elif name not in parameters and closed:
                 called = function.__qualname__ if function.__name__ == "__init__" else function.__name__
                 raise TypeError(f"{called}() got an unexpected keyword argument {name!r}")
+        for name, place in whole:
+            value: Any = args[place] if place < len(args) else keywords.get(name)
+            if hasattr(type(value), "sharded") and value.sharded:
+                refuse_sharded(name, function)
         return run(*checked, *args[len(names) :], **keywords)
 
     return cast("Function", call)
 
 
-def check_fields(instance: Any) -> None:
-    """Check the fields of a dataclass against their annotations; errors as `public`."""
+def takes_sharded(function: Function) -> Function:
+    """Let a public function take weights, or a run of weights, whose W_U is sharded; all others refuse them."""
+    function.takes_sharded = True  # type: ignore[attr-defined]
+    return function
+
+
+def refuse_sharded(name: str, function: Callable[..., Any]) -> NoReturn:
+    """Raise ValueError: an argument has a sharded W_U."""
+    raise ValueError(
+        f"{name} has a sharded W_U, of which each process holds its own columns, but {function.__name__}() takes "
+        "weights that are whole: give them W_U.full_tensor()"
+    )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor of torch, of which this process holds a part."""
+    return hasattr(type(tensor), "to_local")
+
+
+def check_fields(instance: Any, *, sharded: str = "") -> None:
+    """Check the fields of a dataclass against their annotations, but for one that is sharded; errors as `public`."""
     for name, kind in _kinds({field.name: field.type for field in fields(instance)}).items():
         value = getattr(instance, name)
+        if name == sharded and is_sharded(value):
+            continue
         checked = kind.checked(name, value)
         if checked is not value:
             object.__setattr__(instance, name, checked)
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if a tensor is sparse or quantised."""
+    """Raise ValueError if a tensor is sparse, quantised or sharded."""
+    if is_sharded(tensor):
+        raise ValueError(f"{name} is {describe(tensor)}, expected a whole tensor: its full_tensor()")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise ValueError(f"{name} is {describe(tensor)}, expected a dense tensor")
 
@@ -104,6 +132,17 @@ def _kinds(hints: dict[str, Any]) -> dict[str, Allowed]:
         for name, hint in hints.items()
         if not isinstance(hint, str) and hint != Sequence[int] and not set(free) & set(_alternatives(hint))
     }
+
+
+def _may_be_sharded(parameters: Mapping[str, inspect.Parameter]) -> tuple[tuple[str, int], ...]:
+    """Name and place of the parameters that may be weights or a run, `self` apart."""
+    found = []
+    for place, (name, x) in enumerate(parameters.items()):
+        several = x.kind in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+        kinds = _alternatives(x.annotation)
+        if name not in ("self", "cls") and not several and (Any in kinds or any(hasattr(k, "sharded") for k in kinds)):
+            found.append((name, len(parameters) if x.kind is x.KEYWORD_ONLY else place))
+    return tuple(found)
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -206,6 +245,7 @@ def describe(value: Any, *, entries: bool = False) -> str:
         return text if len(text) <= 80 else f"{text[:77]}..."
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        layout = "sharded " if is_sharded(value) else layout
         return f"a {layout}tensor of {value.dtype} and shape {list(value.shape)}"
     name = value.__name__ if isinstance(value, type) else type(value).__name__
     article = "the class" if isinstance(value, type) else "an" if name[0].lower() in "aeiou" else "a"

@@ -13,7 +13,7 @@ import torch
 from support.command import run
 
 import pyfastcircuits as fc
-from pyfastcircuits.run.processes import Processes, dealt
+from pyfastcircuits.processes import Processes, dealt
 from pyfastcircuits.sweeps.work import Cut
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from pyfastcircuits.adapters import hugging_face, transformer_lens
 from pyfastcircuits.adapters.recording import freeze
 from pyfastcircuits.adapters.tokens import Tokens
 from pyfastcircuits.adapters.unwrap import unwrapped
-from pyfastcircuits.arguments import describe, public
+from pyfastcircuits.arguments import describe, public, refuse_sharded, takes_sharded
 from pyfastcircuits.model.norms import centered, embedded, head_norm_scale, norm_scale
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.run.forward import WeightsForward
@@ -19,6 +19,7 @@ from pyfastcircuits.run.trace import FrozenTrace
 
 
 @public
+@takes_sharded
 def trace(
     model: Any,
     tokens: Tensor,
@@ -66,6 +67,8 @@ def trace(
         if weights is not None and weights is not model:
             raise ValueError("weights is given, but the model is a CircuitWeights itself: give one of them")
         return _trace_weights(model, Tokens.of(model, tokens, mask, position_ids), store)
+    if weights is not None and weights.sharded:
+        refuse_sharded("weights", trace)
     model, library = _library(model)
     if weights is None:
         weights = library.weights_of(model)

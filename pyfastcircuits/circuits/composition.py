@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import public, takes_sharded
 from pyfastcircuits.circuits.head_factors import HeadFactors, both_sides, earlier_sources, in_asked_order
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend, Precision, factored_pair_norms
+from pyfastcircuits.processes import ALONE, Processes, dealt, everybody
 from pyfastcircuits.run.nodes import KINDS, Kind, grouped, parse_ends, parse_head
-from pyfastcircuits.run.processes import ALONE, Processes, dealt, everybody
 
 
 @public
+@takes_sharded
 def composition_scores(
     weights: CircuitWeights,
     kind: Kind | Sequence[Kind],

@@ -10,6 +10,7 @@ import pyarrow as pa
 import typer
 
 import pyfastcircuits as fc
+from pyfastcircuits import processes as group
 from pyfastcircuits.adapters import texts
 from pyfastcircuits.command import options, processes, show, text, write
 from pyfastcircuits.command.app import RUNS, command, end
@@ -33,6 +34,7 @@ from pyfastcircuits.command.report import Report
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import MetricName
 from pyfastcircuits.experiments.options import Attention
+from pyfastcircuits.sweeps import sharing
 from pyfastcircuits.sweeps.corpus import Given, Sequences, TokenType
 from pyfastcircuits.sweeps.store import StoreError
 from pyfastcircuits.sweeps.work import SweepScope, experiments
@@ -155,6 +157,11 @@ def sweep(
             f"{'' if there is None else f'{there} '}sequences of {source.length} tokens; "
             f"{count} {kind}{' of heads' * (kind == 'pairs')}"
         )
+        everybody = group.everybody()
+        if everybody is not group.ALONE and split == "auto":
+            split = sharing.fastest(weights, (scope, mode, attention), source, everybody, low_memory=low_memory)
+        if everybody is not group.ALONE and split == "vocabulary" and run is weights:
+            run = weights = sharing.sharded(weights)
         report.going_on = _going_on()
         bar.plan({"sequences": math.inf if there is None else there})
         try:
@@ -181,6 +188,8 @@ def sweep(
             raise Failed(f"--{error}") from error
         report.going_on = ""
         if processes.rank():
+            if weights.sharded and count:
+                found.examples(top)  # of which each process has a part
             return
         bar.plan({"examples": min(top, count), "writing": len(files)})
         report.show(show.order_table(found))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import public, takes_sharded
 from pyfastcircuits.experiments import edges
 from pyfastcircuits.experiments.ablation_value import AblationValue, AverageOver, Mode
 from pyfastcircuits.experiments.intervention import Intervention
@@ -35,6 +35,7 @@ Scope = Literal["path", "direct", "edge", "joint"]
 
 
 @public
+@takes_sharded
 @measured
 def path_ablation(
     trace: FrozenTrace,
@@ -75,6 +76,7 @@ def path_ablation(
 
 
 @public
+@takes_sharded
 @measured
 def pair_ablation(
     trace: FrozenTrace,
@@ -134,6 +136,7 @@ def pair_ablation(
 
 
 @public
+@takes_sharded
 @measured
 def head_ablation(
     trace: FrozenTrace,
@@ -202,6 +205,7 @@ def head_ablation(
 
 
 @public
+@takes_sharded
 @measured
 def layer_ablation(
     trace: FrozenTrace,

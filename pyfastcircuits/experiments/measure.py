@@ -26,7 +26,6 @@ from pyfastcircuits.ops.onednn import OneDnnMatmul
 from pyfastcircuits.result import Label, Result
 from pyfastcircuits.run import memory
 from pyfastcircuits.run.losses import CleanLogits, LogitBasis, Unembedding, basis_group, changed_partial, slices
-from pyfastcircuits.run.processes import vocabulary_shared
 from pyfastcircuits.run.trace import FrozenTrace
 
 
@@ -210,7 +209,7 @@ def _measured(
     clean = {metric.name: _Values(trace, how, ()) for metric in how.metrics}
     with OneDnnMatmul(trace.weights.device):
         unembedding = Unembedding(trace.weights)
-        for sequences in slices(len(trace.tokens), _sequences_at_once(trace, interventions, how)):
+        for sequences in slices(len(trace.tokens), _sequences_at_once(interventions, how, unembedding)):
             asked = how.asked[sequences]
             if not asked.count:
                 continue
@@ -325,13 +324,13 @@ def _experiments_at_once(intervention: Intervention, part: _Part) -> int:
     return at_once
 
 
-def _sequences_at_once(trace: FrozenTrace, interventions: Sequence[Intervention], how: Measurement) -> int:
+def _sequences_at_once(interventions: Sequence[Intervention], how: Measurement, unembedding: Unembedding) -> int:
     """The number of sequences whose removals fill a block, and whose clean logits are held at a time."""
-    weights, size = trace.weights, trace.weights.compute_dtype.itemsize
+    weights, size = unembedding.weights, unembedding.dtype.itemsize
     widths = [
         max(i.extra_floats_per_position, weights.d_value if i.write_heads else weights.d_model) for i in interventions
     ]
-    shared = ceil(weights.d_vocab_out / vocabulary_shared().size)
+    shared = ceil(weights.d_vocab_out / unembedding.processes.size)
     clean = 0 if how.low_memory else size * shared
     bounds = memory.block_bytes(weights.device), memory.clean_logits_bytes(weights.device)
-    return cuts.sequences_at_once(trace.tokens.shape[1], size * max(widths, default=1), clean, *bounds)
+    return cuts.sequences_at_once(how.asked.where.shape[1], size * max(widths, default=1), clean, *bounds)

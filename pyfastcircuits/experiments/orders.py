@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import public, takes_sharded
 from pyfastcircuits.experiments.intervention import Intervention
 from pyfastcircuits.experiments.learning import asked_losses
 from pyfastcircuits.experiments.measure import measure
@@ -24,6 +24,7 @@ ARTICLE_MARGINALS = ((1.3, 0.05), (5.2, 4.0))
 
 
 @public
+@takes_sharded
 def order_losses(
     trace: FrozenTrace,
     max_order: int | None = None,
@@ -109,6 +110,7 @@ class LayerMarginals(NamedTuple):
 
 
 @public
+@takes_sharded
 @torch.no_grad()
 def layer_marginals(
     trace: FrozenTrace,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyfastcircuits.arguments import describe
 from pyfastcircuits.model.layers import LayerStack
 from pyfastcircuits.shapes import DTYPES, check_positive
 
@@ -18,14 +19,40 @@ def check_weights(weights: "CircuitWeights") -> None:
     _check_norms(weights)
     _check_shapes(weights)
     _check_rotation(weights)
+    if weights.sharded:
+        _check_columns(weights)
     for name, weight in weights.tensors():
         if name == "rotary_frequencies":
             continue
         if isinstance(weight, LayerStack):
             for layer, tensor in weight.held_by_layer():
                 _check_values(f"{name}[{layer}]", tensor, weights.W_E)
-        else:
+        elif name != "W_U" or not weights.sharded:
             _check_values(name, weight, weights.W_E)
+
+
+def _check_columns(weights: "CircuitWeights") -> None:
+    """_check_values of the columns of W_U that each process holds: all raise the error of the first that has one."""
+    mesh, (placement, *_) = weights.W_U.device_mesh, weights.W_U.placements  # type: ignore[attr-defined]
+    if mesh.ndim != 1 or not placement.is_shard(1):
+        raise ValueError(
+            f"W_U is {describe(weights.W_U)}, placed {placement} on a DeviceMesh of {mesh.ndim} dimensions, expected "
+            "Shard(1) on one of 1"
+        )
+    own = weights.holders.columns(weights.d_vocab_out)
+    error: Exception | None = None
+    try:
+        held = weights.own_W_U.shape[1]
+        if held != own.stop - own.start:
+            raise ValueError(
+                f"W_U is {describe(weights.W_U)}, of which a process holds {held} columns, expected "
+                f"{own.stop - own.start}, as distribute_tensor gives it"
+            )
+        _check_values("W_U", weights.own_W_U, weights.W_E, own.start)
+    except (TypeError, ValueError) as found:
+        error = found
+    for first in filter(None, weights.holders.told(error)):
+        raise first
 
 
 def _check_options(weights: "CircuitWeights") -> None:
@@ -139,7 +166,8 @@ def _check_rotation(weights: "CircuitWeights") -> None:
         raise ValueError("rotary_frequencies holds a number that is not finite")
 
 
-def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_values(name: str, tensor: Tensor, like: Tensor, first: int = 0) -> None:
+    """`first`: the number of the first column, of a part of a tensor."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if (tensor.dtype == torch.float64) != (like.dtype == torch.float64):
@@ -151,4 +179,6 @@ def _check_values(name: str, tensor: Tensor, like: Tensor) -> None:
     in_memory = tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))  # 15 times faster
     if tensor.numel() and not all(bound.isfinite() for bound in in_memory.aminmax()):
         place = (~tensor.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"{name}{place} is {tensor[tuple(place)].item()}: weights must be finite")
+        value = tensor[tuple(place)].item()
+        place[-1] += first
+        raise ValueError(f"{name}{place} is {value}: weights must be finite")

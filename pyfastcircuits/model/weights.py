@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import check_fields, describe, public
+from pyfastcircuits.arguments import check_fields, describe, is_sharded, public, refuse_sharded
 from pyfastcircuits.model.layers import Layers, LayerStack, stacked
 from pyfastcircuits.model.weight_checks import check_weights
+from pyfastcircuits.processes import ALONE, Processes
 
 Positional = Literal["none", "standard", "shortformer", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -29,7 +30,10 @@ class CircuitWeights:
     always r), V the size of the vocabulary and V' of the output's (d_vocab_out, nearly always V). The tensors are kept
     as views and never copied: the gains of norms (`ln_w`, `ln_post_w`, `ln_final_w`) join the weights as they are read.
     All share one device; all are float64, or each is float32 or bfloat16 and computed in float32. W_Q, W_K, W_V and W_O
-    may be LayerStacks, for models that keep their layers apart.
+    may be LayerStacks, for models that keep their layers apart. W_U may be sharded by its columns over processes, each
+    of which then holds its own alone: distribute_tensor(W_U, mesh, [Shard(1)]) of torch, on a DeviceMesh of one
+    dimension. `trace`, `sweep`, `order_losses`, `layer_marginals` and the ablations of paths, pairs, heads and layers
+    take such weights, without gradients and called by all processes; so do `plan` and `composition_scores`.
 
     Args:
         W_E: [V, d].
@@ -118,7 +122,7 @@ class CircuitWeights:
 
     def __post_init__(self) -> None:
         """Check options, shapes and values."""
-        check_fields(self)
+        check_fields(self, sharded="W_U")
         check_weights(self)
 
     @classmethod
@@ -176,6 +180,21 @@ class CircuitWeights:
     def d_vocab_out(self) -> int:
         """V', the size of the vocabulary that is predicted."""
         return self.W_U.shape[1]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether W_U is sharded over processes."""
+        return is_sharded(self.W_U)
+
+    @property
+    def holders(self) -> Processes:
+        """The processes that hold columns of W_U each; this one alone where it is whole."""
+        return Processes.of(self.W_U.device_mesh) if self.sharded else ALONE  # type: ignore[attr-defined]
+
+    @property
+    def own_W_U(self) -> Tensor:
+        """The columns of W_U that this process holds: all of them, unless it is sharded."""
+        return self.W_U.to_local() if self.sharded else self.W_U  # type: ignore[attr-defined]
 
     @property
     def n_ctx(self) -> int | None:
@@ -261,7 +280,8 @@ class CircuitWeights:
         total = None if self.b_U is None else self.b_U.to(self.compute_dtype)
         if self.ln_final_b is not None:
             bias = self.ln_final_b.to(self.compute_dtype)
-            moved = torch.cat([bias @ part.to(self.compute_dtype) for part in self.W_U.split(8192, 1)])
+            own = torch.cat([bias @ part.to(self.compute_dtype) for part in self.own_W_U.split(8192, 1)])
+            moved = self.holders.joined(own, self.d_vocab_out)
             total = moved if total is None else total + moved
         return total
 
@@ -317,9 +337,11 @@ class CircuitWeights:
         """The same weights on another device or in another dtype.
 
         Raises:
-            ValueError: no such device.
+            ValueError: no such device; a device, where W_U is sharded.
         """
         of_dtype = isinstance(target, torch.dtype)
+        if self.sharded and not of_dtype:
+            raise ValueError(f"target is {describe(target)}, but W_U is sharded: weights move before they are sharded")
         try:
             moved: dict[str, Any] = {
                 name: tensor.to(target)
@@ -339,6 +361,8 @@ class CircuitWeights:
         except ImportError as error:
             raise ImportError("save needs the safetensors package: pip install safetensors") from error
 
+        if self.sharded:
+            refuse_sharded("self", CircuitWeights.save)
         tensors = {name: stacked(weight).contiguous() for name, weight in self.tensors()}
         tensors = {name: tensor.half() for name, tensor in tensors.items()} if half else tensors
         others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}

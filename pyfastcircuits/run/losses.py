@@ -3,7 +3,7 @@
 A row is one position of the normed final residual stream, [d]; N rows have logits [N, V] that are never stored whole
 unless they are asked for. What an experiment does to the logits is a low-rank change of them, delta @ basis. Scratch
 beyond the clean logits stays within run.memory's bounds, whatever the number of rows and experiments. Processes that
-share the vocabulary (see run.processes) have slices of it each.
+share the vocabulary (see processes) have slices of it each.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from pyfastcircuits.ops import Backend, Precision, SweepPartial, joint_partial, 
 from pyfastcircuits.ops.library import stripe_columns
 from pyfastcircuits.ops.logits_lse import clean_logsumexp
 from pyfastcircuits.ops.sweep_nll import clean_logits, longest
+from pyfastcircuits.processes import vocabulary_shared
 from pyfastcircuits.run import memory
-from pyfastcircuits.run.processes import vocabulary_shared
 
 Columns = slice | Tensor  # of the vocabulary
 
@@ -35,19 +35,27 @@ def slices(size: int, width: int) -> Iterator[slice]:
 class Unembedding:
     """W_U and the bias of the logits, read by columns in the computing dtype.
 
-    `own`: the columns that this process multiplies, all of them unless processes share the vocabulary.
+    `own`: the columns that this process multiplies, all of them unless processes share the vocabulary or hold parts.
     """
 
     def __init__(self, weights: CircuitWeights, *, biased: bool = True) -> None:
-        self.processes = vocabulary_shared()
+        self.processes = weights.holders if weights.sharded else vocabulary_shared()
         self.own = self.processes.columns(weights.d_vocab_out)
         self.weights, self.dtype, self.cap = weights, weights.compute_dtype, weights.logit_cap
         with torch.no_grad():
             self.bias = weights.whole_unembed_bias() if biased else None
 
     def columns(self, columns: Columns) -> Tensor:
-        """W_U[:, columns], [d, columns]."""
-        return self.weights.W_U[:, columns].to(self.dtype)
+        """W_U[:, columns], [d, columns]; of a sharded one a slice of the own, or any tokens in one collective."""
+        if not self.weights.sharded:
+            return self.weights.W_U[:, columns].to(self.dtype)
+        held, first = self.weights.own_W_U, self.own.start
+        if isinstance(columns, slice):
+            return held[:, columns.start - first : columns.stop - first].to(self.dtype)
+        here = (columns >= first) & (columns < self.own.stop)
+        found = held.new_zeros(len(held), len(columns), dtype=self.dtype)
+        found[:, here] = held[:, columns[here] - first].to(self.dtype)
+        return self.processes.summed(found)
 
     @cached_property
     def center(self) -> Tensor | None:
@@ -93,7 +101,7 @@ class CleanLogits:
         self.held: Tensor | None = None
         own = unembedding.own
         if held and unembedding.weights.W_U.dtype == unembedding.dtype:
-            self.held = rows @ unembedding.weights.W_U[:, own]
+            self.held = rows @ unembedding.columns(own)
         elif held:
             self.held = rows.new_empty(len(rows), own.stop - own.start)
             for columns in unembedding.slices(1, multiplied=True):
@@ -229,7 +237,12 @@ def row_losses(
     """NLL [N] of targets [N] for rows [N, d] of the normed final residual stream; differentiable, in memory O(N d).
 
     `biased`: whether the bias of the logits is added.
+
+    Raises:
+        ValueError: gradients are asked for, and W_U is sharded.
     """
+    if weights.sharded and torch.is_grad_enabled() and (rows.requires_grad or weights.learns):
+        raise ValueError("weights require gradients, but W_U is sharded: ask under torch.no_grad()")
     bias = weights.whole_unembed_bias() if biased else None
     losses: Tensor = _RowLosses.apply(rows, weights.W_U, bias, targets, weights, backend)
     return losses

@@ -98,7 +98,7 @@ def _single(weights: CircuitWeights) -> Iterator[tuple[str, Tensor]]:
         if isinstance(weight, LayerStack):
             yield from ((f"{name}[{layer}]", tensor) for layer, tensor in weight.held_by_layer())
         else:
-            yield name, weight
+            yield name, weights.own_W_U if name == "W_U" else weight
 
 
 def _parts(weights: CircuitWeights) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfastcircuits.arguments import as_integers, describe, public
+from pyfastcircuits.arguments import as_integers, describe, public, refuse_sharded
 from pyfastcircuits.model.norms import centered, final_norm_gain
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.modes import derived, kept_for_backward
@@ -48,6 +48,11 @@ class FrozenModel:
         """
         self.guard.check_unchanged()
         return self.guard.weights
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights' W_U is sharded over processes."""
+        return self.guard.weights.sharded
 
     @public
     def pattern(self, layer: int) -> Tensor:
@@ -131,6 +136,8 @@ class FrozenModel:
     def unembed(self, stream: Tensor) -> Tensor:
         """Logits [..., B, T, V'] of a stream [..., B, T, d] through the frozen final norm, W_U and b_U, uncapped."""
         weights = self.weights
+        if weights.sharded:
+            refuse_sharded("self", FrozenModel.unembed)
         logits = self.read_by_unembedding(stream) @ weights.W_U.to(stream.dtype)
         bias = weights.whole_unembed_bias()
         return logits if bias is None else logits + bias

@@ -19,12 +19,18 @@ def footprint(task: Task, weight_bytes: int) -> dict[str, int]:
     stream = FLOAT * positions * a.d_model
     streams = 2 * a.layers + 2 if a.d_mlp else 2
     held = {
-        "weights": weight_bytes * a.parameters,
+        "weights": weight_bytes * (a.parameters - _of_others(task)),
         "clean run": a.layers * pattern + streams * stream + FLOAT * positions * (a.layers + 1),
         "results": LABEL * task.experiments,
     }
     running = {"clean logits": 0, "scratch": 2 * pattern + 4 * FLOAT * positions * a.heads * a.d_head + 4 * stream}
     return held | max(running, _measuring(task), key=lambda x: sum(x.values()))
+
+
+def _of_others(task: Task) -> int:
+    """The weights in columns of W_U that other processes hold: where circuits are all of the model, and W_U its own."""
+    a = task.architecture
+    return 0 if a.d_mlp or a.tied else a.d_model * (a.vocabulary - task.columns)
 
 
 def _measuring(task: Task) -> dict[str, int]:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
+from pyfastcircuits.run import memory
+from pyfastcircuits.run.losses import slices
 from pyfastcircuits.run.trace import FrozenTrace
 
 
@@ -22,9 +25,20 @@ def model_hash(run: FrozenTrace) -> str:
     options = {x.name: getattr(weights, x.name) for x in fields(weights) if x.name not in held}
     digest.update(json.dumps([options, dict(forward.options())], sort_keys=True, default=str).encode())
     for name, tensor in (*held.items(), *forward.tensors()):
+        if name == "W_U" and weights.sharded:
+            _update_sharded(digest, weights)
+            continue
         for part in [tensor] if isinstance(tensor, Tensor) else tensor:
             _update(digest, name, part)
     return digest.hexdigest()
+
+
+def _update_sharded(digest: Any, weights: CircuitWeights) -> None:
+    """As of the whole W_U, of which the processes gather some rows at a time."""
+    digest.update(_head("W_U", weights.W_U))
+    row = weights.d_vocab_out * weights.W_U.itemsize
+    for some in slices(weights.d_model, max(1, memory.block_bytes(weights.device) // row)):
+        digest.update(_bytes(weights.holders.joined(weights.own_W_U[some], weights.d_vocab_out)))
 
 
 def tokens_hash(tokens: Tensor) -> str:
@@ -60,8 +74,16 @@ def _told(value: Any) -> Any:
 
 
 def _update(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(_head(name, tensor))
+    digest.update(_bytes(tensor))
+
+
+def _head(name: str, tensor: Tensor) -> bytes:
+    return f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _commit() -> str | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import public, takes_sharded
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention
 from pyfastcircuits.model.weights import CircuitWeights
@@ -123,6 +123,7 @@ class Plan:
 
 
 @public
+@takes_sharded
 def plan(
     model: str | CircuitWeights,
     scope: SweepScope = "path",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyfastcircuits.run.processes import ALONE, Processes
+from pyfastcircuits.processes import ALONE, Processes
 from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Sequences
 from pyfastcircuits.sweeps.moments import Moments

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from pyfastcircuits.run.processes import ALONE, Processes, sharing_the_vocabulary
+from pyfastcircuits.experiments.ablation_value import Mode
+from pyfastcircuits.experiments.options import Attention
+from pyfastcircuits.model.weights import CircuitWeights
+from pyfastcircuits.processes import ALONE, Processes, mesh, sharing_the_vocabulary
 from pyfastcircuits.sweeps.corpus import Sequences
 from pyfastcircuits.sweeps.plan import plan
 from pyfastcircuits.sweeps.store import Store
-from pyfastcircuits.sweeps.work import Cut, Split, Work
+from pyfastcircuits.sweeps.work import Cut, Split, SweepScope, Work
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,10 @@ class Sharing:
         """The split that is asked for, or that which the plan for a machine of this kind chooses."""
         if processes is ALONE or split == "none":
             return Sharing("none", ALONE)
-        if split == "auto" and source.count:
-            name = "H100" if work.weights.device.type == "cuda" else "laptop"
-            found = plan(
-                work.weights, work.scope, work.mode, work.attention, sequences=source.count, length=source.length,
-                processes=processes.size, machine=name, low_memory=work.options["low_memory"],
-            )  # fmt: skip
-            return Sharing(found.chosen.split, processes)
-        return Sharing("sequences" if split == "auto" else split, processes)
+        if split == "auto":
+            what = work.scope, work.mode, work.attention
+            split = fastest(work.weights, what, source, processes, low_memory=work.options["low_memory"])
+        return Sharing(split, processes)
 
     @property
     def dealt(self) -> Processes:
@@ -74,3 +73,34 @@ class Sharing:
             self.processes.told(None)  # nothing is written before all have looked
             yield joined
         self.processes.told(None)  # nobody looks again before all have written
+
+
+def fastest(
+    weights: CircuitWeights,
+    what: tuple[SweepScope, Mode, Attention],
+    source: Sequences,
+    processes: Processes,
+    *,
+    low_memory: bool,
+) -> Split:
+    """The split that the plan for a machine of this kind chooses; by sequences, if nobody knows how many there are."""
+    if not source.count:
+        return "sequences"
+    machine = "H100" if weights.device.type == "cuda" else "laptop"
+    found = plan(
+        weights, *what, sequences=source.count, length=source.length, processes=processes.size, machine=machine,
+        low_memory=low_memory,
+    )  # fmt: skip
+    return found.chosen.split
+
+
+def sharded(weights: CircuitWeights) -> CircuitWeights:
+    """The weights of which all processes hold their own columns of W_U each, copied.
+
+    They are returned as they are where W_U is a view of W_E, which stays whole.
+    """
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    if weights.W_U.data_ptr() == weights.W_E.data_ptr():
+        return weights
+    return replace(weights, W_U=distribute_tensor(weights.W_U, mesh(), [Shard(1)], src_data_rank=None))

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from pyfastcircuits.adapters.tokens import checked_tokens
 from pyfastcircuits.adapters.tracing import trace
-from pyfastcircuits.arguments import public
+from pyfastcircuits.arguments import public, takes_sharded
 from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.metrics import metric_spec
 from pyfastcircuits.experiments.options import Attention, MeasureOptions, Unpack, measured, measurement
 from pyfastcircuits.experiments.orders import LayerMarginals, layer_marginals, order_losses
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
+from pyfastcircuits.processes import ALONE, Processes, everybody
 from pyfastcircuits.result import Result
-from pyfastcircuits.run.processes import ALONE, Processes, everybody
 from pyfastcircuits.run.trace import FrozenTrace
 from pyfastcircuits.sweeps.corpus import Corpus, Given, Sequences
 from pyfastcircuits.sweeps.identity import model_hash, told
@@ -119,6 +119,7 @@ class Sweep:
 
 
 @public
+@takes_sharded
 @measured
 @torch.no_grad()
 def sweep(
@@ -158,7 +159,8 @@ def sweep(
         split: by what the processes of a group share the sweep, where the program has initialised torch.distributed (as
             under torchrun) and all processes make this call: chunks of "sequences" or of "experiments" are dealt out,
             or each process multiplies its own part of the "vocabulary"; "none": each runs it all. "auto" is the fastest
-            by `plan`. All processes return the same.
+            by `plan`. All processes return the same. Where W_U of CircuitWeights is sharded, of which each process then
+            holds its own columns alone, the split is by the vocabulary.
 
     Returns:
         A Sweep, without gradients; its result has KL(clean || ablated) beside the metric. Orders and marginals are
@@ -176,6 +178,13 @@ def sweep(
     if out is None and (resume or force):
         raise ValueError(f"out is None, but {'resume' if resume else 'force'} is True: give the folder of the sweep")
     processes = ALONE if split == "none" else everybody()
+    if isinstance(model, CircuitWeights) and model.sharded:
+        if split not in ("auto", "vocabulary"):
+            raise ValueError(
+                f"split is {split!r}, but W_U of model is sharded, of which each process has its own columns: expected "
+                "'vocabulary' or 'auto'"
+            )
+        split, processes = "vocabulary", model.holders
     if split not in ("auto", "none") and processes is ALONE:
         raise ValueError(f"split is {split!r}, but there is one process: start several, as torchrun does")
     if isinstance(tokens, Corpus) or out is not None or settle is not None or processes is not ALONE:

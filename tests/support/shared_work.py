@@ -3,17 +3,22 @@
 import json
 import multiprocessing
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import pyfastcircuits as fc
 from pyfastcircuits.sweeps import work
 from support.random_models import random_tokens, random_weights
 
 WEIGHTS = random_weights(3, norm="rmsnorm")
+GAIN, SHIFT = random_weights(1, seed=5).W_E[:2]
+CAPPED = replace(WEIGHTS, norm="layernorm", ln_final_w=GAIN, ln_final_b=SHIFT, logit_cap=3.0)
 TOKENS = random_tokens(5, 11)
 SWEEPS = {
     "path": {},
@@ -21,6 +26,16 @@ SWEEPS = {
     "joint mean": {"scope": "joint", "mode": "mean"},
     "head resample": {"scope": "head", "mode": "resample"},
     "rank": {"scope": "layer", "metric": "rank"},
+}
+MORE = {
+    "logit difference": {"metric": "logit_difference", "against": 3},
+    "logit difference recomputed": {
+        "scope": "head",
+        "metric": "logit_difference",
+        "against": 3,
+        "final_norm": "recomputed",
+    },
+    "low memory": {"scope": "edge", "low_memory": True},
 }
 
 
@@ -48,6 +63,7 @@ def everything(folder: Path) -> dict[str, float | bool | str]:
         patch.setattr(work, "_WIDE", 1)
         pieces = fc.sweep(WEIGHTS, TOKENS, split="sequences")
     found["pieces by sequences"] = apart(pieces, fc.sweep(WEIGHTS, TOKENS, split="none"))
+    found |= by_columns(folder)
     kinds = ["Q", "K", "V"]
     one = [(2, 1), (1, 0)]
     scores = fc.composition_scores(WEIGHTS, kinds), fc.composition_scores(WEIGHTS, "K", destinations=one)
@@ -72,6 +88,29 @@ def everything(folder: Path) -> dict[str, float | bool | str]:
     return found
 
 
+def by_columns(folder: Path) -> dict[str, float | bool | str]:
+    """As `everything`, of processes that hold their own columns of W_U each."""
+    found: dict[str, float | bool | str] = {}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, whole in (("rmsnorm", WEIGHTS), ("capped", CAPPED)):
+        sharded = replace(whole, W_U=distribute_tensor(whole.W_U, mesh, [Shard(1)]))
+        for kind, options in (SWEEPS | MORE).items():
+            alone = fc.sweep(whole, TOKENS, split="none", **options)
+            found[f"{kind} of {name} by columns"] = apart(fc.sweep(sharded, TOKENS, **options), alone)
+        examples = [fc.sweep(x, TOKENS[:1], "head").examples(4) for x in (whole, sharded)]
+        found[f"examples of {name} by columns"] = max(
+            abs(a.ablated - b.ablated) for a, b in zip(*examples, strict=True)
+        )
+        runs = [fc.trace(x, TOKENS) for x in (whole, sharded)]
+        one, other = (fc.head_ablation(run, per_token=True, metric="probability").values for run in runs)
+        found[f"ablation of {name} by columns"] = float((one - other).abs().nan_to_num().max())
+        found[f"loss of {name} by columns"] = float((runs[0].loss - runs[1].loss).abs())
+        out = folder / name
+        stored = fc.sweep(whole, TOKENS, out=out)
+        found[f"stored of {name} by columns"] = apart(fc.sweep(sharded, TOKENS, out=out, resume=True), stored)
+    return found
+
+
 def _told(mine: object) -> list[object]:
     every: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
@@ -80,7 +119,7 @@ def _told(mine: object) -> list[object]:
 
 def _process(folder: Path, rank: int, size: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    (folder / f"{rank}.json").write_text(json.dumps(everything(folder)))
+    (folder / f"{rank}.json").write_text(json.dumps(everything(folder) if size > 1 else by_columns(folder)))
 
 
 def main(folder: Path, sizes: list[int]) -> None:

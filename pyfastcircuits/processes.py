@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -26,15 +27,31 @@ class Processes:
     size: int = 1
     group: Any = None
 
-    def columns(self, count: int) -> slice:
-        """This process' part of the columns of the vocabulary, in the order of ranks.
+    @staticmethod
+    def of(mesh: Any) -> "Processes":
+        """Those of a DeviceMesh of one dimension."""
+        return Processes(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+
+    def columns(self, count: int, rank: int | None = None) -> slice:
+        """The part of a process, this one or another, of the columns of the vocabulary: as torch.chunk and DTensor cut.
 
         Raises:
-            ValueError: there are fewer columns than processes.
+            ValueError: there are too few columns for each process to have some.
         """
-        if count < self.size:
+        width = ceil(count / self.size)
+        if width * (self.size - 1) >= count:
             raise ValueError(f"the vocabulary has {count} tokens, too few for {self.size} processes")
-        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        first = width * (self.rank if rank is None else rank)
+        return slice(first, min(first + width, count))
+
+    def joined(self, own: Tensor, count: int) -> Tensor:
+        """The whole [..., count] of columns [..., own] that each process has a part of: one collective."""
+        if self.group is None:
+            return own
+        widths = [part.stop - part.start for part in (self.columns(count, rank) for rank in range(self.size))]
+        padded = torch.nn.functional.pad(own, (0, widths[0] - own.shape[-1]))
+        parts = zip(self.gathered(padded), widths, strict=True)
+        return torch.cat([part[..., :width] for (part,), width in parts], -1)
 
     def gathered(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """What every process has of tensors of one shape and dtype each, in the order of ranks: one collective."""
@@ -65,16 +82,19 @@ _SHARING: ContextVar[Processes] = ContextVar("sharing", default=ALONE)
 
 
 def everybody() -> Processes:
-    """All processes of the group that the program has initialised, as a DeviceMesh; alone where it has not."""
+    """All processes of the group that the program has initialised; alone where it has not."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return ALONE
+    return Processes.of(mesh())
+
+
+def mesh() -> Any:
+    """All processes of the group that the program has initialised, as a DeviceMesh."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    size = distributed.get_world_size()
-    kind = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    mesh = init_device_mesh(kind, (size,), mesh_dim_names=("processes",))
-    return Processes(mesh.get_local_rank(), size, mesh.get_group())
+    kind = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    return init_device_mesh(kind, (torch.distributed.get_world_size(),), mesh_dim_names=("processes",))
 
 
 @contextmanager
