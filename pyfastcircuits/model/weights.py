@@ -287,6 +287,9 @@ class CircuitWeights:
 
     def unembed_bias(self, tokens: Tensor) -> Tensor | None:
         """The entries of `whole_unembed_bias` for some tokens [n], [n]."""
+        if self.sharded:
+            whole: Tensor | None = self.whole_unembed_bias()
+            return None if whole is None else whole[tokens]
         total = None if self.b_U is None else self.b_U[tokens].to(self.compute_dtype)
         if self.ln_final_b is not None:
             moved = self.ln_final_b.to(self.compute_dtype) @ self.W_U.mT[tokens].mT.to(self.compute_dtype)

@@ -1,5 +1,6 @@
 """What the processes of tests/test_distributed.py run: everything that they share, against one process alone."""
 
+import gc
 import json
 import multiprocessing
 import sys
@@ -10,11 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import pyfastcircuits as fc
+from pyfastcircuits.command import processes
 from pyfastcircuits.sweeps import work
+from support.command import run
 from support.random_models import random_tokens, random_weights
+from support.sharded_calls import outcomes
 
 WEIGHTS = random_weights(3, norm="rmsnorm")
 GAIN, SHIFT = random_weights(1, seed=5).W_E[:2]
@@ -28,15 +32,12 @@ SWEEPS = {
     "rank": {"scope": "layer", "metric": "rank"},
 }
 MORE = {
-    "logit difference": {"metric": "logit_difference", "against": 3},
-    "logit difference recomputed": {
-        "scope": "head",
-        "metric": "logit_difference",
-        "against": 3,
-        "final_norm": "recomputed",
-    },
+    "logit difference": {"scope": "head", "metric": "logit_difference", "against": 3, "final_norm": "recomputed"},
     "low memory": {"scope": "edge", "low_memory": True},
 }
+CASES = {kind: (WEIGHTS, options) for kind, options in SWEEPS.items()}
+CASES |= {kind: (CAPPED, options) for kind, options in MORE.items()}
+ALONE = {kind: fc.sweep(weights, TOKENS, split="none", **options) for kind, (weights, options) in CASES.items()}
 
 
 def apart(found: fc.Sweep, alone: fc.Sweep) -> float:
@@ -55,14 +56,13 @@ def everything(folder: Path) -> dict[str, float | bool | str]:
     splits = ("sequences", "experiments", "vocabulary")
     found: dict[str, float | bool | str] = {}
     for name, options in SWEEPS.items():
-        alone = fc.sweep(WEIGHTS, TOKENS, split="none", **options)
         for split in splits:
-            found[f"{name} by {split}"] = apart(fc.sweep(WEIGHTS, TOKENS, split=split, **options), alone)
+            found[f"{name} by {split}"] = apart(fc.sweep(WEIGHTS, TOKENS, split=split, **options), ALONE[name])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(work.WORK, "cpu", 1.0)  # so that each sequence is cut into several chunks
         patch.setattr(work, "_WIDE", 1)
         pieces = fc.sweep(WEIGHTS, TOKENS, split="sequences")
-    found["pieces by sequences"] = apart(pieces, fc.sweep(WEIGHTS, TOKENS, split="none"))
+    found["pieces by sequences"] = apart(pieces, ALONE["path"])
     found |= by_columns(folder)
     kinds = ["Q", "K", "V"]
     one = [(2, 1), (1, 0)]
@@ -92,23 +92,45 @@ def by_columns(folder: Path) -> dict[str, float | bool | str]:
     """As `everything`, of processes that hold their own columns of W_U each."""
     found: dict[str, float | bool | str] = {}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = {x: replace(x, W_U=distribute_tensor(x.W_U, mesh, [Shard(1)])) for x in (WEIGHTS, CAPPED)}
+    for kind, (weights, options) in CASES.items():
+        found[f"{kind} by columns"] = apart(fc.sweep(sharded[weights], TOKENS, **options), ALONE[kind])
     for name, whole in (("rmsnorm", WEIGHTS), ("capped", CAPPED)):
-        sharded = replace(whole, W_U=distribute_tensor(whole.W_U, mesh, [Shard(1)]))
-        for kind, options in (SWEEPS | MORE).items():
-            alone = fc.sweep(whole, TOKENS, split="none", **options)
-            found[f"{kind} of {name} by columns"] = apart(fc.sweep(sharded, TOKENS, **options), alone)
-        examples = [fc.sweep(x, TOKENS[:1], "head").examples(4) for x in (whole, sharded)]
-        found[f"examples of {name} by columns"] = max(
-            abs(a.ablated - b.ablated) for a, b in zip(*examples, strict=True)
-        )
-        runs = [fc.trace(x, TOKENS) for x in (whole, sharded)]
+        runs = [fc.trace(x, TOKENS[:1]) for x in (whole, sharded[whole])]
+        found[f"loss of {name} by columns"] = float((runs[0].loss - runs[1].loss).abs())
         one, other = (fc.head_ablation(run, per_token=True, metric="probability").values for run in runs)
         found[f"ablation of {name} by columns"] = float((one - other).abs().nan_to_num().max())
-        found[f"loss of {name} by columns"] = float((runs[0].loss - runs[1].loss).abs())
-        out = folder / name
-        stored = fc.sweep(whole, TOKENS, out=out)
-        found[f"stored of {name} by columns"] = apart(fc.sweep(sharded, TOKENS, out=out, resume=True), stored)
+    examples = [fc.sweep(x, TOKENS[:1], "head").examples(4) for x in (CAPPED, sharded[CAPPED])]
+    found["examples by columns"] = max(abs(a.ablated - b.ablated) for a, b in zip(*examples, strict=True))
+    out = folder / "columns"
+    stored = fc.sweep(CAPPED, TOKENS, "head", out=out)
+    if dist.get_world_size() == 2:
+        found |= {f"called {name}": value for name, value in outcomes(folder, mesh).items()}
+        found |= of_command(folder / "command")
+    found["stored by columns"] = apart(fc.sweep(sharded[CAPPED], TOKENS, "head", out=out, resume=True), stored)
     return found
+
+
+def of_command(out: Path) -> dict[str, float | bool | str]:
+    """What the command holds while its sweep runs, and its table beside that of one process."""
+    held = []
+
+    def sweep(model: fc.CircuitWeights, *args: object, **options: object) -> fc.Sweep:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
+        stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        held.append([size for size in stored.values() if size >= 4 * model.W_U.numel() // 2])
+        return whole(model, *args, **options)
+
+    whole, given = fc.sweep, ["induction-2l", "--scope", "head", "--sequences", 2, "--length", 16, "--out", out]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "rank", dist.get_rank)
+        patch.setattr(fc, "sweep", sweep)
+        done = run("sweep", *given, "--split", "vocabulary")
+    assert done.exit_code == 0, done.output
+    weights = fc.load_weights("induction-2l")
+    size = 4 * weights.W_U.numel()
+    return {"held": held == [[size, size // 2]] or held == [[size // 2, size]] or str(held)}
 
 
 def _told(mine: object) -> list[object]:
