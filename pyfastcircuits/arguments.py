@@ -76,8 +76,8 @@ def public(function: Function) -> Function:
                 called = function.__qualname__ if function.__name__ == "__init__" else function.__name__
                 raise TypeError(f"{called}() got an unexpected keyword argument {name!r}")
         for name, place in whole:
-            value: Any = args[place] if place < len(args) else keywords.get(name)
-            if hasattr(type(value), "sharded") and value.sharded:
+            given: Any = args[place] if place < len(args) else keywords.get(name)
+            if hasattr(type(given), "sharded") and given.sharded:
                 refuse_sharded(name, function)
         return run(*checked, *args[len(names) :], **keywords)
 

@@ -22,13 +22,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.p
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of 2 and of 4 processes has found."""
+    """What each of 1, of 2 and of 4 processes has found."""
     folder = tmp_path_factory.mktemp("shared")
-    command = [sys.executable, str(ROOT / "tests/support/shared_work.py"), str(folder), "2", "4"]
+    command = [sys.executable, str(ROOT / "tests/support/shared_work.py"), str(folder), "1", "2", "4"]
     out = subprocess.run(command, check=False, capture_output=True, text=True, env=ENVIRONMENT)
     assert out.returncode == 0, out.stderr
     return {
-        size: [json.loads((folder / str(size) / f"{rank}.json").read_text()) for rank in range(size)] for size in (2, 4)
+        size: [json.loads((folder / str(size) / f"{rank}.json").read_text()) for rank in range(size)]
+        for size in (1, 2, 4)
     }
 
 
@@ -37,7 +38,7 @@ def found(tmp_path_factory):
 def test_shared_sweeps_are_those_of_one_process(found, size):
     for of_rank in found[size]:
         apart = {name: x for name, x in of_rank.items() if " by " in name or name == "composition"}
-        assert len(apart) == 20
+        assert len(apart) == 33
         assert max(apart.values()) < 1e-12, apart
 
 
@@ -50,6 +51,55 @@ def test_all_processes_return_the_same(found, size):
     assert first["size"] == size
     for other in others:
         assert other == first
+
+
+@pytest.mark.processes
+def test_one_process_may_hold_all_columns(found):
+    (alone,) = found[1]
+    assert len(alone) == 13
+    assert max(alone.values()) < 1e-12, alone
+
+
+@pytest.mark.processes
+def test_everything_public_takes_a_sharded_unembedding_or_refuses_it(found):
+    """By the one sentence; what it gives is what whole weights give, in fp32."""
+    for of_rank in found[2]:
+        called = {name: x for name, x in of_rank.items() if name.startswith("called ")}
+        refused = {name for name, x in called.items() if isinstance(x, str) and "takes weights that are whole" in x}
+        assert {"called sweep", "called pair_ablation", "called FrozenTrace.loss"} <= called.keys() - refused
+        assert {"called head_scores", "called FrozenTrace.logits", "called CircuitWeights.save"} <= refused
+        others = {name: x for name, x in called.items() if name not in refused}
+        assert all(isinstance(x, float) and x < 1e-5 for x in others.values()), others
+
+
+@pytest.mark.processes
+def test_the_command_keeps_its_own_columns(found):
+    """While the sweep runs, no tensor but W_E is as large as W_U, and one is as large as its columns."""
+    for of_rank in found[2]:
+        assert of_rank["held"] == [0.5, 1.0]
+        assert of_rank["command"] < 1e-6
+
+
+@pytest.mark.processes
+def test_a_column_that_is_not_finite_is_refused_by_all(found):
+    for size in (2, 4):
+        for of_rank in found[size]:
+            assert of_rank["not finite"] == "W_U[3, 96] is nan: weights must be finite"
+
+
+@pytest.mark.processes
+def test_a_sharded_unembedding_is_refused_with_a_reason(found):
+    for of_rank in found[2]:
+        assert of_rank["split is"].startswith("split is 'sequences', but W_U of model is sharded, of which each")
+        assert of_rank["placed"].startswith("W_U is a sharded tensor of torch.float64 and shape [20, 97], placed ")
+        assert "expected Shard(1) on one of 1" in of_rank["placed"]
+        assert of_rank["moved"].startswith("target is 'cuda', but W_U is sharded: weights move before")
+        assert of_rank["learns"] == "weights require gradients, but W_U is sharded: ask under torch.no_grad()"
+        assert of_rank["left"].startswith("left is a sharded tensor of torch.float64 and shape [1, 20, 97], expected a")
+        assert of_rank["tied stays whole"]
+        assert of_rank["W_E"].startswith(
+            "W_E is a sharded tensor of torch.float64 and shape [97, 20], expected a whole"
+        )
 
 
 @pytest.mark.processes
@@ -98,13 +148,14 @@ def _kill_worker(agent: subprocess.Popen, begun: Path) -> bool:
 
 
 def test_columns_are_shared_without_gap():
-    for size, count in ((3, 100), (4, 4), (7, 50257)):
+    for size, count in ((3, 100), (4, 4), (4, 7), (7, 50257), (64, 50257)):
         parts = [Processes(rank, size).columns(count) for rank in range(size)]
         assert [p.start for p in parts[1:]] == [p.stop for p in parts[:-1]]
         assert (parts[0].start, parts[-1].stop) == (0, count)
-        assert max(p.stop - p.start for p in parts) - min(p.stop - p.start for p in parts) <= 1
-    with pytest.raises(ValueError, match="the vocabulary has 3 tokens, too few for 4 processes"):
-        Processes(0, 4).columns(3)
+        assert [p.stop - p.start for p in parts] == [len(part) for part in torch.arange(count).chunk(size)]
+    for count in (3, 5):  # of 5 the first three would have all but one, and the last none
+        with pytest.raises(ValueError, match=f"the vocabulary has {count} tokens, too few for 4 processes"):
+            Processes(0, 4).columns(count)
 
 
 def test_processes_keep_their_sequences():

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +104,24 @@ def test_processes_share_the_work(split):
     assert shared.chosen.sent > 0
 
 
+def test_processes_that_share_the_vocabulary_hold_their_columns_of_an_unembedding_alone():
+    """Where circuits are the whole model, and W_U is not W_E."""
+    weights = random_weights(vocabulary=97, d=20)
+    tied, with_mlps = replace(weights, W_U=weights.W_E.mT), replace(weights, attention_only=False)
+
+    def held(model, split):
+        processes = 1 if split == "none" else 4
+        plan = fc.plan(model, processes=processes, split=split, sequences=4, length=8, machine="laptop")
+        return plan.chosen.memory["weights"]
+
+    whole = held(weights, "none")
+    assert held(weights, "sequences") == held(weights, "experiments") == whole
+    assert held(weights, "vocabulary") == whole - 4 * 20 * (97 - 25)
+    assert held(tied, "none") == whole - 4 * 20 * 97
+    for model in (tied, with_mlps, "pythia-70m"):
+        assert held(model, "vocabulary") == held(model, "none")
+
+
 def test_the_plan_chooses_a_split_that_can_be():
     assert fc.plan("gpt2", sequences=64, machine="H100", processes=4).chosen.split == "sequences"
     one = fc.plan("gpt2", sequences=1, machine="H100", processes=4)
@@ -113,6 +131,8 @@ def test_the_plan_chooses_a_split_that_can_be():
     assert few.chosen.split == "vocabulary"
     with pytest.raises(ValueError, match="split is 'experiments', but there are 12 experiments for 16 processes"):
         fc.plan("gpt2", "layer", machine="H100", processes=16, split="experiments")
+    with pytest.raises(ValueError, match="split is 'vocabulary', but the vocabulary has 9 tokens, too few for 6 proc"):
+        fc.plan(random_weights(vocabulary=9), machine="H100", processes=6, split="vocabulary")
 
 
 def test_processes_on_one_cpu_share_its_cores():

@@ -187,6 +187,11 @@ class CircuitWeights:
         return is_sharded(self.W_U)
 
     @property
+    def tied(self) -> bool:
+        """Whether W_U is a view of W_E."""
+        return not self.sharded and self.W_U.data_ptr() == self.W_E.data_ptr()
+
+    @property
     def holders(self) -> Processes:
         """The processes that hold columns of W_U each; this one alone where it is whole."""
         return Processes.of(self.W_U.device_mesh) if self.sharded else ALONE  # type: ignore[attr-defined]

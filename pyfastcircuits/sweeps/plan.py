@@ -10,6 +10,7 @@ from pyfastcircuits.experiments.ablation_value import Mode
 from pyfastcircuits.experiments.options import Attention
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Precision
+from pyfastcircuits.processes import Processes
 from pyfastcircuits.sweeps import machines
 from pyfastcircuits.sweeps.architectures import ARCHITECTURES, Architecture
 from pyfastcircuits.sweeps.costs import FLOAT, Task, Work
@@ -158,6 +159,9 @@ def plan(
         chunks: whether the sweep goes in chunks, as with `out` or a corpus, and always where processes share it; else
             all sequences are run at once.
 
+    Weights are counted as the command holds them: of a model that is its circuits alone, split by the vocabulary, each
+    process has its own columns of W_U.
+
     Raises:
         ValueError: no such model, machine or option; a number that is too small; a split that cannot be.
     """
@@ -205,9 +209,19 @@ def _shares(whole: Task, split: Split, processes: int, there: Machine, weight_by
         steps, part = _in_chunks(task, split, processes, there)
     seconds = {name: there.seconds(work, processes) for name, work in steps.items()}
     merging = {"merging": sent / there.link} if processes > 1 else {}
-    pieces = {"sequences": whole.sequences, "experiments": whole.experiments, "vocabulary": whole.columns}.get(split, 1)
-    why_not = f"there are {pieces} {split} for {processes} processes" if split != "none" and pieces < processes else ""
+    why_not = _why_not(whole, split, processes)
     return Shares(split, steps, seconds | merging, footprint(part, weight_bytes), sent, why_not)
+
+
+def _why_not(whole: Task, split: Split, processes: int) -> str:
+    """See Shares."""
+    if split == "vocabulary":
+        try:
+            Processes(size=processes).columns(whole.columns)
+        except ValueError as error:
+            return str(error)
+    pieces = {"sequences": whole.sequences, "experiments": whole.experiments}.get(split, processes)
+    return f"there are {pieces} {split} for {processes} processes" if pieces < processes else ""
 
 
 def _in_chunks(task: Task, split: Split, processes: int, there: Machine) -> tuple[dict[str, Work], Task]:

@@ -101,6 +101,6 @@ def sharded(weights: CircuitWeights) -> CircuitWeights:
     """
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    if weights.W_U.data_ptr() == weights.W_E.data_ptr():
+    if weights.tied:
         return weights
     return replace(weights, W_U=distribute_tensor(weights.W_U, mesh(), [Shard(1)], src_data_rank=None))

@@ -17,11 +17,12 @@ from support.fuzz_values import Choices, World
 
 OWNERS = (None, fc.CircuitWeights, fc.FrozenTrace, fc.Sweep)
 APART = ("CircuitWeights.own_W_U", "CircuitWeights.holders", "CircuitWeights.sharded", "FrozenTrace.sharded")
+OF_FILES = ("load_weights", "corpus")
 NAMES = [
     name
     for name, entry in ENTRIES.items()
-    if entry.owner in OWNERS and not name.startswith(("ops", "plot", "torch")) and not name.endswith("__repr__")
-    if name not in APART
+    if name in fc.__all__ or (entry.owner in OWNERS and not name.startswith(("ops", "plot", "torch")))
+    if name not in (*APART, *OF_FILES) and not name.endswith("__repr__")
 ]
 
 

@@ -7,15 +7,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
+import torch._dynamo  # (likewise, for DTensor)
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor
 
 import pyfastcircuits as fc
 from pyfastcircuits.command import processes
-from pyfastcircuits.sweeps import work
+from pyfastcircuits.sweeps import sharing, work
 from support.command import run
 from support.random_models import random_tokens, random_weights
 from support.sharded_calls import outcomes
@@ -107,30 +109,60 @@ def by_columns(folder: Path) -> dict[str, float | bool | str]:
     if dist.get_world_size() == 2:
         found |= {f"called {name}": value for name, value in outcomes(folder, mesh).items()}
         found |= of_command(folder / "command")
+    if dist.get_world_size() > 1:
+        tied = replace(WEIGHTS, W_U=WEIGHTS.W_E.mT)
+        found |= refusals(mesh) | {"tied stays whole": sharing.sharded(tied) is tied}
     found["stored by columns"] = apart(fc.sweep(sharded[CAPPED], TOKENS, "head", out=out, resume=True), stored)
     return found
 
 
-def of_command(out: Path) -> dict[str, float | bool | str]:
-    """What the command holds while its sweep runs, and its table beside that of one process."""
-    held = []
+def refusals(mesh: DeviceMesh) -> dict[str, str]:
+    """What is said of sharded weights that are no good, by what is wrong."""
+    sharded = replace(WEIGHTS, W_U=distribute_tensor(WEIGHTS.W_U, mesh, [Shard(1)]))
+    broken = WEIGHTS.W_U.clone()
+    broken[3, 96] = torch.nan
+    learns = replace(sharded, W_O=WEIGHTS.W_O.clone().requires_grad_())
+    calls = {
+        "not finite": lambda: replace(WEIGHTS, W_U=distribute_tensor(broken, mesh, [Shard(1)])),
+        "split is": lambda: fc.sweep(sharded, TOKENS, split="sequences"),
+        "placed": lambda: replace(WEIGHTS, W_U=distribute_tensor(WEIGHTS.W_U, mesh, [Shard(0)])),
+        "moved": lambda: sharded.to("cuda"),
+        "learns": lambda: fc.order_losses(fc.trace(learns, TOKENS)),
+        "left": lambda: fc.ops.pair_norms(sharded.W_U[None], WEIGHTS.W_E[None]),
+        "W_E": lambda: replace(WEIGHTS, W_E=distribute_tensor(WEIGHTS.W_E, mesh, [Shard(1)])),
+    }
+    said = {}
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"W_[UE]|left") as error:
+            call()
+        said[name] = str(error.value)
+    return said
 
-    def sweep(model: fc.CircuitWeights, *args: object, **options: object) -> fc.Sweep:
+
+def of_command(folder: Path) -> dict[str, object]:
+    """How large what the command holds while its sweep runs is beside W_U; and how far its table is from one process'."""
+    sizes = []
+    size = 4 * fc.load_weights("induction-2l").W_U.numel()
+
+    def sweep(*args: object, **options: object) -> fc.Sweep:
         gc.collect()
         tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
         stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        held.append([size for size in stored.values() if size >= 4 * model.W_U.numel() // 2])
-        return whole(model, *args, **options)
+        sizes.extend(sorted(held / size for held in stored.values() if held >= size / 2))
+        return whole(*args, **options)
 
-    whole, given = fc.sweep, ["induction-2l", "--scope", "head", "--sequences", 2, "--length", 16, "--out", out]
+    whole, given = fc.sweep, ["induction-2l", "--scope", "head", "--sequences", 2, "--length", 16, "--json"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "rank", dist.get_rank)
         patch.setattr(fc, "sweep", sweep)
-        done = run("sweep", *given, "--split", "vocabulary")
-    assert done.exit_code == 0, done.output
-    weights = fc.load_weights("induction-2l")
-    size = 4 * weights.W_U.numel()
-    return {"held": held == [[size, size // 2]] or held == [[size // 2, size]] or str(held)}
+        done = run("sweep", *given, "--split", "vocabulary", "--out", folder / "two")
+        patch.undo()
+        alone = run("sweep", *given, "--split", "none", "--out", folder / f"one {dist.get_rank()}")
+    assert done.exit_code == alone.exit_code == 0, done.output + alone.output
+    dist.barrier()
+    one, two = (pyarrow.parquet.read_table(folder / x / "sweep.parquet") for x in (f"one {dist.get_rank()}", "two"))
+    pairs = zip(one["delta_nll"].to_pylist(), two["delta_nll"].to_pylist(), strict=True)
+    return {"held": sizes, "command": max(abs(a - b) for a, b in pairs)}
 
 
 def _told(mine: object) -> list[object]:
