@@ -44,8 +44,8 @@ class Architecture:
         return Architecture(
             name, weights.n_layers, weights.n_heads, weights.d_model, weights.d_value, weights.d_vocab_out,
             context=weights.n_ctx or 0, kv_heads=weights.W_V.shape[1], positions=weights.n_ctx or 0,
-            d_mlp=0 if weights.attention_only else 4 * weights.d_model, biased=weights.b_O is not None, tied=weights.tied,
-            normed=weights.norm is not None, norm_biased=weights.norm == "layernorm",
+            d_mlp=0 if weights.attention_only else 4 * weights.d_model, biased=weights.b_O is not None,
+            tied=weights.tied, normed=weights.norm is not None, norm_biased=weights.norm == "layernorm",
         )  # fmt: skip
 
     @property
