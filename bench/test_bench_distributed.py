@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import pyfastcircuits as fc
 

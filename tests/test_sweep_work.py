@@ -9,7 +9,7 @@ from support.random_models import random_tokens, random_weights
 import pyfastcircuits as fc
 from pyfastcircuits.sweeps.corpus import Given
 from pyfastcircuits.sweeps.moments import Moments
-from pyfastcircuits.sweeps.work import Cut, ablate, experiments, work
+from pyfastcircuits.sweeps.work import WORK, Cut, ablate, experiments, work
 
 WEIGHTS, TOKENS = random_weights(3, norm="rmsnorm"), random_tokens(5, 11)
 
@@ -125,6 +125,17 @@ def test_chunks_take_seconds():
     cut = large.cut(2048)
     assert cut.sequences == 1
     assert 50 * 256 <= cut.experiments * 16 < 1536 * 16
+
+
+def test_chunks_make_bases_for_several_sequences():
+    """Each chunk makes W_O @ W_U of all destinations anew: a quarter of the work on one sequence of this size."""
+    layers, heads, d, r, vocabulary, length = 2, 8, 768, 64, 20_000, 128
+    pairs = heads**2
+    cut = Cut.of((layers, d, r, vocabulary), "path", "frozen", pairs, length, 1, WORK["cpu"])
+    bases = heads * r * d * vocabulary
+    paths, others = pairs * length * vocabulary * r, (3 * layers + 5) * length * vocabulary * d
+    assert cut.experiments == pairs
+    assert bases < (paths + others) * cut.sequences / 20
 
 
 def test_an_error_says_in_which_sequences():

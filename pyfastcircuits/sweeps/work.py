@@ -29,7 +29,7 @@ from pyfastcircuits.sweeps.corpus import Sequences
 
 SweepScope = Literal["path", "direct", "edge", "joint", "head", "layer"]
 Split = Literal["none", "sequences", "experiments", "vocabulary"]
-WORK = {"cpu": 5e10, "cuda": 2e13}  # multiply-adds of a chunk: some seconds
+WORK = {"cpu": 2e11, "cuda": 2e13}  # multiply-adds of a chunk: some seconds, of one core
 PATTERNS = 1 << 29  # bytes of attention patterns of the sequences of a chunk, at least one sequence's
 FIRST = 64  # sequences, those at the beginning, over which mean ablation takes its means
 _WIDE = 50  # how many times more work a chunk's experiments are than the clean logits, which each chunk makes anew
