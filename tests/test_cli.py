@@ -1,5 +1,7 @@
 """The sweep command, end to end, on a small random model and on bad input."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 
 import pyfastcircuits as fc
 from pyfastcircuits.command.cli import app
+from pyfastcircuits.command.made import check_folder
 from pyfastcircuits.command.plain import percent, significant
 
 
@@ -174,6 +177,12 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(model, tokens,
     result = run("sweep", model, "--tokens", tokens, "--out", tmp_path / "file" / "out")
     assert result.exit_code == 2
     assert "cannot write there" in result.output
+
+
+def test_several_processes_may_look_at_the_folder_at_once(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check_folder, [tmp_path / "out"] * 400))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_text_without_a_tokenizer_and_a_broken_one(model, tmp_path):

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pyarrow as pa
@@ -54,16 +55,15 @@ def _model_hash(model: str) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Fail before the work where nothing can be written, not after it.
+    """Fail before the work where nothing can be written, not after it; several processes may look at once.
 
     Raises:
         ValueError: the folder cannot be made, or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ValueError(f"--out is {str(folder)!r}: cannot write there ({error.strerror})") from error
 
