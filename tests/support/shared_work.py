@@ -139,30 +139,29 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     return said
 
 
-def of_command(folder: Path) -> dict[str, object]:
+def of_command(out: Path) -> dict[str, object]:
     """How large what the command holds while its sweep runs is beside W_U; and how far its table is from one process'."""
-    sizes = []
-    size = 4 * fc.load_weights("induction-2l").W_U.numel()
+    weights = fc.load_weights("induction-2l")
+    whole, size, swept = fc.sweep, 4 * weights.W_U.numel(), {}
 
-    def sweep(*args: object, **options: object) -> fc.Sweep:
+    def sweep(model: fc.CircuitWeights, tokens: torch.Tensor, *args: object, **options: object) -> fc.Sweep:
         gc.collect()
         tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
         stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        sizes.extend(sorted(held / size for held in stored.values() if held >= size / 2))
-        return whole(*args, **options)
+        swept["held"] = sorted(held / size for held in stored.values() if held >= size / 2)
+        swept["alone"] = whole(fc.load_weights("induction-2l"), tokens, *args[:3], split="none").result.delta
+        return whole(model, tokens, *args, **options)
 
-    whole, given = fc.sweep, ["induction-2l", "--scope", "head", "--sequences", 2, "--length", 16, "--json"]
+    del weights
+    given = ["induction-2l", "--scope", "head", "--sequences", 2, "--length", 16, "--split", "vocabulary", "--out", out]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "rank", dist.get_rank)
         patch.setattr(fc, "sweep", sweep)
-        done = run("sweep", *given, "--split", "vocabulary", "--out", folder / "two")
-        patch.undo()
-        alone = run("sweep", *given, "--split", "none", "--out", folder / f"one {dist.get_rank()}")
-    assert done.exit_code == alone.exit_code == 0, done.output + alone.output
+        done = run("sweep", *given)
+    assert done.exit_code == 0, done.output
     dist.barrier()
-    one, two = (pyarrow.parquet.read_table(folder / x / "sweep.parquet") for x in (f"one {dist.get_rank()}", "two"))
-    pairs = zip(one["delta_nll"].to_pylist(), two["delta_nll"].to_pylist(), strict=True)
-    return {"held": sizes, "command": max(abs(a - b) for a, b in pairs)}
+    table = torch.tensor(pyarrow.parquet.read_table(out / "sweep.parquet")["delta_nll"].to_pylist())
+    return {"held": swept["held"], "command": float((table - swept["alone"].flatten()).abs().max())}
 
 
 def _told(mine: object) -> list[object]:
