@@ -1,7 +1,7 @@
 """Two processes that share a sweep on two cores, beside one process on one core.
 
-And beside two with half of the sequences or of the vocabulary each, which share nothing but the machine: what these take
-more than one process, two cores take more that use one memory, and no split could take less.
+And two that share nothing, with half of the sequences or of the vocabulary each: by what these fall short of twice the speed,
+or take more CPU time, the machine's cores are in each other's way, and no split does better.
 """
 
 import multiprocessing
