@@ -1,12 +1,14 @@
 """The article's two-layer shape: all pairs of heads beside hooks, peak memory, and the losses of all orders in one pass."""
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
 import pyfastcircuits as fc
-from bench.timing import interleaved, peak_bytes, ratio
+from bench.test_bench_sweep_nll import DEGREE
+from bench.timing import cpu_rate, interleaved, peak_bytes, ratio
 from pyfastcircuits.run.paths import order_streams
 
 LAYERS, HEADS, D, R, V, T = 2, 12, 768, 64, 50257, 512
@@ -87,6 +89,8 @@ def test_all_pairs_against_hooks(weights, tokens, benchmark, found):
         f"{ratio(times, 'hooks', 'ours') * pairs / len(sample):.1f}",
         {"avx512": ">= 60", "avx512_bf16": ">= 60", "avx2": ">= 25"},
     )
+    least = 2 * pairs * (T - 1) * V * (R + DEGREE + 2) / cpu_rate("fma")
+    found(f"  the same if ours took nothing but its R + {DEGREE + 2} multiply-adds a logit, at their full rate", f"{each * pairs / least:.1f}")  # fmt: skip
     found(
         "  time, hooks",
         f"{each * 1e3:.0f} ms a pair ({len(sample)} pairs); largest difference of a loss {worst:.1e} nats",
@@ -111,6 +115,19 @@ def test_memory_of_a_sweep(weights, tokens, found):
         f"{(peak - held) / 2**20:.0f} MiB",
         "<= 128",
     )
+
+
+def test_short_prompts(weights, found):
+    """64 prompts of 16 tokens beside one of 1,024: the time of all pairs for each position that is measured."""
+    long = replace(weights, W_pos=weights.W_pos.repeat(2, 1))
+    runs = {}
+    for prompts, length in ((64, 16), (1, 1024)):
+        some = torch.randint(0, V, (prompts, length), generator=torch.Generator().manual_seed(2))
+        runs[prompts] = fc.trace(long, some)
+    times = interleaved({str(n): lambda run=run: fc.pair_ablation(run) for n, run in runs.items()}, rounds=3)
+    positions = {n: run.tokens[:, 1:].numel() for n, run in runs.items()}
+    each = ratio(times, "64", "1") * positions[1] / positions[64]
+    found(f"all {LAYERS}x{HEADS} pairs, d={D} V={V}: 64 prompts of 16 tokens / one of 1,024, a position", f"{each:.2f}", "<= 1.2")  # fmt: skip
 
 
 @pytest.mark.parametrize("layers", [2, 6])

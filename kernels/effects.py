@@ -22,6 +22,10 @@ SMALL = tl.constexpr(0.45)  # the largest |x| of which the polynomial makes exp(
 DIRECT = 40.0  # past this |x| a probability below fp32's range could matter
 LOWEST = tl.constexpr(-87.0)  # of the logarithms of probabilities that are not 0
 PROBABLE = tl.constexpr(1 / 16)  # from where on a token is summed in fp64
+ROUNDED_UP = {
+    "bf16": 1 + 2**-7,
+    "tf32": 1 + 2**-9,
+}  # rounded factors are at most so much longer, both together
 RAISED = 4.0  # times as large as the clean run expects, a change that the changed one expects has roundings that show
 MEAN_ELEMENTS = 1 << 22  # of a slice's fp64 copies
 CLEAN_OPTIONS = {"BLOCK_V": 1024, "num_warps": 4}
@@ -126,9 +130,12 @@ def limit(cap: float | None) -> float:
     return DIRECT if cap is None else min(DIRECT, cap / 2)
 
 
-def bounds_of(delta: Tensor, basis: Tensor, group: Tensor, work: torch.dtype) -> Tensor:
-    """Bounds [S, T] on the entries of delta[s, t] @ basis[group[s]]: the products of the factors' norms."""
-    longest = torch.linalg.vector_norm(basis, dim=1, dtype=work).amax(-1)
+def bounds_of(delta: Tensor, basis: Tensor, group: Tensor, work: torch.dtype, kind: str = "fp64") -> Tensor:
+    """Bounds [S, T] on the entries of delta[s, t] @ basis[group[s]], of factors rounded for `kind` too.
+
+    They are the products of the factors' norms.
+    """
+    longest = torch.linalg.vector_norm(basis, dim=1, dtype=work).amax(-1) * ROUNDED_UP.get(kind, 1.0)
     return torch.linalg.vector_norm(delta, dim=-1, dtype=work) * longest[group.clamp(0, len(basis) - 1), None]
 
 

@@ -159,9 +159,8 @@ def joint_nll_triton(
     first, second = chosen[order].T.contiguous()
     starts = torch.searchsorted(first, torch.arange(singles + 1, device=base.device))
     base, group, clean_lse = base.contiguous(), group.contiguous(), clean_lse.double().contiguous()
-    delta, basis = rounded(delta, kind), rounded(basis, kind)
-    left, right = for_products(delta, basis, kind)
-    of_singles = bounds_of(delta, basis, group, work)
+    left, right = for_products(rounded(delta, kind), rounded(basis, kind), kind)
+    of_singles = bounds_of(delta, basis, group, work, kind)
     bounds = of_singles[first] + of_singles[second]
     programs = config.count(positions, "BLOCK_T") * config.splits
     tile = config.blocks["BLOCK_T"] * config.blocks["BLOCK_V"]

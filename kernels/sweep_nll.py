@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfastcircuits.kernels.common import rounded
 from pyfastcircuits.kernels.effects import (
     SMALL,
     bounds_of,
@@ -195,9 +194,8 @@ def sweep_nll_triton(
         return nothing(sweep_nll_outputs(base, delta, basis, tokens, group, scale, clean_lse, mean))
     config, kind, tensors, counts, row_blocks = prepared("sweep_nll", sizes, base, delta, basis, group, precision)
     base, left, right, order, group = tensors
-    delta, basis = rounded(delta, kind), rounded(basis, kind)
     work, clean_lse = work_dtype(base), clean_lse.double().contiguous()
-    bounds = bounds_of(delta, basis, group, work)
+    bounds = bounds_of(delta, basis, group, work, kind)
     if scale is not None:
         scale = scale.contiguous()
         bounds = stretched(bounds, scale, base, clean_lse, cap).to(work)

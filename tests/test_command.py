@@ -193,7 +193,7 @@ class TestWhatMadeAFile:
         assert found["version"] == fc.__version__
         assert found["command_line"].split()[0] == "pyfastcircuits"
         assert (found["options"]["scope"], found["options"]["metric"]) == ("path", "nll")
-        assert len(found["model_sha256"]) == len(found["tokens_sha256"]) == 64
+        assert len(found["model_files_sha256"]) == len(found["tokens_sha256"]) == 64
         metadata = pq.read_schema(tmp_path / "out" / "sweep.parquet").metadata
         assert metadata[b"metric"] == b"nll"
 

@@ -42,6 +42,20 @@ def test_random_ablations(tier, size):
     check(sweep._replace(delta=sweep.delta * size))
 
 
+@pytest.mark.bf16_dots
+@pytest.mark.parametrize("size", [10.0**-k for k in range(10)])
+def test_random_ablations_by_bf16_products(size):
+    """Factors rounded to bfloat16 leave each effect right to a hundredth of its size.
+
+    Not so where tokens are raised so far that the changed run expects changes many times as large as the clean one.
+    """
+    sweep = make(P=5, T=30, V=1003, r=64, G=2, K=2, mean=True)
+    sweep = sweep._replace(delta=sweep.delta * size)
+    pairs = joint(sweep, 5)
+    for case in (sweep, pairs):
+        assert_effects_within(partial(case, precision="bf16"), case, relative=0.01)
+
+
 @pytest.mark.parametrize("limit", [0.45, 40.0])
 @pytest.mark.parametrize("beside", [0.999, 1.001])
 def test_seams_of_random_ablations(tier, limit, beside):

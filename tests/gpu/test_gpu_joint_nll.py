@@ -14,13 +14,14 @@ PRECISIONS = ["ieee", "tf32x3", "tf32", "bf16"]
 
 
 def check(case: Joint, precision: str = "ieee", cap: float | None = None) -> None:
-    ours = partial(case, precision=precision, cap=cap)
-    # The rounding of factors is the caller's choice. Tensor cores cut off what lies below the last digit of the largest
-    # term, 8 products or more at a time.
+    # Of factors that need no rounding. Tensor cores cut off what lies below the last digit of the largest term, 8
+    # products or more at a time.
     delta, basis = (rounded(x, precision).to(x) for x in (case.delta, case.basis))
+    case = case._replace(delta=delta, basis=basis)
+    ours = partial(case, precision=precision, cap=cap)
     relative = 1e-12 if case.base.dtype == torch.float64 else 2e-6 if precision in ("ieee", "tf32x3") else 2e-5
     tiny = 1e-14 if case.base.dtype == torch.float64 else 1e-10
-    assert_effects_within(ours, case._replace(delta=delta, basis=basis), cap, relative, tiny)
+    assert_effects_within(ours, case, cap, relative, tiny)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

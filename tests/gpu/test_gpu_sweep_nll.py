@@ -15,13 +15,14 @@ PRECISIONS = ["ieee", "tf32x3", "tf32", "bf16"]
 
 
 def check(sweep: Sweep, precision: str = "ieee", cap: float | None = None) -> None:
-    ours = partial(sweep, precision=precision, cap=cap)
-    # The rounding of factors is the caller's choice. Tensor cores cut off what lies below the last digit of the largest
-    # term, 8 products or more at a time.
+    # Of factors that need no rounding. Tensor cores cut off what lies below the last digit of the largest term, 8
+    # products or more at a time.
     delta, basis = (rounded(x, precision).to(x) for x in (sweep.delta, sweep.basis))
+    sweep = sweep._replace(delta=delta, basis=basis)
+    ours = partial(sweep, precision=precision, cap=cap)
     relative = 1e-12 if sweep.base.dtype == torch.float64 else 2e-6 if precision in ("ieee", "tf32x3") else 2e-5
     tiny = 1e-14 if sweep.base.dtype == torch.float64 else 1e-10
-    assert_effects_within(ours, sweep._replace(delta=delta, basis=basis), cap, relative, tiny)
+    assert_effects_within(ours, sweep, cap, relative, tiny)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

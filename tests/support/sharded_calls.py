@@ -29,8 +29,10 @@ NAMES = [
 def outcomes(folder: Path, mesh: Any) -> dict[str, str | float]:
     """By name, of what is called with sharded weights: how far it is from what whole ones give, or its error."""
     found: dict[str, str | float] = {}
+    own = folder / f"files of {mesh.get_rank()}"  # which all write at once
+    own.mkdir()
     for name in NAMES:
-        whole, ours = _outcome(name, folder, None), _outcome(name, folder, mesh)
+        whole, ours = _outcome(name, own, None), _outcome(name, own, mesh)
         found[name] = ours if isinstance(ours, str) and ours != whole else _apart(ours, whole)
     return found
 
