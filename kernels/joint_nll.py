@@ -159,6 +159,7 @@ def joint_nll_triton(
     first, second = chosen[order].T.contiguous()
     starts = torch.searchsorted(first, torch.arange(singles + 1, device=base.device))
     base, group, clean_lse = base.contiguous(), group.contiguous(), clean_lse.double().contiguous()
+    delta, basis = delta.contiguous(), basis.contiguous()
     left, right = for_products(rounded(delta, kind), rounded(basis, kind), kind)
     of_singles = bounds_of(delta, basis, group, work, kind)
     bounds = of_singles[first] + of_singles[second]

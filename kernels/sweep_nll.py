@@ -194,6 +194,7 @@ def sweep_nll_triton(
         return nothing(sweep_nll_outputs(base, delta, basis, tokens, group, scale, clean_lse, mean))
     config, kind, tensors, counts, row_blocks = prepared("sweep_nll", sizes, base, delta, basis, group, precision)
     base, left, right, order, group = tensors
+    delta, basis = delta.contiguous(), basis.contiguous()
     work, clean_lse = work_dtype(base), clean_lse.double().contiguous()
     bounds = bounds_of(delta, basis, group, work, kind)
     if scale is not None:

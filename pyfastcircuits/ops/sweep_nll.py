@@ -177,8 +177,8 @@ def sweep_nll(
         logit_difference: two [T] tensors of tokens; also return logit(first) - logit(second) [P, T].
         effect: return what the ablations change, the rise of the loss and of the logit difference over the clean
             run's, instead of the losses and differences themselves, which round it away.
-        precision: "ieee", "tf32x3", "tf32" or "bf16", which rounds products' factors to 2^-8 relative; see the module. The
-            error is then at most 1% of the same, unless the changed run expects changes several times as large.
+        precision: "ieee", "tf32x3", "tf32" or "bf16", which rounds products' factors to 2^-8 relative; see the module.
+            The error is then at most 1% of the same, unless the changed run expects changes several times as large.
         backend: see the module; no "cuda".
 
     Returns:
