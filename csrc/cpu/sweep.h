@@ -150,11 +150,14 @@ struct Sweep {
 
   // At least the norm of a row of delta, of its rounded entries too.
   T length(const Source* row) const {
-    double squares = 1e-34;
-    for (int64_t k = 0; k < s.rank; ++k) {
-      const double x = widen(row[k * s.delta.stride[2]]);
-      squares += x * x;
-    }
+    const int64_t stride = s.delta.stride[2];
+    const auto square = [&](int64_t k) { return static_cast<double>(widen(row[k * stride])) * widen(row[k * stride]); };
+    double sums[4] = {1e-34};  // apart: no sum waits for another
+    int64_t k = 0;
+    for (; k + 4 <= s.rank; k += 4)
+      for (int64_t j = 0; j < 4; ++j) sums[j] += square(k + j);
+    for (; k < s.rank; ++k) sums[0] += square(k);
+    const double squares = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     return static_cast<T>(std::sqrt(squares) * (Scheme::kDepth > 1 ? 1.004 : 1.00001));
   }
 

@@ -25,6 +25,7 @@ from pyfastcircuits.processes import vocabulary_shared
 from pyfastcircuits.run import memory
 
 Columns = slice | Tensor  # of the vocabulary
+FEW = 1024  # columns whose lengths mostly show that the mean is not most of every one
 
 
 def slices(size: int, width: int) -> Iterator[slice]:
@@ -69,6 +70,9 @@ class Unembedding:
         total = sum(self.columns(some).sum(-1, keepdim=True) for some in blocks)
         assert isinstance(total, Tensor)
         center = self.processes.summed(total) / self.weights.d_vocab_out
+        few = longest(self.columns(slice(self.own.start, min(self.own.start + FEW, self.own.stop))))
+        if 2 * float(center.norm()) < max(float(x) for (x,) in self.processes.gathered(total.new_tensor(few))):
+            return None  # nor would it halve the longest, which is at least as long
         lengths = [
             max(longest(self.columns(some) - less) for some in blocks) for less in (torch.zeros_like(center), center)
         ]
