@@ -98,7 +98,7 @@ from pyfastcircuits.model.folding import center, fold_norm, fold_value_biases
 from pyfastcircuits.model.processing import process_weights
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops.library import build_info
-from pyfastcircuits.report.make import report
+from pyfastcircuits.reports.make import report
 from pyfastcircuits.result import Result
 from pyfastcircuits.run.dictionary import Dictionary
 from pyfastcircuits.run.paths import count_paths, enumerate_paths, path_logits

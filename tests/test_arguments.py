@@ -1,6 +1,7 @@
 """Every public function checks its arguments on the way in, by its own annotations, and says what came."""
 
 import inspect
+import pkgutil
 import warnings
 
 import numpy as np
@@ -22,6 +23,13 @@ NO_ARGUMENT = {"build_info", "check_range", "resolve_backend"}
 
 class Anything:
     """Not of any type that a function asks for."""
+
+
+def test_no_public_function_hides_a_module():
+    """`import pyfastcircuits.name` and `fc.name` are one thing, or one of them is not there."""
+    modules = {module.name for module in pkgutil.iter_modules(fc.__path__)}
+    assert not modules & PUBLIC.keys()
+    assert "plot" in modules
 
 
 @pytest.mark.parametrize("name", [n for n in (*PUBLIC, *TYPED_OPS) if n not in NO_ARGUMENT])

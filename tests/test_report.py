@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models
 
 import pyfastcircuits as fc
 from pyfastcircuits.adapters.texts import TokenText
-from pyfastcircuits.report import make, sections, study
-from pyfastcircuits.report.pack import Pieces, as_json, halves, numbers, rounded, shares
+from pyfastcircuits.reports import make, sections, study
+from pyfastcircuits.reports.pack import Pieces, as_json, halves, numbers, rounded, shares
 from pyfastcircuits.sweeps.identity import model_hash
 
 

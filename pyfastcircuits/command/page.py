@@ -11,8 +11,8 @@ from pyfastcircuits.command.app import RUNS, command
 from pyfastcircuits.command.made import check_folder
 from pyfastcircuits.command.options import READS, Backend, Force, Model, ModelOption, Out, TextFile, TokensFile
 from pyfastcircuits.command.report import Report
-from pyfastcircuits.report.make import LENGTH, SEQUENCES, report_steps
-from pyfastcircuits.report.page import GENERATOR, check_can_be_made
+from pyfastcircuits.reports.make import LENGTH, SEQUENCES, report_steps
+from pyfastcircuits.reports.page import GENERATOR, check_can_be_made
 
 FEWER = f"{SEQUENCES}; fewer where all pairs of heads would take long"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pyfastcircuits.adapters.texts import visible
-from pyfastcircuits.report.pack import as_json
-from pyfastcircuits.report.sections import Section
+from pyfastcircuits.reports.pack import as_json
+from pyfastcircuits.reports.sections import Section
 
 _FOLDER = Path(__file__).parent
 GENERATOR = '<meta name="generator" content="pyfastcircuits">'

@@ -12,9 +12,9 @@ from pyfastcircuits.experiments.ablation import pair_ablation
 from pyfastcircuits.experiments.attribution import direct_logit_attribution
 from pyfastcircuits.experiments.heads import head_scores
 from pyfastcircuits.experiments.orders import ARTICLE_MARGINALS, ARTICLE_ORDERS, layer_marginals, order_losses
-from pyfastcircuits.report.pack import halves, rounded, shares
-from pyfastcircuits.report.study import Study
-from pyfastcircuits.report.vocabulary import virtual_heads
+from pyfastcircuits.reports.pack import halves, rounded, shares
+from pyfastcircuits.reports.study import Study
+from pyfastcircuits.reports.vocabulary import virtual_heads
 from pyfastcircuits.result import label_name
 from pyfastcircuits.run.nodes import KINDS
 from pyfastcircuits.run.trace import FrozenTrace

@@ -20,7 +20,7 @@ from pyfastcircuits.experiments.ablation import head_ablation
 from pyfastcircuits.model.folding import center
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
-from pyfastcircuits.report.pack import Pieces
+from pyfastcircuits.reports.pack import Pieces
 from pyfastcircuits.result import Result, label_name
 from pyfastcircuits.run.nodes import Head
 from pyfastcircuits.run.trace import FrozenTrace

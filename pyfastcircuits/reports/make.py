@@ -20,12 +20,12 @@ from pyfastcircuits.arguments import describe, public
 from pyfastcircuits.model.weights import CircuitWeights
 from pyfastcircuits.ops import Backend
 from pyfastcircuits.ops.library import build_info
-from pyfastcircuits.report import sections
-from pyfastcircuits.report.pack import Pieces, rounded
-from pyfastcircuits.report.page import check_can_be_made, page
-from pyfastcircuits.report.sections import Section
-from pyfastcircuits.report.study import HEADS, Study, positions
-from pyfastcircuits.report.vocabulary import trigrams
+from pyfastcircuits.reports import sections
+from pyfastcircuits.reports.pack import Pieces, rounded
+from pyfastcircuits.reports.page import check_can_be_made, page
+from pyfastcircuits.reports.sections import Section
+from pyfastcircuits.reports.study import HEADS, Study, positions
+from pyfastcircuits.reports.vocabulary import trigrams
 from pyfastcircuits.sweeps.identity import model_hash, tokens_hash
 
 LENGTH, SEQUENCES = 64, 16

@@ -12,8 +12,8 @@ from pyfastcircuits.circuits.tables import top_entries, top_per_row
 from pyfastcircuits.circuits.vocabulary import bigrams, embedded_tokens, through_final_gain
 from pyfastcircuits.model.factored import FactoredMatrix
 from pyfastcircuits.ops import TopEntries
-from pyfastcircuits.report.pack import halves, numbers, rounded
-from pyfastcircuits.report.study import Study
+from pyfastcircuits.reports.pack import halves, numbers, rounded
+from pyfastcircuits.reports.study import Study
 from pyfastcircuits.run.nodes import Head
 
 TRIPLES = 40  # of each head
