@@ -12,6 +12,8 @@ CALLS ?= 20000
 SEED ?= 0
 
 LENS_BIN = .venv-lens-$*/bin
+# Files with tests of a mark: to collect all tests takes several seconds, and more under the sanitizers.
+marked = $(shell grep -rl 'mark\.$(1)\b' tests --include='test_*.py')
 FIRST = $(firstword $(LENS))
 
 .PHONY: build developed report site wheels sweep test test-together test-interpreted test-alone fuzz mutations lens notebooks models bench neutral instructions mca predict predict-check lint format sanitize sanitized arm arm-build arm-check gpu clean
@@ -51,7 +53,7 @@ test-interpreted: developed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) tests/interpreted
 
 test-alone: developed
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -m alone $(call marked,alone)
 
 # Against Hugging Face models (once) and TransformerLens before and after its version 4, and the latter's own tests of
 # FactoredMatrix with ours in the place of theirs. Each version has an environment of its own, which shares torch and this
@@ -127,7 +129,7 @@ format: developed
 # AddressSanitizer and UBSan over the op tests, on a build of its own.
 sanitize: sanitized developed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -s -m sanitize
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -s -m sanitize $(call marked,sanitize)
 
 sanitized: | $(BIN)/pyfastcircuits
 	PYFASTCIRCUITS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
