@@ -8,6 +8,7 @@ interpreter, for so few that any two values of different axes still meet: a faul
 import gc
 import itertools
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from support.random_models import random_tokens, random_weights
 
 import pyfastcircuits
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a job in a shell's background; tests send it to processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("COLUMNS", None)  # xdist hands its workers the terminal's width, which tables would keep to
 
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")

@@ -379,11 +379,7 @@ print("started", flush=True)
 cli.app(["sweep", "--out", {str(tmp_path)!r}])
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-
-    def heed() -> None:  # SIGINT, which shells have the jobs in their background ignore
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen([sys.executable, "-c", script], preexec_fn=heed, **pipes) as started:
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as started:
         assert started.stdout.readline() == "started\n"
         time.sleep(2)
         start = time.monotonic()
