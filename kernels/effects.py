@@ -22,10 +22,7 @@ SMALL = tl.constexpr(0.45)  # the largest |x| of which the polynomial makes exp(
 DIRECT = 40.0  # past this |x| a probability below fp32's range could matter
 LOWEST = tl.constexpr(-87.0)  # of the logarithms of probabilities that are not 0
 PROBABLE = tl.constexpr(1 / 16)  # from where on a token is summed in fp64
-ROUNDED_UP = {
-    "bf16": 1 + 2**-7,
-    "tf32": 1 + 2**-9,
-}  # rounded factors are at most so much longer, both together
+ROUNDED_UP = {"bf16": 1 + 2**-7, "tf32": 1 + 2**-9}  # how much rounding lengthens two factors, at most
 RAISED = 4.0  # times as large as the clean run expects, a change that the changed one expects has roundings that show
 MEAN_ELEMENTS = 1 << 22  # of a slice's fp64 copies
 CLEAN_OPTIONS = {"BLOCK_V": 1024, "num_warps": 4}
