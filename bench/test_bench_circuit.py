@@ -1,8 +1,9 @@
-"""What 20 edges of the bundled model can keep of the induction task: the circuit that is found, and what bounds it.
+"""What 20 edges of the bundled model can keep of the induction task: the circuit that is found, and how many heads limit it.
 
 An induction head that does the task needs three edges at least: the embedding to its values, a previous-token head to its
 keys, and itself to the logits. A previous-token head needs one from the embedding to its values. So 20 edges can serve so
-many heads of each layer and no more; the circuit with every edge among such heads bounds what the task keeps of them.
+many heads of each layer and no more. Even every edge among such heads keeps only so much of the task. That is no strict
+bound, since an edge more may also do harm.
 """
 
 from itertools import combinations, product
@@ -40,7 +41,7 @@ def served(heads):
     return [(m, k) for m, k in pairs if not any((a, b) != (m, k) and a >= m and b >= k for a, b in pairs)]
 
 
-def test_what_bounds_it(task, found):
+def test_all_edges_among_as_many_heads(task, found):
     """Every choice of heads, with all edges among them and the embedding."""
     weights, induction, (clean, corrupted) = task
     outside, how = Outside(clean, corrupted, "resample", "all"), measurement(clean, induction.options, "recomputed")
