@@ -43,6 +43,13 @@ inline TilePlan plan_tiles(int64_t pairs, int64_t positions, int64_t depth_bytes
   return plan;
 }
 
+// The plan of work that only passes through the rows of the clean run: four tasks for every thread.
+inline TilePlan plan_rows(int64_t pairs, int64_t positions, int64_t threads) {
+  if (pairs == 0 || positions == 0) return {1, 1, 0};
+  const int64_t block = ceil_div(positions, 4 * threads);
+  return {pairs, block, ceil_div(positions, block)};
+}
+
 // The plan of a sweep whose ablations multiply their bases out: a task takes all positions of an ablation, since two
 // tasks would make its basis twice. The packed rows fill half the L2 cache, beside what makes a basis; every thread has
 // two tasks where there are as many ablations.

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyfastcircuits.kernels.exp_sums import LOG2E, capped
 from pyfastcircuits.kernels.tile import work_type
 
-SMALL = tl.constexpr(0.45)  # the largest |x| of which the polynomial makes exp(x) - 1
+SMALL = tl.constexpr(0.3466)  # the largest |x| of which the polynomial makes exp(x) - 1
 DIRECT = 40.0  # past this |x| a probability below fp32's range could matter
 LOWEST = tl.constexpr(-87.0)  # of the logarithms of probabilities that are not 0
 PROBABLE = tl.constexpr(1 / 16)  # from where on a token is summed in fp64
@@ -37,8 +37,8 @@ def less_1(x):
         p = ((p * x + 1.3888888921040301e-3) * x + 8.3333333332754187e-3) * x + 4.1666666666550597e-2
         return ((p * x + 0.16666666666666725) * x + 0.50000000000000117) * x + 1.0
     else:  # a branch that is not compiled
-        p = (x * 0.000995556234 + 0.0083836272) * x + 0.0417672895
-        return ((p * x + 0.166664126) * x + 0.499994911) * x + 1.0
+        p = (x * 0.00833834 + 0.041872803) * x + 0.16666828
+        return (p * x + 0.499994) * x + 1.0
 
 
 @triton.jit

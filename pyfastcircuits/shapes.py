@@ -106,11 +106,11 @@ def check_positive(name: str, value: float | None) -> None:
 def check_range(name: str, values: Tensor, end: int) -> None:
     """Raise IndexError, with the first offender and its place, unless all values are in [0, end)."""
     signed = values.long()  # ids beyond int64 turn negative
-    bad = (signed < 0) | (signed >= end)
-    if bad.any():
-        place = bad.nonzero()[0].tolist()
-        expected = f"expected 0 to {end - 1}" if end else "but there is nothing to index"
-        raise IndexError(f"{name}{place or ''} is {values[tuple(place)].item()}, {expected}")
+    if signed.numel() == 0 or (signed.min() >= 0 and signed.max() < end):
+        return
+    place = ((signed < 0) | (signed >= end)).nonzero()[0].tolist()
+    expected = f"expected 0 to {end - 1}" if end else "but there is nothing to index"
+    raise IndexError(f"{name}{place or ''} is {values[tuple(place)].item()}, {expected}")
 
 
 def in_range(name: str, values: Tensor, end: int) -> Tensor:

@@ -50,14 +50,14 @@ MUTATIONS = {
     ),
     "coefficient of exp - 1": Mutation(
         "csrc/cpu/*.h",
-        r"0\.166664126f",
+        r"0\.16666828f",
         "0.16664f",
         "tests/test_effects.py",
     ),
     # Rows are taken for small whose changes may be twice what the polynomial is made for.
     "limit of the small form": Mutation(
         "csrc/cpu/*.h",
-        r"kSmall = 0\.45",
+        r"kSmall = 0\.3466",
         "kSmall = 0.9",
         "tests/test_effects.py",
     ),

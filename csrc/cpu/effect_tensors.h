@@ -47,8 +47,8 @@ struct EffectTensors {
     for (int64_t i = 0; i < count; ++i) {
       EffectTotals& all = totals[static_cast<size_t>(i)];
       for (int64_t part = 1; part < parts; ++part) add_part(all, totals[static_cast<size_t>(part * count + i)]);
-      any |= is_raised(all);
       anew[static_cast<size_t>(i)] = is_raised(all);
+      any |= anew[static_cast<size_t>(i)] != 0;
     }
     return any ? anew : std::vector<uint8_t>{};
   }
@@ -56,8 +56,9 @@ struct EffectTensors {
   std::tuple<Tensor, Tensor, Tensor, Tensor> results() const {
     for (int64_t i = 0; i < count; ++i) {
       const EffectTotals& all = totals[static_cast<size_t>(i)];
-      data_of<double>(log_total)[i] = all.log_total;
-      data_of<double>(gain)[i] = all.log_total == all.log_total ? all.gain : all.log_total;
+      const double log_of_all = all.log_total();
+      data_of<double>(log_total)[i] = log_of_all;
+      data_of<double>(gain)[i] = log_of_all == log_of_all ? all.gain : log_of_all;
       if (with_mean) data_of<double>(mean)[i] = all.mean;
     }
     return {gain, log_total, picked, mean};

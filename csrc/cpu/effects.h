@@ -14,8 +14,17 @@
 
 namespace fc::cpu {
 
-struct EffectTotals {  // of one (ablation, position) over parts of the vocabulary
-  double gain = 0, log_total = -std::numeric_limits<double>::infinity(), mean = 0, near = 0, raised = 0;
+// log(exp(a) + exp(b)); NaN where either is.
+static inline double added(double a, double b) {
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  if (!(low > -std::numeric_limits<double>::infinity())) return low == low ? high : low;
+  return high + std::log1p(std::exp(low - high));
+}
+
+struct EffectTotals {  // of one (ablation, position) over parts of the vocabulary; EffectSums says of what
+  double gain = 0, total = 0, log_exact = -std::numeric_limits<double>::infinity(), mean = 0, near = 0, raised = 0;
+
+  double log_total() const { return added(std::log(total), log_exact); }
 };
 
 struct EffectArguments {
@@ -30,26 +39,21 @@ struct EffectArguments {
   int64_t tokens_per_position;  // K
 };
 
-// log(exp(a) + exp(b)); NaN where either is.
-static inline double added(double a, double b) {
-  const double high = a > b ? a : b, low = a > b ? b : a;
-  if (!(low > -std::numeric_limits<double>::infinity())) return low == low ? high : low;
-  return high + std::log1p(std::exp(low - high));
-}
-
 // Where an ablation raises tokens of little probability, the changed distribution expects far larger changes than the
 // clean one does, and their rounding counts for more. From so many times as large on, a row is made anew in fp64. Both
 // are expectations over the slice of the vocabulary at hand, whatever its share of all probability.
 inline constexpr double kRaised = 16;
 static inline bool is_raised(const EffectTotals& totals) {
-  const double total = std::exp(totals.log_total);
+  if (!(totals.raised > 0)) return false;  // no large change: nearly always
+  const double total = std::exp(totals.log_total());
   const double mass = std::fmax(total - totals.gain, 1e-5 * total);  // below that the difference has no digits
   return totals.raised * mass > kRaised * totals.near * total;
 }
 
 static inline void add_part(EffectTotals& totals, const EffectTotals& part) {
   totals.gain += part.gain;
-  totals.log_total = added(totals.log_total, part.log_total);
+  totals.total += part.total;
+  totals.log_exact = added(totals.log_exact, part.log_exact);
   totals.mean += part.mean;
   totals.near += part.near;
   totals.raised += part.raised;
@@ -136,39 +140,42 @@ struct Effects : Epilogue {
       start.data[row * kW + j] = from;
       if (!(std::fabs(from) <= farthest.data[of_tile])) farthest.data[of_tile] = std::fabs(from);
     }
-    Vec<T> p[kVectors];
-    T raw[kW];
+    Vec<T> logit[kVectors], p[kVectors];
+    for (int j = 0; j < kVectors; ++j) logit[j] = load(x + j * kL);
+    if (s.cap > 0) bend(logit, row);
     uint64_t deep = 0;
     for (int j = 0; j < kVectors; ++j) {
-      Vec<T> logit = load(x + j * kL);
-      if (s.cap > 0) {
-        const Vec<T> part = logit / static_cast<T>(s.cap);
-        const Vec<T> fall = exponential<T>(T(-2) * at_least(part, -part));
-        store(saturation.data + row * kW + j * kL, hyperbolic_tangent<T>(part));
-        store(slope.data + row * kW + j * kL, T(4) * fall / ((fall + T(1)) * (fall + T(1))));
-        logit = capped<T>(logit, s.cap);
-      }
-      store(raw + j * kL, load(x + j * kL));
-      deep |= mask_above<false>(high - logit, broadcast<T>(T(-kLowestLog))) << j * kL;
-      store(x + j * kL, exponential<T>(logit - high - low));
+      deep |= mask_above<false>(high - logit[j], broadcast<T>(T(-kLowestLog))) << j * kL;
+      p[j] = exponential<T>(logit[j] - high - low);
     }
     // Probabilities that fp32 cannot hold may still be raised to some that count.
-    if (deep != 0)
-      for (int64_t j = 0; j < here; ++j)
-        if (raw[j] != -infinity && (deep >> j & 1) != 0)
-          furthest.data[of_tile] = std::fmin(furthest.data[of_tile], T(kFurthest / 2));
-    for (int64_t j = here; j < kW; ++j) x[j] = 0;
-    for (int j = 0; j < kVectors; ++j) p[j] = load(x + j * kL);
+    for (int64_t j = 0; deep != 0 && j < here; ++j)
+      if (x[j] != -infinity && (deep >> j & 1) != 0)
+        furthest.data[of_tile] = std::fmin(furthest.data[of_tile], T(kFurthest / 2));
+    for (int j = 0; j < kVectors; ++j) store(x + j * kL, p[j]);
     probable.data[row] = 0;
-    if (any_above(p, broadcast<T>(T(kProbable)))) {
+    if (here < kW || any_above(p, broadcast<T>(T(kProbable)))) {
+      for (int64_t j = here; j < kW; ++j) x[j] = 0;
       for (int64_t j = 0; j < here; ++j) {
         if (!(x[j] > T(kProbable)) || cell_count == sweep.window * kMostProbable) continue;
         probable.data[row] |= uint64_t{1} << j;
         cells.data[cell_count++] = {t, panel, j, -1};
         x[j] = 0;
       }
+      for (int j = 0; j < kVectors; ++j) p[j] = load(x + j * kL);
     }
-    mass.data[of_tile] += sum<T>((load(x) + load(x + kL)) + load(x + 2 * kL));
+    mass.data[of_tile] += sum<T>((p[0] + p[1]) + p[2]);
+  }
+
+  // Caps logits, and keeps what the changes of capped ones depend on.
+  void bend(Vec<T> (&logit)[kVectors], int64_t row) {
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec<T> part = logit[j] / static_cast<T>(s.cap);
+      const Vec<T> fall = exponential<T>(T(-2) * magnitude<T>(part));
+      store(saturation.data + row * kW + j * kL, hyperbolic_tangent<T>(part));
+      store(slope.data + row * kW + j * kL, T(4) * fall / ((fall + T(1)) * (fall + T(1))));
+      logit[j] = capped<T>(logit[j], s.cap);
+    }
   }
 
   void stripe_packed(int64_t first, int64_t columns) {
@@ -276,23 +283,24 @@ struct Effects : Epilogue {
       small += (more[0] + more[1]) + more[2];
       sums.total += mass.data[first_panel / kTogether * sweep.window + t];
     } else if (reach <= furthest.data[first_panel / kTogether * sweep.window + t]) {
-      Vec<T> more{}, all{}, near{}, raised{};
+      Vec<T> more{}, steps{}, all{}, near{}, raised{};
       for (int64_t panel = 0; panel < panels; ++panel, p += next) {
         op.changes(x, panel);
         for (int j = 0; j < kVectors; ++j) {
-          const Growth<T> grown = growth<T>(x[j]);
-          const Vec<T> before = load(p + j * kL), after = before * grown.whole, distance = at_least(x[j], -x[j]);
-          more += before * grown.less_1;
-          all += after;
+          const auto [power, rest] = split<T>(x[j]);
+          const Vec<T> before = load(p + j * kL), doubled = before * power, distance = magnitude<T>(x[j]);
+          more += doubled * rest * less_1<T>(rest);
+          steps += doubled - before;
+          all += doubled;
           near += before * distance;
-          raised += after * distance;
+          raised += doubled * distance;
           if (kMean) mean += before * x[j];
         }
       }
-      lanes.direct += more;
-      lanes.total += all;
+      lanes.direct += more + steps;
+      lanes.total += more + all;
       lanes.near += near;
-      lanes.raised += raised;
+      lanes.raised += raised * T(1.4143);  // exp(rest) is at most that
     } else {
       for (int64_t panel = 0; panel < panels; ++panel) op.full(panel);
     }
@@ -323,7 +331,8 @@ struct Effects : Epilogue {
         const Vec<double> d = load(products + at + j * kLanes<double>), log = load(log_p + at + j * kLanes<double>);
         const Vec<double> p = log > -infinity ? exponential<double>(log) : Vec<double>{};
         const Vec<double> bounded = -at_least(-at_least(d, broadcast<double>(-700)), broadcast<double>(-700));
-        gain += p * growth<double>(bounded).less_1;
+        const auto [power, rest] = split<double>(bounded);
+        gain += p * (power * rest * less_1<double>(rest) + (power - 1.0));
         mean += p > 0 ? p * d : Vec<double>{};
         x[j] = log + d;
       }
@@ -371,7 +380,7 @@ struct Effects : Epilogue {
   }
 
   static EffectTotals totals_of(const EffectSums& sums) {
-    return {sums.gain, added(std::log(sums.total), logarithm(sums.exact)), sums.mean, sums.near, sums.raised};
+    return {sums.gain, sums.total, logarithm(sums.exact), sums.mean, sums.near, sums.raised};
   }
 };
 

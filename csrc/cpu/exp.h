@@ -18,7 +18,7 @@ struct ExpTraits<float> {
   static constexpr float kLowest = -87.3f;
   static constexpr int kMantissa = 23;
   static constexpr float kPolynomial[] = {0.0014061277f, 0.008379021f, 0.041664776f, 0.16666365f, 0.5f, 1.0f, 1.0f};
-  static constexpr float kLess1[] = {0.000995556234f, 0.0083836272f, 0.0417672895f, 0.166664126f, 0.499994911f, 1.0f};
+  static constexpr float kLess1[] = {0.00833834f, 0.041872803f, 0.16666828f, 0.499994f, 1.0f};
 };
 
 template <>
@@ -83,10 +83,10 @@ static inline Vec<T> hyperbolic_tangent(Vec<T> x) {
   return less_one / (less_one + T(2));
 }
 
-// The largest |x| of which less_1 makes exp(x) - 1 without splitting x; ln(2)/2 is below it.
-inline constexpr double kSmall = 0.45;
+// The largest |x| of which less_1 makes exp(x) - 1 without splitting x: ln(2)/2, rounded up.
+inline constexpr double kSmall = 0.3466;
 
-// (exp(x) - 1) / x for |x| <= kSmall: relative error 4.6e-7 (fp32, degree 5) or 5e-17 (fp64, degree 11), minimax.
+// (exp(x) - 1) / x for |x| <= kSmall: relative error 4.6e-7 (fp32, degree 4) or 5e-17 (fp64, degree 11), minimax.
 template <class T>
 static inline Vec<T> less_1(Vec<T> x) {
   using C = ExpTraits<T>;
@@ -97,21 +97,25 @@ static inline Vec<T> less_1(Vec<T> x) {
   return p;
 }
 
+// exp(x) as 2^n exp(rest).
 template <class T>
-struct Growth {
-  Vec<T> less_1, whole;  // exp(x) - 1, whose error is in proportion to it, and exp(x)
+struct Split {
+  Vec<T> power, rest;  // 2^n, and what is at most ln(2)/2 away from 0
 };
 
 // For |x| <= 80 (fp32) or 700 (fp64).
 template <class T>
-static inline Growth<T> growth(Vec<T> x) {
+static inline Split<T> split(Vec<T> x) {
   using C = ExpTraits<T>;
   using I = typename Simd<T>::I;
   const Vec<T> shifted = x * C::kLog2e + C::kRound;
-  const Vec<T> f = x - (shifted - C::kRound) * C::kLn2;
-  const Vec<T> near = f * less_1<T>(f);
-  const Vec<T> power = (Vec<T>)((I)broadcast<T>(1) + ((I)shifted << C::kMantissa));
-  return {near * power + (power - T(1)), near * power + power};
+  return {(Vec<T>)((I)broadcast<T>(1) + ((I)shifted << C::kMantissa)), x - (shifted - C::kRound) * C::kLn2};
+}
+
+template <class T>
+static inline Vec<T> magnitude(Vec<T> x) {
+  using I = typename Simd<T>::I;
+  return (Vec<T>)((I)x & ~I{} >> 1);
 }
 
 }  // namespace fc::cpu::FC_TIER

@@ -1,5 +1,6 @@
 // logits_lse on the CPU: the logsumexp of base + delta @ basis of every (ablation, position). The epilogue sums the
-// exponentials of each tile's logits, so that logits never reach memory.
+// exponentials of each tile's logits, so that logits never reach memory. Where r is 0, as for the clean run, nothing is
+// multiplied or packed: rows of base are summed as they lie.
 #include "sweep.h"
 
 namespace fc::cpu {
@@ -79,7 +80,45 @@ struct LogitsLse : Epilogue {
   }
 
   static LseTask kernels() {
-    return [](const LseArguments& s, const Block& block) { LogitsLse(s, block).run(); };
+    return [](const LseArguments& s, const Block& block) {
+      if (s.inputs.rank == 0)
+        sum_base(s, block);
+      else
+        LogitsLse(s, block).run();
+    };
+  }
+
+  static void sum_base(const LseArguments& s, const Block& block) {
+    constexpr int64_t part = kStripesAFlush * kPanelsAStripe * kW;
+    for (int64_t t = block.first_position; t < block.end_position; ++t) {
+      look_for_interrupt();
+      ExpSum<T> sum;
+      for (int64_t first = 0; first < s.inputs.vocabulary; first += part) {
+        Vec<T> lanes{};
+        for (int64_t at = first; at < smaller(first + part, s.inputs.vocabulary); at += kW)
+          add_base(s, t, at, smaller(kW, s.inputs.vocabulary - at), sum, lanes);
+        join<T>(sum, lanes);
+      }
+      for (int64_t p = block.first_pair; p < block.end_pair; ++p) s.lse[p * s.inputs.positions + t] = logarithm<T>(sum);
+    }
+  }
+
+  static void add_base(const LseArguments& s, int64_t t, int64_t first, int64_t here, ExpSum<T>& sum, Vec<T>& lanes) {
+    const auto [row_stride, column_stride] = s.inputs.base.stride;
+    const Source* logits = static_cast<const Source*>(s.inputs.base.data) + t * row_stride + first * column_stride;
+    alignas(64) T panel[kW];
+    with_stride(column_stride, [&](auto stride) {
+      if (here == kW)
+        for (int64_t j = 0; j < kW; ++j) panel[j] = widen(logits[j * stride]);
+      else
+        for (int64_t j = 0; j < here; ++j) panel[j] = widen(logits[j * stride]);
+    });
+    Vec<T> x[kVectors];
+    for (int j = 0; j < kVectors; ++j) x[j] = load(panel + j * kL);
+    if (s.cap > 0)
+      for (Vec<T>& logit : x) logit = capped<T>(logit, s.cap);
+    if (here < kW) end_at<T>(here, x, panel);
+    add_exponentials<T>(sum, lanes, x, panel, here);
   }
 
   void run() {
@@ -113,7 +152,9 @@ Tensor logits_lse(const Tensor& base, const Tensor& delta, const Tensor& basis, 
   Tensor lse = torch::stable::new_empty(base, {P, T}, ScalarType::Double);
   const OwnedInputs inputs = inputs_of(base, delta, basis, group);
   const LseArguments arguments{inputs.view, cap.value_or(0), data_of<double>(lse)};
-  run_blocks(arguments, task, plan_tiles(P, T, depth_bytes, torch::stable::get_num_threads(), caches().l2));
+  const int64_t threads = torch::stable::get_num_threads();
+  run_blocks(arguments, task,
+             depth_bytes == 0 ? plan_rows(P, T, threads) : plan_tiles(P, T, depth_bytes, threads, caches().l2));
   return lse;
 }
 

@@ -32,6 +32,9 @@ inline constexpr int kRows = 6;  // 18 accumulators of 32 registers
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRows = 3;
 #endif
+// Steps in a turn of the multiply loop. In few turns processors foresee the end; the compiler mixes the steps, which
+// SSE's 16 registers and products apart from sums have no room for.
+inline constexpr int kTurn = kRows == 3 ? 1 : 4;
 inline constexpr int kVectors = 3;  // rows divide the columns of a panel, for every type
 
 template <class T>

@@ -24,7 +24,7 @@ struct Block {                                                 // what one task 
 
 // Stripes in a part of the vocabulary. Sums of parts are joined in order, so that no result depends on which tasks they
 // were made by.
-inline constexpr int64_t kStripesAPart = 64;
+inline constexpr int64_t kStripesAPart = 32;
 
 }  // namespace fc::cpu
 

@@ -264,7 +264,7 @@ static inline void multiply(typename Scheme::Accumulator* tile, const typename S
   constexpr int pauses = std::is_same_v<Meanwhile, Nothing> ? 1 : kRows;
   for (int row = 0; row < pauses; ++row) {
     const int64_t end = count * (row + 1) / pauses;
-    for (; pauses == 1 && k + 4 <= end; k += 4) {  // a loop of few turns, whose end processors foresee
+    for (; kTurn == 4 && pauses == 1 && k + kTurn <= end; k += kTurn) {
       step(), step();
       step(), step();
     }

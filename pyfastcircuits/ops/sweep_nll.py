@@ -19,7 +19,7 @@ register_no_gradient("pyfastcircuits::sweep_nll", "sweep_nll")
 
 FUSED_GROUPS = 8  # a task of the CPU kernel makes the bases of whole groups: with fewer, threads would go idle
 SCRATCH = 22 << 20  # bytes of bases that are multiplied out at a time, and of the copies a product makes of factors
-SAMPLE = 512  # columns of a basis that tell whether they may share most of themselves
+SAMPLE = 16  # columns of a basis that tell whether they may share most of themselves
 BLOCK = 1 << 20  # entries of a basis whose columns are measured at a time
 COLUMNS = 384  # of the vocabulary, at least, and in multiples: whole tiles of every kernel
 SURE_GAINS = -0.5, 1e15  # between which log1p(gain) is the better of two forms
@@ -217,9 +217,9 @@ def sweep_nll(
 
 def clean_logits(base: Tensor, tokens: Tensor, cap: float | None) -> Tensor:
     """The clean logits of tokens [T, K], fp64; 0 of tokens outside this slice of the vocabulary."""
-    here = (tokens >= 0) & (tokens < base.shape[1])
-    picked = base.gather(1, torch.where(here, tokens, 0)).double()
-    return torch.where(here, picked if cap is None else cap * (picked / cap).tanh(), 0.0)
+    here = tokens.clamp(0, base.shape[1] - 1)
+    picked = base.gather(1, here).double()
+    return (picked if cap is None else cap * (picked / cap).tanh()).masked_fill(here != tokens, 0.0)
 
 
 def centered(basis: Tensor, cap: float | None) -> Tensor:
@@ -230,7 +230,8 @@ def centered(basis: Tensor, cap: float | None) -> Tensor:
     if cap is not None or torch.compiler.is_compiling() or basis.numel() == 0:
         return basis
     few = basis[..., :: max(1, basis.shape[-1] // SAMPLE)]
-    if 2 * few.mean(-1).norm() ** 2 < few.norm() ** 2 / few.shape[-1]:  # far from most, of most columns
+    shared, all_of_few = (float(torch.linalg.vector_norm(x)) for x in (few.mean(-1), few))
+    if 2 * few.shape[-1] * shared**2 < all_of_few**2:  # the mean is far from most, of most columns
         return basis
     mean = basis.mean(-1, keepdim=True)
     blocks = basis.split(max(1, BLOCK // basis[..., 0].numel()), -1)
@@ -257,12 +258,12 @@ def checked_sweep(
     shapes.check_positive_entries("scale", scale)
     if base.shape[1] == 0:
         raise ValueError(f"base has shape {list(base.shape)}: an empty vocabulary")
+    tokens = list(targets.values())
+    if base.device.type == "cpu":
+        tokens = [shapes.in_range(name, t, base.shape[1]) for name, t in zip(targets, tokens, strict=True)]
+        group = None if group is None else shapes.in_range("group", group, len(basis))
     if group is None:
         if len(basis) != 1:
             raise ValueError(f"basis holds {len(basis)} groups, but group is None; say which each ablation uses")
         group = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
-    tokens = list(targets.values())
-    if base.device.type == "cpu":
-        tokens = [shapes.in_range(name, t, base.shape[1]) for name, t in zip(targets, tokens, strict=True)]
-        group = shapes.in_range("group", group, len(basis))
     return group.long(), torch.stack([t.long() for t in tokens], -1)

@@ -15,7 +15,7 @@ from pyfastcircuits.sweeps.architectures import Architecture
 from pyfastcircuits.sweeps.work import SweepScope
 
 FLOAT = 4  # bytes: weights may be narrower, all else is computed in fp32
-EFFECT = 8  # multiply-adds on a changed logit beside its product: a polynomial of degree 6, and two sums
+EFFECT = 7  # multiply-adds on a changed logit beside its product: a polynomial of degree 5, and two sums
 PAIR = 9  # on one of a pair of heads, whose products are there already
 SHARED = 16  # experiments in a task of the kernel, which makes a position's clean probabilities once
 
