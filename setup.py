@@ -27,11 +27,11 @@ def torch_folder() -> Path:
         return Path(os.environ["PYFASTCIRCUITS_TORCH"])
     found = importlib.util.find_spec("torch")
     if found is not None and found.origin is not None:
-        return Path(found.origin).parent
+        return Path(found.origin).resolve().parent
     outside = Path(sysconfig.get_path("purelib")) / "torch"
     if not (outside / "include").is_dir():
         sys.exit(f"pyfastcircuits is compiled against an installed torch, and there is none here. Run: {HOW}")
-    return outside
+    return outside.resolve()
 
 
 def check_compiler() -> None:

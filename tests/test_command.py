@@ -381,7 +381,7 @@ cli.app(["sweep", "--out", {str(tmp_path)!r}])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as started:
         assert started.stdout.readline() == "started\n"
-        time.sleep(2)
+        time.sleep(1)
         start = time.monotonic()
         started.send_signal(signal.SIGINT)
         *_, last = iter(started.stderr.readline, "")

@@ -28,19 +28,18 @@ import pyfastcircuits as fc
 w = random_weights(3, 4, 4, 256, 32, 50257, norm="rmsnorm", positional="none", dtype=torch.{dtype})
 run = fc.trace(w, torch.randint(0, 50257, (1, 101)))
 fc.path_ablation(run, [((0, 0), (1, 0))])
-for ablation in (fc.head_ablation, fc.pair_ablation):
-    print(peak_bytes(lambda: ablation(run, kl=True, low_memory={low_memory})))
+for low_memory in (True, False):
+    for ablation in (fc.head_ablation, fc.pair_ablation):
+        print(peak_bytes(lambda: ablation(run, kl=True, low_memory=low_memory)))
 """
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_at_most_128_mib(dtype, low_memory):
-    """Of 12 heads and 48 pairs, whose logits would be 0.2 and 0.9 GiB."""
-    clean_logits = 0 if low_memory else 100 * 50257 * 4
-    heads, pairs = printed(MEASURED.format(paths=PATHS, dtype=dtype, low_memory=low_memory))
-    assert heads - clean_logits <= 128 << 20
-    assert pairs - clean_logits <= 128 << 20
+def test_at_most_128_mib(dtype):
+    """Of 12 heads and 48 pairs, whose logits would be 0.2 and 0.9 GiB; without low_memory beside the clean logits."""
+    *low, heads, pairs = printed(MEASURED.format(paths=PATHS, dtype=dtype))
+    clean_logits = 100 * 50257 * 4
+    assert max(*low, heads - clean_logits, pairs - clean_logits) <= 128 << 20
 
 
 LEARNED = """
@@ -148,7 +147,7 @@ print(peak_bytes(lambda: fc.edge_scores(*runs, **asked)), sum(planned.values()) 
 def test_scores_of_all_edges_hold_what_is_planned():
     """Of each layer a stream, and what its heads have mixed: 1 MiB each here. Every tensor has pages of its own."""
     found = []
-    for layers in (2, 8):
+    for layers in (2, 4):
         code = SCORED.format(paths=PATHS, layers=layers)
         out = subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True,
@@ -156,7 +155,7 @@ def test_scores_of_all_edges_hold_what_is_planned():
         ).stdout  # fmt: skip
         found.append([*map(int, out.split())])
     (few, planned), (many, _) = found
-    assert many - few <= 6 * 5 << 19
+    assert many - few <= 2 * 5 << 19
     assert planned / 2 <= few <= planned
 
 

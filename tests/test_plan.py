@@ -222,8 +222,8 @@ held = sum(size for part, size in plan.chosen.memory.items() if part != "weights
 print(seconds, plan.seconds, peak, held)
 """
 SWEEPS = {
-    "paths": ((2, 6, 6, 128, 64, 50257), ("path", "frozen"), (8, 256)),
-    "heads": ((3, 4, 4, 128, 32, 40000), ("head", "frozen"), (9, 256)),
+    "paths": ((2, 6, 6, 128, 64, 50257), ("path", "frozen"), (4, 256)),
+    "heads": ((3, 4, 4, 128, 32, 40000), ("head", "frozen"), (5, 256)),
     "direct edges": ((2, 5, 5, 128, 64, 50257), ("direct", "frozen"), (8, 250)),
 }
 

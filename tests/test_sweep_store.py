@@ -165,7 +165,9 @@ _, start = told("whole")  # what a run takes that finds everything there
 kills, grown = 0, [stored()]
 for i in range(20):
     pid = child(lambda: sweep(folder / "killed"))
-    time.sleep(random.random() * (start if i % 3 == 0 else start + (whole - start) / 5))
+    until = time.monotonic() + (random.random() * start if i % 3 else whole)
+    while time.monotonic() < until and (i % 3 or stored() == grown[-1]):  # every third has stored a chunk
+        time.sleep(1e-3)
     os.kill(pid, signal.SIGKILL)
     kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
     grown.append(stored())

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 WHEELS, SDISTS = sorted(ROOT.glob("dist/*.whl")), sorted(ROOT.glob("dist/*.tar.gz"))
@@ -33,11 +36,21 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with torch, and safetensors to read the bundled models."""
+    """A new environment with torch, and safetensors to read the bundled models: links to what is installed here."""
     folder = tmp_path_factory.mktemp("fresh") / "environment"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    run(folder, "-m", "pip", "install", "-q", "torch==2.13.0", "safetensors")
+    here = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    for name in required("torch") | required("safetensors"):
+        parts = {file.parts[0] for file in distribution(name).files or ()} - {"..", "__pycache__", *os.listdir(here)}
+        for part in parts:
+            Path(here, part).symlink_to(str(distribution(name).locate_file(part)))
     return folder
+
+
+def required(name: str) -> set[str]:
+    """A package and all that it needs without extras."""
+    words = map(Requirement, distribution(name).requires or ())
+    return {name}.union(*(required(x.name) for x in words if x.marker is None or x.marker.evaluate({"extra": ""})))
 
 
 def run(environment: Path, *arguments: str) -> str:
