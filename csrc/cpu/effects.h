@@ -83,8 +83,9 @@ struct EffectSums {      // of one (ablation, position)
 };
 
 template <class T>
-struct EffectLanes {  // of the rarer forms, what has not joined them
+struct EffectLanes {  // what has not joined the sums of the same names, but for `direct`, which joins gain
   Vec<T> direct, total, mean, near, raised;
+  bool used = false;
 };
 
 struct Stretch {  // what a recomputed final norm multiplies the logits by, and that less 1
@@ -297,6 +298,7 @@ struct Effects : Epilogue {
           if (kMean) mean += before * x[j];
         }
       }
+      lanes.used = true;
       lanes.direct += more + steps;
       lanes.total += more + all;
       lanes.near += near;
@@ -304,7 +306,7 @@ struct Effects : Epilogue {
     } else {
       for (int64_t panel = 0; panel < panels; ++panel) op.full(panel);
     }
-    if (kMean) lanes.mean += mean;
+    if (kMean) lanes.used = true, lanes.mean += mean;
   }
 
   // The full form: products in fp64. `first`: the panel's first token.
@@ -370,12 +372,21 @@ struct Effects : Epilogue {
 
   static void flush(EffectSums& sums, Vec<T>& small, EffectLanes<T>& lanes) {
     const double less = sum<T>(small);
-    sums.gain += less + static_cast<double>(sum<T>(lanes.direct));
-    sums.total += less + static_cast<double>(sum<T>(lanes.total));
-    sums.mean += sum<T>(lanes.mean);
-    sums.near += sum<T>(lanes.near);
-    sums.raised += sum<T>(lanes.raised);
+    sums.gain += less;
+    sums.total += less;
     small = Vec<T>{};
+    if (!lanes.used) return;
+    alignas(64) T of[kL >= 8 ? kL : 8];
+    const Vec<T> all[8] = {lanes.direct, lanes.total, lanes.mean, lanes.near, lanes.raised};
+    if constexpr (kL >= 8)
+      store(of, fc::cpu::FC_TIER::sums<T, 8>(all));
+    else
+      for (int i = 0; i < 5; ++i) of[i] = sum<T>(all[i]);
+    sums.gain += of[0];
+    sums.total += of[1];
+    sums.mean += of[2];
+    sums.near += of[3];
+    sums.raised += of[4];
     lanes = EffectLanes<T>{};
   }
 

@@ -183,8 +183,9 @@ TilePlan plan_joint(int64_t singles, int64_t positions, int64_t row_bytes, int64
   if (positions == 0) return {1, 1, 0};
   const int64_t longest = std::clamp<int64_t>(caches().l2 / 2 / std::max<int64_t>(row_bytes * singles, 1), 1, 64);
   TilePlan plan{std::max<int64_t>(singles, 1), even_block(positions, longest), 0};
-  while (ceil_div(positions, plan.position_block) < 2 * threads && plan.position_block > 8)
-    plan.position_block = ceil_div(plan.position_block, 2);
+  // As many blocks for every thread, two at least.
+  const int64_t blocks = std::max(ceil_div(ceil_div(positions, plan.position_block), threads), int64_t{2}) * threads;
+  plan.position_block = std::min(plan.position_block, std::max<int64_t>(ceil_div(positions, blocks), 8));
   plan.tasks = ceil_div(positions, plan.position_block);
   return plan;
 }

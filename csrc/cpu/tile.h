@@ -8,12 +8,11 @@
 
 #include <cmath>
 #include <cstddef>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <type_traits>
 
+#include "blocks.h"
 #include "simd.h"
 
 namespace fc::cpu::FC_TIER {
@@ -21,11 +20,8 @@ namespace fc::cpu::FC_TIER {
 // Scratch of one task, aligned for vectors.
 template <class T>
 struct Buffer {
-  explicit Buffer(int64_t count)
-      : count(count), data(static_cast<T*>(std::aligned_alloc(64, (bytes() + 127) / 64 * 64))) {
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data); }
+  explicit Buffer(int64_t count) : count(count), data(static_cast<T*>(take_block(bytes()))) {}
+  ~Buffer() { give_block(data, bytes()); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   size_t bytes() const { return static_cast<size_t>(count) * sizeof(T); }
