@@ -22,9 +22,14 @@ struct Block {                                                 // what one task 
   int64_t part = 0, parts = 1;                                 // of the vocabulary: which, and of how many
 };
 
-// Stripes in a part of the vocabulary. Sums of parts are joined in order, so that no result depends on which tasks they
-// were made by.
+// The vocabulary in even parts, whose sums are joined in order, so that no result depends on which tasks they were made
+// by. They are a power of two, which most numbers of threads share evenly, of at most so many stripes each.
 inline constexpr int64_t kStripesAPart = 32;
+inline constexpr int64_t parts_of(int64_t stripes) {
+  int64_t parts = 1;
+  while (parts * kStripesAPart < stripes) parts *= 2;
+  return parts;
+}
 
 }  // namespace fc::cpu
 
@@ -84,6 +89,7 @@ struct Epilogue {
   template <class Group>
   void group_done(const Group&) {}                             // all tiles of a group in this stripe are consumed
   void stripe_done(int64_t /*first*/, int64_t /*columns*/) {}  // all tiles of these columns are
+  void part_done() {}                                          // all stripes of a part of the vocabulary are
 };
 
 template <class Scheme, class Source>
@@ -317,17 +323,21 @@ struct Sweep {
   void run(Op& op) {
     pack_deltas(op);
     pack_outers();
-    const int64_t width = kPanelsAStripe * kW, part = kStripesAPart * width;
-    const int64_t end = block.parts == 1 ? s.vocabulary : smaller((block.part + 1) * part, s.vocabulary);
-    for (int64_t first = block.part * part; first < end; first += width) {
-      look_for_interrupt();
-      const int64_t columns = smaller(width, s.vocabulary - first);
-      pack_base(op, first, columns);
-      op.stripe_packed(first, columns);
-      if (op.plain(columns))
-        stripe<true>(op, first, columns);
-      else
-        stripe<false>(op, first, columns);
+    const int64_t width = kPanelsAStripe * kW, stripes = (s.vocabulary + width - 1) / width, parts = parts_of(stripes);
+    const bool whole = block.parts == 1;
+    for (int64_t part = whole ? 0 : block.part; part < (whole ? parts : block.part + 1); ++part) {
+      const int64_t end = smaller(stripes * (part + 1) / parts * width, s.vocabulary);
+      for (int64_t first = stripes * part / parts * width; first < end; first += width) {
+        look_for_interrupt();
+        const int64_t columns = smaller(width, s.vocabulary - first);
+        pack_base(op, first, columns);
+        op.stripe_packed(first, columns);
+        if (op.plain(columns))
+          stripe<true>(op, first, columns);
+        else
+          stripe<false>(op, first, columns);
+      }
+      op.part_done();
     }
   }
 };

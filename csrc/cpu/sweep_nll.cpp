@@ -154,14 +154,14 @@ struct SweepNll : Effects<Scheme, Source> {
     this->cell_count = 0;
     ++stripes;
     if (stripes % kStripesAFlush == 0) flush();
-    if (stripes % kStripesAPart == 0) end_part();
   }
 
   void flush() {
     for (int64_t i = 0; i < sums.count; ++i) Base::flush(sums.data[i], small.data[i], lanes.data[i]);
   }
 
-  void end_part() {
+  void part_done() {
+    flush();
     for (int64_t i = 0; i < sums.count; ++i) {
       if (rows.data[i].out < 0) continue;
       add_part(s.totals[sweep.block.part * s.inputs.pairs * s.inputs.positions + rows.data[i].out],
@@ -180,11 +180,7 @@ struct SweepNll : Effects<Scheme, Source> {
     };
   }
 
-  void run() {
-    sweep.run(*this);
-    flush();
-    end_part();
-  }
+  void run() { sweep.run(*this); }
 };
 
 }  // namespace
@@ -215,10 +211,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_nll(const Tensor& base, const T
   // Work of few rows is shared out by parts of the vocabulary too: a basis is then packed once.
   const int64_t stripe_bytes = kPanelsAStripe * panel_bytes(current_tier());
   const int64_t stripe = stripe_bytes / (base.scalar_type() == ScalarType::Double ? 8 : 4);
-  const int64_t most = ceil_div(sizes["V"], kStripesAPart * stripe);
+  const int64_t most = parts_of(ceil_div(sizes["V"], stripe));
   const TilePlan plan = outer.has_value() ? plan_pairs(P, T, depth_bytes, threads, caches().l2)
                                           : plan_tiles(P, T, depth_bytes, threads, caches().l2, most);
-  const int64_t parts = !outer.has_value() && plan.tasks < 2 * threads ? std::max<int64_t>(most, 1) : 1;
+  const int64_t parts = !outer.has_value() && plan.tasks < 2 * threads ? most : 1;
   EffectTensors tensors(inputs_of(base, delta, basis, group, outer), base, P, tokens, clean_lse, mean, parts);
   const std::optional<Tensor> scale_c = contiguous_as(scale, ScalarType::Double);
   SweepArguments arguments{tensors.arguments(cap), data_of<const double>(scale_c)};
