@@ -1,5 +1,5 @@
-// Memory of a task, which a thread keeps for its next one. The C library gives so much, freed at once, back to the
-// system, and to be given its pages again took 2 to 4% of a short sweep.
+// Memory of a task, which a thread keeps for its next one: so much, freed at once, the C library would give back to the
+// system, and a short task would spend much of its time on being given the pages again.
 #pragma once
 
 #include <cstddef>

@@ -32,9 +32,13 @@ inline constexpr int kRows = 6;  // 18 accumulators of 32 registers
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRows = 3;
 #endif
-// Steps in a turn of the multiply loop. In few turns processors foresee the end; the compiler mixes the steps, which
-// SSE's 16 registers and products apart from sums have no room for.
-inline constexpr int kTurn = kRows == 3 ? 1 : 4;
+// Steps in a turn of the multiply loop: processors foresee the end of few turns. The compiler mixes the steps of a turn,
+// which takes more registers than SSE leaves.
+#if defined(__AVX2__) || defined(__aarch64__)
+inline constexpr int kTurn = 4;
+#else
+inline constexpr int kTurn = 1;
+#endif
 inline constexpr int kVectors = 3;  // rows divide the columns of a panel, for every type
 
 template <class T>
