@@ -32,8 +32,8 @@ inline constexpr int kRows = 6;  // 18 accumulators of 32 registers
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRows = 3;
 #endif
-// Steps in a turn of the multiply loop: processors foresee the end of few turns. The compiler mixes the steps of a turn,
-// which takes more registers than SSE leaves.
+// Steps in a turn of the multiply loop: processors foresee the end of few turns. The compiler mixes the steps of a
+// turn, which takes more registers than SSE leaves.
 #if defined(__AVX2__) || defined(__aarch64__)
 inline constexpr int kTurn = 4;
 #else
