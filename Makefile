@@ -21,9 +21,13 @@ FIRST = $(firstword $(LENS))
 build: $(BIN)/pyfastcircuits
 	@$(BIN)/python setup.py -q build_ext --inplace
 
-$(BIN)/pyfastcircuits: pyproject.toml setup.py
+# What compiling takes.
+$(BIN)/buildable: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH) "setuptools>=77" "pybind11>=3.0" ninja "cmake>=3.24"
+	@touch $@
+
+$(BIN)/pyfastcircuits: $(BIN)/buildable pyproject.toml setup.py
 	$(BIN)/pip install -q --no-build-isolation -e '.[cli]'
 	@touch $@
 

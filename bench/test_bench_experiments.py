@@ -59,9 +59,10 @@ def test_frozen_heads(lens, tokens, found):  # noqa: F811
     found("  limit of the unembedding alone / ours", f"{limit * len(HEADS_OUT) / statistics.median(times['fp32']):.2f}")
     found("  largest difference of a loss", f"{worst:.1e} nats")
     if rounded:
-        coarse = fc.head_ablation(run, heads=SAMPLE, precision="bf16").values
+        exact, coarse = (fc.head_ablation(run, heads=SAMPLE, precision=x).delta for x in ("ieee", "bf16"))
         report(found, "heads ablated, attention frozen, bf16 products", times, "hooks", "bf16", len(HEADS_OUT), ">= 7")
-        found("  largest error of bf16", f"{float((coarse - losses).abs().max()):.1e} nats")
+        error = float((coarse - exact).abs().max())
+        found("  largest error of bf16", f"{error:.1e} nats, of effects up to {float(exact.abs().max()):.1e}")
     report(found, "heads ablated, direct effects, fp32", times, "hooks", "direct", len(HEADS_OUT), ">= 30")
 
 
