@@ -382,11 +382,8 @@ struct Effects : Epilogue {
       store(of, fc::cpu::FC_TIER::sums<T, 8>(all));
     else
       for (int i = 0; i < 5; ++i) of[i] = sum<T>(all[i]);
-    sums.gain += of[0];
-    sums.total += of[1];
-    sums.mean += of[2];
-    sums.near += of[3];
-    sums.raised += of[4];
+    double* const joined[] = {&sums.gain, &sums.total, &sums.mean, &sums.near, &sums.raised};
+    for (int i = 0; i < 5; ++i) *joined[i] += of[i];
     lanes = EffectLanes<T>{};
   }
 
