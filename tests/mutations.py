@@ -61,6 +61,13 @@ MUTATIONS = {
         "kSmall = 0.9",
         "tests/test_effects.py",
     ),
+    # Of exp(d) - 1 = (2^n - 1) + 2^n (exp(rest) - 1) the first is left out.
+    "powers of two of large changes": Mutation(
+        "csrc/cpu/*.h",
+        r"lanes\.direct \+= more \+ steps;",
+        "lanes.direct += more;",
+        "tests/test_effects.py",
+    ),
     # A token of little probability that an ablation raises is summed with the others.
     "tokens that are raised": Mutation(
         "csrc/cpu/*.h",
