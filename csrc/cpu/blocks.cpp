@@ -12,7 +12,7 @@ namespace {
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kKept = 0;  // it is to see what is used after a task
 #else
-constexpr size_t kKept = size_t{4} << 20;
+constexpr size_t kKept = size_t{2} << 20;
 #endif
 constexpr size_t kSmallest = 4096;  // the C library keeps what is smaller
 
