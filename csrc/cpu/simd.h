@@ -32,13 +32,6 @@ inline constexpr int kRows = 6;  // 18 accumulators of 32 registers
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRows = 3;
 #endif
-// Steps in a turn of the multiply loop: processors foresee the end of few turns. The compiler mixes the steps of a
-// turn, which takes more registers than SSE leaves.
-#if defined(__AVX2__) || defined(__aarch64__)
-inline constexpr int kTurn = 4;
-#else
-inline constexpr int kTurn = 1;
-#endif
 inline constexpr int kVectors = 3;  // rows divide the columns of a panel, for every type
 
 template <class T>
@@ -103,6 +96,13 @@ static inline void in_register([[maybe_unused]] V& x) {
   asm("" : "+x"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));
+#endif
+}
+// Where registers are few, keeps the compiler from holding what lies at p in some of them from one use to the next.
+template <class T>
+static inline void read_again([[maybe_unused]] const T*& p) {
+#if !defined(__AVX2__) && !defined(__aarch64__)
+  asm("" : "+r"(p));
 #endif
 }
 // The sum of all lanes. Halves are added to halves: a lane is rounded a few times instead of once for each lane.

@@ -251,16 +251,18 @@ static inline void multiply(typename Scheme::Accumulator* tile, const typename S
   }
   const auto step = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i) {
+      read_again(panel);
 #pragma GCC unroll 3
       for (int j = 0; j < kAcross; ++j) c[i][j] = Scheme::step(c[i][j], block[i], panel + j * lanes);
+    }
     block += kStride, panel += kWidth<Scheme>;
   };
   int64_t k = 0;
   constexpr int pauses = std::is_same_v<Meanwhile, Nothing> ? 1 : kRows;
   for (int row = 0; row < pauses; ++row) {
     const int64_t end = count * (row + 1) / pauses;
-    for (; kTurn == 4 && pauses == 1 && k + kTurn <= end; k += kTurn) {
+    for (; pauses == 1 && k + 4 <= end; k += 4) {  // a loop of few turns, whose end processors foresee
       step(), step();
       step(), step();
     }
