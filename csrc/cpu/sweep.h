@@ -24,7 +24,7 @@ struct Block {                                                 // what one task 
 
 // The vocabulary in even parts, whose sums are joined in order, so that no result depends on which tasks they were made
 // by. They are a power of two, which most numbers of threads share evenly, of at most so many stripes each.
-inline constexpr int64_t kStripesAPart = 32;
+inline constexpr int64_t kStripesAPart = 64;
 inline constexpr int64_t parts_of(int64_t stripes) {
   int64_t parts = 1;
   while (parts * kStripesAPart < stripes) parts *= 2;
