@@ -113,7 +113,6 @@ def test_two_processes(split, timed, found):
         apart = f"two processes with half of the {split} each, which share nothing"
         found(f"  one process on one core / {apart}", f"{ratio('alone', 'apart', 0):.2f}")
         found(f"  CPU time of {apart}, / of one", f"{ratio('apart', 'alone', 1):.3f}")
-        most = (
-            "<= 1.05" if split == "vocabulary" else ""
-        )  # what the split adds to what two busy cores take of each other
+        # What the split adds to what two busy cores take of each other.
+        most = "<= 1.05" if split == "vocabulary" else ""
         found(f"  CPU time of both / of {apart}", f"{ratio('shared', 'apart', 1):.3f}", most)

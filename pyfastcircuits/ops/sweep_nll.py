@@ -230,8 +230,8 @@ def centered(basis: Tensor, cap: float | None) -> Tensor:
     if cap is not None or torch.compiler.is_compiling() or basis.numel() == 0:
         return basis
     few = basis[..., :: max(1, basis.shape[-1] // SAMPLE)]
-    shared, all_of_few = (float(torch.linalg.vector_norm(x)) for x in (few.mean(-1), few))
-    if 2 * few.shape[-1] * shared**2 < all_of_few**2:  # the mean is far from most, of most columns
+    shared, every = torch.stack([torch.linalg.vector_norm(x) for x in (few.mean(-1), few)]).tolist()
+    if 2 * few.shape[-1] * shared**2 < every**2:  # the mean is far from most, of most columns
         return basis
     mean = basis.mean(-1, keepdim=True)
     blocks = basis.split(max(1, BLOCK // basis[..., 0].numel()), -1)
